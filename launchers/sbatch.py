@@ -1,0 +1,94 @@
+"""JobSpec -> Slurm job script, alone or as an array; pure."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+
+from launchers.shell import common_values, describe_size, read_part
+from launchers.spec import InvalidValueError, JobSpec, Script, check
+from launchers.torchrun import is_direct
+from slurm.job import Header, InvalidJobError, find_problems, render_header
+from slurm.job import render as render_job
+
+
+def render(spec: JobSpec) -> Script:
+    """The .sbatch script of one stage. Raises InvalidValueError with every problem."""
+    check(spec)
+    cluster = spec.cluster
+    body = common_values(spec) | {
+        "title": f"Stage {spec.stage} of {spec.name}: {describe_size(spec)} under Slurm.",
+        "start": read_part("start_direct.sh" if is_direct(spec) else "start_torchrun.sh"),
+        "secrets_file": shlex.quote(spec.secrets_file or ""),
+        "max_preemptions": str(cluster.max_preemptions),
+        "max_failures": str(cluster.max_failures),
+    }
+    try:
+        text = render_job(make_header(spec), body=body)
+    except InvalidJobError as error:
+        raise InvalidValueError(str(error)) from error
+    return Script(path=spec.script_path, text=text)
+
+
+def render_array(
+    specs: Sequence[JobSpec], *, name: str, path: str, log_directory: str, max_running: int | None = None
+) -> Script:
+    """One job array over single-stage runs of the same size: task i runs the i-th run's own script."""
+    output = f"{log_directory.replace('%', '%%')}/slurm-%A_%a.log"
+    shared = [replace(make_header(spec), name=name, output=output, working_directory="/") for spec in specs]
+    for spec, header in zip(specs, shared, strict=True):
+        if header != shared[0]:
+            raise InvalidValueError(
+                f"{spec.name} asks for other resources than {specs[0].name}: an array needs one size."
+            )
+    limit = "" if max_running is None else f"%{max_running}"
+    header = replace(shared[0], array=f"0-{len(specs) - 1}{limit}")
+    problems = find_problems(header)
+    if problems:
+        raise InvalidValueError("\n".join(problems))
+    scripts = "\n".join(f"  {shlex.quote(spec.script_path)}" for spec in specs)
+    text = f"""#!/usr/bin/env bash
+{render_header(header)}
+set -uo pipefail
+
+scripts=(
+{scripts}
+)
+exec bash "${{scripts[SLURM_ARRAY_TASK_ID]}}"
+"""
+    return Script(path=path, text=text)
+
+
+def make_header(spec: JobSpec) -> Header:
+    """The #SBATCH facts of a job; what has no value although Slurm needs one is refused."""
+    cluster = spec.cluster
+    missing = [
+        f"cluster.{field} is not set: launcher=slurm needs it, because sites differ in what they take for it."
+        for field, value in {
+            "cpus_per_task": cluster.cpus_per_task,
+            "memory": cluster.memory,
+            "time_limit": cluster.time_limit,
+        }.items()
+        if value is None
+    ]
+    if cluster.cpus_per_task is None or cluster.memory is None or cluster.time_limit is None:
+        raise InvalidValueError("\n".join(missing))
+    return Header(
+        name=spec.name,
+        output=f"{spec.log_directory.replace('%', '%%')}/slurm-%j.log",
+        working_directory=spec.working_directory,
+        nodes=spec.nodes,
+        cpus_per_task=cluster.cpus_per_task,
+        memory=cluster.memory,
+        time_limit=cluster.time_limit,
+        gpu_request=cluster.gpu_request,
+        gpus_per_node=cluster.gpus_per_node,
+        gpu_type=cluster.gpu_type,
+        partition=cluster.partition,
+        account=cluster.account,
+        qos=cluster.qos,
+        constraint=cluster.constraint,
+        exclude=cluster.exclude,
+        requeue=cluster.requeue,
+        stop_lead_seconds=cluster.stop_lead_seconds,
+        extra=cluster.extra_sbatch,
+    )

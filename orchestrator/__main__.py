@@ -1,0 +1,24 @@
+"""`python -m orchestrator`: the one entry of the login side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def _forget_working_folder() -> None:
+    """`python -m` puts the working folder first on the path; a user's own conf/ or slurm/ there must not be imported."""
+    root = Path(__file__).resolve().parent.parent
+    if sys.path and Path(sys.path[0] or ".").resolve() == Path.cwd():
+        sys.path[0] = str(root)
+
+
+def main() -> int:
+    _forget_working_folder()
+    from orchestrator.cli import main as run_command
+
+    return run_command(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

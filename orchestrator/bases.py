@@ -1,0 +1,109 @@
+"""Finds a base model without torch: a local folder, a Python package, or the hub; says what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.architecture import read_architecture
+from orchestrator.config.model import Architecture, ModelConfig
+from orchestrator.errors import ModelError
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """Where the base model comes from."""
+
+    source: Literal["folder", "package", "hub"]
+    place: str
+    """Folder, name of the distribution, or hub id."""
+    architecture: Architecture | None
+    """None where it can be known only after a download."""
+
+
+def find_base(model: ModelConfig) -> Base:
+    """Local folder, then the preset's package, then the hub. A folder that lacks something is refused here."""
+    if looks_like_folder(model.base):
+        folder = Path(model.base).expanduser()
+        problems = folder_problems(folder, model.base)
+        if problems:
+            raise ModelError(problems)
+        return Base(source="folder", place=str(folder.resolve()), architecture=read_architecture(folder))
+    preset = model.preset if model.preset is not None and model.preset.base == model.base else None
+    architecture = preset.architecture if preset is not None else _cached_architecture(model)
+    if preset is not None and preset.package is not None and package_gguf(preset.package) is not None:
+        return Base(source="package", place=preset.package, architecture=architecture)
+    return Base(source="hub", place=model.base, architecture=architecture)
+
+
+def looks_like_folder(base: str) -> bool:
+    """A path that is there, or that is written as one."""
+    path = Path(base).expanduser()
+    return path.exists() or base.startswith((".", "/", "~")) or base.count("/") > 1
+
+
+def folder_problems(folder: Path, given: str) -> list[str]:
+    """What a model folder lacks, one sentence each."""
+    if not folder.is_dir():
+        return [f"model.base: {given} is no folder; give a folder with config.json, weights and tokenizer, or a hub id"]
+    problems: list[str] = []
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        problems.append(f"model.base: {folder} has no config.json")
+    except ValueError as error:
+        problems.append(f"model.base: {folder / 'config.json'} is damaged: {error}")
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.gguf") for file in folder.glob(pattern))
+        hint = f"; it has {', '.join(others[:3])}, which are not read: convert them to safetensors" if others else ""
+        problems.append(f"model.base: {folder} has no weights ({' or '.join(WEIGHT_FILES)}){hint}")
+    problems += _shard_problems(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        problems.append(f"model.base: {folder} has no tokenizer (one of {', '.join(TOKENIZER_FILES)})")
+    return problems
+
+
+def package_gguf(package: str) -> Path | None:
+    """The GGUF file that an installed distribution carries, found without importing it."""
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    if found is None or not found.submodule_search_locations:
+        return None
+    files = sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+    return files[0] if files else None
+
+
+def hub_is_offline() -> bool:
+    """Whether the user switched the hub off."""
+    return any(
+        os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+
+
+def _shard_problems(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"model.base: {index} is damaged: {error}"]
+    return [f"model.base: {folder} lacks the shard {shard}" for shard in shards if not (folder / shard).is_file()]
+
+
+def _cached_architecture(model: ModelConfig) -> Architecture | None:
+    """Reads a config.json that an earlier download left in the hub's cache; never asks the network."""
+    home = Path(
+        os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub"
+    )
+    snapshots = home / f"models--{model.base.replace('/', '--')}" / "snapshots"
+    for config in sorted(snapshots.glob("*/config.json")) if snapshots.is_dir() else []:
+        return read_architecture(config.parent)
+    return None

@@ -1,0 +1,26 @@
+"""Where things are kept between runs: dequantised models and prepared data. Must not import torch."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_folder(scratch: str | None = None) -> Path:
+    """ORCHESTRATOR_CACHE, else the site's scratch folder, else the user's cache folder."""
+    chosen = os.environ.get("ORCHESTRATOR_CACHE") or scratch
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orchestrator"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock ends with the process that holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,145 @@
+"""Checkpoints as folders: which one is proven, which are moved aside, which may go. Must not import torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import CheckpointError
+from orchestrator.rundir import MANIFEST, StageFolder, publish, read_manifest, sync_folder, write_json
+
+FORMAT = 1
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d{8})")
+
+Event = Callable[..., None]
+"""event(name, **facts): appends to events.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A checkpoint whose every file was compared with its manifest."""
+
+    step: int
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def world_size(self) -> int:
+        return self.manifest["world_size"]
+
+    @property
+    def rank_files(self) -> list[Path]:
+        """The files of the ranks that wrote it, in their order."""
+        return [self.folder / rank_file(rank) for rank in range(self.world_size)]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What rank 0 wrote of the run as a whole."""
+        return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def saved_steps(folder: StageFolder) -> list[int]:
+    """Steps of the checkpoints that stand there, proven or not, oldest first."""
+    names = [_NAME.fullmatch(path.name) for path in folder.checkpoints.glob("step-*")]
+    return sorted(int(name[1]) for name in names if name is not None)
+
+
+def newest_proven(folder: StageFolder, event: Event) -> Found | None:
+    """The newest checkpoint that its manifest proves; each one that fails is told and moved to quarantine/."""
+    mend_interrupted(folder)
+    for step in reversed(saved_steps(folder)):
+        try:
+            return verified(folder.checkpoint(step))
+        except CheckpointError as error:
+            place = quarantine(folder, step)
+            event("quarantine", step=step, why=list(error.problems), moved_to=str(place))
+    return None
+
+
+def verified(folder: Path) -> Found:
+    """Compares a checkpoint with its manifest, to the last byte. CheckpointError names every difference."""
+    manifest = read_manifest(folder)
+    problems = _manifest_problems(folder, manifest)
+    if problems:
+        raise CheckpointError(problems)
+    return Found(step=manifest["step"], folder=folder, manifest=manifest)
+
+
+def commit(temporary: Path, final: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the manifest over files that are on the disk already and gives the folder its final name."""
+    manifest = {"format": FORMAT, **facts, "files": dict(files)}
+    write_json(temporary / MANIFEST, {**manifest, "manifest_sha256": _self_digest(manifest)})
+    sync_folder(temporary)
+    publish(temporary, final)
+
+
+def quarantine(folder: StageFolder, step: int) -> Path:
+    """Moves a checkpoint that failed its proof aside, under a name that is free; nothing of it is deleted."""
+    folder.quarantine.mkdir(parents=True, exist_ok=True)
+    source = folder.checkpoint(step)
+    number = 1 + sum(1 for _ in folder.quarantine.glob(f"{source.name}*"))
+    place = folder.quarantine / f"{source.name}.{number}"
+    source.rename(place)
+    sync_folder(folder.checkpoints)
+    return place
+
+
+def obsolete(steps: Sequence[int], *, keep_last: int, keep_every: int | None, best: int | None) -> list[int]:
+    """Steps that retention lets go: all but the newest `keep_last`, the multiples of `keep_every` and the best."""
+    kept = set(sorted(steps)[-keep_last:])
+    if keep_every is not None:
+        kept |= {step for step in steps if step % keep_every == 0}
+    return sorted(step for step in steps if step not in kept and step != best)
+
+
+def delete(folder: StageFolder, steps: Iterable[int]) -> None:
+    """Deletes checkpoints; a name vanishes first, so that no torn folder is ever seen under it."""
+    for step in steps:
+        leaving = folder.checkpoints / f".{folder.checkpoint(step).name}.deleted"
+        shutil.rmtree(leaving, ignore_errors=True)
+        folder.checkpoint(step).rename(leaving)
+        sync_folder(folder.checkpoints)
+        shutil.rmtree(leaving, ignore_errors=True)
+
+
+def mend_interrupted(folder: StageFolder) -> None:
+    """Ends what a kill interrupted: an older checkpoint that was just being replaced comes back, the rest is removed."""
+    for path in folder.checkpoints.glob(".step-*"):
+        name = _NAME.match(path.name[1:])
+        final = folder.checkpoint(int(name[1])) if name is not None else None
+        if path.name.endswith(".old") and final is not None and not final.exists():
+            path.rename(final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _manifest_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    if manifest.get("manifest_sha256") != _self_digest(content):
+        return [f"{folder / MANIFEST}: it does not agree with its own sha256"]
+    if manifest["format"] != FORMAT:
+        return [f"{folder}: format {manifest['format']}, this version reads {FORMAT}"]
+    problems: list[str] = []
+    if folder.name != f"step-{manifest['step']:08d}":
+        problems.append(f"{folder}: it holds step {manifest['step']}")
+    wanted = {rank_file(rank) for rank in range(manifest["world_size"])} | {STATE}
+    problems += [
+        f"{folder}: {name} is missing, {manifest['world_size']} ranks wrote it"
+        for name in sorted(wanted - manifest["files"].keys())
+    ]
+    return problems
+
+
+def _self_digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

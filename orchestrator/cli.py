@@ -1,0 +1,130 @@
+"""Verbs of the command line; turns every known fault into sentences and an exit code. Must not import torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.spec import InvalidValueError, LaunchError
+from orchestrator.errors import (
+    EXIT_DEFECT,
+    EXIT_DONE,
+    EXIT_LAUNCH_FAILED,
+    EXIT_SAVED,
+    EXIT_USER,
+    ConfigError,
+    OrchestratorError,
+    nearest,
+)
+
+USAGE = """\
+python -m orchestrator [VERB] [overrides | RUN_DIR]     takes a pretrained language model to a fine-tuned, proven one
+
+  run       check, plan, launch; continues an unfinished run (the default verb)
+  plan      print stages, data, steps, memory per GPU; format=json for machines; nothing is submitted
+  render    write the scripts into the run folder and print them; nothing is submitted
+  status    RUN_DIR: where a run stands
+  logs      RUN_DIR: the last lines of its newest log
+  cancel    RUN_DIR: ask a running job to save and end
+  resume    RUN_DIR: go on with an unfinished run, from its folder alone
+  generate  RUN_DIR --prompt TEXT: the tuned model beside its base; without --prompt one prompt a line from stdin
+  doctor    the machine, the versions; what works, first cause of what does not
+
+  Overrides are Hydra's: +experiment=NAME, group=choice, key=value. --config-dir DIR adds a folder of your own.
+  Experiments: {experiments}
+
+  python -m orchestrator +experiment=llama_lora                         the main job
+  python -m orchestrator plan +experiment=llama_lora sharding=zero2     what it would do
+  python -m orchestrator +experiment=llama_lora name=mine stages.sft.data.train.path=rows.jsonl
+
+  Exit codes: 0 done or submitted; 2 a mistake in the input; 3 launch failed; 75 saved and wants to go on;
+  93 do not restart; 1 a defect or a crash.
+"""
+
+
+@dataclass(frozen=True)
+class Verb:
+    run: Callable[[Sequence[str]], int]
+    takes_folder: bool
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command; the process's exit code."""
+    try:
+        return _dispatch(list(argv))
+    except OrchestratorError as error:
+        return _tell(error.problems, error.exit_code)
+    except InvalidValueError as error:
+        return _tell(str(error).splitlines(), EXIT_USER)
+    except LaunchError as error:
+        return _tell(str(error).splitlines(), EXIT_LAUNCH_FAILED)
+    except KeyboardInterrupt:
+        return _tell(["interrupted before anything was started"], EXIT_SAVED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a defect of the orchestrator; the lines above belong in a report", file=sys.stderr)
+        return EXIT_DEFECT
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        return _help()
+    word = argv[0]
+    if "=" in word or word.startswith(("+", "-", "~")):
+        return _verbs()["run"].run(argv)
+    verbs = _verbs()
+    if word not in verbs:
+        guess = nearest(word, verbs)
+        raise ConfigError(
+            f"{word}: no such verb" + (f"; did you mean {guess}?" if guess else f"; verbs are {', '.join(verbs)}")
+        )
+    if "-h" in argv[1:] or "--help" in argv[1:]:
+        return _help()
+    return verbs[word].run(argv[1:])
+
+
+def _verbs() -> dict[str, Verb]:
+    from orchestrator import commands, inspection
+
+    return {
+        "run": Verb(commands.run, takes_folder=False),
+        "plan": Verb(commands.plan, takes_folder=False),
+        "render": Verb(commands.render, takes_folder=False),
+        "resume": Verb(commands.resume, takes_folder=True),
+        "status": Verb(inspection.status, takes_folder=True),
+        "logs": Verb(inspection.logs, takes_folder=True),
+        "cancel": Verb(inspection.cancel, takes_folder=True),
+        "generate": Verb(inspection.generate, takes_folder=True),
+        "doctor": Verb(inspection.doctor, takes_folder=False),
+    }
+
+
+def _help() -> int:
+    from orchestrator.compose import experiments
+
+    print(USAGE.format(experiments=", ".join(experiments())))
+    return EXIT_DONE
+
+
+def _tell(problems: Sequence[str], code: int) -> int:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return code
+
+
+def run_folder_argument(arguments: Sequence[str], verb: str) -> Path:
+    """The RUN_DIR of a verb, which must hold a run.json."""
+    words = [word for word in arguments if not word.startswith("-")]
+    if len(words) != 1:
+        raise ConfigError(f"{verb} takes one run folder: python -m orchestrator {verb} runs/NAME")
+    folder = Path(words[0])
+    if not (folder / "run.json").is_file():
+        raise ConfigError(f"{folder} is no run folder: it holds no run.json")
+    return folder.resolve()

@@ -1,0 +1,1 @@
+"""Types, ranges and rules of a configuration."""

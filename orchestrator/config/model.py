@@ -1,0 +1,108 @@
+"""The base model, how it is tuned, quantised and sharded: types and ranges; no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orchestrator.config.base import Fraction, NaturalInt, PositiveFloat, PositiveInt, Section
+
+
+class Architecture(Section):
+    """The facts of a config.json that the plan's arithmetic needs."""
+
+    model_type: str
+    """transformers' name of the architecture, such as llama."""
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    tie_word_embeddings: bool
+    num_experts: NaturalInt
+    """Experts of a layer; 0 for a dense model."""
+    num_experts_per_token: NaturalInt
+
+
+class ModelPreset(Section):
+    """What is known about the preset's own base without asking a hub; unused where `model.base` was changed."""
+
+    base: str
+    """The hub id that the facts below belong to."""
+    package: str | None
+    """A Python distribution that carries the weights as GGUF, or null."""
+    architecture: Architecture
+
+
+class ModelConfig(Section):
+    """The pretrained model that everything starts from."""
+
+    base: str
+    """Hub id or folder."""
+    revision: str | None
+    """Branch, tag or commit on the hub; null is the default branch."""
+    dtype: Literal["float32", "bfloat16"]
+    """Compute dtype; trainable parameters keep fp32 master weights either way."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    """Attention implementation of transformers."""
+    gradient_checkpointing: bool
+    """Recompute activations in the backward pass: less memory, about a third (full) to a half (LoRA) more time."""
+    preset: ModelPreset | None
+
+
+class FullTuning(Section):
+    """Every parameter is trained."""
+
+    method: Literal["full"]
+
+
+class LoraTuning(Section):
+    """LoRA (2106.09685): h = W0 x + (alpha/r) B A x."""
+
+    method: Literal["lora"]
+    rank: PositiveInt
+    alpha: PositiveFloat
+    dropout: Fraction
+    target_modules: Literal["all-linear"] | tuple[str, ...]
+    """`all-linear` (every linear layer but the head) or a list of module names."""
+    use_rslora: bool
+    """Scale by alpha/sqrt(rank) instead of alpha/rank (2312.03732)."""
+    use_dora: bool
+    """Train magnitude and direction apart (2402.09353)."""
+
+
+class NoQuantization(Section):
+    """The base is held in `model.dtype`."""
+
+    scheme: Literal["none"]
+
+
+class Nf4Quantization(Section):
+    """The frozen base is held in 4-bit NormalFloat (QLoRA, 2305.14314)."""
+
+    scheme: Literal["nf4"]
+    double_quantization: bool
+    """Quantise the block constants too: 0.5 -> 0.127 bit a parameter."""
+
+
+class NoSharding(Section):
+    """One process, or DDP: every rank holds everything."""
+
+    strategy: Literal["none"]
+
+
+class ZeroSharding(Section):
+    """DeepSpeed ZeRO (1910.02054)."""
+
+    strategy: Literal["zero1", "zero2", "zero3"]
+    offload_optimizer: Literal["none", "cpu"]
+    offload_parameters: Literal["none", "cpu"]
+    """Only under zero3."""
+    overlap_communication: bool
+    bucket_elements: PositiveInt
+    """Elements of a reduce or gather bucket."""
+    prefetch_elements: NaturalInt
+    """Elements gathered ahead under zero3."""
+    persistence_elements: NaturalInt
+    """Parameters smaller than this stay gathered under zero3."""

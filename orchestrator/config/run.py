@@ -1,0 +1,132 @@
+"""The whole configuration of a run, and the rules across its sections; no defaults, no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from orchestrator.config.base import Identifier, JsonValue, NaturalInt, Section
+from orchestrator.config.model import (
+    FullTuning,
+    LoraTuning,
+    ModelConfig,
+    Nf4Quantization,
+    NoQuantization,
+    NoSharding,
+    ZeroSharding,
+)
+from orchestrator.config.problems import problem_sentences
+from orchestrator.config.sites import ClusterConfig, LauncherConfig, NoTracking, WandbTracking
+from orchestrator.config.stages import SftStage
+from orchestrator.errors import ConfigError
+
+Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="method")]
+Quantization = Annotated[NoQuantization | Nf4Quantization, Field(discriminator="scheme")]
+Sharding = NoSharding | ZeroSharding
+Tracking = Annotated[WandbTracking | NoTracking, Field(discriminator="kind")]
+Stage = SftStage
+
+
+class Seeds(Section):
+    """Two kinds of luck, kept apart (2002.06305)."""
+
+    weights: NaturalInt
+    """Seed of new weights (adapters, heads) and of dropout."""
+    data: NaturalInt
+    """Seed of the order of the rows."""
+
+
+class RunConfig(Section):
+    """Everything that decides what a run does."""
+
+    name: Identifier
+    """The run folder is output_dir/name."""
+    seed: NaturalInt
+    seeds: Seeds
+    output_dir: str
+    pipeline: tuple[str, ...]
+    """Stages in order."""
+    stages: dict[str, Stage]
+    model: ModelConfig
+    tuning: Tuning
+    quantization: Quantization
+    sharding: Annotated[Sharding, Field(discriminator="strategy")]
+    cluster: ClusterConfig
+    launcher: LauncherConfig
+    tracking: Tracking
+
+    @property
+    def world_size(self) -> int:
+        return self.cluster.nodes * self.cluster.processes_per_node
+
+
+def accumulation_steps(config: RunConfig, stage: Stage) -> int:
+    """Micro-batches of one rank in one optimizer step; the rule `batch_problems` makes it exact."""
+    return stage.batch.global_size // (stage.batch.micro_size * config.world_size)
+
+
+def parse(values: dict[str, JsonValue]) -> RunConfig:
+    """Types, ranges and rules; raises ConfigError with every problem."""
+    try:
+        config = RunConfig.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise ConfigError(problem_sentences(error, values, RunConfig)) from None
+    problems = rule_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def rule_problems(config: RunConfig) -> list[str]:
+    """One sentence for every rule across fields that does not hold."""
+    return _pipeline_problems(config) + _batch_problems(config) + _method_problems(config)
+
+
+def _pipeline_problems(config: RunConfig) -> list[str]:
+    problems: list[str] = []
+    if not config.pipeline:
+        problems.append("pipeline: no stage to run; add an experiment, such as +experiment=llama_lora")
+    if len(set(config.pipeline)) != len(config.pipeline):
+        problems.append(f"pipeline: a stage stands twice in {list(config.pipeline)}")
+    for name in config.pipeline:
+        if name not in config.stages:
+            problems.append(f"pipeline: {name} has no entry under stages; there are {sorted(config.stages)}")
+    for name, stage in config.stages.items():
+        if stage.max_steps is None and stage.epochs is None:
+            problems.append(f"stages.{name}: both max_steps and epochs are null; set one of them")
+    return problems
+
+
+def _batch_problems(config: RunConfig) -> list[str]:
+    problems: list[str] = []
+    world = config.world_size
+    for name, stage in config.stages.items():
+        per_pass = stage.batch.micro_size * world
+        if stage.batch.global_size % per_pass:
+            allowed = max(per_pass, stage.batch.global_size // per_pass * per_pass)
+            problems.append(
+                f"stages.{name}.batch: global_size {stage.batch.global_size} is not a multiple of micro_size x ranks = "
+                f"{stage.batch.micro_size} x ({config.cluster.nodes} nodes x {config.cluster.processes_per_node} "
+                f"processes) = {per_pass}; {stage.batch.global_size} / {per_pass} = "
+                f"{stage.batch.global_size / per_pass:.3g}; try stages.{name}.batch.global_size={allowed}"
+            )
+    return problems
+
+
+def _method_problems(config: RunConfig) -> list[str]:
+    problems: list[str] = []
+    if isinstance(config.quantization, Nf4Quantization) and isinstance(config.tuning, FullTuning):
+        problems.append(
+            "quantization: nf4 holds a frozen base and cannot be trained with tuning=full; "
+            "type tuning=lora (QLoRA) or quantization=none"
+        )
+    sharding = config.sharding
+    if isinstance(sharding, ZeroSharding) and sharding.offload_parameters != "none" and sharding.strategy != "zero3":
+        problems.append(f"sharding.offload_parameters: only zero3 can offload parameters, not {sharding.strategy}")
+    if config.model.attention == "flash_attention_2" and config.model.dtype == "float32":
+        problems.append(
+            "model.attention: flash_attention_2 needs 16 bits; type model.dtype=bfloat16 or model.attention=sdpa"
+        )
+    return problems

@@ -1,0 +1,76 @@
+"""The stages of a pipeline: types and ranges; no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section
+from orchestrator.config.data import DataConfig
+
+
+class BatchConfig(Section):
+    """How many sequences an optimizer step and a forward pass take."""
+
+    global_size: PositiveInt
+    """Sequences (packed rows where packing is on) per optimizer step, over all ranks."""
+    micro_size: PositiveInt
+    """Sequences of one forward pass on one rank."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "adamw_8bit"]
+    """adamw_8bit keeps its states in 8 bits through bitsandbytes."""
+    lr: PositiveFloat
+    """Peak learning rate."""
+    weight_decay: NaturalFloat
+    """Decoupled; not applied to biases and to vectors such as norms."""
+    beta1: Fraction
+    beta2: Fraction
+    epsilon: PositiveFloat
+    max_grad_norm: PositiveFloat | None
+    """Clip the global gradient norm to this; null does not clip."""
+
+
+class ScheduleConfig(Section):
+    name: Literal["linear", "cosine", "constant"]
+    warmup_ratio: Fraction
+    """Share of the steps in which the rate rises linearly from 0; rounded up."""
+    final_ratio: Fraction
+    """Rate at the last step as a share of the peak (linear, cosine)."""
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt | None
+    """Optimizer steps between checkpoints; null saves at the end of the stage only."""
+    keep_last: PositiveInt
+    """Newest checkpoints kept."""
+    keep_every: PositiveInt | None
+    """Checkpoints at multiples of this step are kept for good; null keeps none beside the newest and the best."""
+    keep_best: bool
+    """Keep the checkpoint with the lowest held-out loss of those that were evaluated at their own step."""
+    background: bool
+    """Write beside training from a copy in host memory (as large as this rank's part of the checkpoint)."""
+    retries: NaturalInt
+    """How often a save that the disk refused is tried again."""
+    retry_seconds: PositiveFloat
+    """Pause before such a retry."""
+    probe_rows: NaturalInt
+    """Rows whose loss is stored, and must come out again after a resume before the first step; 0 stores none."""
+
+
+class SftStage(Section):
+    """Supervised fine-tuning: next-token loss on the answers."""
+
+    kind: Literal["sft"]
+    max_steps: PositiveInt | None
+    """Optimizer steps; null leaves it to `epochs`."""
+    epochs: PositiveFloat | None
+    """Passes over the rows; null leaves it to `max_steps`. Where both are given, the smaller wins."""
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    checkpoint: CheckpointConfig
+    data: DataConfig
+    log_every_steps: PositiveInt
+    evaluate_every_steps: PositiveInt | None
+    """Steps between evaluations; null evaluates before the first and after the last step only."""

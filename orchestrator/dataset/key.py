@@ -1,0 +1,170 @@
+"""What decides prepared rows, as a readable key and its digest; must not import torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from orchestrator.config.data import DataConfig, SourceConfig
+from orchestrator.dataset.prepared import DATA_VERSION, META
+from orchestrator.errors import DataError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+RACY_NANOSECONDS = 2_000_000_000
+"""A file changed so shortly before it was hashed could change again without a new time stamp: its hash is not kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedKey:
+    """Everything that decides a set of prepared rows, by name, and its digest."""
+
+    components: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.components, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def prepared_key(
+    config: DataConfig,
+    sources: tuple[tuple[SourceConfig, tuple[Path, ...]], ...],
+    *,
+    role: str,
+    split: Mapping[str, Any] | None,
+    tokenizer_folder: Path,
+    seed: int,
+    hashes: FileHashes,
+) -> PreparedKey:
+    """The key of one set of rows. `role` is train or evaluation; `split` says which rows of train are held out, if any."""
+    depends_on_seed = split is not None or any(source.rows is not None or source.weight is not None for source, _ in sources)
+    return PreparedKey(
+        {
+            "role": role,
+            "data": [[hashes.of(file) for file in files] for _, files in sources],
+            "format": [[source.format, source.columns] for source, _ in sources],
+            "mixture": [[source.rows, source.weight] for source, _ in sources],
+            "split": dict(split) if split else None,
+            "seed": seed if depends_on_seed else None,
+            "tokenizer": _tokenizer_digest(tokenizer_folder, hashes),
+            "template": _template_digest(config, tokenizer_folder),
+            "template_date": config.template_date,
+            "max_length": config.max_length,
+            "loss_on": config.loss_on,
+            "packing": config.packing,
+            "deduplicate": config.deduplicate,
+            "code": DATA_VERSION,
+        }
+    )
+
+
+def changed_components(cache: Path, key: PreparedKey) -> tuple[str, ...] | None:
+    """What differs from the most similar set in the cache, as `name: there -> here`; None where the cache is empty."""
+    nearest: tuple[str, ...] | None = None
+    for path in cache.glob(f"*/{META}"):
+        try:
+            other = cast("dict[str, Any]", json.loads(path.read_text())["key"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if other.get("role") != key.components["role"]:
+            continue
+        names = [name for name in key.components if json.dumps(other.get(name)) != json.dumps(key.components[name])]
+        if nearest is None or len(names) < len(nearest):
+            nearest = tuple(_difference(name, other.get(name), key.components[name]) for name in names)
+    return nearest
+
+
+def _difference(name: str, there: object, here: object) -> str:
+    short = all(len(json.dumps(value)) <= 40 for value in (there, here)) and name not in ("data", "tokenizer", "template")
+    return f"{name}: {there} there, {here} here" if short else name
+
+
+class FileHashes:
+    """sha256 of files, remembered by (path, size, time, inode) in a file of the cache, so that a hit reads no data."""
+
+    def __init__(self, cache: Path) -> None:
+        self._path = cache / "hashes.json"
+        self._known: dict[str, str] = self._load()
+        self._is_new = False
+
+    def _load(self) -> dict[str, str]:
+        try:
+            value = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return cast("dict[str, str]", value) if isinstance(value, dict) else {}
+
+    def of(self, path: Path) -> str:
+        """The sha256 of a file's bytes. Raises DataError where it cannot be read."""
+        try:
+            state = path.stat()
+            name = f"{path}|{state.st_size}|{state.st_mtime_ns}|{state.st_ino}"
+            known = self._known.get(name)
+            if known is not None:
+                return known
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        if time.time_ns() - state.st_mtime_ns > RACY_NANOSECONDS:
+            self._known[name] = digest
+            self._is_new = True
+        return digest
+
+    def save(self) -> None:
+        """Writes what is new, atomically; a cache that cannot be written only costs time."""
+        if not self._is_new:
+            return
+        temporary = self._path.with_name(f"hashes.{os.getpid()}.tmp")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(dict(list(self._known.items())[-10_000:])))
+            temporary.replace(self._path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+        self._is_new = False
+
+
+def _tokenizer_digest(folder: Path, hashes: FileHashes) -> str:
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(f"{name}:{hashes.of(folder / name)}\n".encode())
+    config = _tokenizer_config(folder)
+    config.pop("chat_template", None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _template_digest(config: DataConfig, folder: Path) -> str:
+    if config.chat_template is not None:
+        path = Path(config.chat_template).expanduser()
+        if not path.is_file():
+            raise DataError(f"chat_template={config.chat_template} is not a file")
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    for name in TEMPLATE_FILES:
+        if (folder / name).is_file():
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps(_tokenizer_config(folder).get("chat_template")).encode()).hexdigest()
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}

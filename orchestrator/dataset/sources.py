@@ -1,0 +1,213 @@
+"""Where the rows of a data set are, what is there, and whether every row can be used; must not import torch or datasets."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
+from orchestrator.dataset.formats import EXPECTED_FIELDS, RowProblem, detect, parse_row
+from orchestrator.dataset.reading import SUFFIXES, Unreadable, count_rows, file_kind, read_rows
+from orchestrator.errors import DataError
+
+DEMONSTRATION = Path(__file__).resolve().parent.parent / "demonstration"
+SHOWN_PROBLEMS = 20
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFacts:
+    """What a quick look says of a data set; `rows` is None for a hub id that is not on this machine."""
+
+    files: tuple[Path, ...]
+    format: DataFormat | None
+    rows: int | None
+    bytes: int
+
+
+def inspect(source: SourceConfig, *, field: str) -> SourceFacts:
+    """A quick look for the plan: files, format, rows, bytes. `field` is the key that errors name. Raises DataError."""
+    files = locate(source, field=field)
+    if files is None:
+        return SourceFacts(files=(), format=None if source.format == "auto" else source.format, rows=None, bytes=0)
+    rows = sum(count_rows(file, _kind(file)) for file in files)
+    if rows == 0:
+        raise DataError(f"{field}.path={source.path} holds no rows: {_names(files)} is empty")
+    return SourceFacts(files, settle_format(source, files, field=field), rows, sum(f.stat().st_size for f in files))
+
+
+def held_out_source(config: DataConfig) -> SourceConfig | None:
+    """The files of the evaluation, or None where it is `none` or a split of train."""
+    held_out = config.eval
+    path = held_out.path
+    if path == "auto" and config.train.path == "demonstration" and not config.mix:
+        path = str(DEMONSTRATION / "held_out.jsonl")
+    if path in ("none", "auto"):
+        return None
+    return SourceConfig(
+        path=path,
+        format=held_out.format,
+        split=held_out.split,
+        subset=held_out.subset,
+        revision=held_out.revision,
+        columns=held_out.columns,
+        rows=None,
+        weight=None,
+    )
+
+
+def splits_train(config: DataConfig) -> bool:
+    """Whether the evaluation rows are taken out of train."""
+    return config.eval.path == "auto" and held_out_source(config) is None
+
+
+def locate(source: SourceConfig, *, field: str) -> tuple[Path, ...] | None:
+    """The files of a source in a fixed order, or None for a hub id that is not on this machine. Raises DataError."""
+    if source.path == "demonstration":
+        return (DEMONSTRATION / "train.jsonl",)
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        _kind(path)
+        return (path.absolute(),)
+    if path.is_dir():
+        return _folder_files(path.absolute(), source.split, field=field)
+    if glob.has_magic(source.path):
+        files = tuple(sorted(Path(name).absolute() for name in glob.glob(str(path), recursive=True) if Path(name).is_file()))
+        if not files:
+            raise DataError(f"{field}.path={source.path} matches no file")
+        for file in files:
+            _kind(file)
+        return files
+    if HUB_ID.match(source.path) and not path.suffix in SUFFIXES:
+        cached = cached_hub_folder(source.path, source.revision)
+        return None if cached is None else hub_files(cached, source, field=field)
+    raise DataError(f"{field}.path={source.path} is not there: give a file, a glob, a folder or a hub id (owner/name)")
+
+
+def cached_hub_folder(name: str, revision: str | None) -> Path | None:
+    """The snapshot folder of a hub data set in the local cache, or None."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
+    root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / ("datasets--" + name.replace("/", "--"))
+    wanted = revision or "main"
+    reference = root / "refs" / wanted
+    commit = reference.read_text().strip() if reference.is_file() else wanted
+    folder = root / "snapshots" / commit
+    return folder if folder.is_dir() else None
+
+
+def hub_files(folder: Path, source: SourceConfig, *, field: str) -> tuple[Path, ...]:
+    """The files of the wanted subset and split in a downloaded hub data set. Raises DataError."""
+    base = folder / source.subset if source.subset and (folder / source.subset).is_dir() else folder
+    return _folder_files(base, source.split, field=field)
+
+
+def _folder_files(folder: Path, split: str | None, *, field: str) -> tuple[Path, ...]:
+    """Data files below a folder; of one split where it is named, or of `train` where the names speak of splits."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES and not _is_about(p))
+    if not found:
+        raise DataError(f"{field}.path={folder} holds no data file ({', '.join(SUFFIXES)}, also .gz)")
+    splits = {name: [p for p in found if _belongs(p.relative_to(folder), name)] for name in _split_names(found, folder)}
+    wanted = split if split is not None else "train" if "train" in splits else None
+    if wanted is None:
+        return tuple(found)
+    if wanted not in splits:
+        raise DataError(f"{field}.split={wanted} is not in {folder}: found {', '.join(splits) or 'no splits by name'}")
+    return tuple(splits[wanted])
+
+
+_SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|dev|eval|held_out)(?=[/_.-]|$)")
+
+
+def _split_names(files: list[Path], folder: Path) -> list[str]:
+    names = {match.group(1) for p in files if (match := _SPLIT.search(p.relative_to(folder).as_posix()))}
+    return sorted(names)
+
+
+def _belongs(relative: Path, split: str) -> bool:
+    match = _SPLIT.search(relative.as_posix())
+    return match is not None and match.group(1) == split
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def _is_about(path: Path) -> bool:
+    """Whether a file only describes a data set (what the `datasets` library writes beside its rows)."""
+    return path.name in ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json") or path.name[0] == "."
+
+
+def _kind(path: Path):  # noqa: ANN202
+    kind = file_kind(path)
+    if kind is None:
+        raise DataError(f"{path} is of no known kind: {', '.join(SUFFIXES)} are known, also with .gz")
+    return kind
+
+
+def _names(files: tuple[Path, ...]) -> str:
+    return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+
+
+def source_rows(files: tuple[Path, ...]) -> Iterator[tuple[Path, int, object]]:
+    """(file, line or row number, row or Unreadable) of every row, in order."""
+    for file in files:
+        for number, row in read_rows(file, _kind(file)):
+            yield file, number, row
+
+
+def settle_format(source: SourceConfig, files: tuple[Path, ...], *, field: str) -> DataFormat:
+    """The format said by the configuration, or the one detected from the first readable row. Raises DataError."""
+    if source.format != "auto":
+        return source.format
+    for _, _, row in islice(source_rows(files), 20):
+        if not isinstance(row, dict):
+            continue
+        mapped = {**row, **{name: row[column] for name, column in source.columns.items() if column in row}}
+        found = detect(mapped)
+        if found is not None:
+            return found
+        known = "; ".join(f"{name} ({fields})" for name, fields in EXPECTED_FIELDS.items())
+        raise DataError(
+            f"{field}.path={source.path}: no format has the columns {', '.join(sorted(map(str, row)))}. Known formats: {known}. "
+            f"Map the columns, for instance {field}.columns='{{prompt: question, completion: answer}}'"
+        )
+    raise DataError(f"{field}.path={source.path}: {_names(files)} holds no readable row")
+
+
+def validate_rows(source: SourceConfig, *, field: str = "data.train") -> int:
+    """Reads every row and returns their number; raises DataError with the first problems and their count."""
+    files = locate(source, field=field)
+    if files is None:
+        raise DataError(f"{field}.path={source.path} is not on this machine: `prepare` fetches a hub data set")
+    data_format = settle_format(source, files, field=field)
+    problems: list[str] = []
+    rows = bad = 0
+    for file, number, row in source_rows(files):
+        rows += 1
+        problem = row_problem(row, data_format, source.columns)
+        if problem is not None:
+            bad += 1
+            if len(problems) < SHOWN_PROBLEMS:
+                problems.append(f"{file}:{number} {problem}")
+    if rows == 0:
+        raise DataError(f"{field}.path={source.path} holds no rows: {_names(files)} is empty")
+    if bad:
+        raise DataError(problems if bad <= SHOWN_PROBLEMS else [*problems, f"... and {bad - SHOWN_PROBLEMS} more of {rows} rows"])
+    return rows
+
+
+def row_problem(row: object, data_format: DataFormat, columns: dict[str, str]) -> RowProblem | Unreadable | None:
+    """What is wrong with a row, or None."""
+    if isinstance(row, Unreadable):
+        return row
+    try:
+        parse_row(row, data_format, columns)
+    except RowProblem as problem:
+        return problem
+    return None

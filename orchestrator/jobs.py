@@ -1,0 +1,76 @@
+"""From a run's configuration to JobSpecs and scripts: what the launchers are asked to run. Must not import torch."""
+
+from __future__ import annotations
+
+import sys
+
+from launchers import local, sbatch, torchrun
+from launchers.spec import ClusterSettings, JobSpec, Script
+from orchestrator.config.model import NoSharding
+from orchestrator.config.run import RunConfig
+from orchestrator.plan import run_directory_of, script_path
+from orchestrator.rundir import RunFolder
+
+
+def job_spec(config: RunConfig, stage: str) -> JobSpec:
+    """One stage of a resolved configuration as a job."""
+    run = RunFolder(run_directory_of(config))
+    folder = run.stage(stage)
+    python = config.launcher.python or sys.executable
+    return JobSpec(
+        name=f"{config.name}-{stage}",
+        stage=stage,
+        command=(python, "-m", "orchestrator.worker", str(run.run), "--stage", stage),
+        decide=(python, "-m", "orchestrator.attempts", str(run.root), stage),
+        working_directory=str(run.root),
+        script_path=str(script_path(config, stage)),
+        stage_directory=str(folder.root),
+        attempts_directory=str(folder.attempts),
+        result_file=str(folder.result),
+        stop_file=str(folder.stop),
+        log_directory=str(folder.logs),
+        nodes=config.cluster.nodes,
+        processes_per_node=config.cluster.processes_per_node,
+        python=python,
+        environment=dict(config.cluster.environment),
+        cluster=_settings(config),
+        single_process_direct=config.launcher.kind == "local" and isinstance(config.sharding, NoSharding),
+    )
+
+
+def render(config: RunConfig, stage: str) -> Script:
+    """The script of one stage under the configured launcher. Pure."""
+    spec = job_spec(config, stage)
+    match config.launcher.kind:
+        case "local":
+            return local.render(spec)
+        case "torchrun":
+            return torchrun.render(spec)
+        case "slurm":
+            return sbatch.render(spec)
+
+
+def _settings(config: RunConfig) -> ClusterSettings:
+    cluster, launcher = config.cluster, config.launcher
+    return ClusterSettings(
+        partition=cluster.partition,
+        account=cluster.account,
+        qos=cluster.qos,
+        constraint=cluster.constraint,
+        gpus_per_node=cluster.gpus_per_node,
+        gpu_request=cluster.gpu_request,
+        gpu_type=cluster.gpu_type,
+        cpus_per_task=cluster.cpus_per_task,
+        memory=cluster.memory,
+        time_limit=cluster.time_limit,
+        setup_lines=cluster.setup_lines,
+        container_command=cluster.container_command,
+        interface=cluster.interface,
+        exclude=cluster.exclude,
+        extra_sbatch=cluster.extra_sbatch,
+        requeue=cluster.requeue,
+        stop_lead_seconds=cluster.stop_lead_seconds,
+        scratch=cluster.scratch,
+        max_preemptions=launcher.max_preemptions,
+        max_failures=launcher.max_failures,
+    )

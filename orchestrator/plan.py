@@ -1,0 +1,234 @@
+"""What a run will do: order, inputs, batch arithmetic, steps, bytes, scripts. `make_plan` is pure. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.architecture import count_parameters
+from orchestrator.bases import Base, looks_like_folder
+from orchestrator.config.base import Section
+from orchestrator.config.data import DataConfig, SourceConfig
+from orchestrator.config.run import RunConfig, Stage, accumulation_steps
+from orchestrator.dataset.order import steps_per_epoch
+from orchestrator.flops import flops_per_token
+from orchestrator.memory import GIB, state_memory, trainable_parameters
+from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
+from orchestrator.zero import deepspeed_dict
+
+KEYWORDS = ("demonstration", "auto", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What a look at a stage's data found; rows are None where only a download can tell."""
+
+    train_rows: int | None
+    evaluation_rows: int | None
+    format: str | None
+    bytes: int
+
+
+class MemoryPlan(Section):
+    """GiB on one device between steps; activations come on top."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    total: float
+
+
+class StagePlan(Section):
+    """One stage in numbers."""
+
+    name: str
+    kind: str
+    input: str
+    train_rows: int | None
+    """Rows after the held-out ones were taken; None where only a download or packing can tell."""
+    evaluation_rows: int | None
+    data_format: str | None
+    data_source: str
+    packing: str
+    max_length: int
+    global_size: int
+    micro_size: int
+    world_size: int
+    accumulation_steps: int
+    steps_per_epoch: int | None
+    steps: int | None
+    warmup_steps: int | None
+    learning_rates: dict[str, float]
+    """Rate at 0, 25, 50 and 100 % of the steps."""
+    trainable_parameters: int | None
+    parameters: int | None
+    memory: MemoryPlan | None
+    flops_per_token: float | None
+    deepspeed: dict[str, Any] | None
+    script: str
+    outputs: tuple[str, ...]
+
+
+class Plan(Section):
+    """A run in numbers; nothing was submitted or written to make it."""
+
+    name: str
+    run_directory: str
+    launcher: Literal["local", "torchrun", "slurm"]
+    base: str
+    base_source: str
+    tuning: str
+    quantization: str
+    sharding: str
+    nodes: int
+    processes_per_node: int
+    stages: tuple[StagePlan, ...]
+    warnings: tuple[str, ...]
+
+
+def resolve(config: RunConfig, working_folder: Path) -> RunConfig:
+    """The same configuration with absolute paths, so that no rank depends on the user's working folder."""
+    stages = {name: _resolved_stage(stage, working_folder) for name, stage in config.stages.items()}
+    base = config.model.base
+    if looks_like_folder(base):
+        base = str(_absolute(base, working_folder))
+    return config.model_copy(
+        update={
+            "output_dir": str(_absolute(config.output_dir, working_folder)),
+            "stages": stages,
+            "model": config.model.model_copy(update={"base": base}),
+        }
+    )
+
+
+def make_plan(config: RunConfig, *, base: Base, data: Mapping[str, DataFacts]) -> Plan:
+    """The plan of a resolved configuration, from what is known of its base and data. Pure."""
+    run_directory = run_directory_of(config)
+    return Plan(
+        name=config.name,
+        run_directory=str(run_directory),
+        launcher=config.launcher.kind,
+        base=base.place,
+        base_source=base.source,
+        tuning=config.tuning.method,
+        quantization=config.quantization.scheme,
+        sharding=config.sharding.strategy,
+        nodes=config.cluster.nodes,
+        processes_per_node=config.cluster.processes_per_node,
+        stages=tuple(_stage_plan(config, name, base, data[name], run_directory) for name in config.pipeline),
+        warnings=tuple(_warnings(config, base)),
+    )
+
+
+def run_directory_of(config: RunConfig) -> Path:
+    return Path(config.output_dir) / config.name
+
+
+def script_path(config: RunConfig, stage: str) -> Path:
+    suffix = "sbatch" if config.launcher.kind == "slurm" else "sh"
+    return run_directory_of(config) / "scripts" / f"{stage}.{suffix}"
+
+
+def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_directory: Path) -> StagePlan:
+    stage = config.stages[name]
+    per_epoch = _steps_per_epoch(stage, data)
+    steps = (
+        stage.max_steps
+        if per_epoch is None
+        else total_steps(max_steps=stage.max_steps, epochs=stage.epochs, steps_per_epoch=per_epoch)
+    )
+    model = base.architecture
+    return StagePlan(
+        name=name,
+        kind=stage.kind,
+        input=base.place,
+        train_rows=data.train_rows,
+        evaluation_rows=data.evaluation_rows,
+        data_format=data.format,
+        data_source=stage.data.train.path,
+        packing=stage.data.packing,
+        max_length=stage.data.max_length,
+        global_size=stage.batch.global_size,
+        micro_size=stage.batch.micro_size,
+        world_size=config.world_size,
+        accumulation_steps=accumulation_steps(config, stage),
+        steps_per_epoch=per_epoch,
+        steps=steps,
+        warmup_steps=None if steps is None else warmup_steps(stage.schedule, steps),
+        learning_rates={} if steps is None else _learning_rates(stage, steps),
+        trainable_parameters=None if model is None else trainable_parameters(model, config),
+        parameters=None if model is None else count_parameters(model).total,
+        memory=_memory_plan(config, stage, base),
+        flops_per_token=None if model is None else flops_per_token(model, config, length=stage.data.max_length),
+        deepspeed=deepspeed_dict(config, stage),
+        script=str(script_path(config, name)),
+        outputs=(str(run_directory / name / "artifact"), str(run_directory / name / "result.json")),
+    )
+
+
+def _steps_per_epoch(stage: Stage, data: DataFacts) -> int | None:
+    if data.train_rows is None or stage.data.packing != "none":
+        return None
+    return steps_per_epoch(data.train_rows, stage.batch.global_size)
+
+
+def _learning_rates(stage: Stage, steps: int) -> dict[str, float]:
+    points = {"0%": 1, "25%": max(1, steps // 4), "50%": max(1, steps // 2), "100%": steps}
+    return {
+        name: stage.optimizer.lr * learning_rate_factor(stage.schedule, step, steps) for name, step in points.items()
+    }
+
+
+def _memory_plan(config: RunConfig, stage: Stage, base: Base) -> MemoryPlan | None:
+    if base.architecture is None:
+        return None
+    states = state_memory(base.architecture, config, stage)
+    return MemoryPlan(
+        weights=states.weights / GIB,
+        gradients=states.gradients / GIB,
+        optimizer=states.optimizer / GIB,
+        total=states.total / GIB,
+    )
+
+
+def _warnings(config: RunConfig, base: Base) -> list[str]:
+    warnings: list[str] = []
+    if base.source == "package":
+        warnings.append(
+            f"the base comes from the package {base.place}: 4-bit weights, dequantised; not the hub's original"
+        )
+    if config.cluster.nodes > 1 and config.launcher.kind == "local":
+        warnings.append("launcher=local starts ranks on this machine only; take torchrun or slurm for several nodes")
+    return warnings
+
+
+def _resolved_stage(stage: Stage, working_folder: Path) -> Stage:
+    data = stage.data
+    update = {
+        "train": _resolved_source(data.train, working_folder),
+        "mix": tuple(_resolved_source(source, working_folder) for source in data.mix),
+        "eval": data.eval.model_copy(update={"path": _resolved_path(data.eval.path, working_folder)}),
+        "chat_template": None if data.chat_template is None else str(_absolute(data.chat_template, working_folder)),
+    }
+    return stage.model_copy(update={"data": DataConfig.model_copy(data, update=update)})
+
+
+def _resolved_source(source: SourceConfig, working_folder: Path) -> SourceConfig:
+    return source.model_copy(update={"path": _resolved_path(source.path, working_folder)})
+
+
+def _resolved_path(path: str, working_folder: Path) -> str:
+    """Files become absolute; keywords and hub ids (owner/name that is no file) stay."""
+    if path in KEYWORDS:
+        return path
+    absolute = _absolute(path, working_folder)
+    is_file_like = (
+        absolute.exists() or absolute.suffix or path.startswith((".", "/", "~")) or any(c in path for c in "*?[")
+    )
+    return str(absolute) if is_file_like or path.count("/") != 1 else path
+
+
+def _absolute(path: str, working_folder: Path) -> Path:
+    return Path(working_folder, Path(path).expanduser()).resolve()

@@ -1,0 +1,303 @@
+"""The only module that knows file names inside a run; atomic writes and manifests. Must not import torch."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.base import JsonValue
+from orchestrator.errors import CheckpointError, RunFolderError
+
+MANIFEST = "MANIFEST.json"
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The files of one stage."""
+
+    root: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def quarantine(self) -> Path:
+        """Checkpoints that failed their proof."""
+        return self.root / "quarantine"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def artifact(self) -> Path:
+        return self.root / "artifact"
+
+    @property
+    def result(self) -> Path:
+        return self.root / "result.json"
+
+    @property
+    def stop(self) -> Path:
+        """Its existence asks the job to save and end."""
+        return self.root / "STOP"
+
+    @property
+    def prepared(self) -> Path:
+        """Names the prepared data that the ranks map."""
+        return self.root / "prepared.json"
+
+    @property
+    def proof(self) -> Path:
+        """What the re-opened artifact said."""
+        return self.root / "proof.json"
+
+    @property
+    def wandb(self) -> Path:
+        return self.root / "wandb"
+
+    @property
+    def deepspeed(self) -> Path:
+        """The dict that DeepSpeed got."""
+        return self.root / "deepspeed.json"
+
+    def attempt(self, number: int) -> Path:
+        return self.attempts / f"{number}.json"
+
+    def fault(self, attempt: int, rank: int) -> Path:
+        """Where a rank leaves its own cause of death; the earliest one of an attempt is the first cause."""
+        return self.attempts / f"{attempt}.fault-{rank}.json"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def checkpoint_partial(self, step: int) -> Path:
+        """Where a checkpoint is written before it gets its name."""
+        return self.checkpoints / f".step-{step:08d}.partial"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    root: Path
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def scripts(self) -> Path:
+        return self.root / "scripts"
+
+    @property
+    def wandb_id(self) -> Path:
+        return self.root / "wandb_id.json"
+
+    def stage(self, name: str) -> StageFolder:
+        return StageFolder(self.root / name)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; RunFolderError with the path where it is missing or torn."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFolderError(f"{path} is missing") from None
+    except ValueError as error:
+        raise RunFolderError(f"{path} is damaged: {error}") from None
+
+
+def write_json(path: Path, value: JsonValue | Mapping[str, Any]) -> None:
+    """Writes atomically and durably."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
+    """Writes beside the final name, fsyncs, renames: a reader sees the old or the new text, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(mode)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunFolderError(_os_sentence(path, error)) from None
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _os_sentence(path: Path, error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(_existing_parent(path)).free
+        return (
+            f"{path}: the disk is full ({free / 2**20:.0f} MiB free); free some space or set output_dir to another disk"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{path}: no permission to write there; set output_dir to a folder of yours"
+    return f"{path}: {error.strerror or error}"
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in [path, *path.parents] if parent.exists())
+
+
+# ---- manifests -----------------------------------------------------------------------------------
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Fsyncs every file of a folder and writes size and sha256 of each, with `facts`, as its last file."""
+    files = {str(file.relative_to(folder)): file for file in _files(folder)}
+    entries = {name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for name, file in files.items()}
+    for file in files.values():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    write_json(folder / MANIFEST, {**facts, "files": entries})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest after every file was compared with it; CheckpointError names each difference."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST}; it was never finished")
+    try:
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
+        entries: dict[str, dict[str, Any]] = manifest["files"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is damaged") from None
+    problems = [problem for name, entry in entries.items() for problem in _file_problems(folder / name, entry)]
+    if problems or not entries:
+        raise CheckpointError(problems or f"{path} lists no file")
+    return manifest
+
+
+def _file_problems(path: Path, entry: Mapping[str, Any]) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path}: missing"
+    elif path.stat().st_size != entry["bytes"]:
+        yield f"{path}: {path.stat().st_size} bytes, {entry['bytes']} were written"
+    elif file_digest(path) != entry["sha256"]:
+        yield f"{path}: its sha256 is not the one that was written"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Renames a finished folder to its final name; an older one there is removed only after it was moved aside."""
+    aside = final.with_name(f".{final.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+# ---- freezing a run ------------------------------------------------------------------------------
+
+
+def freeze(folder: RunFolder, record: Mapping[str, Any], *, may_differ: frozenset[str]) -> bool:
+    """Writes run.json, or checks that the one there says the same; True where the run is a new one.
+
+    Keys in `may_differ` (dotted, with everything below them) may change between attempts; every other difference
+    raises RunFolderError with old and new value.
+    """
+    check_writable(folder.root)
+    if folder.run.exists():
+        differences = _differences(read_json(folder.run)["config"], record["config"])
+        refused = {key: values for key, values in differences.items() if not _is_below(key, may_differ)}
+        if refused:
+            lines = [f"  {key}: {_short(old)} in the folder, {_short(new)} now" for key, (old, new) in refused.items()]
+            raise RunFolderError(
+                f"{folder.root} holds a run with another configuration; set name= to start a new one, or repeat "
+                "the old values:\n" + "\n".join(lines)
+            )
+        if differences:
+            write_json(folder.run, record)
+        return False
+    write_json(folder.run, record)
+    return True
+
+
+def check_writable(folder: Path) -> None:
+    """RunFolderError where nothing can be written under `folder`; leaves nothing behind."""
+    parent = _existing_parent(folder)
+    if not parent.is_dir():
+        raise RunFolderError(f"{parent} is a file; output_dir must be a folder")
+    probe = parent / f".write-test-{os.getpid()}"
+    try:
+        probe.write_bytes(b"0" * 4096)
+    except OSError as error:
+        raise RunFolderError(_os_sentence(folder, error)) from None
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def flatten(tree: JsonValue, prefix: str = "") -> dict[str, JsonValue]:
+    """Dotted keys of the leaves."""
+    if isinstance(tree, dict) and tree:
+        return {key: leaf for name, value in tree.items() for key, leaf in flatten(value, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): tree}
+
+
+def _differences(old: JsonValue, new: JsonValue) -> dict[str, tuple[JsonValue, JsonValue]]:
+    before, after = flatten(old), flatten(new)
+    keys = sorted(before.keys() | after.keys())
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _is_below(key: str, roots: frozenset[str]) -> bool:
+    parts = key.split(".")
+    return any(".".join(parts[:depth]) in roots for depth in range(1, len(parts) + 1))
+
+
+def _short(value: JsonValue) -> str:
+    return json.dumps(value, ensure_ascii=False)[:60]

@@ -1,0 +1,40 @@
+"""Steps and learning rates as pure functions of the step; must not import torch."""
+
+from __future__ import annotations
+
+import math
+
+from orchestrator.config.stages import ScheduleConfig
+
+
+def total_steps(*, max_steps: int | None, epochs: float | None, steps_per_epoch: int) -> int:
+    """Optimizer steps of a stage: the smaller of `max_steps` and `epochs`, the last epoch's part rounded up."""
+    by_epochs = math.ceil(epochs * steps_per_epoch) if epochs is not None else None
+    choices = [steps for steps in (max_steps, by_epochs) if steps is not None]
+    assert choices, "the configuration's rules ask for one of them"
+    return min(choices)
+
+
+def warmup_steps(schedule: ScheduleConfig, steps: int) -> int:
+    """Steps in which the rate rises, rounded up."""
+    return math.ceil(schedule.warmup_ratio * steps)
+
+
+def learning_rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
+    """Share of the peak rate at optimizer step `step` (from 1) of `steps`.
+
+    Warm-up: step / warmup. After it, with t = (step - warmup) / (steps - warmup) in (0, 1]: linear falls as 1 - t,
+    cosine as (1 + cos(pi t)) / 2 (1608.03983, equation 5, one cycle), both down to `final_ratio`.
+    """
+    warmup = warmup_steps(schedule, steps)
+    if step <= warmup:
+        return step / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    match schedule.name:
+        case "constant":
+            return 1.0
+        case "linear":
+            falling = 1.0 - progress
+        case "cosine":
+            falling = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return schedule.final_ratio + (1.0 - schedule.final_ratio) * falling

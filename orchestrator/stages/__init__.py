@@ -1,0 +1,5 @@
+"""The stages: what each kind trains. A new stage is a file here and one line below."""
+
+STAGES = {
+    "sft": "orchestrator.stages.sft",
+}

@@ -1,0 +1,141 @@
+"""Tables and sentences that a person reads; must not import torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.config.run import RunConfig
+from orchestrator.plan import Plan, StagePlan
+from orchestrator.rundir import StageFolder, read_json
+
+UNKNOWN = "known after prepare"
+
+
+def print_plan(plan: Plan, config: RunConfig) -> None:
+    """The plan as tables."""
+    console = Console()
+    console.print(_pairs(f"run {plan.name}", _run_rows(plan, config)))
+    for stage in plan.stages:
+        console.print(_pairs(f"stage {stage.name}", _stage_rows(stage, config)))
+    warn_lines(plan)
+    console.print("nothing was written or submitted; the same words without `plan` run it", style="dim")
+
+
+def warn_lines(plan: Plan) -> None:
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def print_result(folder: StageFolder, config: RunConfig) -> None:
+    """What a finished stage made, and how to use it."""
+    result = read_json(folder.result)
+    before, after = result["eval_loss_before"], result["eval_loss_after"]
+    lines = [
+        f"held-out loss     {_loss(before)} before, {_loss(after)} after",
+        f"speed             {result['tokens_per_second']:,.0f} tokens/s (median of the steps), {result['seconds']:.0f} s in all",
+        f"{result['artifact']['kind']:<17} {result['artifact']['path']}",
+        f"proof             re-opened in a fresh process, it scores {result['proof']['reopened_loss']:.5f}; "
+        f"the trainer scored {result['proof']['loss']:.5f}",
+    ]
+    if result["wandb"]:
+        lines.append(f"W&B               {result['wandb']}")
+    print("\n".join([f"\nstage {result['stage']} is done and proven", *lines, "load it with", *_loading(result)]))
+
+
+def _loading(result: dict[str, dict[str, str]]) -> list[str]:
+    artifact, base = result["artifact"], result["base"]
+    if artifact["kind"] == "model":
+        return [
+            "  from transformers import AutoModelForCausalLM",
+            f"  model = AutoModelForCausalLM.from_pretrained({artifact['path']!r})",
+        ]
+    return [
+        "  from peft import PeftModel",
+        "  from transformers import AutoModelForCausalLM",
+        f"  base = AutoModelForCausalLM.from_pretrained({base['folder']!r})",
+        f"  model = PeftModel.from_pretrained(base, {artifact['path']!r})",
+    ]
+
+
+def _loss(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _run_rows(plan: Plan, config: RunConfig) -> list[tuple[str, str]]:
+    sharding = plan.sharding if plan.sharding != "none" else "none (DDP)" if config.world_size > 1 else "none"
+    return [
+        ("folder", plan.run_directory),
+        ("base", f"{plan.base} ({plan.base_source}), {config.model.dtype}"),
+        ("method", f"tuning {plan.tuning}, quantization {plan.quantization}, sharding {sharding}"),
+        (
+            "ranks",
+            f"{plan.nodes} nodes x {plan.processes_per_node} processes = {config.world_size}, launcher {plan.launcher}",
+        ),
+    ]
+
+
+def _stage_rows(stage: StagePlan, config: RunConfig) -> list[tuple[str, str]]:
+    rows = (
+        UNKNOWN if stage.train_rows is None else f"{stage.train_rows:,} train, {stage.evaluation_rows or 0:,} held out"
+    )
+    batch = f"{stage.global_size} a step = {stage.micro_size} micro x {stage.world_size} ranks x {stage.accumulation_steps} accumulation"
+    entries = [
+        (
+            "data",
+            f"{stage.data_source} ({stage.data_format or 'format known after prepare'}), packing {stage.packing}, at most {stage.max_length} tokens",
+        ),
+        ("rows", rows),
+        ("batch", batch),
+        ("steps", _steps(stage)),
+        (
+            "learning rate",
+            ", ".join(f"{rate:.3g} at {point}" for point, rate in stage.learning_rates.items()) or UNKNOWN,
+        ),
+        ("parameters", _parameters(stage)),
+        ("memory per device", _memory(stage, config)),
+        ("script", stage.script),
+        ("makes", ", ".join(stage.outputs)),
+    ]
+    return entries
+
+
+def _steps(stage: StagePlan) -> str:
+    if stage.steps is None:
+        return UNKNOWN
+    epoch = (
+        ""
+        if stage.steps_per_epoch is None
+        else f", {stage.steps_per_epoch} an epoch ({stage.steps / stage.steps_per_epoch:.2f} epochs)"
+    )
+    return f"{stage.steps}{epoch}, {stage.warmup_steps} of them warm-up"
+
+
+def _parameters(stage: StagePlan) -> str:
+    if stage.parameters is None or stage.trainable_parameters is None:
+        return "known after the base was fetched"
+    share = stage.trainable_parameters / stage.parameters
+    return f"{stage.parameters:,}; {stage.trainable_parameters:,} trained ({share:.2%})"
+
+
+def _memory(stage: StagePlan, config: RunConfig) -> str:
+    if stage.memory is None:
+        return "known after the base was fetched"
+    memory = stage.memory
+    room = "" if config.cluster.memory_gib is None else f" of {config.cluster.memory_gib:g}"
+    return (
+        f"{memory.total:.2f}{room} GiB of states: weights {memory.weights:.2f}, gradients {memory.gradients:.2f}, "
+        f"optimizer {memory.optimizer:.2f}; activations on top"
+    )

@@ -1,0 +1,148 @@
+"""Writes what was trained as an adapter or a model folder, and proves a folder by opening it again."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from orchestrator.bases import TOKENIZER_FILES
+from orchestrator.config.model import FullTuning
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import CheckpointError
+from orchestrator.rundir import publish, write_manifest
+from orchestrator.training.model import DTYPES, load_model
+
+COMPANIONS = (
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def write_artifact(
+    model: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    *,
+    base_folder: Path,
+    config: RunConfig,
+    facts: Mapping[str, Any],
+) -> None:
+    """Saves `weights` (fp32, by the names of the unwrapped module's trained parameters) beside `folder`, then renames.
+
+    Only rank 0 calls it. Adapters stay in fp32, full models take `model.dtype`.
+    """
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    saved: Any = model
+    if isinstance(config.tuning, FullTuning):
+        dtype = DTYPES[config.model.dtype]
+        saved.config.dtype = dtype
+        saved.config.use_cache = True
+        saved.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
+    else:
+        saved.save_pretrained(temporary, state_dict=dict(weights))
+    for name in COMPANIONS:
+        if (base_folder / name).is_file() and not (temporary / name).exists():
+            shutil.copyfile(base_folder / name, temporary / name)
+    write_manifest(temporary, facts)
+    publish(temporary, folder)
+
+
+def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Names and shapes are those that were trained, nothing is empty, all is finite, and some lora_B left zero.
+
+    `expected` holds the names as they stand in the folder. Raises CheckpointError with every fault.
+    """
+    problems: list[str] = []
+    found: dict[str, tuple[int, ...]] = {}
+    moved = False
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (safe_open is no dict)
+                tensor = tensors.get_tensor(name)
+                found[name] = tuple(tensor.shape)
+                problems += _tensor_problems(name, tensor)
+                moved |= "lora_B" in name and bool(tensor.any())
+    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    problems += [f"{name}: missing in the saved file" for name in missing[:5]]
+    problems += [f"{name}: nobody trained it" for name in surplus[:5]]
+    problems += [
+        f"{name}: shape {list(found[name])}, {list(expected[name])} was trained"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
+    ]
+    if any("lora_B" in name for name in found) and not moved:
+        problems.append("every lora_B is zero: the adapter changes nothing, it was not trained")
+    if problems:
+        raise CheckpointError([f"{folder}: {problem}" for problem in problems])
+
+
+def open_artifact(folder: Path, *, base_folder: Path, config: RunConfig, weights_dtype: torch.dtype) -> torch.nn.Module:
+    """The trained model as a user would load it, from disk alone; CheckpointError where names do not meet."""
+    if isinstance(config.tuning, FullTuning):
+        return _open_model(folder, config, weights_dtype)
+    return _open_adapter(load_model(base_folder, config, weights_dtype=weights_dtype), folder)
+
+
+def _open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=weights_dtype,
+        attn_implementation=config.model.attention,
+        output_loading_info=True,
+        use_safetensors=True,
+    )
+    faults = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if faults:
+        raise CheckpointError(
+            [f"{folder}: {kind.replace('_', ' ')}: {', '.join(names[:5])}" for kind, names in faults.items()]
+        )
+    return model
+
+
+def _open_adapter(base: PreTrainedModel, folder: Path) -> torch.nn.Module:
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    settings = PeftConfig.from_pretrained(str(folder))
+    settings.inference_mode = True
+    model = get_peft_model(base, settings)  # type: ignore[arg-type]
+    report: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+    lost = [name for name in report.missing_keys if "lora_" in name]
+    if lost or report.unexpected_keys:
+        raise CheckpointError(f"{folder}: PEFT misses {lost[:5]} and does not know {list(report.unexpected_keys)[:5]}")
+    return model
+
+
+def adapter_names(
+    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], config: RunConfig
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that the saved folder must hold for these trained parameters."""
+    if isinstance(config.tuning, FullTuning):
+        return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    return {name.replace(".default", ""): tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def _tensor_problems(name: str, tensor: torch.Tensor) -> list[str]:
+    if tensor.numel() == 0:
+        return [f"{name}: empty"]
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        return [f"{name}: {bad} of {math.prod(tensor.shape)} values are not finite"]
+    return []

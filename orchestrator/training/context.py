@@ -1,0 +1,119 @@
+"""What a stage is given, and the record that it keeps: metrics, events, W&B, attempts."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.attempts import Attempt, State, write_attempt
+from orchestrator.config.run import RunConfig, Stage
+from orchestrator.config.sites import WandbTracking
+from orchestrator.metrics import wandb
+from orchestrator.metrics.console import line
+from orchestrator.metrics.jsonl import RecordFile
+from orchestrator.rundir import StageFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """One attempt at one stage."""
+
+    config: RunConfig
+    name: str
+    stage: Stage
+    folder: StageFolder
+    run_file: Path
+    attempt: int
+    base_folder: Path
+    """Local folder of the base model."""
+    train_data: Path
+    evaluation_data: Path | None
+    """Prepared data."""
+
+
+class Record:
+    """Owns the record of an attempt on rank 0; on other ranks it takes rows and does nothing."""
+
+    def __init__(self, context: Context, *, rank: int) -> None:
+        self._context = context
+        self._is_main = rank == 0
+        self.last_step = 0
+        self.total_steps = 0
+        self._wandb: wandb.WandbProcess | None = None
+        if not self._is_main:
+            return
+        context.folder.root.mkdir(parents=True, exist_ok=True)
+        self._metrics = RecordFile(context.folder.metrics)
+        self._events = RecordFile(context.folder.events)
+        settings = _wandb_settings(context)
+        self._wandb = wandb.start(settings) if settings is not None else None
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        """Appends a row of metrics.jsonl and prints it."""
+        self.last_step = int(row["step"])
+        if self._is_main:
+            full = {"step": row["step"], "attempt": self._context.attempt, **row}
+            self._metrics.append(full)
+            print(line(full, self.total_steps), flush=True)
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Appends to events.jsonl: start, save, stop, resume, skip, fault."""
+        if self._is_main:
+            self._events.append({"event": event, "attempt": self._context.attempt, "time": time.time(), **facts})
+
+    def say(self, sentence: str) -> None:
+        """Tells the log."""
+        if self._is_main:
+            print(sentence, flush=True)
+
+    def finish(self, summary: Mapping[str, Any], *, outcome: wandb.Outcome) -> str | None:
+        """Ends W&B in bounded time; the sentence that tells how to see its run."""
+        if self._wandb is None:
+            return None
+        tracking = self._context.config.tracking
+        assert isinstance(tracking, WandbTracking)
+        told = wandb.finish(self._wandb, summary, outcome=outcome, timeout_seconds=tracking.finish_timeout_seconds)
+        self._wandb = None
+        return told
+
+    def close_attempt(self, state: State, why: str, *, exit_code: int) -> None:
+        """Writes attempts/K.json."""
+        if self._is_main:
+            attempt = Attempt(
+                number=self._context.attempt,
+                state=state,
+                why=why,
+                host=socket.gethostname(),
+                rank=0,
+                exit_code=exit_code,
+                step=self.last_step,
+            )
+            write_attempt(self._context.folder, attempt)
+
+
+def _wandb_settings(context: Context) -> wandb.WandbSettings | None:
+    tracking = context.config.tracking
+    if not isinstance(tracking, WandbTracking):
+        return None
+    return wandb.WandbSettings(
+        project=tracking.project,
+        entity=tracking.entity,
+        mode=tracking.mode,
+        name=f"{context.config.name}-{context.name}",
+        group=context.config.name,
+        job_type=context.name,
+        config=context.config.model_dump(mode="json"),
+        metrics_file=str(context.folder.metrics),
+        directory=str(context.folder.wandb),
+        init_timeout_seconds=tracking.init_timeout_seconds,
+        finish_timeout_seconds=tracking.finish_timeout_seconds,
+    )
+
+
+def warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""From rows of a file to batches of tensors; must not import `launchers`."""

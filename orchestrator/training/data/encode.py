@@ -1,0 +1,208 @@
+"""Examples -> token ids and which of them are learnt; must not import torch or transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.config.data import DataConfig
+from orchestrator.dataset.formats import Chat, Example, Plain, Prompt
+from orchestrator.errors import DataError
+from orchestrator.training.data.spans import NotRendered, Rendered, Turns, learn_turns, only_last, render_chat
+from orchestrator.training.data.template import DEFAULT_TEMPLATE, ChatTemplate, TemplateRefused, check_date
+from orchestrator.training.data.tokenizer import TokenizerFacts, core_tokenizer, is_splittable
+
+Ids = npt.NDArray[np.uint32]
+Trained = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Everything that decides how an example becomes tokens; small and plain, so that it travels to worker processes."""
+
+    facts: TokenizerFacts
+    template: ChatTemplate
+    turns: Turns
+    loss_on: Literal["answers", "last_answer", "all"]
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One document. `ids` and `trained` are cut to the greatest length; `num_cut` tokens were lost, `num_cut_trained` learnt ones."""
+
+    ids: Ids
+    trained: Trained
+    num_cut: int
+    num_cut_trained: int
+    num_open_ends: int
+
+
+def make_encoder(facts: TokenizerFacts, config: DataConfig) -> Encoder:
+    """The encoder that a data configuration describes. Raises DataError where the template file cannot be used."""
+    check_date(config.template_date)
+    template = ChatTemplate(template_source(facts, config), facts.special_tokens, config.template_date)
+    special = [token.content for token in core_tokenizer(facts.core).get_added_tokens_decoder().values()]
+    return Encoder(facts, template, learn_turns(template, special), config.loss_on, config.max_length)
+
+
+def template_source(facts: TokenizerFacts, config: DataConfig) -> str:
+    """The chat template's text: the configured file, else the tokenizer's, else the documented default."""
+    if config.chat_template is None:
+        return facts.chat_template if facts.chat_template is not None else DEFAULT_TEMPLATE
+    try:
+        return Path(config.chat_template).expanduser().read_text()
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"chat_template={config.chat_template} cannot be read: {error}") from error
+
+
+def prompt_text(prompt: Prompt, encoder: Encoder) -> str:
+    """What a model is given to answer: the conversation with the generation prompt, or the plain text."""
+    if prompt.messages is None:
+        return prompt.text
+    try:
+        return encoder.template.render(prompt.messages, prompt.tools, add_generation_prompt=True)
+    except TemplateRefused as refusal:
+        raise NotRendered("prompt", f"is refused by the chat template: {refusal}", code="template_refused") from refusal
+
+
+def encode_prompt(prompt: Prompt, encoder: Encoder) -> list[int]:
+    """Token ids to generate from: as in training, and never with two beginnings."""
+    tokenizer = core_tokenizer(encoder.facts.core)
+    text = prompt_text(prompt, encoder)
+    if prompt.messages is not None:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    return _with_beginning(tokenizer.encode(text, add_special_tokens=False).ids, encoder.facts)
+
+
+def _with_beginning(ids: list[int], facts: TokenizerFacts) -> list[int]:
+    """Plain text starts with what the tokenizer itself puts first (BOS or nothing), once."""
+    first = _beginning(facts.core)
+    return ids if not first or ids[: len(first)] == first else [*first, *ids]
+
+
+@lru_cache(maxsize=4)
+def _beginning(core: str) -> list[int]:
+    """The ids that the tokenizer itself puts before a text."""
+    tokenizer = core_tokenizer(core)
+    with_special = tokenizer.encode("x", add_special_tokens=True).ids
+    without = tokenizer.encode("x", add_special_tokens=False).ids
+    for start in range(len(with_special) - len(without) + 1):
+        if with_special[start : start + len(without)] == without:
+            return with_special[:start]
+    return []
+
+
+def encode_examples(examples: Sequence[Example], encoder: Encoder) -> list[tuple[Encoded, ...] | NotRendered]:
+    """The documents of every example in order; in place of one that cannot be encoded stands the reason."""
+    plans: list[list[_Plan] | NotRendered] = []
+    for example in examples:
+        try:
+            plans.append([_plan(document, encoder) for document in example.documents])
+        except NotRendered as problem:
+            plans.append(problem)
+    flat = [plan for item in plans if not isinstance(item, NotRendered) for plan in item]
+    encoded = iter(_encode_plans(flat, encoder))
+    return [item if isinstance(item, NotRendered) else tuple(next(encoded) for _ in item) for item in plans]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A text, its learnt spans, and what is put around its tokens."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    begins: bool
+    """Starts with the tokenizer's own beginning (plain text; a chat template writes its own)."""
+    ends: bool
+    """Ends with the learnt end-of-text token."""
+    num_open_ends: int
+
+
+def _plan(document: Chat | Plain | Prompt, encoder: Encoder) -> _Plan:
+    if isinstance(document, Prompt):
+        return _Plan(prompt_text(document, encoder), (), document.messages is None, ends=False, num_open_ends=0)
+    everything = encoder.loss_on == "all"
+    if isinstance(document, Plain):
+        text = document.prompt + document.completion
+        start = 0 if everything else len(document.prompt)
+        return _Plan(text, ((start, len(text)),), begins=True, ends=True, num_open_ends=int(encoder.facts.eos_id is None))
+    rendered: Rendered = render_chat(only_last(document) if encoder.loss_on == "last_answer" else document, encoder.template, encoder.turns)
+    spans = ((0, len(rendered.text)),) if everything else rendered.spans
+    return _Plan(rendered.text, spans, begins=False, ends=False, num_open_ends=rendered.num_open_ends)
+
+
+def _encode_plans(plans: Sequence[_Plan], encoder: Encoder) -> list[Encoded]:
+    if is_splittable(encoder.facts.core):
+        pairs = _encode_pieces(plans, encoder)
+    else:
+        pairs = _encode_with_offsets(plans, encoder)
+    return [_finish(ids, trained, plan, encoder) for (ids, trained), plan in zip(pairs, plans, strict=True)]
+
+
+def _encode_pieces(plans: Sequence[_Plan], encoder: Encoder) -> list[tuple[Ids, Trained]]:
+    """Cuts every text at its span borders: a learnt span has its own tokens, and the prompt those it has at generation."""
+    pieces: list[str] = []
+    shapes: list[list[bool]] = []
+    for plan in plans:
+        position, learnt = 0, []
+        for start, end in plan.spans:
+            if start > position:
+                pieces.append(plan.text[position:start])
+                learnt.append(False)
+            if end > start:
+                pieces.append(plan.text[start:end])
+                learnt.append(True)
+            position = end
+        if position < len(plan.text):
+            pieces.append(plan.text[position:])
+            learnt.append(False)
+        shapes.append(learnt)
+    encodings = iter(core_tokenizer(encoder.facts.core).encode_batch_fast(pieces, add_special_tokens=False))
+    pairs: list[tuple[Ids, Trained]] = []
+    for learnt in shapes:
+        ids: list[int] = []
+        counts: list[int] = []
+        for _ in learnt:
+            piece = next(encodings).ids
+            ids += piece
+            counts.append(len(piece))
+        pairs.append((np.array(ids, dtype=np.uint32), np.repeat(np.array(learnt, dtype=np.bool_), counts)))
+    return pairs
+
+
+def _encode_with_offsets(plans: Sequence[_Plan], encoder: Encoder) -> list[tuple[Ids, Trained]]:
+    """Encodes every text whole; a token is learnt where it overlaps a learnt span (tokenizers that mark word starts)."""
+    encodings = core_tokenizer(encoder.facts.core).encode_batch([plan.text for plan in plans], add_special_tokens=False)
+    pairs: list[tuple[Ids, Trained]] = []
+    for plan, encoding in zip(plans, encodings, strict=True):
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        trained = np.zeros(len(offsets), dtype=np.bool_)
+        for start, end in plan.spans:
+            trained |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+        pairs.append((np.array(encoding.ids, dtype=np.uint32), trained))
+    return pairs
+
+
+def _finish(ids: Ids, trained: Trained, plan: _Plan, encoder: Encoder) -> Encoded:
+    """Adds beginning and end, forbids the first token as a target, cuts to the greatest length."""
+    facts = encoder.facts
+    if plan.begins:
+        whole = np.array(_with_beginning(ids[:8].tolist(), facts), dtype=np.uint32)
+        added = len(whole) - min(8, len(ids))
+        ids = np.concatenate([whole[:added], ids])
+        trained = np.concatenate([np.zeros(added, dtype=np.bool_), trained])
+    if plan.ends and facts.eos_id is not None and (not len(ids) or ids[-1] != facts.eos_id):
+        ids = np.append(ids, np.uint32(facts.eos_id))
+        trained = np.append(trained, True)
+    if len(trained):
+        trained[0] = False
+    cut = max(0, len(ids) - encoder.max_length)
+    cut_trained = int(trained[encoder.max_length :].sum()) if cut else 0
+    return Encoded(ids[: encoder.max_length], trained[: encoder.max_length], cut, cut_trained, plan.num_open_ends)

@@ -1,0 +1,166 @@
+"""Answers of a tuned model beside those of its base: `python -m orchestrator.training.generate RUN/run.json --stage sft`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.config.model import FullTuning
+from orchestrator.config.run import RunConfig
+from orchestrator.dataset.formats import Chat, Example, Message, Plain, Prompt, parse_row
+from orchestrator.dataset.sources import held_out_source, locate, settle_format, source_rows
+from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.rundir import RunFolder, read_json
+from orchestrator.training.artifact import open_artifact
+from orchestrator.training.data.encode import Encoder, encode_prompt, make_encoder
+from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
+from orchestrator.training.model import load_model, quiet, weights_dtype
+from orchestrator.training.runtime import Runtime, start_single_runtime
+
+Answer = Callable[[Prompt], str]
+
+
+def answer_with(model: Any, encoder: Encoder, runtime: Runtime, *, max_new_tokens: int) -> Answer:
+    """Greedy decoding of one prompt, encoded as in training; ends at the model's or the tokenizer's end token."""
+    tokenizer = core_tokenizer(encoder.facts.core)
+    ends = _end_ids(model, encoder)
+
+    def answer(prompt: Prompt) -> str:
+        ids_BT = torch.tensor([encode_prompt(prompt, encoder)], device=runtime.device)
+        with torch.no_grad(), runtime.forward_context():
+            out_BT = model.generate(
+                input_ids=ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=ends,
+                pad_token_id=ends[0],
+                temperature=None,
+                top_p=None,
+                top_k=None,
+            )
+        new = [token for token in out_BT[0, ids_BT.shape[1] :].tolist() if token not in ends]
+        return tokenizer.decode(new, skip_special_tokens=True).strip()
+
+    return answer
+
+
+def _end_ids(model: Any, encoder: Encoder) -> list[int]:
+    configured = model.generation_config.eos_token_id
+    ends = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    end = encoder.facts.eos_token
+    if end is not None:
+        ends.add(core_tokenizer(encoder.facts.core).token_to_id(end))
+    return sorted(ends)
+
+
+def show(prompts: Iterator[Prompt], base: Answer, tuned: Answer, console: Console) -> int:
+    """Prints question, answer of the base and answer of the tuned model; the number of prompts."""
+    count = 0
+    for count, prompt in enumerate(prompts, start=1):
+        table = Table(title=_question(prompt), title_justify="left", title_style="bold", show_lines=False, expand=True)
+        table.add_column("base", ratio=1)
+        table.add_column("tuned", ratio=1, style="green")
+        table.add_row(base(prompt), tuned(prompt))
+        console.print(table)
+    return count
+
+
+def _question(prompt: Prompt) -> str:
+    return prompt.text if prompt.messages is None else str(prompt.messages[-1]["content"])
+
+
+def _prompts(options: argparse.Namespace, config: RunConfig) -> Iterator[Prompt]:
+    if options.prompt is not None:
+        yield _chat(options.prompt)
+    elif options.examples:
+        yield from _held_out_prompts(config, options.stage, options.examples)
+    else:
+        for line in sys.stdin:
+            if line.strip():
+                yield _chat(line.strip())
+
+
+def _chat(text: str) -> Prompt:
+    messages: tuple[Message, ...] = ({"role": "user", "content": text},)
+    return Prompt(messages=messages, tools=None, text="")
+
+
+def _held_out_prompts(config: RunConfig, stage: str, count: int) -> Iterator[Prompt]:
+    source = held_out_source(config.stages[stage].data)
+    if source is None:
+        raise ConfigError("--examples needs a held-out file (stages.S.data.eval.path); take --prompt TEXT")
+    files = locate(source, field="data.eval")
+    if files is None:
+        raise ConfigError(f"--examples: {source.path} is not on this machine; take --prompt TEXT")
+    data_format = settle_format(source, files, field="data.eval")
+    for _, _, row in islice(source_rows(files), count):
+        yield _prompt_of(parse_row(row, data_format, source.columns))
+
+
+def _prompt_of(example: Example) -> Prompt:
+    """What stands before the last answer of a row."""
+    match example.documents[0]:
+        case Chat(messages=messages, tools=tools):
+            return Prompt(messages=messages[:-1], tools=tools, text="")
+        case Plain(prompt=prompt):
+            return Prompt(messages=None, tools=None, text=prompt)
+        case Prompt() as prompt:
+            return prompt
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="orchestrator generate")
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--prompt")
+    parser.add_argument("--examples", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    options = parser.parse_args()
+    try:
+        return _run(options)
+    except OrchestratorError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False)
+    folder = RunFolder(options.run_file.parent).stage(options.stage)
+    base_folder = Path(read_json(folder.result)["base"]["folder"])
+    quiet()
+    runtime = start_single_runtime(config, autocast=config.model.dtype == "bfloat16")
+    encoder = make_encoder(load_facts(base_folder), config.stages[options.stage].data)
+    dtype = weights_dtype(config, uses_deepspeed=False)
+    tuned: Any = (
+        open_artifact(folder.artifact, base_folder=base_folder, config=config, weights_dtype=dtype)
+        .to(runtime.device)
+        .eval()
+    )
+    is_full = isinstance(config.tuning, FullTuning)
+    base: Any = load_model(base_folder, config, weights_dtype=dtype).to(runtime.device).eval() if is_full else tuned
+    answer_tuned = answer_with(tuned, encoder, runtime, max_new_tokens=options.max_new_tokens)
+    answer_base = answer_with(base, encoder, runtime, max_new_tokens=options.max_new_tokens)
+
+    def without_adapter(prompt: Prompt) -> str:
+        with nullcontext() if is_full else tuned.disable_adapter():
+            return answer_base(prompt)
+
+    if show(_prompts(options, config), without_adapter, answer_tuned, Console()) == 0:
+        raise ConfigError("no prompt: give --prompt TEXT, or one prompt a line on standard input")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

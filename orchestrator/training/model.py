@@ -1,0 +1,136 @@
+"""Brings the base model to a local folder and loads it, quantised or straight into ZeRO-3 shards."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from orchestrator.bases import find_base, hub_is_offline, package_gguf
+from orchestrator.cache import locked
+from orchestrator.config.model import FullTuning, ModelConfig, Nf4Quantization
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import ModelError
+from orchestrator.rundir import publish, write_manifest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def quiet() -> None:
+    """No progress bars of libraries in logs."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def fetch_base(model: ModelConfig, *, cache: Path, say: Callable[[str], None]) -> Path:
+    """A local folder with config, safetensors and tokenizer; dequantises or downloads where needed."""
+    base = find_base(model)
+    match base.source:
+        case "folder":
+            return Path(base.place)
+        case "package":
+            gguf = package_gguf(base.place)
+            assert gguf is not None, "find_base saw it"
+            return _dequantised(gguf, cache=cache, say=say)
+        case "hub":
+            return _downloaded(model, say=say)
+
+
+def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype) -> PreTrainedModel:
+    """The base model in `weights_dtype`, or in 4 bits; under ZeRO-3 transformers loads straight into shards."""
+    options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": config.model.attention}
+    if isinstance(config.quantization, Nf4Quantization):
+        options["quantization_config"] = _nf4(config.quantization, DTYPES[config.model.dtype])
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.base: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def weights_dtype(config: RunConfig, *, uses_deepspeed: bool) -> torch.dtype:
+    """Type of the loaded weights.
+
+    A frozen base is held in `model.dtype`. Trained weights are fp32 masters: held by DeepSpeed itself, or loaded as
+    fp32 and run under autocast where DeepSpeed is not used.
+    """
+    if isinstance(config.tuning, FullTuning) and not uses_deepspeed:
+        return torch.float32
+    return DTYPES[config.model.dtype]
+
+
+def _nf4(quantization: Nf4Quantization, compute_dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=quantization.double_quantization,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=compute_dtype,  # ZeRO shards only what has the type of the other parameters
+    )
+
+
+def _dequantised(gguf: Path, *, cache: Path, say: Callable[[str], None]) -> Path:
+    """The package's weights as safetensors in a cache folder named by the file's hash; made once, atomically."""
+    with open(gguf, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache / "models" / f"{gguf.stem}-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():
+            return folder
+        say(f"dequantising {gguf.name} (4 bits to bfloat16), once; about half a minute")
+        temporary = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        _write_dequantised(gguf, temporary)
+        write_manifest(temporary, {"source": gguf.name, "source_sha256": digest})
+        publish(temporary, folder)
+    return folder
+
+
+def _write_dequantised(gguf: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer, GgufConfig
+
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError:
+        raise ModelError(
+            "reading a GGUF model needs the package gguf; type pip install 'finetune-orchestrator[demo]'"
+        ) from None
+    place = str(gguf.parent)
+    model = AutoModelForCausalLM.from_pretrained(
+        place, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(place, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _downloaded(model: ModelConfig, *, say: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"model.base: the hub knows no {model.base} (or it is gated and no token is set: type hf auth login)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        state = (
+            "the hub is switched off (HF_HUB_OFFLINE)"
+            if hub_is_offline()
+            else "the hub does not answer: this machine is offline"
+        )
+        raise ModelError(
+            f"model.base: {model.base} is not in the local cache and {state}; give a folder (model.base=FOLDER), or "
+            f"download it where there is a network: hf download {model.base} ({type(error).__name__})"
+        ) from None

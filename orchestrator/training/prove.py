@@ -1,0 +1,69 @@
+"""Opens an artifact in a fresh process, from its files alone, and scores it: `python -m orchestrator.training.prove`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, CheckpointError, OrchestratorError
+from orchestrator.rundir import RunFolder, StageFolder, read_json, read_manifest, write_json
+from orchestrator.training.artifact import open_artifact
+from orchestrator.training.data.rows import PreparedRows
+from orchestrator.training.evaluation import evaluate
+from orchestrator.training.losses import sft_loss
+from orchestrator.training.model import weights_dtype
+from orchestrator.training.runtime import start_single_runtime
+
+LOSS_TOLERANCE = 1e-3
+
+
+def prove(config: RunConfig, folder: StageFolder) -> float:
+    """The held-out loss of the re-opened artifact; CheckpointError where it is not the trainer's."""
+    expected: dict[str, Any] = read_json(folder.proof)
+    read_manifest(folder.artifact)
+    runtime = start_single_runtime(config, autocast=expected["autocast"])
+    dtype = weights_dtype(config, uses_deepspeed=not expected["autocast"])
+    model = open_artifact(
+        folder.artifact, base_folder=Path(expected["base_folder"]), config=config, weights_dtype=dtype
+    )
+    model.to(runtime.device)
+    if not expected["autocast"] and config.quantization.scheme == "none":
+        model.to(dtype)
+    rows = PreparedRows.open(Path(expected["data"]))
+    scored = evaluate(
+        runtime, model, sft_loss(runtime), rows, micro_size=expected["micro_size"], limit=expected["rows"]
+    )
+    difference = abs(scored.loss - expected["loss"])
+    if not difference <= LOSS_TOLERANCE:
+        raise CheckpointError(
+            f"{folder.artifact}: re-opened, it scores {scored.loss:.5f} on {scored.rows} rows where the trainer scored "
+            f"{expected['loss']:.5f}; they differ by {difference:.2g}, {LOSS_TOLERANCE} is allowed"
+        )
+    return scored.loss
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.training.prove")
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("--stage", required=True)
+    options = parser.parse_args()
+    folder = RunFolder(options.run_file.parent).stage(options.stage)
+    config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False)
+    expected = read_json(folder.proof)
+    try:
+        write_json(folder.proof, {**expected, "reopened_loss": prove(config, folder)})
+    except OrchestratorError as error:
+        write_json(folder.proof, {**expected, "problems": list(error.problems)})
+        print("\n".join(error.problems), file=sys.stderr)
+        return EXIT_DO_NOT_RESTART
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""One rank of one stage: `python -m orchestrator.worker RUN/run.json --stage sft --attempt K`. Never sees Hydra."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from orchestrator.attempts import next_attempt, write_fault
+from orchestrator.cache import cache_folder
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, OrchestratorError
+from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
+from orchestrator.stages import STAGES
+
+PREPARE_POLL_SECONDS = 0.05
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _options(argv)
+    run_file: Path = options.run_file.resolve()
+    config = RunConfig.model_validate(read_json(run_file)["config"], strict=False)
+    folder = RunFolder(run_file.parent).stage(options.stage)
+    if folder.result.exists():
+        return EXIT_DONE
+    attempt = options.attempt or next_attempt(folder)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return _run_stage(config, options.stage, folder, run_file, attempt)
+    except BaseException as error:
+        return _die(folder, attempt, rank, error)
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.worker")
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument(
+        "--attempt", type=int, default=None, help="number of this attempt; the next free one by default"
+    )
+    return parser.parse_args(argv)
+
+
+def _run_stage(config: RunConfig, name: str, folder: StageFolder, run_file: Path, attempt: int) -> int:
+    stage = config.stages[name]
+    inputs = _inputs(config, name, folder, attempt)
+    module = importlib.import_module(STAGES[stage.kind])
+    from orchestrator.training.context import Context
+
+    context = Context(
+        config=config,
+        name=name,
+        stage=stage,
+        folder=folder,
+        run_file=run_file,
+        attempt=attempt,
+        base_folder=Path(inputs["base_folder"]),
+        train_data=Path(inputs["train"]),
+        evaluation_data=Path(inputs["evaluation"]) if inputs["evaluation"] is not None else None,
+    )
+    return module.run(context)
+
+
+def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int) -> dict[str, Any]:
+    """Base model and prepared data: rank 0 brings them, before any process group exists; the others wait for its note."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        inputs = _bring_inputs(config, name)
+        write_json(folder.prepared, {"attempt": attempt, **inputs})
+        return inputs
+    while True:
+        note = read_json(folder.prepared) if folder.prepared.exists() else {}
+        if note.get("attempt") == attempt:
+            return note
+        if folder.fault(attempt, 0).exists():
+            raise OrchestratorError("rank 0 could not prepare the inputs")
+        time.sleep(PREPARE_POLL_SECONDS)
+
+
+def _bring_inputs(config: RunConfig, name: str) -> dict[str, Any]:
+    from orchestrator.training.data.prepare import ensure_prepared
+    from orchestrator.training.model import fetch_base
+
+    def say(sentence: str) -> None:
+        print(sentence, flush=True)
+
+    cache = cache_folder(config.cluster.scratch)
+    base_folder = fetch_base(config.model, cache=cache, say=say)
+    prepared = ensure_prepared(
+        config.stages[name].data, tokenizer_folder=base_folder, cache=cache, seed=config.seeds.data, say=say
+    )
+    return {
+        "base_folder": str(base_folder),
+        "train": str(prepared.train),
+        "evaluation": None if prepared.evaluation is None else str(prepared.evaluation),
+    }
+
+
+def _die(folder: StageFolder, attempt: int, rank: int, error: BaseException) -> int:
+    """Leaves this rank's cause of death in the attempt's files, in the log, and in the exit code."""
+    known = isinstance(error, OrchestratorError)
+    write_fault(folder, attempt, rank, error, _last_step(folder, attempt))
+    if known:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+    return error.exit_code if known else EXIT_DEFECT
+
+
+def _last_step(folder: StageFolder, attempt: int) -> int | None:
+    from orchestrator.metrics.jsonl import read_rows
+
+    steps = [row["step"] for row in read_rows(folder.metrics) if row.get("attempt") == attempt]
+    return max((step for step in steps if isinstance(step, int)), default=None)
+
+
+def leave(code: int) -> None:
+    """Ends the process without the interpreter's teardown, in which gloo ranks under ZeRO-3 abort now and then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,115 @@
+"""Slurm's job states and reasons in words; UNKNOWN is a state of its own. Pure, imports nothing of ours."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["waiting", "running", "ended", "unknown"]
+
+
+@dataclass(frozen=True)
+class State:
+    """One state: Slurm's name, the phase of the job, and what it means for the user."""
+
+    name: str
+    phase: Phase
+    sentence: str
+    short: str = ""
+    """squeue's short name."""
+
+    @property
+    def succeeded(self) -> bool:
+        return self.name == "COMPLETED"
+
+
+UNKNOWN = State("UNKNOWN", "unknown", "Slurm gives no answer about this job; that is not a failure.")
+
+_STATES = (
+    State("PENDING", "waiting", "waits for its turn", "PD"),
+    State("CONFIGURING", "waiting", "its nodes are being made ready", "CF"),
+    State("REQUEUED", "waiting", "goes back to the queue", "RQ"),
+    State("REQUEUE_FED", "waiting", "goes back to the queue of the federation", "RF"),
+    State("REQUEUE_HOLD", "waiting", "was put back and is held: release it with `scontrol release`", "RH"),
+    State("SPECIAL_EXIT", "waiting", "was put back and is held after a special exit: release it", "SE"),
+    State("RESV_DEL_HOLD", "waiting", "is held because its reservation was deleted", "RD"),
+    State("POWER_UP_NODE", "waiting", "its nodes are being powered up", "PU"),
+    State("RUNNING", "running", "runs", "R"),
+    State("COMPLETING", "running", "ends: its last processes are being cleaned up", "CG"),
+    State("STAGE_OUT", "running", "copies its results out", "SO"),
+    State("SIGNALING", "running", "is being signalled", "SI"),
+    State("RESIZING", "running", "changes its size", "RS"),
+    State("EXPEDITING", "running", "is being requeued at once", "EQ"),
+    State("SUSPENDED", "running", "is suspended: it keeps its nodes and does not compute", "S"),
+    State("STOPPED", "running", "is stopped: it keeps its nodes and does not compute", "ST"),
+    State("COMPLETED", "ended", "ended with exit code 0", "CD"),
+    State("FAILED", "ended", "ended with another exit code than 0", "F"),
+    State("CANCELLED", "ended", "was cancelled by its user or an administrator", "CA"),
+    State("TIMEOUT", "ended", "reached its time limit", "TO"),
+    State("DEADLINE", "ended", "reached its deadline", "DL"),
+    State("PREEMPTED", "ended", "was ended to make room for another job", "PR"),
+    State("NODE_FAIL", "ended", "lost a node", "NF"),
+    State("OUT_OF_MEMORY", "ended", "took more memory than it asked for", "OOM"),
+    State("BOOT_FAIL", "ended", "its nodes did not boot", "BF"),
+    State("LAUNCH_FAILED", "ended", "could not be started on its nodes", "LF"),
+    State("RECONFIG_FAIL", "ended", "its nodes could not be reconfigured"),
+    State("REVOKED", "ended", "was taken over by another cluster of the federation", "RV"),
+)
+STATES = {state.name: state for state in _STATES}
+_BY_SHORT_NAME = {state.short: state for state in _STATES if state.short}
+
+_REASONS = {
+    "Priority": "other jobs come first",
+    "Resources": "it is the next, and waits until enough nodes are free",
+    "Dependency": "it waits for the stage before it",
+    "DependencyNeverSatisfied": "the stage before it failed, so it can never start: cancel it",
+    "BeginTime": "it was put back in the queue and may start again in about two minutes",
+    "JobHeldUser": "its user holds it: `scontrol release JOB`",
+    "JobHeldAdmin": "an administrator holds it: ask the operators",
+    "JobHoldMaxRequeue": "it was requeued too often and is held: `scontrol release JOB`",
+    "Reservation": "it waits for its reservation to begin",
+    "ReqNodeNotAvail": "a node that it needs is down, drained or reserved, or a maintenance comes first",
+    "NodeDown": "a node that it needs is down",
+    "PartitionDown": "its partition is down",
+    "PartitionInactive": "its partition is not active",
+    "PartitionTimeLimit": "its time limit is above the limit of the partition: lower cluster.time_limit",
+    "PartitionNodeLimit": "it asks for more nodes than the partition allows: lower cluster.nodes",
+    "PartitionConfig": "the partition does not allow what it asks for",
+    "BadConstraints": "no node has what it asks for: look at cluster.constraint, memory and GPUs",
+    "InvalidAccount": "its account is not valid: look at cluster.account",
+    "InvalidQOS": "its QOS is not valid: look at cluster.qos",
+    "AccountNotAllowed": "its account may not use this partition",
+    "QOSNotAllowed": "its QOS may not be used here",
+    "AssociationJobLimit": "the account has as many jobs as it may have",
+    "JobArrayTaskLimit": "as many tasks of its array run as are allowed at a time",
+    "Licenses": "it waits for a licence",
+    "Prolog": "the site's preparation of the nodes still runs",
+    "launch failed requeued held": "its start failed on the nodes and it is held: `scontrol release JOB`",
+    "JobLaunchFailure": "its start failed on the nodes (a log folder that is not there, for example)",
+    "NonZeroExitCode": "it ended with another exit code than 0",
+    "RaisedSignal": "it was ended by a signal",
+    "SystemFailure": "Slurm itself failed",
+    "TimeLimit": "it reached its time limit",
+    "OutOfMemory": "it took more memory than it asked for",
+}
+
+
+def parse_state(text: str) -> State:
+    """The state in squeue's, sacct's or scontrol's words: tolerates `CANCELLED by 1000`, short names, lists."""
+    words = [word for word in re.split(r"[^A-Za-z_]+", text.strip()) if word]
+    if not words:
+        return UNKNOWN
+    word = words[0].upper()
+    return STATES.get(word) or _BY_SHORT_NAME.get(word) or UNKNOWN
+
+
+def explain_reason(reason: str) -> str:
+    """Why a job waits, in a sentence; a reason that is not in the table is passed on as it is."""
+    bare = reason.strip().strip("()")
+    if bare in {"", "None", "null"}:
+        return "Slurm has not said yet why it waits"
+    key = bare.split(",")[0].strip()
+    if key in _REASONS:
+        return _REASONS[key] + (f" ({bare})" if key != bare else "")
+    if re.match(r"(QOS|Assoc)\w*(Max|Grp|Limit)", key):
+        return f"a limit of the account or QOS is reached ({bare})"
+    return f"Slurm's reason is {bare}"
