@@ -1,6 +1,6 @@
 """Runs beside every rank (standard library only): names the first death and ends the others.
 
-`python -m launchers.guard --state DIR --stop-file F --nodes N [--watch] -- ARGV` starts ARGV as its child. The first
+`python -m launchers.guard --state DIR --stop-file F --nodes N --node I [--watch] -- ARGV` starts ARGV as its child. The first
 guard whose child dies writes DIR/failure.json; the others see it and end theirs. A TERM without a failure on record is
 a preemption: it becomes the stop file, so that the ranks save. Guards beat, so that a frozen or lost node is named.
 """
@@ -59,7 +59,7 @@ def main() -> int:
 
     def on_term(_number: int, _frame: object) -> None:
         told_to_end.append(True)
-        if not (settings.state / FAILURE_FILE).exists():
+        if not (settings.state / FAILURE_FILE).exists() and not _is_superseded(settings.state):
             _touch_stop_file(settings.stop_file)
 
     signal.signal(signal.SIGTERM, on_term)
@@ -97,6 +97,7 @@ def _parse(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Se
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--stop-file", type=Path, required=True)
     parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--node", type=int, required=True)
     parser.add_argument("--watch", action="store_true")
     parser.add_argument("--grace-seconds", type=float, default=8.0)
     parser.add_argument("--silence-seconds", type=float, default=90.0)
@@ -108,7 +109,7 @@ def _parse(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Se
         nodes=options.nodes,
         watch=options.watch or environment.get("LOCAL_RANK", "0") == "0",
         rank=int(environment.get("RANK", "0")),
-        node=int(environment.get("GROUP_RANK", "0")),
+        node=options.node,
         grace_seconds=options.grace_seconds,
         silence_seconds=options.silence_seconds,
     )

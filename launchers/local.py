@@ -11,5 +11,5 @@ def render(spec: JobSpec) -> Script:
         raise InvalidValueError(
             f"cluster.nodes is {spec.nodes}: launcher=local starts one node; use launcher=torchrun or launcher=slurm."
         )
-    part = "start_direct.sh" if is_direct(spec) else "start_local.sh"
+    part = "start_direct.bash" if is_direct(spec) else "start_local.bash"
     return render_script(spec, part=part, title="on this machine", usage="bash SCRIPT")

@@ -78,7 +78,7 @@ class Launch:
 
     def kill(self, *, grace_seconds: float = 10.0) -> None:
         """End everything now: the script, the agent, the guards and the ranks."""
-        for process in [self._child.pid, *_descendants(self._child.pid)]:
+        for process in [self._child.pid, *descendants(self._child.pid)]:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(process, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
@@ -136,7 +136,7 @@ def _claimed_by(path: Path, process: int) -> bool:
     return False
 
 
-def _descendants(process: int) -> list[int]:
+def descendants(process: int) -> list[int]:
     """Children, their children and so on: agent, guards, ranks. Linux only, else none."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):

@@ -15,9 +15,12 @@ def render(spec: JobSpec) -> Script:
     """The .sbatch script of one stage. Raises InvalidValueError with every problem."""
     check(spec)
     cluster = spec.cluster
-    body = common_values(spec) | {
+    values = common_values(spec)
+    body = values | {
+        # srun of Slurm 22.05 to 23.02 does not read --cpus-per-task of the header
+        "exports": f"{values['exports']}\nexport SRUN_CPUS_PER_TASK={cluster.cpus_per_task}",
         "title": f"Stage {spec.stage} of {spec.name}: {describe_size(spec)} under Slurm.",
-        "start": read_part("start_direct.sh" if is_direct(spec) else "start_torchrun.sh"),
+        "start": read_part("start_direct.bash" if is_direct(spec) else "start_torchrun.bash"),
         "secrets_file": shlex.quote(spec.secrets_file or ""),
         "max_preemptions": str(cluster.max_preemptions),
         "max_failures": str(cluster.max_failures),

@@ -34,7 +34,7 @@ def common_values(spec: JobSpec) -> dict[str, str]:
         "log_directory": shlex.quote(spec.log_directory),
         "result_file": shlex.quote(spec.result_file),
         "stop_file": shlex.quote(spec.stop_file),
-        "functions": read_part("functions.sh"),
+        "functions": read_part("functions.bash"),
         "exports": _exports(spec),
         "setup": _setup(spec.cluster),
     }
@@ -51,8 +51,6 @@ def _exports(spec: JobSpec) -> str:
         "PYTHONSAFEPATH": "1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-    if spec.cluster.cpus_per_task is not None:
-        settings["SRUN_CPUS_PER_TASK"] = str(spec.cluster.cpus_per_task)
     if spec.cluster.interface is not None:
         settings["GLOO_SOCKET_IFNAME"] = settings["NCCL_SOCKET_IFNAME"] = spec.cluster.interface
     lines = [f"export {name}={shlex.quote(value)}" for name, value in settings.items()]

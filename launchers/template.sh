@@ -2,7 +2,7 @@
 # @{title}
 # Written by the orchestrator from run.json; change the configuration, not this file.
 #   @{usage}
-# Exit codes: 0 done, 75 saved and wants to go on, 93 do not restart, 1 crash, 3 could not start.
+# Exit codes: 0 done, 75 saved and wants to go on, 93 do not restart, 2 a mistake to mend, 1 crash, 3 could not start.
 # shellcheck disable=SC2016,SC2317  # values are data, their dollars stay; the trap handlers are reached
 set -uo pipefail
 
@@ -103,20 +103,21 @@ fi
 wait_for_end "$process"
 [[ -z $watcher ]] || kill "$watcher" 2>/dev/null
 
+! superseded || fail "attempt $attempt woke up after attempt $((attempt + 1)) had begun: leaving it alone"
 if ((node_rank > 0)); then # node 0 judges for all
   for ((second = 0; second < 60; second++)); do
     [[ ! -s $state/verdict ]] || break
     sleep 1
   done
-  word=$(cat -- "$state/verdict" 2>/dev/null)
+  read -r word verdict_code <"$state/verdict" || word='' verdict_code=1
 else
   ask_verdict "$attempt" "$exit_code"
-  printf '%s\n' "$word" >"$state/verdict"
+  printf '%s %s\n' "$word" "$verdict_code" >"$state/verdict"
 fi
 say "attempt $attempt ended: ${word:-node 0 left no verdict}"
 case $word in
   finished) exit 0 ;;
   requeue) exit 75 ;;
-  stop) exit 93 ;;
+  stop) exit_stopped ;;
   *) exit 1 ;;
 esac

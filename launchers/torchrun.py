@@ -11,10 +11,10 @@ def render(spec: JobSpec) -> Script:
     """The script that starts torchrun on one node; run it on every node with its rank. Raises InvalidValueError."""
     check(spec)
     if is_direct(spec):
-        return render_script(spec, part="start_direct.sh", title="as a single process", usage="bash SCRIPT")
+        return render_script(spec, part="start_direct.bash", title="as a single process", usage="bash SCRIPT")
     many = "on every node: bash SCRIPT NODE_RANK [HEAD_HOST[:PORT]]   (or NODE_RANK and HEAD_HOST in the environment)"
     usage = "bash SCRIPT" if spec.nodes == 1 else many
-    return render_script(spec, part="start_torchrun.sh", title="under torchrun", usage=usage)
+    return render_script(spec, part="start_torchrun.bash", title="under torchrun", usage=usage)
 
 
 def is_direct(spec: JobSpec) -> bool:

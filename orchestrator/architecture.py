@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from pydantic import ValidationError
 
 from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.errors import ModelError
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD_LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -27,30 +30,42 @@ class ParameterCounts:
 
 
 def read_architecture(folder: Path) -> Architecture | None:
-    """The facts of a model folder; None where its config.json lacks what a decoder has."""
+    """The facts of a model folder; None where its config.json lacks what a decoder has, ModelError where a fact is absurd."""
+    path = folder / "config.json"
     try:
-        raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    raw = raw.get("text_config", raw)
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no object; transformers' settings of a model are expected")
+    raw = cast("dict[str, Any]", content)
     try:
-        heads: int = raw["num_attention_heads"]
-        hidden: int = raw["hidden_size"]
-        return Architecture(
-            model_type=raw["model_type"],
-            vocab_size=raw["vocab_size"],
-            hidden_size=hidden,
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            num_experts=raw.get("num_local_experts", raw.get("num_experts", 0)) or 0,
-            num_experts_per_token=raw.get("num_experts_per_tok", 0) or 0,
-        )
+        return _architecture(raw.get("text_config", raw))
     except KeyError:
         return None
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}, not {item['input']}" for item in error.errors()]
+        raise ModelError([f"{path}: {fault}" for fault in faults]) from None
+    except (TypeError, ZeroDivisionError, AttributeError) as error:
+        raise ModelError(f"{path} is no model's config: {error}") from None
+
+
+def _architecture(raw: dict[str, Any]) -> Architecture:
+    heads: int = raw["num_attention_heads"]
+    hidden: int = raw["hidden_size"]
+    return Architecture(
+        model_type=raw["model_type"],
+        vocab_size=raw["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or hidden // heads,
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        num_experts=raw.get("num_local_experts", raw.get("num_experts", 0)) or 0,
+        num_experts_per_token=raw.get("num_experts_per_tok", 0) or 0,
+    )
 
 
 def linear_shapes(model: Architecture) -> dict[str, tuple[int, int]]:

@@ -23,6 +23,7 @@ from orchestrator.errors import (
     EXIT_USER,
     OrchestratorError,
 )
+from orchestrator.freezing import read_config
 from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
 
 State = Literal["finished", "stopped", "failed"]
@@ -149,9 +150,10 @@ def _first_fault(folder: StageFolder, number: int) -> Attempt | None:
 
 def _silent_death(folder: StageFolder, number: int, exit_code: int, outside_cause: str | None) -> Attempt:
     """No rank could say anything: killed from outside, or out of memory."""
-    from orchestrator.metrics.jsonl import read_rows
+    from orchestrator.metrics.jsonl import attempt_of, read_rows, step_of
 
-    steps = [row["step"] for row in read_rows(folder.metrics) if row.get("attempt") == number and "loss" in row]
+    rows = [row for row in read_rows(folder.metrics) if attempt_of(row) == number and "loss" in row]
+    steps = [step_of(row) for row in rows]
     why = outside_cause or (
         f"the ranks ended with exit code {exit_code} without a word: killed from outside, or out of host memory "
         f"(see {folder.logs})"
@@ -186,14 +188,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--exit-code", type=int, required=True)
     parser.add_argument("--cause", default=None)
     options = parser.parse_args(argv)
-    run = RunFolder(options.run_directory)
-    config = RunConfig.model_validate(read_json(run.run)["config"], strict=False)
-    folder = run.stage(options.stage)
-    attempt = close_attempt(folder, options.attempt, options.exit_code, outside_cause=options.cause)
-    decision = decide(folder, config, attempt)
+    try:
+        decision = _judge(RunFolder(options.run_directory), options)
+    except OrchestratorError as error:  # no record can be read or written: a retry would meet the same
+        decision = Decision(word="stop", why="; ".join(error.problems), exit_code=error.exit_code)
     print(decision.why, file=sys.stderr)
     print(decision.word)
     return decision.exit_code
+
+
+def _judge(run: RunFolder, options: argparse.Namespace) -> Decision:
+    config = RunConfig.model_validate(read_config(run), strict=False)
+    folder = run.stage(options.stage)
+    attempt = close_attempt(folder, options.attempt, options.exit_code, outside_cause=options.cause)
+    return decide(folder, config, attempt)
 
 
 if __name__ == "__main__":

@@ -56,8 +56,10 @@ def folder_problems(folder: Path, given: str) -> list[str]:
     problems: list[str] = []
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError:
+    except FileNotFoundError:
         problems.append(f"model.base: {folder} has no config.json")
+    except OSError as error:
+        problems.append(f"model.base: {folder / 'config.json'} cannot be read: {error.strerror}")
     except ValueError as error:
         problems.append(f"model.base: {folder / 'config.json'} is damaged: {error}")
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
@@ -65,6 +67,9 @@ def folder_problems(folder: Path, given: str) -> list[str]:
         hint = f"; it has {', '.join(others[:3])}, which are not read: convert them to safetensors" if others else ""
         problems.append(f"model.base: {folder} has no weights ({' or '.join(WEIGHT_FILES)}){hint}")
     problems += _shard_problems(folder)
+    problems += [
+        f"model.base: {fault}" for file in sorted(folder.glob("model*.safetensors")) for fault in _tensor_faults(file)
+    ]
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         problems.append(f"model.base: {folder} has no tokenizer (one of {', '.join(TOKENIZER_FILES)})")
     return problems
@@ -96,6 +101,29 @@ def _shard_problems(folder: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"model.base: {index} is damaged: {error}"]
     return [f"model.base: {folder} lacks the shard {shard}" for shard in shards if not (folder / shard).is_file()]
+
+
+def _tensor_faults(file: Path) -> list[str]:
+    """What the header of a safetensors file says against its size; the tensors themselves are not read."""
+    size = file.stat().st_size
+    with open(file, "rb") as content:
+        start = content.read(8)
+        length = int.from_bytes(start, "little")
+        if size < 8 or length > size - 8:
+            is_pointer = start.startswith(b"version ")
+            return [
+                f"{file} is a Git LFS pointer: type git lfs pull"
+                if is_pointer
+                else f"{file} is cut off or no safetensors"
+            ]
+        text = content.read(length)
+    try:
+        header = json.loads(text)
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return [f"{file} is damaged: its header is not that of a safetensors file"]
+    expected = 8 + length + end
+    return [] if size == expected else [f"{file} has {size} bytes, its header speaks of {expected}: it was cut off"]
 
 
 def _cached_architecture(model: ModelConfig) -> Architecture | None:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CheckpointError
-from orchestrator.rundir import MANIFEST, StageFolder, publish, read_manifest, sync_folder, write_json
+from orchestrator.rundir import MANIFEST, StageFolder, publish, read_json, read_manifest, sync_folder, write_json
 
 FORMAT = 1
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8})")
 
-Event = Callable[..., None]
-"""event(name, **facts): appends to events.jsonl."""
+Tell = Callable[..., None]
+"""tell(event, **facts): appends to events.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,44 +55,51 @@ def saved_steps(folder: StageFolder) -> list[int]:
     return sorted(int(name[1]) for name in names if name is not None)
 
 
-def newest_proven(folder: StageFolder, event: Event) -> Found | None:
-    """The newest checkpoint that its manifest proves; each one that fails is told and moved to quarantine/."""
-    mend_interrupted(folder)
+def look(folder: StageFolder) -> tuple[Found | None, dict[int, list[str]]]:
+    """The checkpoint that a resume would take, and what is wrong with each newer one. Changes nothing."""
+    refused: dict[int, list[str]] = {}
     for step in reversed(saved_steps(folder)):
         try:
-            return verified(folder.checkpoint(step))
+            return verified(folder.checkpoint(step)), refused
         except CheckpointError as error:
-            place = quarantine(folder, step)
-            event("quarantine", step=step, why=list(error.problems), moved_to=str(place))
-    return None
+            refused[step] = list(error.problems)
+    return None, refused
 
 
-def verified(folder: Path) -> Found:
-    """Compares a checkpoint with its manifest, to the last byte. CheckpointError names every difference."""
-    manifest = read_manifest(folder)
-    problems = _manifest_problems(folder, manifest)
-    if problems:
-        raise CheckpointError(problems)
+def verified(folder: Path, *, share: slice = slice(None)) -> Found:
+    """Compares a checkpoint (or a share of its files) with its manifest, to the last byte; CheckpointError names every difference."""
+    _check_manifest(folder)
+    manifest = read_manifest(folder, share=share)
     return Found(step=manifest["step"], folder=folder, manifest=manifest)
 
 
 def commit(temporary: Path, final: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes the manifest over files that are on the disk already and gives the folder its final name."""
     manifest = {"format": FORMAT, **facts, "files": dict(files)}
-    write_json(temporary / MANIFEST, {**manifest, "manifest_sha256": _self_digest(manifest)})
+    write_json(temporary / MANIFEST, {**manifest, "manifest_sha256": digest_of(manifest)})
     sync_folder(temporary)
     publish(temporary, final)
 
 
-def quarantine(folder: StageFolder, step: int) -> Path:
-    """Moves a checkpoint that failed its proof aside, under a name that is free; nothing of it is deleted."""
+def quarantine(folder: StageFolder, step: int, why: Sequence[str], tell: Tell) -> None:
+    """Moves a checkpoint aside, under a name that is free; nothing of it is deleted."""
     folder.quarantine.mkdir(parents=True, exist_ok=True)
     source = folder.checkpoint(step)
     number = 1 + sum(1 for _ in folder.quarantine.glob(f"{source.name}*"))
     place = folder.quarantine / f"{source.name}.{number}"
     source.rename(place)
     sync_folder(folder.checkpoints)
-    return place
+    tell("quarantine", step=step, why=list(why), moved_to=str(place))
+
+
+def best_step(folder: StageFolder) -> int | None:
+    """The saved step with the lowest held-out loss of those that were evaluated at their own step."""
+    losses: dict[int, float] = {}
+    for step in saved_steps(folder):
+        loss = read_json(folder.checkpoint(step) / MANIFEST)["eval_loss"]
+        if loss is not None:
+            losses[step] = loss
+    return min(losses, key=lambda step: (losses[step], step)) if losses else None
 
 
 def obsolete(steps: Sequence[int], *, keep_last: int, keep_every: int | None, best: int | None) -> list[int]:
@@ -124,22 +131,37 @@ def mend_interrupted(folder: StageFolder) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _manifest_problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
-    if manifest.get("manifest_sha256") != _self_digest(content):
-        return [f"{folder / MANIFEST}: it does not agree with its own sha256"]
+def _check_manifest(folder: Path) -> None:
+    """CheckpointError unless the manifest agrees with itself, with the folder's name and with the number of ranks."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST}; it was never finished")
+    try:
+        manifest: Any = json.loads(path.read_bytes())
+        content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+        intact = manifest["manifest_sha256"] == digest_of(content)
+    except (ValueError, KeyError, AttributeError):
+        raise CheckpointError(f"{path} is damaged or empty") from None
+    if not intact:
+        raise CheckpointError(f"{path}: it does not agree with its own sha256")
     if manifest["format"] != FORMAT:
-        return [f"{folder}: format {manifest['format']}, this version reads {FORMAT}"]
+        raise CheckpointError(f"{folder}: format {manifest['format']}, this version reads {FORMAT}")
     problems: list[str] = []
     if folder.name != f"step-{manifest['step']:08d}":
         problems.append(f"{folder}: it holds step {manifest['step']}")
-    wanted = {rank_file(rank) for rank in range(manifest["world_size"])} | {STATE}
+    ranks = manifest["world_size"]
+    wanted = {rank_file(rank) for rank in range(ranks)} | {STATE}
     problems += [
-        f"{folder}: {name} is missing, {manifest['world_size']} ranks wrote it"
+        f"{folder}: {name} is not in the manifest, {ranks} ranks wrote it"
         for name in sorted(wanted - manifest["files"].keys())
     ]
-    return problems
+    problems += [
+        f"{folder}: {name} is in the manifest, {ranks} ranks wrote it"
+        for name in sorted(manifest["files"].keys() - wanted)
+    ]
+    if problems:
+        raise CheckpointError(problems)
 
 
-def _self_digest(manifest: Mapping[str, Any]) -> str:
+def digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

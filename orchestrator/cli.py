@@ -27,9 +27,9 @@ python -m orchestrator [VERB] [overrides | RUN_DIR]     takes a pretrained langu
   run       check, plan, launch; continues an unfinished run (the default verb)
   plan      print stages, data, steps, memory per GPU; format=json for machines; nothing is submitted
   render    write the scripts into the run folder and print them; nothing is submitted
-  status    RUN_DIR: where a run stands
-  logs      RUN_DIR: the last lines of its newest log
-  cancel    RUN_DIR: ask a running job to save and end
+  status    RUN_DIR: where a run stands (or a folder of runs); --watch keeps a live table
+  logs      RUN_DIR: the last lines of its newest log; -f follows it, --stage S, --node N
+  cancel    RUN_DIR: ask it to save and end, then end it, then look that it has ended
   resume    RUN_DIR: go on with an unfinished run, from its folder alone
   generate  RUN_DIR --prompt TEXT: the tuned model beside its base; without --prompt one prompt a line from stdin
   doctor    the machine, the versions; what works, first cause of what does not
@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
         return _tell(str(error).splitlines(), EXIT_LAUNCH_FAILED)
     except KeyboardInterrupt:
         return _tell(["interrupted before anything was started"], EXIT_SAVED)
+    except PermissionError as error:
+        return _tell([f"{error.filename}: no permission to read or write it"], EXIT_USER)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
@@ -121,10 +123,9 @@ def _tell(problems: Sequence[str], code: int) -> int:
 
 def run_folder_argument(arguments: Sequence[str], verb: str) -> Path:
     """The RUN_DIR of a verb, which must hold a run.json."""
-    words = [word for word in arguments if not word.startswith("-")]
-    if len(words) != 1:
-        raise ConfigError(f"{verb} takes one run folder: python -m orchestrator {verb} runs/NAME")
-    folder = Path(words[0])
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ConfigError(f"{verb} takes one run folder and nothing else: python -m orchestrator {verb} runs/NAME")
+    folder = Path(arguments[0])
     if not (folder / "run.json").is_file():
         raise ConfigError(f"{folder} is no run folder: it holds no run.json")
     return folder.resolve()

@@ -5,28 +5,37 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from launchers.process import launch
-from launchers.spec import write
+from launchers.process import Outcome, launch
+from launchers.spec import InvalidValueError, Script, write
 from orchestrator import __version__
 from orchestrator.attempts import close_attempt, decide, read_attempts
-from orchestrator.compose import compose
+from orchestrator.compose import examine
 from orchestrator.config.base import JsonValue
 from orchestrator.config.run import RunConfig, parse
-from orchestrator.errors import EXIT_DONE, EXIT_SAVED, ConfigError, LaunchFailed
+from orchestrator.errors import (
+    EXIT_DONE,
+    EXIT_LAUNCH_FAILED,
+    EXIT_SAVED,
+    ConfigError,
+    LaunchFailed,
+    OrchestratorError,
+    RunFolderError,
+)
 from orchestrator.facts import gather, validate_data
+from orchestrator.freezing import all_or_nothing, freeze, read_config
 from orchestrator.jobs import job_spec
 from orchestrator.jobs import render as render_script
 from orchestrator.metrics.console import show_progress, view_of_stage
 from orchestrator.plan import Plan, make_plan, resolve, run_directory_of
-from orchestrator.rundir import RunFolder, freeze, read_json, write_json
+from orchestrator.resume import may_differ
+from orchestrator.rundir import RunFolder, StageFolder, os_sentence, write_json
+from orchestrator.submission import submit
 from orchestrator.tables import print_plan, print_result, warn_lines
 
-MAY_DIFFER = frozenset({"tracking", "launcher"})
-"""Keys that may change between attempts at one run: they do not change its result."""
 PACKAGES = (
     "torch",
     "deepspeed",
@@ -55,10 +64,10 @@ def plan(arguments: Sequence[str]) -> int:
 def render(arguments: Sequence[str]) -> int:
     """Writes the scripts into the run folder and prints them; submits nothing."""
     config, planned = _planned(arguments)
-    _freeze(config, planned)
-    for stage in config.pipeline:
-        script = render_script(config, stage)
-        print(f"# {write(script)}")
+    scripts = [render_script(config, stage) for stage in config.pipeline]
+    _freeze(config, planned, scripts)
+    for script in scripts:
+        print(f"# {script.path}")
         print(script.text)
     return EXIT_DONE
 
@@ -81,14 +90,33 @@ def resume(arguments: Sequence[str]) -> int:
 
 def load_config(folder: RunFolder) -> RunConfig:
     """The frozen configuration of a run folder."""
-    return parse(read_json(folder.run)["config"])
+    return parse(read_config(folder))
 
 
 def _planned(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
+    """Configuration and plan; one error with every problem of words, keys, rules, base, data and scripts."""
     words, config_directory = _take_config_directory(arguments)
-    config = resolve(compose(words, config_directory=config_directory), Path.cwd())
-    base, data = gather(config)
+    config, problems = examine(words, config_directory=config_directory)
+    config = resolve(config, Path.cwd())
+    try:
+        base, data = gather(config)
+    except OrchestratorError as error:
+        raise ConfigError([*problems, *error.problems, *_script_problems(config)]) from None
+    problems += _script_problems(config)
+    if problems:
+        raise ConfigError(problems)
     return config, make_plan(config, base=base, data=data)
+
+
+def _script_problems(config: RunConfig) -> list[str]:
+    """What the launcher cannot put into its scripts, each sentence once."""
+    problems: dict[str, None] = {}
+    for stage in config.pipeline:
+        try:
+            render_script(config, stage)
+        except InvalidValueError as error:
+            problems |= dict.fromkeys(str(error).splitlines())
+    return list(problems)
 
 
 def _execute(config: RunConfig, planned: Plan) -> int:
@@ -96,15 +124,16 @@ def _execute(config: RunConfig, planned: Plan) -> int:
     unfinished = [stage for stage in config.pipeline if not folder.stage(stage).result.exists()]
     scripts = {stage: render_script(config, stage) for stage in config.pipeline}
     if unfinished:
+        _refuse_elsewhere(config, scripts[unfinished[0]])
         validate_data(config)
-    _freeze(config, planned)
-    for script in scripts.values():
-        write(script)
+    _freeze(config, planned, scripts.values())
     warn_lines(planned)
     for stage in config.pipeline:
         if stage not in unfinished:
             print(f"{stage}: done already; its result is {folder.stage(stage).result}")
-            continue
+    if config.launcher.kind == "slurm":
+        return submit(config, unfinished) if unfinished else EXIT_DONE
+    for stage in unfinished:
         code = _launch_stage(config, planned, folder, stage)
         if code != EXIT_DONE:
             return code
@@ -112,22 +141,24 @@ def _execute(config: RunConfig, planned: Plan) -> int:
     return EXIT_DONE
 
 
-def _launch_stage(config: RunConfig, planned: Plan, folder: RunFolder, stage: str) -> int:
-    if config.launcher.kind == "slurm":
-        raise LaunchFailed("launcher=slurm: submitting is not there yet; `render` writes the script, sbatch submits it")
-    if config.cluster.nodes > 1:
+def _refuse_elsewhere(config: RunConfig, script: Script) -> None:
+    """What this machine alone cannot run is refused before anything is written."""
+    if config.cluster.nodes > 1 and config.launcher.kind != "slurm":
         raise ConfigError(
-            f"cluster.nodes={config.cluster.nodes}: this machine is one node; type render, and start "
-            f"{render_script(config, stage).path} on every node, or take launcher=slurm"
+            f"cluster.nodes={config.cluster.nodes}: this machine is one node; type render, and start {script.path} on "
+            "every node, or take launcher=slurm"
         )
+
+
+def _launch_stage(config: RunConfig, planned: Plan, folder: RunFolder, stage: str) -> int:
     files = folder.stage(stage)
     steps = next(entry.steps for entry in planned.stages if entry.name == stage)
-    view = view_of_stage(stage, metrics_file=files.metrics, events_file=files.events, total_steps=steps or 0)
     spec = job_spec(config, stage)
     print(f"{stage}: {spec.script_path}; log {files.logs}", flush=True)
     with launch(render_script(config, stage), spec) as running:
         interrupts = 0
         while running.is_running():
+            view = view_of_stage(stage, metrics_file=files.metrics, events_file=files.events, total_steps=steps or 0)
             try:
                 show_progress(view, running.is_running)
             except KeyboardInterrupt:
@@ -139,21 +170,21 @@ def _launch_stage(config: RunConfig, planned: Plan, folder: RunFolder, stage: st
                     running.kill()
         outcome = running.poll()
     assert outcome is not None
-    cause = None if outcome.cause is None else str(outcome.cause)
-    return _after(config, folder, stage, outcome.exit_code, cause=cause, last_words=outcome.last_words)
+    return _after(config, files, stage, outcome)
 
 
-def _after(config: RunConfig, folder: RunFolder, stage: str, code: int, *, cause: str | None, last_words: str) -> int:
+def _after(config: RunConfig, files: StageFolder, stage: str, outcome: Outcome) -> int:
     """Tells how the attempt ended, from its record."""
-    files = folder.stage(stage)
     if files.result.exists():
         return EXIT_DONE
-    attempts = read_attempts(files)
-    if not attempts:
-        raise LaunchFailed(f"{stage}: it ended with exit code {code} before its first attempt: {last_words or cause}")
-    decision = decide(files, config, close_attempt(files, attempts[-1].number, code))
+    code, cause = outcome.exit_code, None if outcome.cause is None else str(outcome.cause)
+    earlier = [attempt.number for attempt in read_attempts(files)]
+    if outcome.attempt is None and (code == EXIT_LAUNCH_FAILED or not earlier):
+        raise LaunchFailed(f"{stage}: it ended with exit code {code} before an attempt: {outcome.last_words or cause}")
+    attempt = close_attempt(files, outcome.attempt or earlier[-1], code)
+    decision = decide(files, config, attempt)
     if decision.exit_code == EXIT_SAVED:
-        print(f"{stage}: saved at step {attempts[-1].step} ({attempts[-1].why}); the same command goes on from there")
+        print(f"{stage}: saved at step {attempt.step} ({attempt.why}); the same command goes on from there")
         return EXIT_SAVED
     _tell_failure(stage, decision.why, cause, str(files.logs))
     return decision.exit_code
@@ -166,16 +197,27 @@ def _tell_failure(stage: str, why: str, cause: str | None, logs: str) -> None:
     print(f"the whole log is in {logs}", file=sys.stderr)
 
 
-def _freeze(config: RunConfig, planned: Plan) -> None:
+def _freeze(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> None:
+    """Writes all that a run needs before it starts; a new run folder comes whole or not at all."""
     folder = RunFolder(run_directory_of(config))
     record: dict[str, JsonValue] = {"orchestrator": __version__, "config": config.model_dump(mode="json")}
-    is_new = freeze(folder, record, may_differ=MAY_DIFFER)
-    write_json(folder.plan, planned.model_dump(mode="json"))
-    if is_new:
-        write_json(folder.environment, _environment())
-    for stage in planned.stages:
-        if stage.deepspeed is not None:
-            write_json(folder.stage(stage.name).deepspeed, stage.deepspeed)
+    with all_or_nothing(folder.root):
+        freeze(folder, record, may_differ=may_differ(config))
+        write_json(folder.plan, planned.model_dump(mode="json"))
+        if not folder.environment.exists():
+            write_json(folder.environment, _environment())
+        for stage in planned.stages:
+            if stage.deepspeed is not None:
+                write_json(folder.stage(stage.name).deepspeed, stage.deepspeed)
+        for script in scripts:
+            _write_script(script)
+
+
+def _write_script(script: Script) -> None:
+    try:
+        write(script)
+    except OSError as error:
+        raise RunFolderError(os_sentence(Path(script.path), error)) from None
 
 
 def _environment() -> dict[str, JsonValue]:
@@ -207,13 +249,18 @@ def _take_format(arguments: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _take_config_directory(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    words = list(arguments)
-    if "--config-dir" not in words:
-        unknown = [word for word in words if word.startswith("-")]
-        if unknown:
-            raise ConfigError(f"{unknown[0]}: no such option; --config-dir DIR and --help are there")
-        return words, None
-    position = words.index("--config-dir")
-    if position + 1 == len(words):
-        raise ConfigError("--config-dir: a folder must follow")
-    return words[:position] + words[position + 2 :], Path(words[position + 1])
+    rest: list[str] = []
+    directory: Path | None = None
+    words = iter(arguments)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "--config-dir":
+            value = value or next(words, "")
+            if not value or directory is not None:
+                raise ConfigError("--config-dir: one folder must follow, and it may stand once")
+            directory = Path(value).expanduser()
+        elif word.startswith("-"):
+            raise ConfigError(f"{word}: no such option; --config-dir DIR and --help are there")
+        else:
+            rest.append(word)
+    return rest, directory

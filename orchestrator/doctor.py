@@ -13,6 +13,7 @@ from importlib import metadata
 from orchestrator.bases import hub_is_offline, package_gguf
 from orchestrator.cache import cache_folder
 from orchestrator.errors import EXIT_DONE
+from orchestrator.rundir import existing_parent
 
 PACKAGES = (
     "torch",
@@ -69,7 +70,7 @@ def report() -> int:
     print(f"compiler      {shutil.which('g++') or 'none: DeepSpeed cannot compile its CPU helpers'}")
     print(f"Slurm         {shutil.which('sbatch') or 'none on this machine'}")
     print(
-        f"cache         {cache_folder()} ({shutil.disk_usage(_existing(str(cache_folder()))).free / 2**30:.0f} GiB free)"
+        f"cache         {cache_folder()} ({shutil.disk_usage(existing_parent(cache_folder())).free / 2**30:.0f} GiB free)"
     )
     print(f"hub           {'switched off (HF_HUB_OFFLINE)' if hub_is_offline() else 'may be asked'}")
     print(
@@ -115,9 +116,3 @@ def _version(name: str) -> str:
 
 def _memory_gib() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-def _existing(path: str) -> str:
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path

@@ -2,57 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeVar
+
 from orchestrator.bases import Base, find_base
+from orchestrator.config.data import DataConfig, SourceConfig
 from orchestrator.config.run import RunConfig, Stage
-from orchestrator.dataset.sources import held_out_source, inspect, splits_train, validate_rows
+from orchestrator.dataset.sources import SourceFacts, held_out_source, inspect, splits_train, validate_rows
 from orchestrator.dataset.splits import held_out_rows
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.plan import DataFacts
+
+Result = TypeVar("Result")
 
 
 def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
     """Facts of the base and of every stage's data; one error with all problems."""
-    problems: list[OrchestratorError] = []
-    base: Base | None = None
-    facts: dict[str, DataFacts] = {}
-    try:
-        base = find_base(config.model)
-    except OrchestratorError as error:
-        problems.append(error)
-    for name in config.pipeline:
-        try:
-            facts[name] = _data_facts(name, config.stages[name])
-        except OrchestratorError as error:
-            problems.append(error)
+    problems: list[str] = []
+    base = _attempt(partial(find_base, config.model), problems)
+    sources = {name: _sources(name, stage.data) for name, stage in config.stages.items() if name in config.pipeline}
+    looks = {
+        key: _attempt(partial(inspect, source, field=key), problems)
+        for named in sources.values()
+        for key, source in named.items()
+    }
     if problems:
-        raise type(problems[0])([sentence for error in problems for sentence in error.problems])
+        raise DataError(problems)
     assert base is not None
-    return base, facts
+    found = {key: look for key, look in looks.items() if look is not None}
+    return base, {name: _data_facts(name, config.stages[name], found) for name in sources}
 
 
 def validate_data(config: RunConfig) -> None:
     """Reads every local row of every stage; DataError names file, line and field of each bad one."""
+    problems: list[str] = []
     for name in config.pipeline:
-        data = config.stages[name].data
-        field = f"stages.{name}.data"
-        sources = {f"{field}.train": data.train}
-        sources |= {f"{field}.mix.{number}": source for number, source in enumerate(data.mix)}
-        held_out = held_out_source(data)
-        if held_out is not None:
-            sources[f"{field}.eval"] = held_out
-        for key, source in sources.items():
+        for key, source in _sources(name, config.stages[name].data).items():
             if inspect(source, field=key).rows is not None:
-                validate_rows(source, field=key)
+                _attempt(partial(validate_rows, source, field=key), problems)
+    if problems:
+        raise DataError(problems)
 
 
-def _data_facts(name: str, stage: Stage) -> DataFacts:
+def _attempt(look: Callable[[], Result], problems: list[str]) -> Result | None:
+    """What a look found; None, and its sentences in `problems`, where it failed."""
+    try:
+        return look()
+    except OrchestratorError as error:
+        problems += error.problems
+        return None
+
+
+def _sources(name: str, data: DataConfig) -> dict[str, SourceConfig]:
+    """Everything that a stage reads, by the key that names it."""
     field = f"stages.{name}.data"
-    train = inspect(stage.data.train, field=f"{field}.train")
-    held_out = held_out_source(stage.data)
+    sources = {f"{field}.train": data.train}
+    sources |= {f"{field}.mix.{number}": source for number, source in enumerate(data.mix)}
+    held_out = held_out_source(data)
+    return sources if held_out is None else {**sources, f"{field}.eval": held_out}
+
+
+def _data_facts(name: str, stage: Stage, looks: Mapping[str, SourceFacts]) -> DataFacts:
+    field = f"stages.{name}.data"
+    train = looks[f"{field}.train"]
     rows = train.rows
     evaluation: int | None = 0
-    if held_out is not None:
-        evaluation = inspect(held_out, field=f"{field}.eval").rows
+    if f"{field}.eval" in looks:
+        evaluation = looks[f"{field}.eval"].rows
     elif splits_train(stage.data) and rows is not None:
         evaluation = held_out_rows(rows, stage.data.eval)
         rows -= evaluation

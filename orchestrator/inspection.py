@@ -6,64 +6,59 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from orchestrator.attempts import read_attempts
 from orchestrator.cli import run_folder_argument
-from orchestrator.commands import load_config
-from orchestrator.errors import EXIT_DONE, ConfigError
-from orchestrator.metrics.console import line
-from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import RunFolder, StageFolder, read_json, write_text
-
-LOG_LINES = 40
+from orchestrator.errors import ConfigError
+from orchestrator.rundir import RunFolder
 
 
 def status(arguments: Sequence[str]) -> int:
-    """One line a stage: state, last step, attempts."""
-    folder = RunFolder(run_folder_argument(arguments, "status"))
-    config = load_config(folder)
-    print(f"{config.name}: {folder.root}")
-    for name in config.pipeline:
-        print(f"  {name}: {_stage_state(folder.stage(name))}")
-    return EXIT_DONE
+    """Where a run stands, or every run of an output folder; --watch keeps a live table."""
+    from orchestrator.control import show_status
+
+    options, folders = split_options(arguments, flags=("--watch",))
+    if len(folders) != 1 or not Path(folders[0]).is_dir():
+        raise ConfigError("status takes one run folder, or a folder of runs: python -m orchestrator status runs/NAME")
+    return show_status(Path(folders[0]).resolve(), watch="--watch" in options)
 
 
 def logs(arguments: Sequence[str]) -> int:
-    """The end of the newest log of every stage."""
-    folder = RunFolder(run_folder_argument(arguments, "logs"))
-    for name in load_config(folder).pipeline:
-        files = sorted(folder.stage(name).logs.glob("*.log"), key=lambda file: file.stat().st_mtime)
-        if not files:
-            print(f"{name}: no log yet")
-            continue
-        print(f"==> {files[-1]}")
-        print("\n".join(files[-1].read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]))
-    return EXIT_DONE
+    """The end of the newest log; -f follows it."""
+    from orchestrator.control import show_logs
+
+    options, folders = split_options(arguments, flags=("-f", "--follow"), with_value=("--stage", "--node"))
+    node = options.get("--node")
+    if node is not None and not node.isdigit():
+        raise ConfigError(f"--node {node}: a number from 0 is needed")
+    run = RunFolder(run_folder_argument(folders, "logs"))
+    follow = "-f" in options or "--follow" in options
+    return show_logs(run, stage=options.get("--stage"), node=None if node is None else int(node), follow=follow)
 
 
 def cancel(arguments: Sequence[str]) -> int:
-    """Asks every unfinished stage to save and end."""
-    folder = RunFolder(run_folder_argument(arguments, "cancel"))
-    for name in load_config(folder).pipeline:
-        files = folder.stage(name)
-        if files.root.is_dir() and not files.result.exists():
-            write_text(files.stop, "cancel\n")
-            print(f"{name}: asked to save and end at its next step")
-    return EXIT_DONE
+    """Asks every unfinished stage to save and end; what does not, is ended."""
+    from orchestrator.control import cancel as cancel_run
+
+    return cancel_run(RunFolder(run_folder_argument(arguments, "cancel")))
 
 
 def generate(arguments: Sequence[str]) -> int:
     """Answers of the tuned model beside those of its base."""
-    options, folders = _split_options(arguments, with_value=("--prompt", "--stage", "--max-new-tokens"))
+    from orchestrator.status import pipeline_of
+
+    wanted = ("--prompt", "--stage", "--examples", "--max-new-tokens")
+    options, folders = split_options(arguments, with_value=wanted)
     folder = RunFolder(run_folder_argument(folders, "generate"))
-    config = load_config(folder)
-    stage = options.get("--stage", config.pipeline[-1])
-    if stage not in config.pipeline:
-        raise ConfigError(f"--stage {stage}: the run has {', '.join(config.pipeline)}")
+    pipeline = pipeline_of(folder)
+    stage = options.get("--stage", pipeline[-1])
+    if stage not in pipeline:
+        raise ConfigError(f"--stage {stage}: the run has {', '.join(pipeline)}")
+    for name in ("--examples", "--max-new-tokens"):
+        if not options.get(name, "1").isdigit():
+            raise ConfigError(f"{name} {options[name]}: a number is needed")
     if not folder.stage(stage).result.exists():
-        raise ConfigError(
-            f"{stage} is not done: there is no {folder.stage(stage).result}; see `orchestrator status {folder.root}`"
-        )
+        raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")
     words = [word for name, value in options.items() if name != "--stage" for word in (name, value)]
     argv = [sys.executable, "-m", "orchestrator.training.generate", str(folder.run), "--stage", stage, *words]
     return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False).returncode
@@ -78,33 +73,24 @@ def doctor(arguments: Sequence[str]) -> int:
     return report()
 
 
-def _stage_state(folder: StageFolder) -> str:
-    rows = [row for row in read_rows(folder.metrics) if "step" in row]
-    last = "" if not rows else f"; last: {line(rows[-1], _total_steps(folder))}"
-    attempts = read_attempts(folder) if folder.attempts.is_dir() else []
-    if folder.result.exists():
-        return f"finished in {len(attempts)} attempt(s); artifact {read_json(folder.result)['artifact']['path']}"
-    if not attempts:
-        return ("running or lost" if rows else "not started") + last
-    newest = attempts[-1]
-    return f"{newest.state} in attempt {newest.number} at step {newest.step}: {newest.why}{last}"
-
-
-def _total_steps(folder: StageFolder) -> int:
-    steps = [row["steps"] for row in read_rows(folder.events) if isinstance(row.get("steps"), int)]
-    return int(str(steps[-1])) if steps else 0
-
-
-def _split_options(arguments: Sequence[str], *, with_value: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def split_options(
+    arguments: Sequence[str], *, flags: Sequence[str] = (), with_value: Sequence[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """Options by name (a flag's value is empty), and the other words."""
     options: dict[str, str] = {}
     rest: list[str] = []
     words = iter(arguments)
     for word in words:
-        name, _, value = word.partition("=")
-        if name in with_value:
-            options[name] = value or next(words, "")
+        name, equals, value = word.partition("=")
+        if word in flags:
+            options[word] = ""
+        elif name in with_value:
+            given = value if equals else next(words, None)
+            if given is None:
+                raise ConfigError(f"{name}: a value must follow")
+            options[name] = given
         elif word.startswith("-"):
-            raise ConfigError(f"{word}: no such option; there are {', '.join(with_value)}")
+            raise ConfigError(f"{word}: no such option; there are {', '.join((*flags, *with_value)) or 'none'}")
         else:
             rest.append(word)
     return options, rest

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from pathlib import Path
 
 from launchers import local, sbatch, torchrun
 from launchers.spec import ClusterSettings, JobSpec, Script
+from orchestrator.cache import cache_folder
 from orchestrator.config.model import NoSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.plan import run_directory_of, script_path
@@ -34,8 +37,15 @@ def job_spec(config: RunConfig, stage: str) -> JobSpec:
         python=python,
         environment=dict(config.cluster.environment),
         cluster=_settings(config),
+        secrets_file=str(secrets_file(run.root)),
         single_process_direct=config.launcher.kind == "local" and isinstance(config.sharding, NoSharding),
     )
+
+
+def secrets_file(run_directory: Path) -> Path:
+    """Where keys and tokens wait for a Slurm job, readable by the user alone: outside of the run folder."""
+    name = hashlib.sha256(str(run_directory).encode()).hexdigest()[:16]
+    return cache_folder() / "secrets" / f"{name}.sh"
 
 
 def render(config: RunConfig, stage: str) -> Script:

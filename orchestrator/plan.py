@@ -199,8 +199,6 @@ def _warnings(config: RunConfig, base: Base) -> list[str]:
         warnings.append(
             f"the base comes from the package {base.place}: 4-bit weights, dequantised; not the hub's original"
         )
-    if config.cluster.nodes > 1 and config.launcher.kind == "local":
-        warnings.append("launcher=local starts ranks on this machine only; take torchrun or slurm for several nodes")
     return warnings
 
 

@@ -16,6 +16,8 @@ from orchestrator.config.base import JsonValue
 from orchestrator.errors import CheckpointError, RunFolderError
 
 MANIFEST = "MANIFEST.json"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class StageFolder:
     def quarantine(self) -> Path:
         """Checkpoints that failed their proof."""
         return self.root / "quarantine"
+
+    @property
+    def rollbacks(self) -> Path:
+        """Which data rollbacks took out, and how many there were."""
+        return self.root / "rollbacks.json"
 
     @property
     def attempts(self) -> Path:
@@ -71,6 +78,11 @@ class StageFolder:
     def proof(self) -> Path:
         """What the re-opened artifact said."""
         return self.root / "proof.json"
+
+    @property
+    def submission(self) -> Path:
+        """Token and job id of the newest submission to Slurm."""
+        return self.root / "submission.json"
 
     @property
     def wandb(self) -> Path:
@@ -154,7 +166,7 @@ def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunFolderError(_os_sentence(path, error)) from None
+        raise RunFolderError(os_sentence(path, error)) from None
     sync_folder(path.parent)
 
 
@@ -167,18 +179,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _os_sentence(path: Path, error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        free = shutil.disk_usage(_existing_parent(path)).free
+def os_sentence(path: Path, error: OSError) -> str:
+    """Why a file cannot be written, and what mends it."""
+    if error.errno in NO_SPACE:
+        free = shutil.disk_usage(existing_parent(path)).free
         return (
             f"{path}: the disk is full ({free / 2**20:.0f} MiB free); free some space or set output_dir to another disk"
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in NO_PERMISSION:
         return f"{path}: no permission to write there; set output_dir to a folder of yours"
     return f"{path}: {error.strerror or error}"
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
     return next(parent for parent in [path, *path.parents] if parent.exists())
 
 
@@ -201,8 +215,8 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     write_json(folder / MANIFEST, {**facts, "files": entries})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest after every file was compared with it; CheckpointError names each difference."""
+def read_manifest(folder: Path, *, share: slice = slice(None)) -> dict[str, Any]:
+    """The manifest after every file (of a share of them) was compared with it; CheckpointError names each difference."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {MANIFEST}; it was never finished")
@@ -211,7 +225,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         entries: dict[str, dict[str, Any]] = manifest["files"]
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path} is damaged") from None
-    problems = [problem for name, entry in entries.items() for problem in _file_problems(folder / name, entry)]
+    problems = [problem for name in sorted(entries)[share] for problem in _file_problems(folder / name, entries[name])]
     if problems or not entries:
         raise CheckpointError(problems or f"{path} lists no file")
     return manifest
@@ -241,63 +255,8 @@ def publish(temporary: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-# ---- freezing a run ------------------------------------------------------------------------------
-
-
-def freeze(folder: RunFolder, record: Mapping[str, Any], *, may_differ: frozenset[str]) -> bool:
-    """Writes run.json, or checks that the one there says the same; True where the run is a new one.
-
-    Keys in `may_differ` (dotted, with everything below them) may change between attempts; every other difference
-    raises RunFolderError with old and new value.
-    """
-    check_writable(folder.root)
-    if folder.run.exists():
-        differences = _differences(read_json(folder.run)["config"], record["config"])
-        refused = {key: values for key, values in differences.items() if not _is_below(key, may_differ)}
-        if refused:
-            lines = [f"  {key}: {_short(old)} in the folder, {_short(new)} now" for key, (old, new) in refused.items()]
-            raise RunFolderError(
-                f"{folder.root} holds a run with another configuration; set name= to start a new one, or repeat "
-                "the old values:\n" + "\n".join(lines)
-            )
-        if differences:
-            write_json(folder.run, record)
-        return False
-    write_json(folder.run, record)
-    return True
-
-
-def check_writable(folder: Path) -> None:
-    """RunFolderError where nothing can be written under `folder`; leaves nothing behind."""
-    parent = _existing_parent(folder)
-    if not parent.is_dir():
-        raise RunFolderError(f"{parent} is a file; output_dir must be a folder")
-    probe = parent / f".write-test-{os.getpid()}"
-    try:
-        probe.write_bytes(b"0" * 4096)
-    except OSError as error:
-        raise RunFolderError(_os_sentence(folder, error)) from None
-    finally:
-        probe.unlink(missing_ok=True)
-
-
 def flatten(tree: JsonValue, prefix: str = "") -> dict[str, JsonValue]:
     """Dotted keys of the leaves."""
     if isinstance(tree, dict) and tree:
         return {key: leaf for name, value in tree.items() for key, leaf in flatten(value, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): tree}
-
-
-def _differences(old: JsonValue, new: JsonValue) -> dict[str, tuple[JsonValue, JsonValue]]:
-    before, after = flatten(old), flatten(new)
-    keys = sorted(before.keys() | after.keys())
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
-
-
-def _is_below(key: str, roots: frozenset[str]) -> bool:
-    parts = key.split(".")
-    return any(".".join(parts[:depth]) in roots for depth in range(1, len(parts) + 1))
-
-
-def _short(value: JsonValue) -> str:
-    return json.dumps(value, ensure_ascii=False)[:60]

@@ -92,7 +92,7 @@ def _stage_rows(stage: StagePlan, config: RunConfig) -> list[tuple[str, str]]:
         UNKNOWN if stage.train_rows is None else f"{stage.train_rows:,} train, {stage.evaluation_rows or 0:,} held out"
     )
     batch = f"{stage.global_size} a step = {stage.micro_size} micro x {stage.world_size} ranks x {stage.accumulation_steps} accumulation"
-    entries = [
+    return [
         (
             "data",
             f"{stage.data_source} ({stage.data_format or 'format known after prepare'}), packing {stage.packing}, at most {stage.max_length} tokens",
@@ -109,7 +109,6 @@ def _stage_rows(stage: StagePlan, config: RunConfig) -> list[tuple[str, str]]:
         ("script", stage.script),
         ("makes", ", ".join(stage.outputs)),
     ]
-    return entries
 
 
 def _steps(stage: StagePlan) -> str:

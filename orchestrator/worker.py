@@ -17,6 +17,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, OrchestratorError
 from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
 from orchestrator.stages import STAGES
+from orchestrator.training.stop import StopRequest, job_deadline
 
 PREPARE_POLL_SECONDS = 0.05
 
@@ -30,8 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_DONE
     attempt = options.attempt or next_attempt(folder)
     rank = int(os.environ.get("RANK", "0"))
+    stop = StopRequest(folder.stop, deadline=job_deadline(os.environ, lead_seconds=config.cluster.stop_lead_seconds))
     try:
-        return _run_stage(config, options.stage, folder, run_file, attempt)
+        return _run_stage(config, options.stage, folder, run_file, attempt, stop)
     except BaseException as error:
         return _die(folder, attempt, rank, error)
 
@@ -46,12 +48,16 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _run_stage(config: RunConfig, name: str, folder: StageFolder, run_file: Path, attempt: int) -> int:
+def _run_stage(
+    config: RunConfig, name: str, folder: StageFolder, run_file: Path, attempt: int, stop: StopRequest
+) -> int:
     stage = config.stages[name]
     inputs = _inputs(config, name, folder, attempt)
     module = importlib.import_module(STAGES[stage.kind])
     from orchestrator.training.context import Context
+    from orchestrator.training.model import quiet
 
+    quiet()
     context = Context(
         config=config,
         name=name,
@@ -59,6 +65,7 @@ def _run_stage(config: RunConfig, name: str, folder: StageFolder, run_file: Path
         folder=folder,
         run_file=run_file,
         attempt=attempt,
+        stop=stop,
         base_folder=Path(inputs["base_folder"]),
         train_data=Path(inputs["train"]),
         evaluation_data=Path(inputs["evaluation"]) if inputs["evaluation"] is not None else None,
@@ -91,7 +98,7 @@ def _bring_inputs(config: RunConfig, name: str) -> dict[str, Any]:
     cache = cache_folder(config.cluster.scratch)
     base_folder = fetch_base(config.model, cache=cache, say=say)
     prepared = ensure_prepared(
-        config.stages[name].data, tokenizer_folder=base_folder, cache=cache, seed=config.seeds.data, say=say
+        config.stages[name].data, tokenizer_folder=base_folder, cache=cache / "prepared", seed=config.seeds.data, say=say
     )
     return {
         "base_folder": str(base_folder),

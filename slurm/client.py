@@ -1,28 +1,20 @@
 """Submit, find and cancel jobs through Slurm's programs; never twice, never for ever. Imports nothing of ours."""
 
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
 
-from slurm.commands import Answer, Run, SlurmError, last_words, run_command
+from slurm.commands import Answer, NoAnswerError, Run, SlurmError, gave_no_answer, last_words, run_command
 
 _CALL_SECONDS = 60.0
 _TOKEN = re.compile(r"[A-Za-z0-9_.:-]{8,200}\Z")
-_NO_ANSWER = re.compile(
-    r"timed out|unable to contact|connection refused|connection reset|zero bytes|temporarily unavailable|"
-    r"transport endpoint|communication|backup controller|not responding|connect failure",
-    re.IGNORECASE,
-)
-
-
-class NoAnswerError(SlurmError):
-    """The controller gave no answer in time: whether the job was taken is not known."""
 
 
 def check_submission(script_path: str, *, run: Run = run_command) -> None:
     """Ask Slurm whether it would take the script (sbatch --test-only). Raises SlurmError with Slurm's words."""
     answer = run(["sbatch", "--test-only", script_path], _CALL_SECONDS)
-    if answer.exit_code == 0 or _gave_no_answer(answer):
+    if answer.exit_code == 0 or gave_no_answer(answer):
         return  # no answer: the submission itself waits and looks before it tries again
     raise SlurmError(f"Slurm would refuse {script_path}: {_refusal(answer)}")
 
@@ -55,7 +47,7 @@ def submit(
         job_id = answer.output.strip().split(";")[0]
         if answer.exit_code == 0 and job_id.isdigit():
             return job_id
-        if not _gave_no_answer(answer):
+        if not gave_no_answer(answer):
             raise SlurmError(f"Slurm refused {script_path}: {_refusal(answer)}")
         if waited >= patience_seconds:
             sentence = f"Slurm's controller gave no answer for {waited:.0f} s ({last_words(answer)})"
@@ -88,7 +80,7 @@ def _scancel(options: Sequence[str], job_ids: Sequence[str], *, run: Run) -> Non
     if not job_ids:
         return
     answer = run(["scancel", *options, *job_ids], _CALL_SECONDS)
-    if answer.exit_code is None or _gave_no_answer(answer):
+    if gave_no_answer(answer):
         raise NoAnswerError(f"Slurm's controller gave no answer to scancel ({last_words(answer)}).")
     harmless = re.compile(r"invalid job id|already completing|already finished|not yet|pending", re.IGNORECASE)
     complaints = [line for line in answer.errors.splitlines() if line.strip() and not harmless.search(line)]
@@ -99,13 +91,10 @@ def _scancel(options: Sequence[str], job_ids: Sequence[str], *, run: Run) -> Non
 def _find_in_accounting(token: str, *, run: Run) -> str | None:
     """A job that ended and left the controller's memory; no accounting, no answer."""
     argv = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobIDRaw,Comment", "--starttime=now-7days"]
+    argv.append(f"--user={os.getuid()}")
     answer = run(argv, _CALL_SECONDS)
     rows = [line.split("|", 1) for line in answer.output.splitlines()] if answer.exit_code == 0 else []
     return next((row[0] for row in rows if len(row) == 2 and row[1] == token), None)
-
-
-def _gave_no_answer(answer: Answer) -> bool:
-    return answer.exit_code is None or (answer.exit_code != 0 and _NO_ANSWER.search(answer.errors) is not None)
 
 
 def _refusal(answer: Answer) -> str:

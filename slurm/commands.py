@@ -10,6 +10,12 @@ _STEERING = re.compile(r"(SBATCH|SQUEUE|SACCT|SCANCEL|SCONTROL|SLURM|SRUN|SALLOC
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS"})
 _SECRET = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|CREDENTIAL)", re.IGNORECASE)
 
+_NO_ANSWER = re.compile(
+    r"timed out|unable to contact|connection refused|connection reset|zero bytes|temporarily unavailable|"
+    r"transport endpoint|communication|backup controller|not responding|connect failure",
+    re.IGNORECASE,
+)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -26,6 +32,10 @@ Run = Callable[[Sequence[str], float], Answer]
 
 class SlurmError(Exception):
     """Slurm refused, or cannot be asked; one sentence with its own words."""
+
+
+class NoAnswerError(SlurmError):
+    """The controller gave no answer in time: nothing is known, and nothing was refused."""
 
 
 def run_command(argv: Sequence[str], seconds: float) -> Answer:
@@ -63,6 +73,11 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
+
+
+def gave_no_answer(answer: Answer) -> bool:
+    """The controller did not answer in time: nothing is known, and nothing was refused."""
+    return answer.exit_code is None or (answer.exit_code != 0 and _NO_ANSWER.search(answer.errors) is not None)
 
 
 def last_words(answer: Answer) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.commands import Run, SlurmError, run_command
+from slurm.commands import NoAnswerError, Run, SlurmError, gave_no_answer, last_words, run_command
 from slurm.states import UNKNOWN, State, explain_reason, parse_state
 
 _CALL_SECONDS = 30.0
@@ -35,11 +35,12 @@ class JobFacts:
 
     @property
     def sentence(self) -> str:
-        """The state in words; of a waiting job also why it waits."""
-        if self.state.phase == "waiting" and self.reason:
+        """The state in words, and why it waits or failed where Slurm says so."""
+        if self.exit_code == "0:53":
+            return f"{self.state.sentence}: {explain_reason('JobLaunchFailure')}"
+        tells_more = self.state.phase == "waiting" or (self.state.phase == "ended" and not self.state.succeeded)
+        if tells_more and self.reason not in {"", "None", "NonZeroExitCode", "TimeLimit"}:
             return f"{self.state.sentence}: {explain_reason(self.reason)}"
-        if self.state.name == "FAILED" and self.exit_code == "0:53":
-            return "could not write its log: the log folder was not there"
         return self.state.sentence
 
 
@@ -49,12 +50,15 @@ def query(job_ids: Iterable[str], *, run: Run = run_command) -> dict[str, JobFac
     if not wanted:
         return {}
     facts: dict[str, JobFacts] = {}
+    silent = False
     for source in (_ask_squeue, _ask_sacct, _ask_scontrol, _ask_completion_file):
         missing = [job_id for job_id in wanted if job_id not in facts]
-        if not missing:
-            break
+        if not missing or (silent and source is not _ask_sacct):
+            continue
         try:
             facts |= source(missing, run)
+        except NoAnswerError:
+            silent = True  # asking the controller in other words would take as long again
         except SlurmError:
             continue  # this source is not here; the next one may be
     return {job_id: facts.get(job_id, JobFacts(job_id=job_id, state=UNKNOWN)) for job_id in wanted}
@@ -124,6 +128,8 @@ def _ask_squeue(job_ids: Sequence[str], run: Run) -> dict[str, JobFacts]:
     joined = ",".join(job_ids)
     chosen = [f"--jobs={joined}"] if len(joined) < _MAX_ARGUMENT else []
     answer = run(["squeue", "--noheader", "--states=all", f"--format={_SQUEUE_FORMAT}", *chosen], _CALL_SECONDS)
+    if gave_no_answer(answer):
+        raise NoAnswerError(last_words(answer))
     return _only(parse_squeue(answer.output), job_ids) if answer.exit_code == 0 else {}
 
 

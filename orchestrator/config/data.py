@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.config.base import PositiveFloat, PositiveInt, Section
+from orchestrator.config.base import PositiveFloat, PositiveInt, Section, Text
 
 DataFormat = Literal[
     "auto",
@@ -25,7 +25,7 @@ DataFormat = Literal[
 class SourceConfig(Section):
     """One data set: files or a hub id."""
 
-    path: str
+    path: Text
     """File, glob, folder, hub id, or `demonstration` (the set that ships with this tool)."""
     format: DataFormat
     """`auto` detects the format from the first row and tells it."""
@@ -52,7 +52,7 @@ class SourceConfig(Section):
 class HeldOutConfig(Section):
     """What is evaluated on."""
 
-    path: str
+    path: Text
     """File, glob, folder, hub id; `auto`: the demonstration's held-out file, else a split of train; `none`: no evaluation."""
     format: DataFormat
     """`auto` detects the format from the first row and tells it."""
@@ -93,6 +93,9 @@ class DataConfig(Section):
     """`best_fit` joins whole rows, `split` also cuts them, to sequences of `max_length`; documents never see each other."""
     group_by_length: bool
     """Batches of rows of like length, shuffled; only where `packing` is none."""
+    tokens_per_batch: PositiveInt | None
+    """Micro-batches of rows of like length, of at most so many tokens with padding; `batch.global_size` then counts such
+    batches and `batch.micro_size` is 1. Only where `packing` is none. Null counts rows."""
     pad_to_multiple_of: PositiveInt
     """A batch is padded to its longest row, rounded up to this many tokens."""
     chat_template: str | None
@@ -122,4 +125,11 @@ class DataConfig(Section):
                 f"group_by_length=true sorts single rows, but packing={self.packing} joins them to rows of one length: "
                 "set packing=none or group_by_length=false"
             )
+        if self.tokens_per_batch is not None and self.packing != "none":
+            raise ValueError(
+                f"tokens_per_batch={self.tokens_per_batch} makes batches of single rows, but packing={self.packing} joins them: "
+                "set packing=none or tokens_per_batch=null"
+            )
+        if self.tokens_per_batch is not None and self.tokens_per_batch < self.max_length:
+            raise ValueError(f"tokens_per_batch={self.tokens_per_batch} cannot hold a row of max_length={self.max_length}")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from orchestrator.config.base import Fraction, NaturalInt, PositiveFloat, PositiveInt, Section
+from orchestrator.config.base import Fraction, NaturalInt, PositiveFloat, PositiveInt, Section, Text
 
 
 class Architecture(Section):
@@ -38,7 +38,7 @@ class ModelPreset(Section):
 class ModelConfig(Section):
     """The pretrained model that everything starts from."""
 
-    base: str
+    base: Text
     """Hub id or folder."""
     revision: str | None
     """Branch, tag or commit on the hub; null is the default branch."""

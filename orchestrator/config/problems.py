@@ -65,19 +65,28 @@ def _path(item: ErrorDetails, values: JsonValue) -> list[str]:
     here = values
     for position, part in enumerate(item["loc"]):
         last = position == len(item["loc"]) - 1
-        if isinstance(here, dict) and part in here:
-            here = here[str(part)]
-        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
-            here = here[part]
+        below = _below(here, part)
+        if below is not None:
+            (here,) = below
         elif not (last and item["type"] == "missing"):
             continue
         path.append(str(part))
     return path
 
 
+def _below(tree: JsonValue, part: int | str) -> tuple[JsonValue] | None:
+    """The value under a key or a position, in a tuple since it may be null; None where there is none."""
+    if isinstance(tree, dict):
+        return (tree[part],) if isinstance(part, str) and part in tree else None
+    if isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+        return (tree[part],)
+    return None
+
+
 def _without_map_keys(path: Sequence[str]) -> list[str]:
-    """`stages.sft.batch` -> `stages.batch`: the name of a stage is no field."""
-    return [name for position, name in enumerate(path) if not (position == 1 and path[0] == "stages")]
+    """`stages.sft.data.mix.0` -> `stages.data.mix`: the name of a stage and a position are no fields."""
+    is_stage = path[:1] == ["stages"]
+    return [name for place, name in enumerate(path) if not (place == 1 and is_stage) and not name.isdecimal()]
 
 
 def _shown(value: object) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from orchestrator.config.base import Identifier, JsonValue, NaturalInt, Section
+from orchestrator.config.base import Identifier, JsonValue, NaturalInt, Section, Text
 from orchestrator.config.model import (
     FullTuning,
     LoraTuning,
@@ -45,7 +45,7 @@ class RunConfig(Section):
     """The run folder is output_dir/name."""
     seed: NaturalInt
     seeds: Seeds
-    output_dir: str
+    output_dir: Text
     pipeline: tuple[str, ...]
     """Stages in order."""
     stages: dict[str, Stage]
@@ -69,14 +69,19 @@ def accumulation_steps(config: RunConfig, stage: Stage) -> int:
 
 def parse(values: dict[str, JsonValue]) -> RunConfig:
     """Types, ranges and rules; raises ConfigError with every problem."""
-    try:
-        config = RunConfig.model_validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        raise ConfigError(problem_sentences(error, values, RunConfig)) from None
+    config = parse_types(values)
     problems = rule_problems(config)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def parse_types(values: dict[str, JsonValue]) -> RunConfig:
+    """Types and ranges; raises ConfigError with every problem."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise ConfigError(problem_sentences(error, values, RunConfig)) from None
 
 
 def rule_problems(config: RunConfig) -> list[str]:

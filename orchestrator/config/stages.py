@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section
 from orchestrator.config.data import DataConfig
@@ -56,6 +58,23 @@ class CheckpointConfig(Section):
     """Pause before such a retry."""
     probe_rows: NaturalInt
     """Rows whose loss is stored, and must come out again after a resume before the first step; 0 stores none."""
+    accept_changes: tuple[str, ...]
+    """Keys, with all below them, that may have another value when the run goes on, though they change its result."""
+
+
+class FaultConfig(Section):
+    """What happens where a loss or a gradient is not finite, or spikes: the update is skipped on all ranks alike."""
+
+    skips_before_rollback: PositiveInt
+    """Skips in a row after which the run goes back to its last proven checkpoint and leaves out these steps' data."""
+    max_skips: NaturalInt
+    """Updates that may be skipped or left out in the whole stage; one more fails the run."""
+    max_rollbacks: NaturalInt
+    """Times that the stage may go back; a further need fails the run."""
+    spike_sigma: PositiveFloat | None
+    """A loss over mean + this many standard deviations of the last `spike_window` losses is a fault; null judges no height."""
+    spike_window: Annotated[int, Field(ge=2)]
+    """Good steps that make mean and deviation."""
 
 
 class SftStage(Section):
@@ -70,6 +89,7 @@ class SftStage(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     checkpoint: CheckpointConfig
+    faults: FaultConfig
     data: DataConfig
     log_every_steps: PositiveInt
     evaluate_every_steps: PositiveInt | None

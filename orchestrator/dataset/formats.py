@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from orchestrator.config.data import DataFormat
 
@@ -199,10 +199,11 @@ def _tool_calls(value: object, name: str) -> list[dict[str, Any]]:
         if not isinstance(call, dict):
             raise RowProblem(f"{name}[{i}]", kind_of(call), "an object")
         fields = cast("dict[str, Any]", call)
-        function = cast("dict[str, Any]", fields.get("function", fields))
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        function: Any = fields.get("function", fields)
+        if not isinstance(function, dict) or not isinstance(cast("dict[str, Any]", function).get("name"), str):
             raise RowProblem(f"{name}[{i}].function.name", "is missing", "text", code="missing_field")
-        arguments: Any = function.get("arguments", {})
+        called = cast("dict[str, Any]", function)
+        arguments: Any = called.get("arguments", {})
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
@@ -211,7 +212,7 @@ def _tool_calls(value: object, name: str) -> list[dict[str, Any]]:
         if not isinstance(arguments, dict):
             raise RowProblem(f"{name}[{i}].function.arguments", kind_of(arguments), "an object")
         extra = {key: item for key, item in fields.items() if key not in ("function", "name", "arguments")}
-        calls.append({**extra, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        calls.append({**extra, "type": "function", "function": {"name": called["name"], "arguments": arguments}})
     return calls
 
 
@@ -429,6 +430,3 @@ _PARSERS: dict[str, _Parser] = {
     "text": _plain_text,
     "prompts": _prompts,
 }
-KnownFormat = Literal[
-    "alpaca", "messages", "sharegpt", "prompt_completion", "preference", "feedback", "classification", "text", "prompts"
-]

@@ -7,11 +7,12 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from orchestrator.config.data import DataConfig, SourceConfig
+from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
 from orchestrator.dataset.prepared import DATA_VERSION, META
 from orchestrator.errors import DataError
 
@@ -42,24 +43,24 @@ class PreparedKey:
 
 def prepared_key(
     config: DataConfig,
-    sources: tuple[tuple[SourceConfig, tuple[Path, ...]], ...],
+    sources: tuple[tuple[SourceConfig, tuple[Path, ...], DataFormat], ...],
     *,
     role: str,
-    split: Mapping[str, Any] | None,
+    splits: bool,
     tokenizer_folder: Path,
     seed: int,
     hashes: FileHashes,
 ) -> PreparedKey:
-    """The key of one set of rows. `role` is train or evaluation; `split` says which rows of train are held out, if any."""
-    depends_on_seed = split is not None or any(source.rows is not None or source.weight is not None for source, _ in sources)
+    """The key of one set of rows; with `splits` the rows held out of train belong to it."""
+    is_drawn = any(source.rows is not None or source.weight is not None for source, _, _ in sources)
     return PreparedKey(
         {
             "role": role,
-            "data": [[hashes.of(file) for file in files] for _, files in sources],
-            "format": [[source.format, source.columns] for source, _ in sources],
-            "mixture": [[source.rows, source.weight] for source, _ in sources],
-            "split": dict(split) if split else None,
-            "seed": seed if depends_on_seed else None,
+            "data": [[hashes.of(file) for file in files] for _, files, _ in sources],
+            "format": [[data_format, dict(sorted(source.columns.items()))] for source, _, data_format in sources],
+            "mixture": [[source.rows, source.weight] for source, _, _ in sources],
+            "split": {"fraction": config.eval.fraction, "max_rows": config.eval.max_rows} if splits else None,
+            "seed": seed if splits or is_drawn else None,
             "tokenizer": _tokenizer_digest(tokenizer_folder, hashes),
             "template": _template_digest(config, tokenizer_folder),
             "template_date": config.template_date,
@@ -135,7 +136,8 @@ class FileHashes:
             temporary.write_text(json.dumps(dict(list(self._known.items())[-10_000:])))
             temporary.replace(self._path)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
         self._is_new = False
 
 

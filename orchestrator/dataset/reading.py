@@ -9,12 +9,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import IO, Any, Literal, cast
 
+from orchestrator.dataset.columnar import arrow_rows, parquet_count, parquet_rows
 from orchestrator.errors import DataError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 FileKind = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "txt"]
 SUFFIXES: dict[str, FileKind] = {
@@ -66,7 +64,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 def read_rows(path: Path, kind: FileKind) -> Iterator[tuple[int, object]]:
     """(line or row number from 1, row or Unreadable) of one file. Raises DataError where the file as a whole is broken."""
-    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _csv, "parquet": _parquet, "arrow": _arrow, "txt": _text}
+    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _csv, "parquet": parquet_rows, "arrow": arrow_rows, "txt": _text}
     try:
         yield from readers[kind](path)
     except (OSError, EOFError, UnicodeError, csv.Error) as error:
@@ -108,7 +106,7 @@ def _json(path: Path) -> Iterator[tuple[int, object]]:
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if isinstance(value, dict):
-        lists = [item for item in cast("dict[str, Any]", value).values() if isinstance(item, list)]
+        lists: list[Any] = [item for item in cast("dict[str, Any]", value).values() if isinstance(item, list)]
         if len(lists) != 1:
             raise DataError(f"{path} holds one object, a list of rows expected (or an object with one list)")
         value = lists[0]
@@ -132,49 +130,6 @@ def _csv(path: Path) -> Iterator[tuple[int, object]]:
                 yield number, Unreadable(f"has {len(cells)} cells", f"{len(header)} as in the header")
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, object]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            yield from _numbered(file.iter_batches(batch_size=1024))
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
-
-
-def _arrow(path: Path) -> Iterator[tuple[int, object]]:
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as source:
-            yield from _numbered(_arrow_batches(source))
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not a readable Arrow file: {error}") from error
-
-
-def _arrow_batches(source: Any) -> Iterator[pa.RecordBatch]:
-    """Batches of an Arrow file (random access) or stream (what the `datasets` library writes)."""
-    import pyarrow as pa
-
-    try:
-        reader = pa.ipc.open_file(source)
-    except pa.ArrowInvalid:
-        source.seek(0)
-        yield from pa.ipc.open_stream(source)
-        return
-    for i in range(reader.num_record_batches):
-        yield reader.get_batch(i)
-
-
-def _numbered(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, object]]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
-
-
 def _text(path: Path) -> Iterator[tuple[int, object]]:
     with open_bytes(path) as file:
         for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), start=1):
@@ -187,9 +142,7 @@ def count_rows(path: Path, kind: FileKind) -> int:
     if kind in ("jsonl", "txt"):
         return _count_lines(path)
     if kind == "parquet":
-        import pyarrow.parquet as pq
-
-        return int(pq.read_metadata(path).num_rows)
+        return parquet_count(path)
     return sum(1 for _ in read_rows(path, kind))
 
 

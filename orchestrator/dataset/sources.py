@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
-from orchestrator.dataset.formats import EXPECTED_FIELDS, RowProblem, detect, parse_row
-from orchestrator.dataset.reading import SUFFIXES, Unreadable, count_rows, file_kind, read_rows
+from orchestrator.dataset.faults import Fault, FaultList
+from orchestrator.dataset.formats import EXPECTED_FIELDS, Example, RowProblem, detect, parse_row
+from orchestrator.dataset.reading import SUFFIXES, FileKind, Unreadable, count_rows, file_kind, read_rows
 from orchestrator.errors import DataError
 
 DEMONSTRATION = Path(__file__).resolve().parent.parent / "demonstration"
-SHOWN_PROBLEMS = 20
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
@@ -36,7 +36,7 @@ def inspect(source: SourceConfig, *, field: str) -> SourceFacts:
     files = locate(source, field=field)
     if files is None:
         return SourceFacts(files=(), format=None if source.format == "auto" else source.format, rows=None, bytes=0)
-    rows = sum(count_rows(file, _kind(file)) for file in files)
+    rows = sum(count_rows(file, known_kind(file)) for file in files)
     if rows == 0:
         raise DataError(f"{field}.path={source.path} holds no rows: {_names(files)} is empty")
     return SourceFacts(files, settle_format(source, files, field=field), rows, sum(f.stat().st_size for f in files))
@@ -73,18 +73,19 @@ def locate(source: SourceConfig, *, field: str) -> tuple[Path, ...] | None:
         return (DEMONSTRATION / "train.jsonl",)
     path = Path(source.path).expanduser()
     if path.is_file():
-        _kind(path)
+        known_kind(path)
         return (path.absolute(),)
     if path.is_dir():
         return _folder_files(path.absolute(), source.split, field=field)
     if glob.has_magic(source.path):
-        files = tuple(sorted(Path(name).absolute() for name in glob.glob(str(path), recursive=True) if Path(name).is_file()))
+        names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+        files = tuple(sorted(Path(name).absolute() for name in names if Path(name).is_file()))
         if not files:
             raise DataError(f"{field}.path={source.path} matches no file")
         for file in files:
-            _kind(file)
+            known_kind(file)
         return files
-    if HUB_ID.match(source.path) and not path.suffix in SUFFIXES:
+    if HUB_ID.match(source.path) and path.suffix not in SUFFIXES:
         cached = cached_hub_folder(source.path, source.revision)
         return None if cached is None else hub_files(cached, source, field=field)
     raise DataError(f"{field}.path={source.path} is not there: give a file, a glob, a folder or a hub id (owner/name)")
@@ -143,7 +144,8 @@ def _is_about(path: Path) -> bool:
     return path.name in ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json") or path.name[0] == "."
 
 
-def _kind(path: Path):  # noqa: ANN202
+def known_kind(path: Path) -> FileKind:
+    """The kind of a data file. Raises DataError for an unknown one."""
     kind = file_kind(path)
     if kind is None:
         raise DataError(f"{path} is of no known kind: {', '.join(SUFFIXES)} are known, also with .gz")
@@ -157,7 +159,7 @@ def _names(files: tuple[Path, ...]) -> str:
 def source_rows(files: tuple[Path, ...]) -> Iterator[tuple[Path, int, object]]:
     """(file, line or row number, row or Unreadable) of every row, in order."""
     for file in files:
-        for number, row in read_rows(file, _kind(file)):
+        for number, row in read_rows(file, known_kind(file)):
             yield file, number, row
 
 
@@ -168,13 +170,14 @@ def settle_format(source: SourceConfig, files: tuple[Path, ...], *, field: str) 
     for _, _, row in islice(source_rows(files), 20):
         if not isinstance(row, dict):
             continue
-        mapped = {**row, **{name: row[column] for name, column in source.columns.items() if column in row}}
+        fields = cast("dict[str, Any]", row)
+        mapped = {**fields, **{name: fields[column] for name, column in source.columns.items() if column in fields}}
         found = detect(mapped)
         if found is not None:
             return found
         known = "; ".join(f"{name} ({fields})" for name, fields in EXPECTED_FIELDS.items())
         raise DataError(
-            f"{field}.path={source.path}: no format has the columns {', '.join(sorted(map(str, row)))}. Known formats: {known}. "
+            f"{field}.path={source.path}: no format has the columns {', '.join(sorted(map(str, fields)))}. Known formats: {known}. "
             f"Map the columns, for instance {field}.columns='{{prompt: question, completion: answer}}'"
         )
     raise DataError(f"{field}.path={source.path}: {_names(files)} holds no readable row")
@@ -186,28 +189,24 @@ def validate_rows(source: SourceConfig, *, field: str = "data.train") -> int:
     if files is None:
         raise DataError(f"{field}.path={source.path} is not on this machine: `prepare` fetches a hub data set")
     data_format = settle_format(source, files, field=field)
-    problems: list[str] = []
-    rows = bad = 0
+    faults = FaultList()
+    rows = 0
     for file, number, row in source_rows(files):
         rows += 1
-        problem = row_problem(row, data_format, source.columns)
-        if problem is not None:
-            bad += 1
-            if len(problems) < SHOWN_PROBLEMS:
-                problems.append(f"{file}:{number} {problem}")
+        parsed = parse_or_fault(row, f"{file}:{number}", data_format, source.columns)
+        if isinstance(parsed, Fault):
+            faults.add(parsed)
     if rows == 0:
         raise DataError(f"{field}.path={source.path} holds no rows: {_names(files)} is empty")
-    if bad:
-        raise DataError(problems if bad <= SHOWN_PROBLEMS else [*problems, f"... and {bad - SHOWN_PROBLEMS} more of {rows} rows"])
+    faults.raise_if_any()
     return rows
 
 
-def row_problem(row: object, data_format: DataFormat, columns: dict[str, str]) -> RowProblem | Unreadable | None:
-    """What is wrong with a row, or None."""
+def parse_or_fault(row: object, where: str, data_format: DataFormat, columns: Mapping[str, str]) -> Example | Fault | None:
+    """The example of a row, what is wrong with it, or None for a pair of equal answers, of which nothing can be learnt."""
     if isinstance(row, Unreadable):
-        return row
+        return Fault("unreadable", where, f"{row.found}, {row.expected} expected")
     try:
-        parse_row(row, data_format, columns)
+        return parse_row(row, data_format, columns)
     except RowProblem as problem:
-        return problem
-    return None
+        return None if problem.code == "equal_pair" else Fault(problem.code, where, str(problem))

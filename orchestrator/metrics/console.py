@@ -100,7 +100,7 @@ class Progressed:
 
     def eta_seconds(self, total_steps: int) -> float | None:
         """Steps left times the median of the last step times; None before the first step."""
-        return (total_steps - self.step) * median(self.step_seconds) if self.step_seconds else None
+        return max(0, total_steps - self.step) * median(self.step_seconds) if self.step_seconds else None
 
 
 def duration(seconds: float) -> str:

@@ -58,7 +58,9 @@ class RecordFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -118,15 +120,15 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def last_attempt_rows(rows: Iterable[Row]) -> list[Row]:
-    """The rows that count, by step: for each step those of its highest attempt (its training and its evaluation row)."""
+    """The rows that count, by step: for each step those of its last turn (its training and its evaluation row)."""
     by_step: dict[int, list[Row]] = {}
     for row in rows:
         if "step" not in row:
             continue
         kept = by_step.setdefault(step_of(row), [])
-        if kept and attempt_of(kept[0]) < attempt_of(row):
+        if kept and _turn(kept[0]) < _turn(row):
             kept.clear()
-        if not kept or attempt_of(kept[0]) == attempt_of(row):
+        if not kept or _turn(kept[0]) == _turn(row):
             kept.append(row)
     return [row for step in sorted(by_step) for row in by_step[step]]
 
@@ -169,6 +171,13 @@ def decode(line: bytes) -> Row | None:
     if not isinstance(value, dict):
         return None
     return {key: _numbers_for_words(item) for key, item in cast(Row, value).items()}
+
+
+def _turn(row: Row) -> tuple[int, int]:
+    """Attempt, and rollbacks within the run: a later turn replays steps."""
+    rollbacks = row.get("rollbacks", 0)
+    assert isinstance(rollbacks, int), row
+    return attempt_of(row), rollbacks
 
 
 def _words_for_not_finite(value: object) -> object:

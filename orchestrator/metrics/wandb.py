@@ -200,7 +200,9 @@ def spawn(module: str, *arguments: str, own_session: bool) -> subprocess.Popen[b
     if root not in site.getsitepackages():
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     argv = [sys.executable, "-P", "-m", module, *arguments]
-    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=_STANDARD_ERROR, env=environment, start_new_session=own_session)
+    return subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=_STANDARD_ERROR, env=environment, start_new_session=own_session
+    )
 
 
 def send(pipe: IO[bytes] | None, ending: Ending) -> None:

@@ -173,7 +173,9 @@ def open_session(settings: WandbSettings, mode: Mode, *, worker_pid: int | None)
     # A resumed run goes on after the server's last line; offline the state file is the only memory.
     next_step = run.starting_step if mode == "online" else state.through_step + 1
     online = mode == "online"
-    state = replace(state, mode=mode, url=run.url if online else state.url, sender_pid=os.getpid(), last_step=next_step - 1)
+    state = replace(
+        state, mode=mode, url=run.url if online else state.url, sender_pid=os.getpid(), last_step=next_step - 1
+    )
     state = replace(state, is_open=True, server_uncertain=online or state.server_uncertain)
     write_state(directory, state)
     say(f"online, {run.url}" if online else f"offline, in {directory}")

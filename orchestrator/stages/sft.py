@@ -14,12 +14,7 @@ from orchestrator.dataset.order import BatchOrder
 from orchestrator.errors import EXIT_SAVED
 from orchestrator.flops import flops_per_token
 from orchestrator.schedule import total_steps
-from orchestrator.training.checkpoint import (
-    Checkpointer,
-    load_after_prepare,
-    load_weights_before_prepare,
-    newest_proven,
-)
+from orchestrator.training.checkpoint import Checkpointer, Subject
 from orchestrator.training.context import Context, Record
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.evaluation import Evaluation, evaluate
@@ -29,7 +24,6 @@ from orchestrator.training.losses import sft_loss
 from orchestrator.training.model import load_model, weights_dtype
 from orchestrator.training.optimizers import build_optimizer
 from orchestrator.training.runtime import Runtime, start_runtime
-from orchestrator.training.stop import StopRequest
 from orchestrator.training.tuning import apply_tuning, count_trainable
 
 
@@ -43,30 +37,31 @@ class Held:
 
 def run(context: Context) -> int:
     """Trains, writes and proves; the exit code of the rank."""
-    stop = StopRequest(context.folder.stop)
     runtime = start_runtime(context.config, context.stage)
     record = Record(context, rank=runtime.rank)
     record.event("start", world_size=runtime.world_size, device=str(runtime.device))
     started = time.time()
-    job, held, checkpointer, progress = _assemble(context, runtime, record)
+    job, held, checkpointer, progress = assemble(context, runtime, record)
     before = _evaluate_first(job, held, record, progress)
     hooks = Hooks(
         record=record.metrics,
-        evaluate=lambda at: _record_evaluation(record, at.step, _score(job, held)),
+        evaluate=lambda at: _evaluate(job, held, record, checkpointer, at.step),
         save=checkpointer.save,
-        stop_reason=stop.reason,
+        roll_back=checkpointer.roll_back,
+        fault=record.skipped_update,
+        stop_reason=context.stop.reason,
     )
     record.event("train", step=progress.step, steps=job.steps)
     progress = train(job, progress, hooks)
     checkpointer.close()
     if progress.step < job.steps:
-        return _stopped(record, runtime, progress, stop.reason() or "another rank was asked to stop")
+        return _stopped(record, runtime, progress, context.stop.reason() or "another rank was asked to stop")
     after = _score(job, held)
     _record_evaluation(record, progress.step, after)
     return finish_stage(context, job, record, progress, before=before, after=after, seconds=time.time() - started)
 
 
-def _assemble(context: Context, runtime: Runtime, record: Record) -> tuple[Job, Held | None, Checkpointer, Progress]:
+def assemble(context: Context, runtime: Runtime, record: Record) -> tuple[Job, Held | None, Checkpointer, Progress]:
     config, stage = context.config, context.stage
     rows = PreparedRows.open(context.train_data, pad_to_multiple_of=stage.data.pad_to_multiple_of)
     order = BatchOrder(
@@ -82,16 +77,9 @@ def _assemble(context: Context, runtime: Runtime, record: Record) -> tuple[Job, 
     dtype = weights_dtype(config, uses_deepspeed=runtime.uses_deepspeed)
     model = apply_tuning(load_model(context.base_folder, config, weights_dtype=dtype), config)
     _tell_size(record, model)
-    found = newest_proven(context.folder, record.event)
-    if found is not None:
-        load_weights_before_prepare(found, model)
     optimizer = build_optimizer(model, stage.optimizer)
     prepared_model, prepared_optimizer = runtime.accelerator.prepare(model, optimizer)
     set_seed(config.seeds.weights + runtime.rank)
-    progress = Progress(step=0, tokens=0, trained_tokens=0)
-    if found is not None:
-        progress = load_after_prepare(found, runtime, prepared_model, prepared_optimizer)
-        record.say(f"going on from step {progress.step} of {steps}")
     job = Job(
         runtime=runtime,
         model=prepared_model,
@@ -104,10 +92,24 @@ def _assemble(context: Context, runtime: Runtime, record: Record) -> tuple[Job, 
         flops_per_token=_flops_per_token(context),
         peak_flops=_peak_flops(context),
     )
-    checkpointer = Checkpointer(
-        context=context, runtime=runtime, model=prepared_model, optimizer=prepared_optimizer, record=record
+    checkpointer = Checkpointer(context, _subject(job), record)
+    progress = checkpointer.resume()
+    if progress is not None:
+        record.say(f"going on from step {progress.step} of {steps}")
+    return job, _held_out(context, stage), checkpointer, progress or Progress(step=0, tokens=0, trained_tokens=0)
+
+
+def _subject(job: Job) -> Subject:
+    """What checkpoints hold, and the loss that a resume must find again."""
+    count = job.stage.checkpoint.probe_rows
+    micro_size = job.stage.batch.micro_size
+    return Subject(
+        runtime=job.runtime,
+        model=job.model,
+        optimizer=job.optimizer,
+        data_digest=job.rows.digest,
+        probe=(lambda: evaluate(job.runtime, job.model, job.loss, job.rows, micro_size=micro_size, limit=count).loss) if count else None,
     )
-    return job, _held_out(context, stage), checkpointer, progress
 
 
 def _held_out(context: Context, stage: SftStage) -> Held | None:
@@ -120,6 +122,13 @@ def _score(job: Job, held: Held | None) -> Evaluation | None:
     if held is None:
         return None
     return evaluate(job.runtime, job.model, job.loss, held.rows, micro_size=held.micro_size)
+
+
+def _evaluate(job: Job, held: Held | None, record: Record, checkpointer: Checkpointer, step: int) -> None:
+    scored = _score(job, held)
+    _record_evaluation(record, step, scored)
+    if scored is not None:
+        checkpointer.note_evaluation(step, scored.loss)
 
 
 def _evaluate_first(job: Job, held: Held | None, record: Record, progress: Progress) -> Evaluation | None:

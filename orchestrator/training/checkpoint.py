@@ -1,57 +1,167 @@
-"""Saves and restores the training state of a stage; writing goes on in the background. Folders and proofs are `orchestrator.checkpoints`'."""
+"""Saves, restores and rolls back the training state of a stage. Folders and their proof are `orchestrator.checkpoints`'."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from orchestrator import checkpoints
-from orchestrator.checkpoints import Event, Found
-from orchestrator.rundir import StageFolder, read_json
+from orchestrator.checkpoints import Found
+from orchestrator.config.run import accumulation_steps
+from orchestrator.config.sites import WandbTracking
+from orchestrator.errors import CheckpointError
+from orchestrator.metrics.wandb import run_id
+from orchestrator.resume import refuse_changes, settings_that_matter
+from orchestrator.rundir import read_json, write_json
 from orchestrator.training.checkpoint_writer import CheckpointWriter, Pending
 from orchestrator.training.context import Context, Record
+from orchestrator.training.health import health_from_json
 from orchestrator.training.loop import Progress
+from orchestrator.training.proven import newest_proven
 from orchestrator.training.runtime import Runtime
 from orchestrator.training.state import INDEX, collect, restore, restore_random_state
 
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors")
+PROBE_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+"""Relative; other ranks and stages sum in another order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is saved. The model and the optimizer are Accelerate's prepared ones."""
+
+    runtime: Runtime
+    model: torch.nn.Module
+    optimizer: Any
+    data_digest: str
+    probe: Callable[[], float] | None
+    """The model's loss on rows that never change; every rank calls it."""
+
 
 class Checkpointer:
-    """Owns the background write. Every rank calls every method at the same step."""
+    """Owns the background write. Every rank calls every method, at the same step."""
 
-    def __init__(
-        self, *, context: Context, runtime: Runtime, model: torch.nn.Module, optimizer: Any, record: Record
-    ) -> None:
-        self._context, self._runtime, self._model, self._optimizer = context, runtime, model, optimizer
+    def __init__(self, context: Context, subject: Subject, record: Record) -> None:
+        self._context, self._subject, self._record = context, subject, record
         self._writer = CheckpointWriter(
-            folder=context.folder, settings=context.stage.checkpoint, rank=runtime.rank, world_size=runtime.world_size, record=record
+            folder=context.folder,
+            settings=context.stage.checkpoint,
+            rank=subject.runtime.rank,
+            world_size=subject.runtime.world_size,
+            record=record,
         )
         self._buffers: dict[str, torch.Tensor] = {}
+        self._evaluated: tuple[int, float] | None = None
+        self._best: dict[str, Any] | None = None
+
+    def note_evaluation(self, step: int, loss: float) -> None:
+        """The held-out loss of a step; the checkpoint of the same step carries it."""
+        self._evaluated = (step, loss)
+        if self._best is None or loss < self._best["loss"]:
+            self._best = {"step": step, "loss": loss}
 
     def save(self, progress: Progress) -> None:
-        """Takes a snapshot and goes on; waits first where the last save is still being written."""
+        """Takes a snapshot and goes on; waits first where the last save is still being written.
+
+        A model whose probe is not finite is not saved: going back to it would be of no use.
+        """
         start = time.perf_counter()
         self._writer.wait(for_newer=True)
-        state = collect(self._runtime, self._model, self._optimizer)
-        tensors = self._snapshot(state.tensors)
+        probe = None if self._subject.probe is None else self._subject.probe()
+        if probe is not None and not math.isfinite(probe):
+            self._record.event("save_refused", step=progress.step, why=f"the probe's loss is {probe}")
+            self._record.say(f"warning: step {progress.step} is not saved: the loss on the probe's rows is {probe}")
+            return
+        probe_seconds = time.perf_counter() - start
+        state = collect(self._subject.runtime, self._subject.model, self._subject.optimizer)
         pending = Pending(
             step=progress.step,
-            tensors=tensors,
+            tensors=self._snapshot(state.tensors),
             metadata={INDEX: json.dumps(state.index)},
-            state=asdict(progress),
+            state=self._state(progress, probe),
             facts=self._facts(progress),
             stall_seconds=time.perf_counter() - start,
+            probe_seconds=probe_seconds,
         )
         self._writer.start(pending)
+
+    def resume(self) -> Progress | None:
+        """Puts everything back from the newest proven checkpoint; None where there is none.
+
+        ConfigError where a setting that matters changed; CheckpointError where the probe's loss does not come out again.
+        """
+        found = newest_proven(self._subject.runtime, self._context.folder, self._record.event)
+        if found is None:
+            return None
+        progress = self._restored(found)
+        if self._context.folder.rollbacks.exists():
+            known = read_json(self._context.folder.rollbacks)
+            health = replace(progress.health, omitted=tuple(known["omitted"]), rollbacks=known["rollbacks"])
+            progress = replace(progress, health=health)
+        self._record.event("resume", step=progress.step, **self._changes(found))
+        return progress
+
+    def roll_back(self, progress: Progress) -> Progress | None:
+        """Goes back to before the streak of faults and leaves its data out; None where no checkpoint is that old."""
+        self._writer.wait(for_newer=True)
+        streak = progress.health.streak
+        found = newest_proven(self._subject.runtime, self._context.folder, self._record.event, before=streak[0])
+        if found is None:
+            return None
+        earlier = self._restored(found)
+        omitted = tuple(sorted({*progress.health.omitted, *streak}))
+        health = replace(earlier.health, omitted=omitted, rollbacks=progress.health.rollbacks + 1)
+        if self._subject.runtime.is_main:
+            self._forget_after(found.step)
+            write_json(self._context.folder.rollbacks, {"omitted": list(omitted), "rollbacks": health.rollbacks})
+        self._record.event("roll_back", from_step=progress.step, to_step=found.step, omitted_steps=list(streak))
+        self._record.say(
+            f"went back from step {progress.step} to {found.step}; the data of steps {list(streak)} is left out"
+        )
+        self._record.rollbacks = health.rollbacks
+        return replace(earlier, health=health)
 
     def close(self) -> int | None:
         """Waits for the last save; the newest step that this attempt proved."""
         self._writer.close()
         return self._writer.proven_step
+
+    def _restored(self, found: Found) -> Progress:
+        subject, state = self._subject, found.state
+        self._tell_accepted(state)
+        same_ranks = found.world_size == subject.runtime.world_size
+        same_layout = same_ranks and found.manifest["sharding"] == self._context.config.sharding.strategy
+        restore(found.rank_files, subject.runtime, subject.model, subject.optimizer, same_ranks=same_layout)
+        self._check_probe(found.step, state["probe"])
+        if same_ranks:
+            restore_random_state(found.rank_files[subject.runtime.rank], subject.runtime.device)
+        self._best = state["best"]
+        return Progress(**{**state["progress"], "health": health_from_json(state["progress"]["health"])})
+
+    def _tell_accepted(self, state: dict[str, Any]) -> None:
+        context = self._context
+        accepted = frozenset(context.stage.checkpoint.accept_changes)
+        for sentence in refuse_changes(state["settings"], self._settings(), stage=context.name, accepted=accepted):
+            self._record.say(f"accepted: {sentence}")
+
+    def _check_probe(self, step: int, stored: float | None) -> None:
+        """CheckpointError where the model that was put back does not score as the saved one did."""
+        if stored is None or self._subject.probe is None:
+            return
+        loss = self._subject.probe()
+        allowed = PROBE_TOLERANCE[self._context.config.model.dtype]
+        if not abs(loss - stored) <= allowed * abs(stored):
+            raise CheckpointError(
+                f"step {step} was put back, but its loss on the probe's rows is {loss:.7g}, {stored:.7g} was stored; they differ by "
+                f"{abs(loss - stored) / abs(stored):.2g}, {allowed:g} is allowed. Nothing was trained"
+            )
 
     def _snapshot(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Host copies, in memory that is kept from save to save: fresh pages would cost more than the copy."""
@@ -60,57 +170,59 @@ class Checkpointer:
             if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
                 self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[name].copy_(tensor, non_blocking=True)
-        if self._runtime.device.type == "cuda":
-            torch.cuda.synchronize(self._runtime.device)
+        if self._subject.runtime.device.type == "cuda":
+            torch.cuda.synchronize(self._subject.runtime.device)
         return {name: self._buffers[name] for name in tensors}
 
+    def _state(self, progress: Progress, probe: float | None) -> dict[str, Any]:
+        tracked = isinstance(self._context.config.tracking, WandbTracking) and self._subject.runtime.is_main
+        return {
+            "progress": asdict(progress),
+            "probe": probe,
+            "best": self._best,
+            "wandb_id": run_id(self._context.folder.wandb) if tracked else None,
+            "settings": self._settings(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        digest = {f"stages.{self._context.name}.data": self._subject.data_digest}
+        return {**settings_that_matter(self._context.config, self._context.name), **digest}
+
     def _facts(self, progress: Progress) -> dict[str, Any]:
+        at_this_step = self._evaluated is not None and self._evaluated[0] == progress.step
         return {
             "step": progress.step,
             "tokens": progress.tokens,
-            "world_size": self._runtime.world_size,
+            "world_size": self._subject.runtime.world_size,
             "sharding": self._context.config.sharding.strategy,
             "attempt": self._context.attempt,
             "created": time.time(),
+            "eval_loss": self._evaluated[1] if at_this_step and self._evaluated is not None else None,
+            "config_digest": checkpoints.digest_of(self._settings()),
+            "data_digest": self._subject.data_digest,
+            "versions": {name: metadata.version(name) for name in PACKAGES if _is_installed(name)},
         }
 
+    def _changes(self, found: Found) -> dict[str, Any]:
+        config, stage = self._context.config, self._context.stage
+        return {
+            "world_size": [found.world_size, self._subject.runtime.world_size],
+            "sharding": [found.manifest["sharding"], config.sharding.strategy],
+            "micro_size": stage.batch.micro_size,
+            "micro_batches_per_rank": accumulation_steps(config, stage),
+        }
 
-def newest_proven(folder: StageFolder, event: Event) -> Found | None:
-    """The checkpoint to go on from; rank 0 proves it and tells the others. Every rank must call it."""
-    found = checkpoints.newest_proven(folder, event) if _rank() == 0 else None
-    step = _from_rank_zero(-1 if found is None else found.step)
-    if found is not None or step < 0:
-        return found
-    place = folder.checkpoint(step)
-    return Found(step=step, folder=place, manifest=read_json(place / checkpoints.MANIFEST))
-
-
-def load_weights_before_prepare(found: Found, model: torch.nn.Module) -> None:
-    """Nothing to do: `load_after_prepare` brings weights and optimizer alike."""
-
-
-def load_after_prepare(found: Found, runtime: Runtime, model: torch.nn.Module, optimizer: Any) -> Progress:
-    """Puts weights, optimizer and random states back; where the run stood. Every rank must call it."""
-    same_world = found.world_size == runtime.world_size
-    sharding = _sharding(runtime, model)
-    restore(found.rank_files, runtime, model, optimizer, same_ranks=same_world and found.manifest["sharding"] == sharding)
-    if same_world:
-        restore_random_state(found.rank_files[runtime.rank], runtime.device)
-    return Progress(**found.state)
+    def _forget_after(self, step: int) -> None:
+        """Moves checkpoints newer than the one that was gone back to aside: their weights are in doubt."""
+        folder = self._context.folder
+        for newer in checkpoints.saved_steps(folder):
+            if newer > step:
+                checkpoints.quarantine(folder, newer, [f"a rollback went back to step {step}"], self._record.event)
 
 
-def _sharding(runtime: Runtime, model: Any) -> str:
-    return f"zero{model.zero_optimization_stage()}" if runtime.uses_deepspeed else "none"
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _from_rank_zero(value: int) -> int:
-    if not dist.is_initialized():
-        return value
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    tensor = torch.tensor([value], dtype=torch.int64, device=device)
-    dist.broadcast(tensor, src=0)
-    return int(tensor)
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -42,7 +42,9 @@ class Pending:
     facts: dict[str, Any]
     """For the manifest."""
     stall_seconds: float
-    """How long training stood still for the snapshot."""
+    """How long training stood still before the write began: the last write's end, the probe, the snapshot."""
+    probe_seconds: float
+    """The part of it until the probe's loss was known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,9 @@ NOTHING = Report(status=FINE, written=Written(bytes=0, sha256="00" * 32))
 class CheckpointWriter:
     """Owns the thread that writes, and the process group in which its ranks agree. At most one write is in flight."""
 
-    def __init__(self, *, folder: StageFolder, settings: CheckpointConfig, rank: int, world_size: int, record: Record) -> None:
+    def __init__(
+        self, *, folder: StageFolder, settings: CheckpointConfig, rank: int, world_size: int, record: Record
+    ) -> None:
         self._folder, self._settings, self._record = folder, settings, record
         self._rank, self._world_size = rank, world_size
         self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if world_size > 1 else None
@@ -150,8 +154,10 @@ class CheckpointWriter:
 
     def _retain(self) -> None:
         """Deletes what retention lets go; only now that the new checkpoint is proven."""
+        settings = self._settings
+        best = checkpoints.best_step(self._folder) if settings.keep_best else None
         steps = checkpoints.saved_steps(self._folder)
-        leaving = checkpoints.obsolete(steps, keep_last=self._settings.keep_last, keep_every=None, best=None)
+        leaving = checkpoints.obsolete(steps, keep_last=settings.keep_last, keep_every=settings.keep_every, best=best)
         try:
             checkpoints.delete(self._folder, leaving)
         except OSError as error:
@@ -160,7 +166,14 @@ class CheckpointWriter:
     def _tell_saved(self, pending: Pending, seconds: float) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in pending.tensors.values())
         stall = pending.stall_seconds if self._settings.background else pending.stall_seconds + seconds
-        self._record.event("save", step=pending.step, save_seconds=seconds, save_stall_seconds=stall, bytes_of_rank_0=size)
+        self._record.event(
+            "save",
+            step=pending.step,
+            save_seconds=seconds,
+            save_stall_seconds=stall,
+            probe_seconds=pending.probe_seconds,
+            bytes_of_rank_0=size,
+        )
 
     def _tell_failed(self, pending: Pending, problem: str) -> None:
         self._record.event("save_failed", step=pending.step, why=problem)
@@ -206,7 +219,9 @@ def _tried(action: Callable[[], Written]) -> Report:
 
 
 def _problem(reports: Sequence[Report]) -> str | None:
-    sentences = [f"rank {rank}: {_sentence(report.status)}" for rank, report in enumerate(reports) if report.status != FINE]
+    sentences = [
+        f"rank {rank}: {_sentence(report.status)}" for rank, report in enumerate(reports) if report.status != FINE
+    ]
     return "; ".join(sentences) or None
 
 

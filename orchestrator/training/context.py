@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from orchestrator.metrics import wandb
 from orchestrator.metrics.console import line
 from orchestrator.metrics.jsonl import RecordFile
 from orchestrator.rundir import StageFolder
+from orchestrator.training.stop import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class Context:
     folder: StageFolder
     run_file: Path
     attempt: int
+    stop: StopRequest
     base_folder: Path
     """Local folder of the base model."""
     train_data: Path
@@ -44,7 +48,11 @@ class Record:
         self._is_main = rank == 0
         self.last_step = 0
         self.total_steps = 0
+        self.rollbacks = 0
+        """Rows written after a rollback replay steps; they say so."""
         self._wandb: wandb.WandbProcess | None = None
+        self._lock = threading.Lock()
+        self._unwritten: list[tuple[RecordFile, dict[str, Any]]] = []
         if not self._is_main:
             return
         context.folder.root.mkdir(parents=True, exist_ok=True)
@@ -58,18 +66,38 @@ class Record:
         self.last_step = int(row["step"])
         if self._is_main:
             full = {"step": row["step"], "attempt": self._context.attempt, **row}
-            self._metrics.append(full)
-            print(line(full, self.total_steps), flush=True)
+            if self.rollbacks:
+                full["rollbacks"] = self.rollbacks
+            self._append(self._metrics, full)
+            _print(line(full, self.total_steps))
 
     def event(self, event: str, **facts: Any) -> None:
         """Appends to events.jsonl: start, save, stop, resume, skip, fault."""
         if self._is_main:
-            self._events.append({"event": event, "attempt": self._context.attempt, "time": time.time(), **facts})
+            self._append(self._events, {"event": event, "attempt": self._context.attempt, "time": time.time(), **facts})
+
+    def _append(self, file: RecordFile, row: dict[str, Any]) -> None:
+        """Keeps rows that a full disk refuses, and writes them before the next one: the record stops no training."""
+        with self._lock:  # checkpoints tell their end from a thread of their own
+            self._unwritten.append((file, row))
+            try:
+                while self._unwritten:
+                    target, oldest = self._unwritten[0]
+                    target.append(oldest)
+                    del self._unwritten[0]
+            except OSError as error:
+                if len(self._unwritten) == 1:
+                    warn(f"the record cannot be written ({error.strerror}); its rows wait in memory")
+
+    def skipped_update(self, step: int, why: str, rows: list[int]) -> None:
+        """Tells that a step left the weights as they were."""
+        self.event("skip", step=step, why=why, rows=rows)
+        self.say(f"warning: step {step} updated nothing: {why}; rows {rows}")
 
     def say(self, sentence: str) -> None:
         """Tells the log."""
         if self._is_main:
-            print(sentence, flush=True)
+            _print(sentence)
 
     def finish(self, summary: Mapping[str, Any], *, outcome: wandb.Outcome) -> str | None:
         """Ends W&B in bounded time; the sentence that tells how to see its run."""
@@ -113,6 +141,12 @@ def _wandb_settings(context: Context) -> wandb.WandbSettings | None:
         init_timeout_seconds=tracking.init_timeout_seconds,
         finish_timeout_seconds=tracking.finish_timeout_seconds,
     )
+
+
+def _print(text: str) -> None:
+    """Tells the log; a log on a full disk stops no training."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def warn(sentence: str) -> None:

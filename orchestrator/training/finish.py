@@ -45,7 +45,7 @@ def finish_stage(
     seconds: float,
 ) -> int:
     """All ranks call it; rank 0 writes, proves and reports. Raises CheckpointError where the proof fails."""
-    expectation = _expected_loss(context, job)
+    expectation = _expected_loss(context, job, after)
     weights = gather_trainable(job.runtime, job.model)
     if job.runtime.is_main:
         module = job.runtime.accelerator.unwrap_model(job.model)
@@ -80,12 +80,14 @@ def finish_stage(
     return EXIT_DONE
 
 
-def _expected_loss(context: Context, job: Job) -> dict[str, Any]:
+def _expected_loss(context: Context, job: Job, after: Evaluation | None) -> dict[str, Any]:
     """The trainer's own loss on the rows that the proof scores again: held-out rows, or the first train rows."""
     folder = context.evaluation_data or context.train_data
     rows = PreparedRows.open(folder)
     micro_size = context.stage.batch.micro_size
-    scored = evaluate(job.runtime, job.model, job.loss, rows, micro_size=micro_size, limit=PROOF_ROWS)
+    scored = after
+    if scored is None or scored.rows > PROOF_ROWS:
+        scored = evaluate(job.runtime, job.model, job.loss, rows, micro_size=micro_size, limit=PROOF_ROWS)
     return {"data": str(folder), "rows": scored.rows, "loss": scored.loss, "micro_size": micro_size}
 
 

@@ -46,7 +46,8 @@ def local_fragments(runtime: Runtime, model: torch.nn.Module) -> list[Fragment]:
     named = trained_parameters(runtime, model)
     if not runtime.uses_deepspeed:
         return [
-            Fragment(name=name, shape=tuple(p.shape), start=0, length=p.numel(), master=p, offset=0) for name, p in named
+            Fragment(name=name, shape=tuple(p.shape), start=0, length=p.numel(), master=p, offset=0)
+            for name, p in named
         ]
     engine: Any = model
     if engine.zero_optimization_stage() == 3:

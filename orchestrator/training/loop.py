@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from orchestrator.config.stages import SftStage
@@ -15,9 +19,11 @@ from orchestrator.dataset.order import BatchOrder
 from orchestrator.errors import TrainingFailed
 from orchestrator.schedule import learning_rate_factor
 from orchestrator.training.data.rows import Batch, PreparedRows
+from orchestrator.training.health import HEALTHY, Health, after_step, find_fault, must_go_back, reason_to_give_up
 from orchestrator.training.losses import Loss
 from orchestrator.training.optimizers import set_learning_rate
 from orchestrator.training.runtime import Runtime
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -43,16 +49,21 @@ class Progress:
     step: int
     tokens: int
     trained_tokens: int
+    health: Health = HEALTHY
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """The effects of the loop."""
+    """The effects of the loop. Every rank calls them at the same step."""
 
     record: Callable[[Mapping[str, Any]], None]
     """Takes a row of metrics; called on every rank, acts on rank 0."""
     evaluate: Callable[[Progress], None]
     save: Callable[[Progress], None]
+    roll_back: Callable[[Progress], Progress | None]
+    """Puts the model back to the last proven checkpoint before the streak of faults; None where there is none."""
+    fault: Callable[[int, str, list[int]], None]
+    """Tells that the update of a step was skipped, why, and which rows it held."""
     stop_reason: Callable[[], str | None]
     """This rank's own wish to stop."""
 
@@ -68,59 +79,81 @@ class StepResult:
     data_seconds: float
     seconds: float
     stop: bool
+    fault: str | None
+    """Why nothing was updated."""
 
 
 def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
     """Goes on from `progress` to the last step, or to the step at which the ranks agree to stop (and saves there)."""
+    job.model.train()
     window: list[StepResult] = []
-    for step in range(progress.step + 1, job.steps + 1):
-        result = optimizer_step(job, step, stop_wish=hooks.stop_reason() is not None)
-        progress = _advanced(progress, result)
+    save_is_owed = False
+    stop = _agree_to_stop(job, hooks)
+    while progress.step < job.steps and not stop:
+        step = progress.step + 1
+        result = optimizer_step(job, step, progress.health, stop_wish=hooks.stop_reason() is not None)
+        progress = _advanced(job, progress, result)
         window.append(result)
-        if step % job.stage.log_every_steps == 0 or step == job.steps or result.stop:
-            hooks.record(_metrics_row(job, step, window))
+        stop = result.stop
+        if step % job.stage.log_every_steps == 0 or step == job.steps or stop:
+            hooks.record(_metrics_row(job, progress, window))
             window = []
+        if result.fault is not None:
+            hooks.fault(step, result.fault, _row_ids(job, step))
+            if must_go_back(progress.health, job.stage.faults):
+                progress, window, save_is_owed = _gone_back(job, progress, hooks, result.fault), [], False
+                continue
         if _is_due(job.stage.evaluate_every_steps, step) and step < job.steps:
             hooks.evaluate(progress)
-        if result.stop and step < job.steps:
+            stop = _agree_to_stop(job, hooks) or stop
+        save_is_owed |= _is_due(job.stage.checkpoint.every_steps, step)
+        if stop or step == job.steps or (save_is_owed and not progress.health.streak):
             hooks.save(progress)
-            return progress
-        if _is_due(job.stage.checkpoint.every_steps, step) or step == job.steps:
-            hooks.save(progress)
+            save_is_owed = False
     return progress
 
 
-def optimizer_step(job: Job, step: int, *, stop_wish: bool) -> StepResult:
-    """Forward, backward and update over the global batch of `step` (from 1)."""
+def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> StepResult:
+    """Forward, backward and update over the global batch of `step` (from 1); no update where a fault is found."""
     start = time.perf_counter()
     lr = job.stage.optimizer.lr * learning_rate_factor(job.stage.schedule, step, job.steps)
     set_learning_rate(job.optimizer, lr)
-    indices = job.order.global_batch(step - 1)
-    real = indices[indices >= 0]
+    real = _real_indices(job, step)
     trained = int(job.rows.trained_tokens[real].sum())
     if trained == 0:
-        raise TrainingFailed(f"step {step}: the batch has no trained token; rows {_row_ids(job, real)}; see `orchestrator check`")
-    loss_sum, data_seconds, stop = accumulate_gradients(job, step, trained, stop_wish=stop_wish)
-    grad_norm = update(job)
-    if not math.isfinite(grad_norm):
-        raise TrainingFailed(f"step {step}: the gradient norm is {grad_norm}; rows {_row_ids(job, real)}")
+        raise TrainingFailed(f"step {step}: the batch has no trained token; rows {_row_ids(job, step)}; see `orchestrator check`")
+    sums = accumulate_gradients(job, step, health, trained, stop_wish=stop_wish)
+    grad_norm = update(job, fault=sums.fault)
+    fault = sums.fault or (None if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}")
     return StepResult(
-        loss_sum=loss_sum,
+        loss_sum=sums.loss_sum,
         grad_norm=grad_norm,
         tokens=int(job.rows.lengths[real].sum()),
         trained_tokens=trained,
-        data_seconds=data_seconds,
+        data_seconds=sums.data_seconds,
         seconds=time.perf_counter() - start,
-        stop=stop,
+        stop=sums.stop,
+        fault=fault,
     )
 
 
-def accumulate_gradients(job: Job, step: int, trained: int, *, stop_wish: bool) -> tuple[float, float, bool]:
-    """Gradient of sum(token losses) / `trained`, the trained tokens of the global batch; (loss sum, data seconds, stop).
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """What the ranks agreed on over the micro-batches of a step."""
+
+    loss_sum: float
+    stop: bool
+    fault: str | None
+    data_seconds: float
+
+
+def accumulate_gradients(job: Job, step: int, health: Health, trained: int, *, stop_wish: bool) -> Sums:
+    """Gradient of sum(token losses) / `trained`, the trained tokens of the global batch.
 
     Accelerate and DeepSpeed divide by accumulation steps, and DDP and ZeRO average over ranks: both are undone here,
     so that the gradient does not depend on how the global batch is split. Before the last backward, which under
-    DeepSpeed also updates, the ranks agree that the loss is finite and on whether to stop.
+    DeepSpeed also updates, the ranks agree on whether the loss is at fault and on whether to stop. A fault makes the
+    last backward NaN on every rank: DeepSpeed sees it and skips its update, elsewhere `update` does.
     """
     accelerator = job.runtime.accelerator
     micro_batches = job.order.micro_batches(
@@ -128,37 +161,56 @@ def accumulate_gradients(job: Job, step: int, trained: int, *, stop_wish: bool) 
     )
     scale = job.runtime.world_size * len(micro_batches) / trained
     loss_sum = torch.zeros((), device=job.runtime.device, dtype=torch.float64)
-    total, data_seconds, stop = 0.0, 0.0, False
+    sums = Sums(loss_sum=0.0, stop=False, fault=None, data_seconds=0.0)
     for position, (batch, seconds) in enumerate(_timed_batches(job, micro_batches)):
-        data_seconds += seconds
         with accelerator.accumulate(job.model):
             loss = job.loss(job.model, batch)
             loss_sum += loss.detach()
+            sums = replace(sums, data_seconds=sums.data_seconds + seconds)
             if position == len(micro_batches) - 1:
-                total, stop = _agree(job, step, float(loss_sum), stop_wish=stop_wish)
-            accelerator.backward(loss * scale)
-    return total, data_seconds, stop
+                total, wishes = job.runtime.sum_over_ranks([float(loss_sum), float(stop_wish)])
+                fault = _fault(job, step, health, total / trained)
+                sums = replace(sums, loss_sum=total, stop=wishes > 0, fault=fault)
+            accelerator.backward(loss * (scale if sums.fault is None else math.nan))
+    return sums
 
 
-def update(job: Job) -> float:
-    """Clips and steps; returns the norm of the gradient before clipping. DeepSpeed has stepped in its backward."""
+def update(job: Job, *, fault: str | None) -> float:
+    """Clips and steps, unless something is at fault; returns the gradient's norm before clipping.
+
+    DeepSpeed has stepped in its backward, or skipped the step where the norm was not finite.
+    """
     limit = job.stage.optimizer.max_grad_norm
     norm = job.runtime.accelerator.clip_grad_norm_(job.model.parameters(), math.inf if limit is None else limit)
-    job.optimizer.step()
-    job.optimizer.zero_grad()
     assert norm is not None
+    if fault is None and math.isfinite(norm):
+        job.optimizer.step()
+    job.optimizer.zero_grad()
     return float(norm)
 
 
-def _agree(job: Job, step: int, loss_sum: float, *, stop_wish: bool) -> tuple[float, bool]:
-    total, wishes = job.runtime.sum_over_ranks([loss_sum, float(stop_wish)])
-    if not math.isfinite(total):
-        indices = job.order.global_batch(step - 1)
+def _fault(job: Job, step: int, health: Health, loss: float) -> str | None:
+    if step in health.omitted:
+        return "a rollback left out its data"
+    return find_fault(health, loss, job.stage.faults)
+
+
+def _gone_back(job: Job, progress: Progress, hooks: Hooks, fault: str) -> Progress:
+    """The progress of the checkpoint that the model went back to; TrainingFailed where a bound is passed."""
+    step = progress.step
+    why = reason_to_give_up(progress.health, job.stage.faults)
+    earlier = None if why is not None else hooks.roll_back(progress)
+    if earlier is None:
         raise TrainingFailed(
-            f"step {step}: the loss is {total}; nothing was updated. Rows of the batch: {_row_ids(job, indices[indices >= 0])}. "
+            f"step {step}: {fault}; {why or 'there is no earlier checkpoint to go back to'}. Rows of the batch: {_row_ids(job, step)}. "
             "Usual causes: a learning rate that is too high, damaged weights, a corrupt row"
         )
-    return total, wishes > 0
+    return earlier
+
+
+def _agree_to_stop(job: Job, hooks: Hooks) -> bool:
+    (wishes,) = job.runtime.sum_over_ranks([float(hooks.stop_reason() is not None)])
+    return wishes > 0
 
 
 def _timed_batches(job: Job, micro_batches: Sequence[Any]) -> Iterator[tuple[Batch, float]]:
@@ -168,34 +220,40 @@ def _timed_batches(job: Job, micro_batches: Sequence[Any]) -> Iterator[tuple[Bat
         yield batch, time.perf_counter() - start
 
 
-def _metrics_row(job: Job, step: int, window: Sequence[StepResult]) -> dict[str, Any]:
-    """A row of metrics.jsonl over the steps since the last row; tokens are those of these steps."""
+def _metrics_row(job: Job, progress: Progress, window: Sequence[StepResult]) -> dict[str, Any]:
+    """A row of metrics.jsonl over the steps since the last row; the loss is that of the steps that updated."""
+    step = progress.step
+    good = [result for result in window if result.fault is None]
     tokens = sum(result.tokens for result in window)
-    trained = sum(result.trained_tokens for result in window)
     seconds = sum(result.seconds for result in window)
     known = job.flops_per_token is not None and job.peak_flops is not None
     return {
         "step": step,
         "epoch": step / job.order.steps_per_epoch,
-        "loss": sum(result.loss_sum for result in window) / trained,
+        "loss": sum(result.loss_sum for result in good) / sum(result.trained_tokens for result in good) if good else math.nan,
         "grad_norm": window[-1].grad_norm,
         "lr": job.stage.optimizer.lr * learning_rate_factor(job.stage.schedule, step, job.steps),
         "tokens": tokens,
-        "trained_tokens": trained,
+        "trained_tokens": sum(result.trained_tokens for result in window),
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds / len(window),
         "data_seconds": sum(result.data_seconds for result in window) / len(window),
         "memory_gib": job.runtime.peak_memory_gib(),
         "mfu": (job.flops_per_token or 0.0) * tokens / seconds / (job.peak_flops or 1.0) if known else None,
+        "skipped_updates": progress.health.skipped + len(progress.health.omitted),
+        "rows_digest": _rows_digest(job, step),
     }
 
 
-def _advanced(progress: Progress, result: StepResult) -> Progress:
-    return replace(
-        progress,
-        step=progress.step + 1,
+def _advanced(job: Job, progress: Progress, result: StepResult) -> Progress:
+    step = progress.step + 1
+    mean = result.loss_sum / result.trained_tokens
+    health = after_step(progress.health, step, loss=mean, fault=result.fault, settings=job.stage.faults)
+    return Progress(
+        step=step,
         tokens=progress.tokens + result.tokens,
         trained_tokens=progress.trained_tokens + result.trained_tokens,
+        health=health,
     )
 
 
@@ -203,5 +261,16 @@ def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _row_ids(job: Job, indices: Any) -> list[int]:
-    return [int(row) for index in indices.tolist() for row in job.rows.row_ids(index)]
+def _real_indices(job: Job, step: int) -> npt.NDArray[np.int64]:
+    indices = job.order.global_batch(step - 1)
+    return indices[indices >= 0]
+
+
+def _row_ids(job: Job, step: int) -> list[int]:
+    """The source rows of a step's batch."""
+    return [int(row) for index in _real_indices(job, step).tolist() for row in job.rows.row_ids(index)]
+
+
+def _rows_digest(job: Job, step: int) -> str:
+    """Eight signs that tell whether two runs saw the same rows in the same order at a step."""
+    return hashlib.sha256(json.dumps(_row_ids(job, step)).encode()).hexdigest()[:8]

@@ -22,8 +22,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def quiet() -> None:
-    """No progress bars of libraries in logs."""
+    """Keeps progress bars and libraries' talk to one another out of the logs; errors stay."""
+    import logging
+    import warnings
+
     import transformers
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package that is not needed
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # from inside PEFT
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -49,9 +55,22 @@ def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype) -
     if isinstance(config.quantization, Nf4Quantization):
         options["quantization_config"] = _nf4(config.quantization, DTYPES[config.model.dtype])
     try:
-        return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, **options)
+        model = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.base: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    _keep_weights_in_place(model)
+    return model
+
+
+def _keep_weights_in_place(model: torch.nn.Module) -> None:
+    """Forbids bitsandbytes to repack 4-bit weights for a CPU's AVX-512 in evaluation.
+
+    It replaces `weight.data` behind ZeRO-3's back (the base silently changes), and fails on layers whose input
+    width is no multiple of 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def weights_dtype(config: RunConfig, *, uses_deepspeed: bool) -> torch.dtype:

@@ -16,7 +16,7 @@ from orchestrator.training.artifact import open_artifact
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.losses import sft_loss
-from orchestrator.training.model import weights_dtype
+from orchestrator.training.model import quiet, weights_dtype
 from orchestrator.training.runtime import start_single_runtime
 
 LOSS_TOLERANCE = 1e-3
@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("run_file", type=Path)
     parser.add_argument("--stage", required=True)
     options = parser.parse_args()
+    quiet()
     folder = RunFolder(options.run_file.parent).stage(options.stage)
     config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False)
     expected = read_json(folder.proof)

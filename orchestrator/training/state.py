@@ -52,7 +52,9 @@ def collect(runtime: Runtime, model: torch.nn.Module, optimizer: Any) -> RankSta
     return RankState(tensors=tensors, index={"fragments": places, "numbers": numbers})
 
 
-def restore(files: Sequence[Path], runtime: Runtime, model: torch.nn.Module, optimizer: Any, *, same_ranks: bool) -> None:
+def restore(
+    files: Sequence[Path], runtime: Runtime, model: torch.nn.Module, optimizer: Any, *, same_ranks: bool
+) -> None:
     """Puts a written state into a prepared model and optimizer; every rank must call it.
 
     `same_ranks`: world size and sharding are those of the writer. Raises CheckpointError where names or shapes do not
@@ -67,7 +69,9 @@ def restore(files: Sequence[Path], runtime: Runtime, model: torch.nn.Module, opt
                 for fragment in members:
                     fragment.of(master).copy_(written.read(WEIGHT, fragment))
                 if written.flat_keys(number):
-                    base.state[master] = _flat_state(written, number, master, members, rank=runtime.rank if same_ranks else None)
+                    base.state[master] = _flat_state(
+                        written, number, master, members, rank=runtime.rank if same_ranks else None
+                    )
                 else:
                     base.state[master] = _master_state(written, master, members, base.state.get(master, {}))
             refresh_model(runtime, model)
@@ -96,7 +100,7 @@ class Written:
             for name, place in index["fragments"].items():
                 self._shapes[name] = tuple(place["shape"])
                 self._parts.setdefault(name, []).append((place["start"], place["start"] + place["length"], file))
-            for key in handle.keys():
+            for key in handle.keys():  # noqa: SIM118  (safe_open is no dict)
                 kind, _, name = key.partition(":")
                 self._kinds.setdefault(name, {})[kind] = file
 
@@ -105,7 +109,9 @@ class Written:
         shapes = self._shapes
         wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
         problems = [f"{name}: the checkpoint does not hold it" for name in sorted(wanted.keys() - shapes.keys())]
-        problems += [f"{name}: the checkpoint holds it, nobody trains it" for name in sorted(shapes.keys() - wanted.keys())]
+        problems += [
+            f"{name}: the checkpoint holds it, nobody trains it" for name in sorted(shapes.keys() - wanted.keys())
+        ]
         problems += [
             f"{name}: shape {list(shapes[name])} in the checkpoint, {list(wanted[name])} here"
             for name in sorted(shapes.keys() & wanted.keys())
@@ -121,7 +127,10 @@ class Written:
     def extras(self, name: str) -> dict[str, torch.Tensor]:
         """States of a parameter that are no list of its elements, such as the scales of 8-bit states."""
         found = {kind: file for kind, file in self._kinds[name].items() if kind.startswith(f"{EXTRA}.")}
-        return {kind.removeprefix(f"{EXTRA}."): self._handles[file].get_tensor(f"{kind}:{name}") for kind, file in found.items()}
+        return {
+            kind.removeprefix(f"{EXTRA}."): self._handles[file].get_tensor(f"{kind}:{name}")
+            for kind, file in found.items()
+        }
 
     def flat_keys(self, number: int) -> list[str]:
         """States that were written for flat master `number` as a whole, as only its ranks can read them."""
@@ -138,7 +147,9 @@ class Written:
         for part_start, part_stop, file in sorted(self._parts[fragment.name]):
             if part_start <= place < min(part_stop, stop):
                 last = min(part_stop, stop)
-                pieces.append(self._handles[file].get_slice(f"{key}:{fragment.name}")[place - part_start : last - part_start])
+                pieces.append(
+                    self._handles[file].get_slice(f"{key}:{fragment.name}")[place - part_start : last - part_start]
+                )
                 place = last
         if place != stop:
             raise CheckpointError(f"{fragment.name}: the checkpoint holds elements up to {place}, {stop} are needed")

@@ -63,7 +63,9 @@ def check_written(path: Path, written: Written) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     size, digest = path.stat().st_size, file_digest(path)
     if (size, digest) != (written.bytes, written.sha256):
-        raise CheckpointError(f"{path}: read back, it has {size} bytes and sha256 {digest[:12]}; {written.bytes} and {written.sha256[:12]} were written")
+        raise CheckpointError(
+            f"{path}: read back, it has {size} bytes and sha256 {digest[:12]}; {written.bytes} and {written.sha256[:12]} were written"
+        )
 
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -75,7 +77,11 @@ def _pieces(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     header = _header(tensors, metadata)
     yield len(header).to_bytes(8, "little") + header
     for tensor in tensors.values():
-        raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B") if tensor.numel() else b""
+        raw = (
+            memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")
+            if tensor.numel()
+            else b""
+        )
         for start in range(0, len(raw), PIECE_BYTES):
             yield raw[start : start + PIECE_BYTES]
 

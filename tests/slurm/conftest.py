@@ -6,60 +6,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from launchers import sbatch
-from launchers.spec import JobSpec
-from launchers.submission import Stage, submit
-from slurm.query import query
-
-MINICLUSTER = Path(__file__).with_name("minicluster.sh")
-OPTIONS = (
-    *("--nodes", "3", "--gpus", "2", "--timeout", "60"),
-    *("--conf", "PreemptType=preempt/partition_prio", "--conf", "PreemptMode=REQUEUE"),
-    *("--conf", "PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 OverSubscribe=FORCE:1"),
-    *("--conf", "PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF"),
-)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The running cluster and what a person at its terminal would do."""
-
-    folder: Path
-
-    def manage(self, *arguments: str) -> None:
-        subprocess.run(["bash", MINICLUSTER, *arguments[:1], self.folder, *arguments[1:]], check=True, timeout=120)
-
-    def start(self) -> None:
-        self.manage("start", *OPTIONS)
-
-    def controller(self) -> int:
-        return int((self.folder / "run" / "slurmctld.pid").read_text().split()[0])
-
-    def submit(self, spec: JobSpec, **options: str) -> str:
-        token = f"{Path(spec.working_directory).parent.name}.{time.time_ns()}".replace("[", "").replace("]", "")
-        return submit(Stage(spec, sbatch.render(spec), token), **options)
-
-    def state(self, job_id: str) -> str:
-        return query([job_id])[job_id].state.name
-
-    def wait(self, job_id: str, *, seconds: float = 60, wanted: str | None = None) -> str:
-        """The state in which the job ended (or `wanted`, as soon as it is in it)."""
-        deadline = time.monotonic() + seconds
-        while True:
-            state = query([job_id])[job_id].state
-            if state.name == wanted or (wanted is None and state.phase == "ended"):
-                return state.name
-            assert time.monotonic() < deadline, f"job {job_id} is {state.name} after {seconds} s\n{run('squeue')}"
-            time.sleep(0.3)
-
-
-def run(*argv: str) -> str:
-    return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+from lab import MINICLUSTER, Cluster, run
 
 
 @pytest.fixture(scope="session")

@@ -2,19 +2,20 @@
 
 import json
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from lab import Cluster, run
+from launching import begun, make_slurm_spec, read_seen, wait_until
 
-from conftest import Cluster, run
 from launchers import sbatch
+from launchers.cancellation import cancel_jobs
 from launchers.causes import read_first_cause
 from launchers.spec import JobSpec, write
 from launchers.submission import Stage, read_jobs, submit_chain
-from launching import STAND_INS, begun, make_slurm_spec, read_seen, wait_until
 from slurm.client import ask_to_stop, cancel
 from slurm.query import query
 
@@ -150,31 +151,54 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tmp_path: Path, ge
     job = cluster.submit(spec)
     wait_until(begun(spec), seconds=30, what="the first step")
     if gently:
-        Path(spec.stop_file).write_text("cancel\n")
-        ask_to_stop([job])
-        assert cluster.wait(job) == "FAILED"  # exit code 75: saved, and wants to go on
+        facts = cancel_jobs([spec], gentle_seconds=30)
+        assert facts[job].state.name == "FAILED"  # exit code 75: saved, and wants to go on
     else:
         cancel([job])
         assert cluster.wait(job) == "CANCELLED"
-    cancel([job])
+    assert attempts_of(spec) == {1: "stopped"}
     time.sleep(8)  # a requeued job would be eligible again after six
     assert run("squeue", "--noheader") == ""
     assert read_jobs(spec.log_directory) == (job,)
 
 
-def test_a_powered_off_node_is_survived(cluster: Cluster, tmp_path: Path) -> None:
-    spec = make_slurm_spec(tmp_path, settings={"steps": 100})
+def test_a_pending_chain_is_cancelled_as_a_whole(cluster: Cluster, tmp_path: Path) -> None:
+    specs = [make_slurm_spec(tmp_path / name, nodes=3, cluster={"cpus_per_task": 8}) for name in ("a", "b", "c")]
+    blocker = run("sbatch", "--parsable", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")
+    cluster.wait(blocker, wanted="RUNNING")
+    stages = [Stage(spec, sbatch.render(spec), f"token-{time.time_ns()}") for spec in specs]
+    jobs = submit_chain(stages, record=lambda _stage, _job: None)
+    reasons = {"its turn", "comes first", "stage before"}
+    assert all(any(reason in fact.sentence for reason in reasons) for fact in query(jobs).values())
+    facts = cancel_jobs(specs, also=jobs, gentle_seconds=30)
+    assert [facts[job].state.name for job in jobs] == ["CANCELLED"] * 3
+
+
+@pytest.mark.parametrize("how", ["power off", "freeze"])
+def test_a_lost_node_is_survived(cluster: Cluster, tmp_path: Path, how: str) -> None:
+    spec = make_slurm_spec(tmp_path, settings={"steps": 100, "in_step": True})
     job = cluster.submit(spec)
     wait_until(begun(spec), seconds=30, what="the first step")
-    cluster.manage("power-off", "node1")
+    if how == "power off":
+        cluster.manage("power-off", "node1")
+    else:
+        cluster.signal_node("node2", signal.SIGSTOP)
     try:
         wait_until(lambda: Path(spec.log_directory, "attempt-2").exists(), seconds=90, what="the second attempt")
+        if how == "freeze":
+            cluster.signal_node("node2", signal.SIGCONT)
         assert cluster.wait(job, seconds=90) == "COMPLETED"
     finally:
+        cluster.signal_node("node2", signal.SIGCONT)
         cluster.manage("power-on", "node1")
-        wait_until(lambda: "down" not in run("sinfo", "-h", "-N", "-o", "%T"), seconds=60, what="node1 is back")
+        wait_until(lambda: "down" not in run("sinfo", "-h", "-N", "-o", "%T"), seconds=60, what="all nodes are back")
     assert attempts_of(spec) == {1: "failed", 2: "finished"}
-    assert {read_seen(spec, rank=rank, attempt=2)["host"] for rank in (0, 1)} == {"node2", "node3"}
+    lost = {"power off": "node1", "freeze": "node2"}[how]
+    assert lost not in {read_seen(spec, rank=rank, attempt=2)["host"] for rank in (0, 1)}
+    for rank in (0, 1):  # nothing of the lost attempt works on after the next one has begun
+        lines = Path(spec.stage_directory, f"steps.rank-{rank}").read_text().splitlines()
+        attempts = [int(line.split()[0]) for line in lines]
+        assert attempts == sorted(attempts) and set(attempts) == {1, 2}
 
 
 def test_a_frozen_controller_gets_one_job_only(cluster: Cluster, tmp_path: Path) -> None:
@@ -194,7 +218,9 @@ def test_a_restarted_controller_does_not_disturb_the_run(cluster: Cluster, tmp_p
     spec = make_slurm_spec(tmp_path, settings={"steps": 80})
     job = cluster.submit(spec)
     wait_until(begun(spec), seconds=30, what="the first step")
-    os.kill(cluster.controller(), 9)
+    controller = cluster.controller()
+    os.kill(controller, signal.SIGTERM)
+    wait_until(lambda: not Path(f"/proc/{controller}").exists(), seconds=20, what="the end of the controller")
     assert query([job])[job].state.name == "UNKNOWN"
     cluster.start()
     assert cluster.wait(job, seconds=90) == "COMPLETED"
@@ -206,13 +232,13 @@ def test_a_missing_log_folder_is_made_or_explained(cluster: Cluster, tmp_path: P
     path = write(sbatch.render(spec))
     job = run("sbatch", "--parsable", str(path))
     assert cluster.wait(job) == "FAILED"
-    line = run("scontrol", "show", "job", "-o", job)
-    assert "ExitCode=0:53" in line
+    assert "ExitCode=0:53" in run("scontrol", "show", "job", "-o", job)
+    assert "a log folder that is not there" in query([job])[job].sentence
     assert cluster.wait(cluster.submit(spec)) == "COMPLETED"
 
 
 def test_hostile_names_and_values_pass_through_a_real_cluster(cluster: Cluster, tmp_path: Path) -> None:
-    words = ("a\nb", "$$ ${local_rank}", "", 'it\'s "x" `id` $(id)', "%j", "-x")
+    words = ("a\nb", "$$ ${local_rank}", "", 'it\'s "x" `id` $(id)', "%j", "-x", "--node", "-h", "--")
     run_folder = tmp_path / 'it\'s "x" $(id) %j ü;&'
     name = 'it\'s "x" $(id) %j ü #;&'
     plain = make_slurm_spec(run_folder)

@@ -104,11 +104,6 @@ def assert_history(rows: list[dict[str, Any]]) -> None:
     assert not any("mfu" in row for row in rows)
 
 
-def assert_no_key_in_files(stage: Path) -> None:
-    files = [path for path in stage.rglob("*") if path.is_file()]
-    assert files and not [path for path in files if FAKE_KEY.encode() in path.read_bytes()]
-
-
 # ---- offline -------------------------------------------------------------------------------------------
 
 
@@ -119,11 +114,11 @@ def test_offline_by_itself_and_each_step_once_over_a_restart(tmp_path: Path, cap
     assert sentence == f"W&B run is offline; send it with: wandb sync {stage / 'wandb'}"
     assert len(offline_files(stage / "wandb")) == 2
     assert_history(offline_history(stage / "wandb"))
-    runs = [record.run for path in offline_files(stage / "wandb") for record in records(path) if record.HasField("run")]
+    written = [record for path in offline_files(stage / "wandb") for record in records(path)]
+    runs = [record.run for record in written if record.HasField("run")]
     facts = {(run.run_id, run.display_name, run.run_group, run.job_type, run.project) for run in runs}
     assert facts == {(run_id(stage / "wandb"), "tiny-sft", "tiny", "sft", "tests")}
-    exits = [record.exit.exit_code for path in offline_files(stage / "wandb") for record in records(path) if record.HasField("exit")]
-    assert exits == [1, 0]
+    assert [record.exit.exit_code for record in written if record.HasField("exit")] == [1, 0]
     told = capfd.readouterr().err
     assert told.count("W&B: offline, because there is no key for http://127.0.0.1:9 (set WANDB_API_KEY") == 2
     sync_both_attempts(stage)
@@ -135,7 +130,8 @@ def sync_both_attempts(stage: Path) -> None:
         wandb = Path(sys.executable).with_name("wandb")
         environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": FAKE_KEY}
         for _ in range(2):
-            subprocess.run([wandb, "sync", stage / "wandb"], env=environment, check=True, capture_output=True, timeout=60)
+            command = [wandb, "sync", stage / "wandb"]
+            subprocess.run(command, env=environment, cwd=stage, check=True, capture_output=True, timeout=120)
         assert_history(server.runs[run_id(stage / "wandb")].history())
 
 
@@ -172,10 +168,11 @@ def test_online_each_step_once_over_restarts(tmp_path: Path, server: WandbServer
     bucket = run.buckets[0]
     assert (bucket["groupName"], bucket["jobType"], bucket["displayName"]) == ("tiny", "sft", "tiny-sft")
     assert json.loads(bucket["config"])["model"]["value"] == {"base": "tiny"}
-    assert_no_key_in_files(stage)
+    files = [path for path in stage.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if FAKE_KEY.encode() in path.read_bytes()]
 
 
-def test_offline_first_then_online_sends_the_whole_run(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_then_online_sends_all(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = tmp_path / "sft"
     with monkeypatch.context() as no_key:
         no_key.delenv("WANDB_API_KEY")
@@ -197,7 +194,9 @@ def test_a_worker_that_is_killed_ends_the_run_as_failed(tmp_path: Path, server: 
         worker.kill()
     wait_for(lambda: bool(server.only_run().exit_codes))
     assert server.only_run().exit_codes == [1]
-    assert server.only_run().steps() == ALL[:19], "the last step may lack its evaluation, and waits for the next attempt"
+    assert server.only_run().steps() == ALL[:19], (
+        "the last step may lack its evaluation, and waits for the next attempt"
+    )
     wait_for(lambda: not read_state(stage / "wandb").server_uncertain)
     attempt(stage, 20, 30, number=2)
     assert_history(server.only_run().history())
@@ -225,7 +224,7 @@ def test_signals_to_every_process_lose_nothing(tmp_path: Path, server: WandbServ
     append(stage, 1, 15, attempt=1)
     wait_for(lambda: read_state(stage / "wandb").last_step == 14)
     family = descendants(run.process.pid)
-    assert len(family) == 3
+    assert len(family) >= 3, "supervisor, sender, and the service of the SDK"
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         for pid in family:
             send_signal(pid, number)
@@ -273,7 +272,7 @@ def seconds_to_append(stage: Path) -> float:
     return time.monotonic() - began
 
 
-def test_a_server_that_falls_silent_in_the_middle(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_falls_silent(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end comes in time, nothing is left running, and the command in the sentence sends the rest."""
     monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
     stage = tmp_path / "sft"
@@ -290,7 +289,7 @@ def test_a_server_that_falls_silent_in_the_middle(tmp_path: Path, server: WandbS
     wait_for(lambda: not [pid for pid in family if Path(f"/proc/{pid}").exists()])
     command = sentence.rpartition(": ")[2].split()
     server.silent.clear()
-    subprocess.run(command, check=True, cwd=ROOT, timeout=60)
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
     assert_history(server.only_run().history())
     assert server.only_run().exit_codes[-1] == 0 and server.only_run().summary["best_eval_loss"] == 0.5
     assert how_to_see(stage / "wandb") == f"W&B run: {server.url}/tester/tests/runs/{run_id(stage / 'wandb')}"

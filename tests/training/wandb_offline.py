@@ -41,5 +41,7 @@ def offline_history(directory: Path) -> list[dict[str, Any]]:
     for path in offline_files(directory):
         for record in records(path):
             if record.WhichOneof("record_type") == "history":
-                rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+                rows.append(
+                    {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                )
     return rows

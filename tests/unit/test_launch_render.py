@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from launching import make_pure_spec
 
 from launchers import local, sbatch, torchrun
 from launchers.spec import ClusterSettings, InvalidValueError, JobSpec, Script
-from launching import make_pure_spec
 
 H100 = ClusterSettings(
     partition="gpu",

@@ -1,5 +1,6 @@
 """The scripts executed on this machine, with stand-ins for the worker, the verdict, torchrun and Slurm's commands."""
 
+import json
 import os
 import re
 import shutil
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import STAND_INS, begun, make_spec, read_seen, wait_for_outcome, wait_until
 
 from launchers import local, sbatch, torchrun
 from launchers.process import follow, launch
 from launchers.spec import ClusterSettings, JobSpec, Script, write
-from launching import STAND_INS, begun, make_spec, read_seen, wait_for_outcome, wait_until
 
-HOSTILE = "it's \"x\" $(touch pwned) `id` ; & | > ü %j #!* ~"
+HOSTILE = 'it\'s "x" $(touch pwned) `id` ; & | > ü %j #!* ~'
 HOSTILE_WORDS = ("", "-x", "a\nb", "$$ ${local_rank} $HOME", "back\\slash", "tab\there", "é\u2028", HOSTILE, "@{name}")
 SITE = ClusterSettings(cpus_per_task=2, memory="1G", time_limit="1:00:00")
 
@@ -71,7 +72,7 @@ def run_as_job(script: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     commands = folder / "commands"
     commands.mkdir()
     stand_ins = {
-        "scontrol": 'if [[ $1 == show && $2 == hostnames ]]; then hostname; else echo "$*"; fi',
+        "scontrol": "if [[ $1 == show && $2 == hostnames ]]; then hostname; fi",
         "squeue": "true",
         "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=0 exec "$@"',
     }
@@ -108,6 +109,7 @@ def test_a_single_process_gets_no_distributed_variables(tmp_path: Path) -> None:
         ({"signal": 9}, 1, "rank 1 on .* was killed by SIGKILL"),
         ({"exit": 5, "message": "ValueError: bad row"}, 1, "rank 1 on .* exit code 5: ValueError: bad row"),
         ({"exit": 93}, 93, "exit code 93"),
+        ({"exit": 2, "message": "ConfigError: x"}, 2, "exit code 2: ConfigError: x"),
     ],
 )
 def test_one_dead_rank_ends_the_others_and_is_named(
@@ -119,6 +121,8 @@ def test_one_dead_rank_ends_the_others_and_is_named(
     assert outcome.exit_code == exit_code
     assert outcome.cause is not None and outcome.cause.rank == 1
     assert re.search(sentence, str(outcome.cause))
+    record = json.loads(Path(spec.attempts_directory, "1.json").read_text())
+    assert record["cause"] == str(outcome.cause) and record["exit_code"] == fault.get("exit", 137)
     assert not any(is_alive(read_seen(spec, rank=rank)["pid"]) for rank in range(3))
 
 
@@ -141,21 +145,20 @@ def test_stop_saves_and_the_next_start_goes_on(tmp_path: Path) -> None:
     assert wait_for_outcome(launch(local.render(spec), spec)).last_words.startswith("demo-sft: nothing to do")
 
 
-def test_ctrl_c_saves_and_a_second_one_kills(tmp_path: Path) -> None:
-    for interrupts, exit_code in ((1, 75), (2, 137)):
-        deaf = {"steps": 1000, "step_seconds": 0.1 if interrupts == 1 else 600}
-        spec = make_spec(tmp_path / str(interrupts), settings=deaf)
-        running = launch(local.render(spec), spec)
-        started = Path(spec.stage_directory, "seen", "rank-1.attempt-1.json")
-        wait_until(started.exists, seconds=20, what="rank 1")
-        left = [KeyboardInterrupt] * interrupts
+@pytest.mark.parametrize(("interrupts", "exit_code"), [(1, 75), (2, 137)])
+def test_ctrl_c_saves_and_a_second_one_kills(tmp_path: Path, interrupts: int, exit_code: int) -> None:
+    spec = make_spec(tmp_path, settings={"steps": 1000, "step_seconds": 0.1 if interrupts == 1 else 600})
+    running = launch(local.render(spec), spec)
+    started = Path(spec.stage_directory, "seen", "rank-1.attempt-1.json")
+    wait_until(started.exists, seconds=20, what="rank 1")
+    left = [KeyboardInterrupt] * interrupts
 
-        def tick() -> None:
-            if left:
-                raise left.pop()
+    def tick() -> None:
+        if left:
+            raise left.pop()
 
-        assert follow(running, tick=tick, every_seconds=0.1).exit_code == exit_code
-        wait_until(lambda: not is_alive(read_seen(spec)["pid"]), seconds=5, what="the end of rank 0")  # noqa: B023
+    assert follow(running, tick=tick, every_seconds=0.1).exit_code == exit_code
+    wait_until(lambda: not is_alive(read_seen(spec)["pid"]), seconds=5, what="the end of rank 0")
 
 
 def test_an_attempt_that_was_killed_is_closed_by_the_next_start(tmp_path: Path) -> None:
@@ -184,11 +187,25 @@ def test_what_prevents_a_start_is_said_with_exit_code_3(tmp_path: Path) -> None:
         assert outcome.exit_code == 3 and sentence in outcome.last_words
 
 
+def test_a_container_command_wraps_the_ranks_only(tmp_path: Path) -> None:
+    wrapper = tmp_path / "container run"
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/wrapped"\nshift\nexport INSIDE=yes\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    cluster = ClusterSettings(container_command=(str(wrapper), "image one"))
+    spec = make_spec(tmp_path / "run", settings={"show": ["INSIDE"]}, cluster=cluster)
+    assert wait_for_outcome(launch(local.render(spec), spec)).exit_code == 0
+    assert read_seen(spec)["environment"]["INSIDE"] == "yes"
+    lines = (tmp_path / "wrapped").read_text().splitlines()
+    assert len(lines) == 2 and all("launchers.guard" in line and "decide" not in line for line in lines)
+
+
 def test_node_ranks_are_checked(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, nodes=2)
     path = write(torchrun.render(spec))
     for rank in ("2", "-1", "x", ""):
-        done = subprocess.run(["bash", path, rank], env={**os.environ, "NODE_RANK": "9"}, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", path, rank], env={**os.environ, "NODE_RANK": "9"}, capture_output=True, text=True
+        )
         assert done.returncode == 3 and "0 to 1 is allowed" in done.stderr
 
 

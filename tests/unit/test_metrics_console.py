@@ -18,7 +18,9 @@ TRAINING = {
 
 
 def test_a_training_row_is_one_line() -> None:
-    assert line(TRAINING, 60) == ("step 12/60  epoch 0.40  loss 1.2346  grad_norm 0.512  lr 2.00e-04  3,210 tokens/s  12.3 GiB")
+    assert line(TRAINING, 60) == (
+        "step 12/60  epoch 0.40  loss 1.2346  grad_norm 0.512  lr 2.00e-04  3,210 tokens/s  12.3 GiB"
+    )
 
 
 def test_an_evaluation_row_and_a_row_with_nan() -> None:

@@ -89,7 +89,9 @@ def test_a_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
         "record = RecordFile(Path(sys.argv[1]))\n"
         "for step in range(10**9): record.append({'step': step, 'text': 'x' * 500})"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}) as writer:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ) as writer:
         while len(read_rows(path)) < 100:
             time.sleep(0.01)
         writer.send_signal(signal.SIGKILL)

@@ -30,7 +30,9 @@ def test_how_to_see_the_run(tmp_path: Path) -> None:
     assert how_to_see(directory) == f"W&B run is offline; send it with: wandb sync '{directory}'"
     ours = f"-m orchestrator.metrics.wandb '{directory}/settings.json'"
     write_state(directory, replace(online, server_uncertain=True))
-    assert how_to_see(directory).startswith("W&B run: https://wandb.ai/e/p/runs/abcd1234; if the job has ended, W&B may")
+    assert how_to_see(directory).startswith(
+        "W&B run: https://wandb.ai/e/p/runs/abcd1234; if the job has ended, W&B may"
+    )
     assert how_to_see(directory).endswith(ours)
     write_state(directory, replace(online, mode="offline", is_open=True))
     assert how_to_see(directory).endswith(ours) and "when the job has ended" in how_to_see(directory)

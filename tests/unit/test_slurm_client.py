@@ -85,7 +85,7 @@ def test_a_refusal_is_told_in_slurms_words_and_not_repeated() -> None:
     site = Site(squeue=[NOTHING], sacct=[NO_ACCOUNTING], sbatch=[refusal])
     with pytest.raises(SlurmError, match="Invalid partition name specified"):
         submit("/x.sbatch", token=TOKEN, run=site.run)
-    with pytest.raises(SlurmError, match="would refuse /x.sbatch: Batch job submission failed: Invalid partition"):
+    with pytest.raises(SlurmError, match=r"would refuse /x\.sbatch: Batch job submission failed: Invalid partition"):
         check_submission("/x.sbatch", run=site.run)
     assert site.count("sbatch") == 2
     with pytest.raises(SlurmError, match="The token is"):
@@ -128,9 +128,17 @@ def test_facts_come_from_whoever_still_knows_the_job(tmp_path: Path) -> None:
     assert site.count("squeue") == 1
 
 
+def test_a_failed_start_is_explained() -> None:
+    row = "7|7|FAILED|JobLaunchFailure|0:00|10:00|N/A|\n8|8|FAILED|NonZeroExitCode|0:00|10:00|N/A|\n"
+    facts = query(["7", "8"], run=Site(squeue=[Answer(0, row, "")]).run)
+    assert "a log folder that is not there" in facts["7"].sentence
+    assert facts["8"].sentence == "ended with another exit code than 0"
+
+
 def test_no_source_at_all_is_unknown_and_not_failed() -> None:
     for site in (Site(), Site(squeue=[FROZEN], sacct=[NO_ACCOUNTING], scontrol=[Answer(None, "", "")])):
         fact = query(["9"], run=site.run)["9"]
+        assert site.count("squeue") == 1 and site.count("scontrol") < 3
         assert fact.state is UNKNOWN and fact.state.phase == "unknown" and not fact.state.succeeded
     assert query([], run=Site().run) == {}
 

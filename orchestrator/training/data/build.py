@@ -1,190 +1,203 @@
-"""Builds the arrays of one set of prepared rows: read, parse, split, encode, pack, write."""
+"""Builds the arrays of one set of prepared rows: read, encode, select, pack, write; no torch."""
 
 from __future__ import annotations
 
-import hashlib
 import math
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.config.data import DataConfig
-from orchestrator.dataset.formats import Example, RowProblem, parse_row
-from orchestrator.dataset.packing import efficiency
-from orchestrator.dataset.prepared import META, Kind, Meta, Statistics
-from orchestrator.dataset.reading import Unreadable
-from orchestrator.dataset.sources import SHOWN_PROBLEMS, settle_format, source_rows
+from orchestrator.config.data import DataConfig, DataFormat
+from orchestrator.dataset.faults import FaultList
+from orchestrator.dataset.parts import KINDS, Part
+from orchestrator.dataset.prepared import EVALUATION, Kind
+from orchestrator.dataset.reading import count_rows
+from orchestrator.dataset.selection import first_occurrences, held_out, mixture
+from orchestrator.dataset.sources import known_kind
+from orchestrator.dataset.splits import held_out_rows
 from orchestrator.errors import DataError
-from orchestrator.training.data.encode import Encoded, Encoder, encode_examples, make_encoder
-from orchestrator.training.data.spans import NotRendered
-from orchestrator.training.data.store import GrowingArray, make_rows, save_array, sync_folder, write_rows, write_synced
+from orchestrator.training.data.chunks import Chunk, ChunkContext, ChunkResult, encode_chunk, iterate_chunks
+from orchestrator.training.data.encode import Encoder, make_encoder
+from orchestrator.training.data.processes import encode_in_processes, usable_cores
+from orchestrator.training.data.store import GrowingArray, Store, Units, write_store
 from orchestrator.training.data.tokenizer import load_facts
 
-if TYPE_CHECKING:
-    from orchestrator.training.data.prepare import Part
-
 Say = Callable[[str], None]
-CHUNK_ROWS = 512
+TRIAL_SECONDS = 0.5
+"""So long rows are encoded in this process; what is left tells whether processes pay, and whether to refuse."""
+PARALLEL_SECONDS = 3.0
+"""Processes are started for more work than this; starting them takes about a second."""
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """An example with its place: source row number over all sources, and the words an error names it by."""
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long building may take, and what to type where it may not."""
 
-    row: int
-    where: str
-    example: Example
-    hash: int
+    seconds: float | None
+    prepare_command: str
 
 
-def build_rows(folder: Path, part: Part, config: DataConfig, *, tokenizer_folder: Path, seed: int, say: Say) -> None:
-    """Writes every array of a part and its meta.json into `folder`. Raises DataError with all faulty rows."""
+def build_rows(
+    folder: Path, part: Part, config: DataConfig, *, tokenizer_folder: Path, seed: int, say: Say, limits: Limits
+) -> None:
+    """Writes every array of a part and its meta.json into `folder`. Raises DataError with the faulty rows."""
     encoder = make_encoder(load_facts(tokenizer_folder), config)
-    examples, problems = _read(part)
-    if problems:
-        raise DataError(bounded(problems))
-    if not examples:
-        raise DataError(f"{part.sources[0][0].path} holds no rows")
-    examples = _take_side(examples, part, config, seed)
-    writer = _Writer(folder, encoder)
-    for start in range(0, len(examples), CHUNK_ROWS):
-        chunk = examples[start : start + CHUNK_ROWS]
-        for placed, encoded in zip(chunk, encode_examples([item.example for item in chunk], encoder), strict=True):
-            writer.add(placed, encoded)
-    writer.finish(part, config, num_source_rows=len(examples))
-
-
-def bounded(problems: Sequence[str]) -> list[str]:
-    """The first problems and how many more there are."""
-    shown = list(problems[:SHOWN_PROBLEMS])
-    return shown if len(problems) <= SHOWN_PROBLEMS else [*shown, f"... and {len(problems) - SHOWN_PROBLEMS} more"]
-
-
-def _read(part: Part) -> tuple[list[Placed], list[str]]:
-    examples: list[Placed] = []
-    problems: list[str] = []
-    row_number = 0
-    for source, files in part.sources:
-        data_format = settle_format(source, files, field=f"data.{part.role}")
-        for file, number, row in source_rows(files):
-            where = f"{file}:{number}"
-            if isinstance(row, Unreadable):
-                problems.append(f"{where} {row.found}, {row.expected} expected")
-            else:
-                try:
-                    example = parse_row(row, data_format, source.columns)
-                    examples.append(Placed(row_number, where, example, example_hash(example)))
-                except RowProblem as problem:
-                    if problem.code == "equal_pair":
-                        continue
-                    problems.append(f"{where} {problem}")
-            row_number += 1
-    return examples, problems
-
-
-def example_hash(example: Example) -> int:
-    """64 bits that are the same for rows with the same words."""
-    return int.from_bytes(hashlib.blake2b(repr(example).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-def _take_side(examples: list[Placed], part: Part, config: DataConfig, seed: int) -> list[Placed]:
-    """The rows of this side of a train/eval split: the rows with the smallest keyed hash are held out, equal rows together."""
-    if part.key.components["split"] is None:
-        return examples
-    wanted = min(config.eval.max_rows, math.ceil(config.eval.fraction * len(examples)))
-    keyed = [hashlib.blake2b(item.hash.to_bytes(8, "little"), key=seed.to_bytes(16, "little"), digest_size=8).digest() for item in examples]
-    held_out = set(sorted(set(keyed))[:wanted])
-    is_evaluation = part.role == "evaluation"
-    return [item for item, key in zip(examples, keyed, strict=True) if (key in held_out) == is_evaluation]
-
-
-class _Writer:
-    """Collects the documents of a folder; owns its growing files."""
-
-    def __init__(self, folder: Path, encoder: Encoder) -> None:
-        self.folder, self.encoder = folder, encoder
-        dtype = np.uint16 if encoder.facts.vocab_size <= 65_536 else np.uint32
-        self.tokens = GrowingArray(folder / "tokens.npy", dtype)
-        self.trained = GrowingArray(folder / "trained.npy", np.bool_)
-        self.lengths: list[int] = []
-        self.rows: list[int] = []
-        self.values: list[float] = []
-        self.hashes: list[int] = []
-        self.problems: list[str] = []
-        self.documents_per_row = 0
-        self.truncated_rows = self.truncated_tokens = self.rows_losing = self.dropped = 0
-
-    def add(self, placed: Placed, encoded: tuple[Encoded, ...] | NotRendered) -> None:
-        if isinstance(encoded, NotRendered):
-            self.problems.append(f"{placed.where} {encoded}")
-            return
-        num_cut = sum(document.num_cut for document in encoded)
-        self.truncated_rows += num_cut > 0
-        self.truncated_tokens += num_cut
-        self.rows_losing += any(document.num_cut_trained for document in encoded)
-        if not all(document.trained.any() for document in encoded):
-            if any(document.num_cut_trained for document in encoded):
-                self.dropped += 1
-            else:
-                self.problems.append(f"{placed.where} has no token to train")
-            return
-        self.documents_per_row = len(encoded)
-        self.hashes.append(placed.hash)
-        for document in encoded:
-            self.tokens.append(document.ids)
-            self.trained.append(document.trained)
-            self.lengths.append(len(document.ids))
-            self.rows.append(placed.row)
-            self.values.append(math.nan if placed.example.value is None else placed.example.value)
-
-    def finish(self, part: Part, config: DataConfig, *, num_source_rows: int) -> None:
-        self.tokens.close()
-        self.trained.close()
-        if self.problems:
-            raise DataError(bounded(self.problems))
-        if not self.lengths:
-            raise DataError(f"no row of {part.sources[0][0].path} has a token to train within max_length={config.max_length}")
-        lengths = np.array(self.lengths, dtype=np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        trained = np.load(self.folder / "trained.npy", mmap_mode="r")
-        segments = make_rows(lengths, packing=config.packing, max_length=config.max_length, documents_per_row=self.documents_per_row)
-        write_rows(self.folder, segments, offsets, trained)
-        save_array(self.folder, "document_offsets", offsets)
-        save_array(self.folder, "document_rows", np.array(self.rows, dtype=np.int64))
-        save_array(self.folder, "document_values", np.array(self.values, dtype=np.float32))
-        save_array(self.folder, "row_hashes", np.array(self.hashes, dtype=np.uint64))
-        num_rows = len(segments.offsets) - 1
-        row_lengths = np.load(self.folder / "row_lengths.npy")
-        capacity = config.max_length * self.documents_per_row if config.packing != "none" else int(row_lengths.max())
-        statistics = Statistics(
-            source_rows=num_source_rows,
-            duplicates=num_source_rows - len(set(self.hashes)) - self.dropped,
-            documents=len(lengths),
-            rows=num_rows,
-            tokens=int(lengths.sum()),
-            trained_tokens=int(np.load(self.folder / "row_trained.npy").sum()),
-            truncated_rows=self.truncated_rows,
-            truncated_tokens=self.truncated_tokens,
-            rows_losing_trained_tokens=self.rows_losing,
-            dropped_rows=self.dropped,
-            longest_tokens=int(row_lengths.max()),
-            packing_efficiency=efficiency(lengths, num_rows, capacity),
+    context = ChunkContext(encoder, tuple((data_format, source.columns) for source, data_format in zip(part.sources, part.formats, strict=True)))
+    collected = _Collected(folder, encoder)
+    for chunk, result in _encode_all(part, context, config, say, limits):
+        collected.add(chunk, result)
+    collected.faults.raise_if_any()
+    units = collected.units(part)
+    if not len(units.rows):
+        raise DataError(
+            f"{part.sources[0].path}: no row has anything to train within max_length={config.max_length} ({collected.num_rows} rows read)"
         )
-        kind: Kind = "pair" if self.documents_per_row == 2 else "single"
-        meta = Meta(
-            digest=part.key.digest,
-            key=dict(part.key.components),
-            kind=kind,
-            max_length=config.max_length,
-            packing=config.packing,
-            pad_id=self.encoder.facts.pad_id,
-            vocab_size=self.encoder.facts.vocab_size,
-            statistics=statistics,
+    kind = cast("Kind", KINDS[part.formats[0]])
+    store = Store(
+        folder=folder,
+        digest=part.digest,
+        key=part.key,
+        kind=kind,
+        format=part.formats[0],
+        encoder=encoder,
+        config=config,
+        file_rows=tuple(collected.file_rows[str(path)] for files in part.files for path in files),
+    )
+    chosen, evaluated = _select(units, part, config, seed, collected.num_rows)
+    if evaluated is not None:
+        (folder / EVALUATION).mkdir()
+        write_store(store.inside(EVALUATION), units.subset(evaluated, folder / EVALUATION), None, source_rows=len(evaluated), dropped={})
+    write_store(store, units, chosen, source_rows=collected.num_rows, dropped=dict(collected.counts))
+
+
+def _encode_all(part: Part, context: ChunkContext, config: DataConfig, say: Say, limits: Limits) -> Iterator[tuple[Chunk, ChunkResult]]:
+    """Every chunk with its result: the first ones here, and the rest in processes where that is worth it."""
+    chunks = chain.from_iterable(iterate_chunks(i, path) for i, files in enumerate(part.files) for path in files)
+    started, done_rows = time.perf_counter(), 0
+    for chunk in chunks:
+        result = encode_chunk(chunk, context)
+        done_rows += result.num_rows
+        yield chunk, result
+        if time.perf_counter() - started >= TRIAL_SECONDS:
+            break
+    else:
+        return
+    rate = done_rows / (time.perf_counter() - started)
+    cores = config.num_processes if config.num_processes is not None else usable_cores()
+    rest = count_part_rows(part) - done_rows
+    seconds = rest / rate
+    _refuse_if_long(rest, seconds / cores, limits)
+    if cores == 1 or seconds < PARALLEL_SECONDS:
+        yield from ((chunk, encode_chunk(chunk, context)) for chunk in chunks)
+        return
+    say(f"preparing {rest + done_rows:,} rows of {part.role} in {cores} processes: about {math.ceil(seconds / cores)} s")
+    sent: list[Chunk] = []
+
+    def remembered() -> Iterator[Chunk]:
+        for chunk in chunks:
+            sent.append(Chunk(chunk.source, chunk.path, chunk.first_number, chunk.start, chunk.stop, None))
+            yield chunk
+
+    for position, result in enumerate(encode_in_processes(remembered(), context, num_processes=cores)):
+        yield sent[position], result
+
+
+def count_part_rows(part: Part) -> int:
+    """Rows of all files of a part."""
+    return sum(count_rows(path, known_kind(path)) for files in part.files for path in files)
+
+
+def _refuse_if_long(rows: int, seconds: float, limits: Limits) -> None:
+    if limits.seconds is not None and seconds > limits.seconds:
+        raise DataError(
+            f"preparing {rows:,} rows would take about {math.ceil(seconds)} s here, more than {limits.seconds:.0f} s, while the "
+            f"other ranks wait: prepare them first with\n{limits.prepare_command}"
         )
-        write_synced(self.folder / META, [meta.to_json().encode()])
-        sync_folder(self.folder)
+
+
+def _select(
+    units: Units, part: Part, config: DataConfig, seed: int, num_rows: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+    """The units that train (repeated where a mixture says so) and those split off for evaluation."""
+    usable = first_occurrences(units.hashes) if config.deduplicate else np.ones(len(units.rows), dtype=np.bool_)
+    evaluated: npt.NDArray[np.int64] | None = None
+    if part.splits:
+        wanted = held_out_rows(num_rows, config.eval)
+        is_held = held_out(units.hashes[usable], wanted, seed)
+        places = np.flatnonzero(usable)
+        evaluated = places[is_held]
+        usable[evaluated] = False
+        if not usable.any() or not len(evaluated):
+            raise DataError(f"{part.sources[0].path} has too few rows ({num_rows}) to hold some out: give eval.path=FILE or eval.path=none")
+    per_source = [np.flatnonzero(usable & (units.sources == i)) for i in range(len(part.sources))]
+    return np.concatenate(mixture(per_source, part.sources, seed)), evaluated
+
+
+@dataclass
+class _Collected:
+    """What the chunks brought, in order; owns the growing files of tokens."""
+
+    folder: Path
+    encoder: Encoder
+    num_rows: int = 0
+    documents_per_unit: int = 1
+    results: list[tuple[int, int, ChunkResult]] = field(default_factory=list)
+    """Source, first row id, and the result without its tokens."""
+    extras: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    file_rows: Counter[str] = field(default_factory=Counter)
+    faults: FaultList = field(default_factory=FaultList)
+
+    def __post_init__(self) -> None:
+        dtype = np.uint16 if self.encoder.facts.vocab_size <= 65_536 else np.uint32
+        self._tokens = GrowingArray(self.folder / "tokens.npy", dtype)
+        self._trained = GrowingArray(self.folder / "trained.npy", np.bool_)
+
+    def add(self, chunk: Chunk, result: ChunkResult) -> None:
+        self._tokens.append(result.tokens)
+        self._trained.append(result.trained)
+        self.results.append((chunk.source, self.num_rows, result.without_tokens()))
+        self.num_rows += result.num_rows
+        self.file_rows[chunk.path] += result.num_rows
+        self.extras += result.unit_extras
+        self.counts.update(result.counts)
+        self.faults.extend(result.faults, result.fault_counts)
+        if len(result.unit_rows):
+            self.documents_per_unit = result.documents_per_unit
+
+    def units(self, part: Part) -> Units:
+        """All kept rows as whole arrays; the token files are completed."""
+        self._tokens.close()
+        self._trained.close()
+
+        def joined(name: str, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+            return np.concatenate([np.zeros(0, dtype=dtype), *(getattr(result, name) for _, _, result in self.results)]).astype(dtype)
+
+        lengths = joined("lengths", np.int64)
+        rows: Sequence[npt.NDArray[np.int64]] = [result.unit_rows + first for _, first, result in self.results]
+        return Units(
+            folder=self.folder,
+            rows=np.concatenate([np.zeros(0, dtype=np.int64), *rows]),
+            sources=np.concatenate([np.zeros(0, dtype=np.int64), *(np.full(len(r.unit_rows), s) for s, _, r in self.results)]),
+            numbers=joined("unit_numbers", np.int64),
+            hashes=joined("unit_hashes", np.uint64),
+            values=joined("unit_values", np.float32),
+            cut=joined("unit_cut", np.int32),
+            cut_trained=joined("unit_cut_trained", np.int32),
+            extras=tuple(self.extras),
+            documents_per_unit=self.documents_per_unit,
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        )
+
+
+def sample_chunks(part: Part, formats: Sequence[DataFormat]) -> Iterator[Chunk]:
+    """The first chunk of every source: enough to measure how fast its rows are encoded."""
+    for i, files in enumerate(part.files):
+        yield from list(iterate_chunks(i, files[0]))[:1]

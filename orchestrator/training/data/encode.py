@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from orchestrator.errors import DataError
 from orchestrator.training.data.spans import NotRendered, Rendered, Turns, learn_turns, only_last, render_chat
 from orchestrator.training.data.template import DEFAULT_TEMPLATE, ChatTemplate, TemplateRefused, check_date
 from orchestrator.training.data.tokenizer import TokenizerFacts, core_tokenizer, is_splittable
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Ids = npt.NDArray[np.uint32]
 Trained = npt.NDArray[np.bool_]
@@ -42,6 +45,9 @@ class Encoded:
     num_cut: int
     num_cut_trained: int
     num_open_ends: int
+    """Answers that no special token closes."""
+    num_straddling: int
+    """Learnt tokens that are part prompt, part answer."""
 
 
 def make_encoder(facts: TokenizerFacts, config: DataConfig) -> Encoder:
@@ -138,15 +144,19 @@ def _plan(document: Chat | Plain | Prompt, encoder: Encoder) -> _Plan:
     return _Plan(rendered.text, spans, begins=False, ends=False, num_open_ends=rendered.num_open_ends)
 
 
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    ids: Ids
+    trained: Trained
+    num_straddling: int
+
+
 def _encode_plans(plans: Sequence[_Plan], encoder: Encoder) -> list[Encoded]:
-    if is_splittable(encoder.facts.core):
-        pairs = _encode_pieces(plans, encoder)
-    else:
-        pairs = _encode_with_offsets(plans, encoder)
-    return [_finish(ids, trained, plan, encoder) for (ids, trained), plan in zip(pairs, plans, strict=True)]
+    encode = _encode_pieces if is_splittable(encoder.facts.core) else _encode_with_offsets
+    return [_finish(tokens, plan, encoder) for tokens, plan in zip(encode(plans, encoder), plans, strict=True)]
 
 
-def _encode_pieces(plans: Sequence[_Plan], encoder: Encoder) -> list[tuple[Ids, Trained]]:
+def _encode_pieces(plans: Sequence[_Plan], encoder: Encoder) -> list[_Tokens]:
     """Cuts every text at its span borders: a learnt span has its own tokens, and the prompt those it has at generation."""
     pieces: list[str] = []
     shapes: list[list[bool]] = []
@@ -165,7 +175,7 @@ def _encode_pieces(plans: Sequence[_Plan], encoder: Encoder) -> list[tuple[Ids, 
             learnt.append(False)
         shapes.append(learnt)
     encodings = iter(core_tokenizer(encoder.facts.core).encode_batch_fast(pieces, add_special_tokens=False))
-    pairs: list[tuple[Ids, Trained]] = []
+    found: list[_Tokens] = []
     for learnt in shapes:
         ids: list[int] = []
         counts: list[int] = []
@@ -173,26 +183,64 @@ def _encode_pieces(plans: Sequence[_Plan], encoder: Encoder) -> list[tuple[Ids, 
             piece = next(encodings).ids
             ids += piece
             counts.append(len(piece))
-        pairs.append((np.array(ids, dtype=np.uint32), np.repeat(np.array(learnt, dtype=np.bool_), counts)))
-    return pairs
+        found.append(_Tokens(np.array(ids, dtype=np.uint32), np.repeat(np.array(learnt, dtype=np.bool_), counts), 0))
+    return found
 
 
-def _encode_with_offsets(plans: Sequence[_Plan], encoder: Encoder) -> list[tuple[Ids, Trained]]:
-    """Encodes every text whole; a token is learnt where it overlaps a learnt span (tokenizers that mark word starts)."""
-    encodings = core_tokenizer(encoder.facts.core).encode_batch([plan.text for plan in plans], add_special_tokens=False)
-    pairs: list[tuple[Ids, Trained]] = []
+def _encode_with_offsets(plans: Sequence[_Plan], encoder: Encoder) -> list[_Tokens]:
+    """Encodes every text whole; a token is learnt where it overlaps a learnt span (tokenizers that mark word starts).
+
+    Where a token lies over a border, the text is encoded in pieces instead, so that the prompt has the tokens it has at
+    generation. A special token that takes in the blanks behind it is left as it is, and is not learnt.
+    """
+    tokenizer = core_tokenizer(encoder.facts.core)
+    added = {identity: token.content for identity, token in tokenizer.get_added_tokens_decoder().items()}
+    special = np.array(sorted(added), dtype=np.int64)
+    encodings = tokenizer.encode_batch([plan.text for plan in plans], add_special_tokens=False)
+    found: list[_Tokens] = []
     for plan, encoding in zip(plans, encodings, strict=True):
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        trained = np.zeros(len(offsets), dtype=np.bool_)
+        ids = np.array(encoding.ids, dtype=np.uint32)
+        starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+        movable = ~np.isin(ids, special)
+        trained = np.zeros(len(ids), dtype=np.bool_)
+        over: list[int] = []
         for start, end in plan.spans:
-            trained |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
-        pairs.append((np.array(encoding.ids, dtype=np.uint32), trained))
-    return pairs
+            inside = (starts < end) & (ends > start)
+            over += starts[inside & movable & ((starts < start) | (ends > end))].tolist()
+            trained |= inside & (movable | (starts >= start))
+        pieces = _encode_apart(plan, tokenizer, tuple(added.values())) if over else None
+        blanks = sum(plan.text[place : place + 1].isspace() for place in over)
+        found.append(pieces if pieces is not None else _Tokens(ids, trained, len(over) - blanks))
+    return found
 
 
-def _finish(ids: Ids, trained: Trained, plan: _Plan, encoder: Encoder) -> Encoded:
+def _encode_apart(plan: _Plan, tokenizer: Tokenizer, added: tuple[str, ...]) -> _Tokens | None:
+    """The spans of a text encoded one by one, each as it would be in the middle of a text; None where that cannot be done.
+
+    A NUL before a piece keeps the tokenizer from marking a word start; no token joins it to what follows.
+    """
+    ids: list[int] = []
+    trained: list[bool] = []
+    position = 0
+    for start, end in (*plan.spans, (len(plan.text), len(plan.text))):
+        for piece, learnt in ((plan.text[position:start], False), (plan.text[start:end], True)):
+            before = plan.text[: position if not learnt else start]
+            if not piece:
+                continue
+            anchor = "" if not before or before.endswith(added) else "\0"
+            encoding = tokenizer.encode(anchor + piece, add_special_tokens=False)
+            skip = next((i for i, (at, _) in enumerate(encoding.offsets) if at >= len(anchor)), 0)
+            if any(until > len(anchor) for _, until in encoding.offsets[:skip]):
+                return None
+            ids += encoding.ids[skip:]
+            trained += [learnt] * (len(encoding.ids) - skip)
+        position = end
+    return _Tokens(np.array(ids, dtype=np.uint32), np.array(trained, dtype=np.bool_), 0)
+
+
+def _finish(tokens: _Tokens, plan: _Plan, encoder: Encoder) -> Encoded:
     """Adds beginning and end, forbids the first token as a target, cuts to the greatest length."""
-    facts = encoder.facts
+    facts, ids, trained = encoder.facts, tokens.ids, tokens.trained
     if plan.begins:
         whole = np.array(_with_beginning(ids[:8].tolist(), facts), dtype=np.uint32)
         added = len(whole) - min(8, len(ids))
@@ -205,4 +253,11 @@ def _finish(ids: Ids, trained: Trained, plan: _Plan, encoder: Encoder) -> Encode
         trained[0] = False
     cut = max(0, len(ids) - encoder.max_length)
     cut_trained = int(trained[encoder.max_length :].sum()) if cut else 0
-    return Encoded(ids[: encoder.max_length], trained[: encoder.max_length], cut, cut_trained, plan.num_open_ends)
+    return Encoded(
+        ids=ids[: encoder.max_length],
+        trained=trained[: encoder.max_length],
+        num_cut=cut,
+        num_cut_trained=cut_trained,
+        num_open_ends=plan.num_open_ends,
+        num_straddling=tokens.num_straddling,
+    )

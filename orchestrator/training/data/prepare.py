@@ -1,29 +1,32 @@
-"""Data set + tokenizer -> a folder of prepared rows, made once, atomically, named by a digest; no torch, no process group.
+"""Data set + tokenizer -> folders of prepared rows, made once, atomically, named by a digest; no torch, no process group.
 
-A hit imports neither transformers nor tokenizers.
+A hit imports neither transformers nor tokenizers. One process calls this; others wait until its answer is there.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from orchestrator.cache import locked
-from orchestrator.config.data import DataConfig, SourceConfig
-from orchestrator.dataset.key import FileHashes, PreparedKey, changed_components, prepared_key
-from orchestrator.dataset.prepared import META, Meta, Statistics, is_prepared
-from orchestrator.dataset.sources import held_out_source, locate, splits_train
+from orchestrator.config.data import DataConfig
+from orchestrator.dataset.faults import SHOWN_FAULTS, Fault, told
+from orchestrator.dataset.key import PreparedKey, changed_components
+from orchestrator.dataset.parts import Part, plan_parts
+from orchestrator.dataset.prepared import EVALUATION, PreparedFolder, Statistics, is_prepared, read_meta
 from orchestrator.errors import DataError
-from orchestrator.training.data.build import build_rows
 
 Say = Callable[[str], None]
+PREPARE_COMMAND = "python -m orchestrator prepare"
+TRUNCATION_LIMIT = 0.01
+"""Share of the rows that may lose learnt tokens before `truncation=accept` has to be said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +40,7 @@ class Prepared:
     train_statistics: Statistics
     evaluation_statistics: Statistics | None
     was_hit: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One set of rows to prepare: train or evaluation."""
-
-    role: str
-    sources: tuple[tuple[SourceConfig, tuple[Path, ...]], ...]
-    key: PreparedKey
+    """Whether everything was there already."""
 
 
 def ensure_prepared(
@@ -56,82 +51,147 @@ def ensure_prepared(
     seed: int,
     say: Say,
     refuse_over_seconds: float | None = None,
-    prepare_command: str = "python -m orchestrator prepare",
+    prepare_command: str = PREPARE_COMMAND,
 ) -> Prepared:
-    """The prepared rows of a configuration, made where they are missing. Called by one process; others wait for the folder.
+    """The prepared rows of a configuration, made where they are missing.
 
-    Raises DataError with every faulty row; and, before any work, where it would take over `refuse_over_seconds`.
+    Raises DataError with every faulty row; where over 1 % of the rows lose learnt tokens; where rows of `eval` stand in
+    `train`; and, after half a second of work, where it would take over `refuse_over_seconds`.
     """
-    parts = plan_parts(config, tokenizer_folder=tokenizer_folder, cache=cache, seed=seed)
-    missing = [part for part in parts if not is_prepared(cache / part.key.digest)]
+    from orchestrator.training.data.hub import fetch
+
+    root = cache / "data"
+    parts = plan_parts(config, tokenizer_folder=tokenizer_folder, cache=root, seed=seed, fetch=fetch)
+    missing = [part for part in parts if not is_prepared(root / part.digest)]
+    build = Build(config, root, tokenizer_folder, seed, say, refuse_over_seconds, prepare_command)
+    problems: list[str] = []
     for part in missing:
-        _prepare(part, config, tokenizer_folder=tokenizer_folder, cache=cache, seed=seed, say=say)
-    metas = [Meta.from_json((cache / part.key.digest / META).read_text()) for part in parts]
-    folders = [cache / part.key.digest for part in parts]
-    has_evaluation = len(parts) > 1
+        try:
+            _prepare(part, build)
+        except DataError as error:
+            problems += error.problems
+    if not problems:
+        problems = [*_truncation(root, parts[0], config, say), *_overlap(root, parts, config, say)]
+    if problems:
+        raise DataError(problems)
+    return _prepared(root, parts, was_hit=not missing)
+
+
+def _prepared(root: Path, parts: tuple[Part, ...], *, was_hit: bool) -> Prepared:
+    train = root / parts[0].digest
+    evaluation = root / parts[1].digest if len(parts) > 1 else train / EVALUATION if parts[0].splits else None
+    train_meta = read_meta(train)
+    evaluation_meta = None if evaluation is None else read_meta(evaluation)
     return Prepared(
-        train=folders[0],
-        evaluation=folders[1] if has_evaluation else None,
-        train_digest=metas[0].digest,
-        evaluation_digest=metas[1].digest if has_evaluation else None,
-        train_statistics=metas[0].statistics,
-        evaluation_statistics=metas[1].statistics if has_evaluation else None,
-        was_hit=not missing,
+        train=train,
+        evaluation=evaluation,
+        train_digest=train_meta.digest,
+        evaluation_digest=None if evaluation_meta is None else evaluation_meta.digest,
+        train_statistics=train_meta.statistics,
+        evaluation_statistics=None if evaluation_meta is None else evaluation_meta.statistics,
+        was_hit=was_hit,
     )
 
 
-def plan_parts(config: DataConfig, *, tokenizer_folder: Path, cache: Path, seed: int) -> tuple[Part, ...]:
-    """Train, and evaluation where there is one, with their keys. Reads no row."""
-    hashes = FileHashes(cache)
-    train = tuple((source, _files(source, "data.train")) for source in (config.train, *config.mix))
-    split = {"fraction": config.eval.fraction, "max_rows": config.eval.max_rows} if splits_train(config) else None
-    held_out = held_out_source(config)
+@dataclass(frozen=True, slots=True)
+class Build:
+    """How missing parts are built, and where."""
 
-    def part(role: str, sources: tuple[tuple[SourceConfig, tuple[Path, ...]], ...], rule: dict[str, Any] | None) -> Part:
-        key = prepared_key(
-            config, sources, role=role, split=rule, tokenizer_folder=tokenizer_folder, seed=seed, hashes=hashes
-        )
-        return Part(role, sources, key)
-
-    parts = [part("train", train, split)]
-    if split is not None:
-        parts.append(part("evaluation", train, split))
-    elif held_out is not None:
-        parts.append(part("evaluation", ((held_out, _files(held_out, "data.eval")),), None))
-    hashes.save()
-    return tuple(parts)
+    config: DataConfig
+    root: Path
+    tokenizer_folder: Path
+    seed: int
+    say: Say
+    refuse_over_seconds: float | None
+    prepare_command: str
 
 
-def _files(source: SourceConfig, field: str) -> tuple[Path, ...]:
-    files = locate(source, field=field)
-    if files is None:
-        raise DataError(f"{field}.path={source.path} is not on this machine")
-    return files
-
-
-def _prepare(part: Part, config: DataConfig, *, tokenizer_folder: Path, cache: Path, seed: int, say: Say) -> None:
+def _prepare(part: Part, build: Build) -> None:
     """Builds one part in a folder of its own and renames it into place; a second caller waits and finds it done."""
-    digest = part.key.digest
-    cache.mkdir(parents=True, exist_ok=True)
-    with locked(cache / f"{digest}.lock"):
-        if is_prepared(cache / digest):
-            return
-        changed = changed_components(cache, part.key)
-        if changed:
-            say(f"{part.role} rows must be prepared: {', '.join(changed)} changed since the last time")
-        _remove_leftovers(cache, digest)
-        building = cache / f".building-{digest}-{socket.gethostname()}-{os.getpid()}"
-        building.mkdir()
-        try:
-            build_rows(building, part, config, tokenizer_folder=tokenizer_folder, seed=seed, say=say)
-            building.rename(cache / digest)
-        except OSError as error:
-            raise DataError(f"{cache} cannot take the prepared rows: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    from orchestrator.training.data.build import Limits, build_rows
+
+    root, target = build.root, build.root / part.digest
+    limits = Limits(seconds=build.refuse_over_seconds, prepare_command=build.prepare_command)
+    try:
+        with locked(root / f"{part.digest}.lock"):
+            if is_prepared(target):
+                return
+            changed = changed_components(root, PreparedKey(part.key))
+            if changed:
+                build.say(f"preparing {part.role} rows; against the most alike prepared set, other {'; '.join(changed)}")
+            building = _fresh_folder(root, part.digest)
+            try:
+                build_rows(
+                    building,
+                    part,
+                    build.config,
+                    tokenizer_folder=build.tokenizer_folder,
+                    seed=build.seed,
+                    say=build.say,
+                    limits=limits,
+                )
+                _publish(building, target)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"the prepared rows cannot be written below {root}: {error.strerror or error}") from error
 
 
-def _remove_leftovers(cache: Path, digest: str) -> None:
-    """Half-built folders of the same digest: their maker is gone, since the lock is ours."""
-    for folder in cache.glob(f".building-{digest}-{socket.gethostname()}-*"):
+def _fresh_folder(root: Path, digest: str) -> Path:
+    """An empty folder to build in. Half-built ones of the same digest are removed: their maker held the lock that is ours now."""
+    for folder in root.glob(f".building-{digest}-{socket.gethostname()}-*"):
         shutil.rmtree(folder, ignore_errors=True)
+    building = root / f".building-{digest}-{socket.gethostname()}-{os.getpid()}"
+    building.mkdir()
+    return building
+
+
+def _publish(building: Path, target: Path) -> None:
+    """Renames the finished folder; where another machine was faster (locks do not reach over every file system), its own stays."""
+    from orchestrator.training.data.store import sync_folder
+
+    try:
+        building.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not is_prepared(target):
+            raise
+    sync_folder(target.parent)
+
+
+def _truncation(root: Path, part: Part, config: DataConfig, say: Say) -> list[str]:
+    """What is wrong where over 1 % of the rows lose learnt tokens; nothing where that is accepted (and then told)."""
+    rows = PreparedFolder(root / part.digest)
+    statistics = rows.meta.statistics
+    number = statistics.rows_losing_trained_tokens
+    if number <= TRUNCATION_LIMIT * statistics.source_rows:
+        return []
+    share = number / statistics.source_rows
+    what = f"{number} of {statistics.source_rows} rows ({share:.1%}) lose trained tokens to max_length={config.max_length}"
+    if config.truncation == "accept":
+        say(f"warning: {what} (truncation=accept)")
+        return []
+    cut = rows.unit_cut_trained
+    units = np.flatnonzero(cut > 0)[:SHOWN_FAULTS].tolist()
+    faults = [_fault("truncation", rows, part, unit, f"loses {cut[unit]} trained tokens") for unit in units]
+    return [what, *told(faults, {"truncation": number})]
+
+
+def _overlap(root: Path, parts: tuple[Part, ...], config: DataConfig, say: Say) -> list[str]:
+    """What is wrong where rows of the evaluation stand in train word by word."""
+    if len(parts) < 2:
+        return []
+    rows = PreparedFolder(root / parts[1].digest)
+    shared = np.flatnonzero(np.isin(rows.unit_hashes, PreparedFolder(root / parts[0].digest).unit_hashes))
+    if not len(shared):
+        return []
+    what = f"{len(shared)} of {len(rows.unit_hashes)} rows of data.eval stand in data.train word by word"
+    if config.overlap == "accept":
+        say(f"warning: {what} (overlap=accept)")
+        return []
+    units = shared[:SHOWN_FAULTS].tolist()
+    faults = [_fault("overlap", rows, parts[1], unit, "stands in data.train too") for unit in units]
+    return [what, *told(faults, {"overlap": len(shared)})]
+
+
+def _fault(code: str, rows: PreparedFolder, part: Part, unit: int, what: str) -> Fault:
+    return Fault(code, rows.where(int(rows.unit_rows[unit]), int(rows.unit_numbers[unit]), part.all_files), what)

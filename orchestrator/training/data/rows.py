@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -33,12 +34,16 @@ class Batch:
     labels_BT: torch.Tensor
     """-100 where nothing is learnt, else the token of the same position: the loss shifts by one, as in transformers."""
     attention_mask_BT: torch.Tensor | None
-    """1 on real tokens; None where nothing is padded, or rows are packed."""
+    """1 on real tokens; None where nothing is padded, or rows are packed. A causal model does not need it (`model_inputs`)."""
     position_ids_BT: torch.Tensor | None
     """Restart with every document of a packed row; None where every sequence is one document."""
+    boundaries: torch.Tensor
+    """int32: where documents (and stretches of padding) start in the B sequences laid end to end, and where the last ends."""
+    longest: int
+    """Tokens of the longest stretch between two boundaries."""
     documents: tuple[Span, ...]
     values_D: torch.Tensor
-    """Margin, label or class of each document's row; NaN where there is none."""
+    """Margin, label or class number of each document's row; NaN where there is none."""
     row_ids: tuple[tuple[int, ...], ...]
     """Source rows of each trainable row; empty for a filler."""
     num_tokens: int
@@ -46,23 +51,51 @@ class Batch:
     num_trained_tokens: int
     """Targets after the causal shift."""
 
+    def model_inputs(self) -> dict[str, Any]:
+        """What a causal model is called with.
+
+        No mask: with padding on the right no real token can see any, and without a mask every attention takes its
+        fast path. Packed rows bring positions that restart and, for kernels over documents, their boundaries.
+        """
+        if self.position_ids_BT is None:
+            return {"input_ids": self.input_ids_BT}
+        return {
+            "input_ids": self.input_ids_BT,
+            "position_ids": self.position_ids_BT,
+            "cu_seq_lens_q": self.boundaries,
+            "cu_seq_lens_k": self.boundaries,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
+
     def to(self, device: torch.device | str) -> Self:
         """The batch on a device; what is on it already stays."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
 
-        return type(self)(
+        return replace(
+            self,
             input_ids_BT=move(self.input_ids_BT),
             labels_BT=move(self.labels_BT),
             attention_mask_BT=None if self.attention_mask_BT is None else move(self.attention_mask_BT),
             position_ids_BT=None if self.position_ids_BT is None else move(self.position_ids_BT),
-            documents=self.documents,
+            boundaries=move(self.boundaries),
             values_D=move(self.values_D),
-            row_ids=self.row_ids,
-            num_tokens=self.num_tokens,
-            num_trained_tokens=self.num_trained_tokens,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutPrompt:
+    """A prompt to generate from, and what a reward may need of its row."""
+
+    ids: tuple[int, ...]
+    row: int
+    extra: dict[str, Any]
+
+
+Segment = tuple[int, int, int]
+"""Document (-1 for a filler), start and stop within it."""
 
 
 class PreparedRows(PreparedFolder):
@@ -79,12 +112,13 @@ class PreparedRows(PreparedFolder):
 
     @property
     def is_packed(self) -> bool:
-        """Whether a row holds several documents."""
+        """Whether a row may hold several documents."""
         return self.meta.packing != "none"
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The batch of these trainable rows; -1 is a filler: one token, nothing to learn."""
-        sequences, row_ids = self._sequences([int(index) for index in indices])
+        chosen = [int(index) for index in indices]
+        sequences = self._sequences(chosen)
         longest = max(sum(stop - start for _, start, stop in sequence) for sequence in sequences)
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         shape = (len(sequences), width)
@@ -93,44 +127,58 @@ class PreparedRows(PreparedFolder):
         mask = np.zeros(shape, dtype=np.int64)
         positions = np.zeros(shape, dtype=np.int64)
         spans: list[Span] = []
-        values: list[float] = []
-        num_tokens = 0
+        units: list[int] = []
+        edges = [0]
         for b, sequence in enumerate(sequences):
             place = 0
             for document, start, stop in sequence:
                 end = place + stop - start
-                positions[b, place:end] = np.arange(stop - start)
-                mask[b, place:end] = 1
                 if document >= 0:
                     self._fill(ids[b, place:end], labels[b, place:end], document, start, stop)
                     spans.append(Span(b, place, end))
-                    values.append(float(self.values[document]))
-                    num_tokens += stop - start
+                    units.append(self.unit_of(document))
+                positions[b, place:end] = np.arange(end - place)
+                mask[b, place:end] = 1
+                edges.append(b * width + end)
                 place = end
-            positions[b, place:] = np.arange(width - place)
-        is_padded = bool((mask == 0).any())
+            if place < width:
+                positions[b, place:] = np.arange(width - place)
+                edges.append((b + 1) * width)
         return Batch(
             input_ids_BT=torch.from_numpy(ids),
             labels_BT=torch.from_numpy(labels),
-            attention_mask_BT=torch.from_numpy(mask) if is_padded and not self.is_packed else None,
+            attention_mask_BT=torch.from_numpy(mask) if not self.is_packed and bool((mask == 0).any()) else None,
             position_ids_BT=torch.from_numpy(positions) if self.is_packed else None,
+            boundaries=torch.tensor(edges, dtype=torch.int32),
+            longest=int(np.diff(edges).max()),
             documents=tuple(spans),
-            values_D=torch.tensor(values, dtype=torch.float32),
-            row_ids=row_ids,
-            num_tokens=num_tokens,
+            values_D=torch.from_numpy(self.unit_values[units]) if units else torch.zeros(0),
+            row_ids=tuple(self.row_ids(index) for index in chosen),
+            num_tokens=sum(span.stop - span.start for span in spans),
             num_trained_tokens=int((labels[:, 1:] != IGNORED).sum()),
         )
 
-    def _sequences(self, indices: list[int]) -> tuple[list[list[tuple[int, int, int]]], tuple[tuple[int, ...], ...]]:
-        """The segments of every sequence of a batch; a pair that is not packed makes two sequences."""
-        sequences: list[list[tuple[int, int, int]]] = []
-        apart = self.meta.kind == "pair" and not self.is_packed
-        for index in indices:
-            segments = [(-1, 0, 1)] * (2 if apart else 1) if index < 0 else self._segments(index)
-            sequences += [[segment] for segment in segments] if apart else [segments]
-        return sequences, tuple(self.row_ids(index) for index in indices)
+    def prompt(self, index: int) -> RolloutPrompt:
+        """The prompt of a row of a set of prompts."""
+        assert self.meta.kind == "prompt" and not self.is_packed
+        document = int(self.segment_documents[int(self.row_offsets[index])])
+        extra = self.extra(self.unit_of(document))
+        return RolloutPrompt(
+            ids=tuple(self.document_ids(document).tolist()),
+            row=self.row_ids(index)[0],
+            extra=json.loads(extra) if extra else {},
+        )
 
-    def _segments(self, index: int) -> list[tuple[int, int, int]]:
+    def _sequences(self, indices: list[int]) -> list[list[Segment]]:
+        """The segments of every sequence of a batch; a pair that is not packed makes two sequences."""
+        apart = self.meta.documents_per_unit if not self.is_packed else 1
+        sequences: list[list[Segment]] = []
+        for index in indices:
+            segments = [(-1, 0, 1)] * apart if index < 0 else self._segments(index)
+            sequences += [segments] if apart == 1 else [[segment] for segment in segments]
+        return sequences
+
+    def _segments(self, index: int) -> list[Segment]:
         part = slice(int(self.row_offsets[index]), int(self.row_offsets[index + 1]))
         columns = (self.segment_documents[part], self.segment_starts[part], self.segment_stops[part])
         return list(zip(*(column.tolist() for column in columns), strict=True))

@@ -1,7 +1,7 @@
 """Which characters of a rendered conversation are learnt: every answer from the end of the prompt through its turn end.
 
 Four ways, the exact ones first; each result is proven against the text before it is used:
-1. the template's own `{% generation %}` marks;
+1. the template's own `{% generation %}` marks, where there is one for every answer;
 2. the rendered prompt of an answer (with the generation prompt) is the beginning of the whole text: the answer starts there;
 3. the text before the answer's turn is: the answer starts where the generation prompt and the text part;
 4. the answer's content is rendered between marks: it starts there, less what the template puts before it.
@@ -42,6 +42,8 @@ class Turns:
     """The special tokens that close an answer; empty where the template closes it with none."""
     before: str
     """Text between the generation prompt and the content, such as a space."""
+    given: str
+    """Text at the start of the template's own marks that the generation prompt already holds: a model is given it."""
     refused: str | None
     """Why the template refuses the simplest conversation, or None."""
 
@@ -63,10 +65,10 @@ def learn_turns(template: ChatTemplate, special_texts: Sequence[str]) -> Turns:
     """Renders a probe conversation and reads what stands around its answers."""
     user, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
     try:
-        single = template.render([user, answer], None, add_generation_prompt=False)
+        single, marked = template.render_with_marks([user, answer], None, add_generation_prompt=False)
         prompt = template.render([user], None, add_generation_prompt=True)
     except TemplateRefused as refusal:
-        return Turns((), "", str(refusal))
+        return Turns((), "", "", str(refusal))
     tails = [single.rpartition(_ANSWER)[2]]
     try:
         double = template.render([user, answer, user, answer], None, add_generation_prompt=False)
@@ -76,8 +78,18 @@ def learn_turns(template: ChatTemplate, special_texts: Sequence[str]) -> Turns:
     tails += _tool_call_tails(template, user)
     pattern = re.compile("|".join(re.escape(text) for text in sorted(special_texts, key=len, reverse=True)) or "(?!)")
     found = [match.group() for tail in tails if (match := pattern.search(tail))]
-    before = single[len(prompt) : single.rfind(_ANSWER)] if single.startswith(prompt) else ""
-    return Turns(tuple(dict.fromkeys(found)), before, None)
+    continues = single.startswith(prompt)
+    before = single[len(prompt) : single.rfind(_ANSWER)] if continues else ""
+    given = _shared_start(prompt, single, marked[-1][0]) if marked else ""
+    return Turns(tuple(dict.fromkeys(found)), before, given, None)
+
+
+def _shared_start(prompt: str, text: str, start: int) -> str:
+    """What `prompt` and `text` have in common from `start` on, where they are the same before."""
+    if prompt[:start] != text[:start]:
+        return ""
+    until = next((k for k in range(start, min(len(prompt), len(text))) if prompt[k] != text[k]), min(len(prompt), len(text)))
+    return text[start:until]
 
 
 def _tool_call_tails(template: ChatTemplate, user: Message) -> list[str]:
@@ -101,15 +113,13 @@ def render_chat(chat: Chat, template: ChatTemplate, turns: Turns) -> Rendered:
     spans: list[tuple[int, int]] = []
     num_open = 0
     answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    if template.has_marks and len(marked) != len(answers):
-        raise NotRendered(
-            "messages", f"have {len(answers)} answers, but the chat template marks {len(marked)} as generated", code="lost_answer"
-        )
+    by_marks = len(marked) == len(answers)  # else the marks do not say which answer they belong to
     for place, i in enumerate(answers):
         if not chat.trained[i]:
             continue
-        if template.has_marks:
+        if by_marks:
             start, end, closed = _close(text, marked[place], turns)
+            _prove(chat.messages[i], i, text[start:end])
         else:
             start, end, closed = _find_answer(chat, i, text, template, turns)
         num_open += not closed
@@ -136,8 +146,10 @@ def _refuse_marks(chat: Chat) -> None:
 
 
 def _close(text: str, span: tuple[int, int], turns: Turns) -> tuple[int, int, bool]:
-    """A marked span, with the turn end taken in where it follows, and what stands behind the turn end left out."""
+    """A marked span, with the turn end taken in where it follows; what is given, and what follows the turn end, left out."""
     start, end = span
+    if text.startswith(turns.given, start):
+        start += len(turns.given)
     inside = text[start:end].rstrip()
     if any(inside.endswith(token) for token in turns.ends):
         return start, start + len(inside), True
@@ -189,24 +201,26 @@ def _start_by_prompt(chat: Chat, i: int, text: str, template: ChatTemplate) -> i
 
 
 def _start_by_content(chat: Chat, i: int, text: str, template: ChatTemplate, turns: Turns) -> int | None:
-    """Where answer i starts, by rendering its content between marks; None where the marks change the text."""
+    """Where answer i starts, by rendering its content between marks; None where the marks change the text.
+
+    First the whole content is marked; where the template trims it, the content without the blanks at its ends.
+    """
     content: str = chat.messages[i]["content"]
     core = content.strip()
     if not core:
         return None
-    lead = content[: content.index(core[0])]
-    tail = content[len(lead) + len(core) :]
-    marked = dict(chat.messages[i], content=f"{lead}{CONTENT_START}{core}{CONTENT_END}{tail}")
-    messages = (*chat.messages[:i], marked, *chat.messages[i + 1 :])
-    try:
-        rendered = template.render(messages, chat.tools, add_generation_prompt=False)
-    except TemplateRefused:
-        return None
-    clean, spans = take_marks(rendered, CONTENT_START, CONTENT_END)
-    if clean != text or len(spans) != 1:
-        return None
-    start = spans[0][0]
-    return start - len(turns.before) if text[:start].endswith(turns.before) else start
+    lead, _, tail = content.partition(core)
+    for marked in (f"{CONTENT_START}{content}{CONTENT_END}", f"{lead}{CONTENT_START}{core}{CONTENT_END}{tail}"):
+        messages = (*chat.messages[:i], dict(chat.messages[i], content=marked), *chat.messages[i + 1 :])
+        try:
+            rendered = template.render(messages, chat.tools, add_generation_prompt=False)
+        except TemplateRefused:
+            continue
+        clean, spans = take_marks(rendered, CONTENT_START, CONTENT_END)
+        if clean == text and len(spans) == 1:
+            start = spans[0][0]
+            return start - len(turns.before) if text[:start].endswith(turns.before) else start
+    return None
 
 
 def _turn_end(chat: Chat, i: int, text: str, start: int, template: ChatTemplate, turns: Turns) -> tuple[int, bool]:

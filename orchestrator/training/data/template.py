@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from orchestrator.errors import DataError
 
 DEFAULT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message.role == 'assistant' %}{{ 'Assistant: ' }}{% generation %}{{ message.content + eos_token }}"
+    "{% if message.role == 'assistant' %}{{ 'Assistant:' }}{% generation %}{{ ' ' + message.content + eos_token }}"
     "{% endgeneration %}{{ '\\n' }}"
     "{% else %}{{ message.role | capitalize + ': ' + message.content + '\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
@@ -39,11 +39,6 @@ class ChatTemplate:
     source: str
     variables: tuple[tuple[str, str], ...]
     today: str
-
-    @property
-    def has_marks(self) -> bool:
-        """Whether the template itself says what the model generates."""
-        return "endgeneration" in self.source
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] | None, *, add_generation_prompt: bool
@@ -100,7 +95,7 @@ def _compile(source: str, today: str) -> Any:
     class GenerationMarks(Extension):
         """`{% generation %} ... {% endgeneration %}` puts marks around what it holds."""
 
-        tags = {"generation"}
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

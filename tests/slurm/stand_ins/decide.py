@@ -1,4 +1,4 @@
-"""Stand-in for the verb that closes an attempt: argv STAGE_DIRECTORY --attempt K --exit-code N, one word last."""
+"""Stand-in for the verb that closes an attempt: STAGE_DIRECTORY --attempt K --exit-code N [--cause TEXT]."""
 
 import json
 import sys
@@ -17,9 +17,8 @@ if (stage / "result.json").exists():
 elif record.exists() and json.loads(record.read_text(encoding="utf-8"))["state"] == "stopped":
     word, code = "requeue", 75
 else:
-    failure = stage / "logs" / f"attempt-{attempt}" / "failure.json"
-    cause = json.loads(failure.read_text(encoding="utf-8")) if failure.exists() else {}
+    cause = sys.argv[sys.argv.index("--cause") + 1] if "--cause" in sys.argv else None
     record.write_text(json.dumps({"state": "failed", "exit_code": exit_code, "cause": cause}), encoding="utf-8")
-    word, code = ("stop", 93) if cause.get("exit_code") == 93 else ("retry", 1)
+    word, code = ("stop", exit_code) if exit_code in {2, 93} else ("retry", 1)
 print(word)
 sys.exit(code)

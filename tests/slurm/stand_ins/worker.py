@@ -1,7 +1,8 @@
 """Stand-in for orchestrator.worker (standard library only): counts steps in a file, obeys the stop file, records.
 
-argv: SETTINGS.json --attempt K. Settings: stage_directory, steps, step_seconds, and optionally `faults`, a table
-"attempt:rank" -> {"step": S, "exit": code | "signal": number | "freeze": true | "message": text}.
+argv: SETTINGS.json --attempt K. Settings: stage_directory, stop_file, steps, step_seconds, and optionally
+`faults`, a table "attempt:rank" -> {"step": S, "exit": code | "signal": number, "message": text};
+`obeys_term`; `in_step`: no rank runs ahead of the others, as with collectives; `show`: variables to record.
 """
 
 import json
@@ -21,7 +22,7 @@ seen = {
     "environment": {name: os.environ.get(name) for name in (*facts, *settings.get("show", []))},
     "pid": os.getpid(),
     "host": os.uname().nodename,
-    "folder": os.getcwd(),
+    "folder": str(Path.cwd()),
 }
 (stage / "seen").mkdir(parents=True, exist_ok=True)
 (stage / "seen" / f"rank-{rank}.attempt-{attempt}.json").write_text(json.dumps(seen), encoding="utf-8")
@@ -55,6 +56,15 @@ def fall(fault: dict[str, object]) -> None:
         sys.exit(int(str(fault["exit"])))
 
 
+def wait_for_others(step: int) -> None:
+    while True:
+        logs = [stage / f"steps.rank-{other}" for other in range(int(os.environ.get("WORLD_SIZE", "1")))]
+        last = [log.read_text(encoding="utf-8").split()[-2:] if log.exists() else [] for log in logs]
+        if all(one and int(one[0]) == attempt and int(one[1]) >= step for one in last):
+            return
+        time.sleep(0.02)
+
+
 checkpoint = stage / "step.json"
 step = json.loads(checkpoint.read_text(encoding="utf-8")) if checkpoint.exists() else 0
 steps_log = stage / f"steps.rank-{rank}"
@@ -66,6 +76,8 @@ while step < settings["steps"]:
         fall(fault)
     with steps_log.open("a", encoding="utf-8") as log:
         log.write(f"{attempt} {step}\n")
+    if settings.get("in_step"):
+        wait_for_others(step)
     if Path(settings["stop_file"]).exists():
         if rank == 0:
             write(checkpoint, step)

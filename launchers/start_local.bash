@@ -5,7 +5,7 @@ start() { # the ranks themselves, each with a guard; the ranks are told about si
   local rank guard guards=() worst=0
   for ((rank = 0; rank < processes_per_node; rank++)); do
     RANK=$rank LOCAL_RANK=$rank ${container[@]+"${container[@]}"} "$python" -m launchers.guard --state "$state" \
-      --stop-file "$stop_file" --nodes 1 --watch -- "${command[@]}" --attempt "$attempt" &
+      --stop-file "$stop_file" --nodes 1 --node 0 --watch -- "${command[@]}" --attempt "$attempt" &
     guards+=("$!")
   done
   for guard in "${guards[@]}"; do wait "$guard" || worst=$?; done

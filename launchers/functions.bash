@@ -4,14 +4,23 @@ fail() {
   exit 3
 }
 
+superseded() { # a script that was frozen may wake after the next attempt has begun
+  [[ -n ${attempt:-} && -e $log_directory/attempt-$((attempt + 1)) ]]
+}
+
 request_stop() { # WHY: the ranks see this file, agree on it at a step boundary, save and end
+  ! superseded || return 0
   [[ -s $stop_file ]] || printf 'signal %s\n' "$1" >"$stop_file"
   say "$1 received: asked the ranks to save and end ($stop_file)"
 }
 
 prepare() { # the folders and files that everything below needs
   cd -- "$working_directory" || fail "the run folder $working_directory is not there on $HOSTNAME"
-  [[ -x $python ]] || fail "there is no Python at $python on $HOSTNAME: install the environment there, or mend 'python'"
+  local program
+  for program in "${decide[0]}" "$python"; do
+    [[ -x $program || (-n ${container[*]-} && $program != "${decide[0]}") ]] ||
+      fail "there is no Python at $program on $HOSTNAME: install the environment there, or mend 'python'"
+  done
   mkdir -p -- "$log_directory" "$attempts_directory" || fail "cannot make $log_directory on $HOSTNAME"
   if [[ -e $result_file ]]; then
     say "nothing to do: $result_file is there"
@@ -45,15 +54,25 @@ still_running() { # ATTEMPT: does somebody else work on it?
   [[ $(beats "$1") != "$before" ]]
 }
 
-ask_verdict() { # ATTEMPT EXIT_CODE: closes the attempt; sets word: finished, requeue, retry or stop
-  local output
-  output=$("${decide[@]}" --attempt "$1" --exit-code "$2" </dev/null)
+ask_verdict() { # ATTEMPT EXIT_CODE: closes the attempt; sets word (finished, requeue, retry, stop) and verdict_code
+  local output code=$2 cause=() first
+  first=$("${decide[0]}" -m launchers.causes "$log_directory" "$1") # torchrun and srun change exit codes; the guards know
+  if [[ -n $first ]]; then
+    code=${first%%$'\n'*} code=${code:-$2} cause=(--cause "${first#*$'\n'}")
+  fi
+  output=$("${decide[@]}" --attempt "$1" --exit-code "$code" ${cause[@]+"${cause[@]}"} </dev/null)
+  verdict_code=$?
   word=${output##*$'\n'}
   [[ $output == "$word" ]] || printf '%s\n' "${output%$'\n'*}" >&2
   case $word in
     finished | requeue | retry | stop) ;;
     *) say "attempt $1 could not be judged: '${decide[*]}' answered '$word'" && exit 1 ;;
   esac
+}
+
+exit_stopped() { # nothing of this kind is tried again: 2 where the user has something to mend
+  ((verdict_code == 2)) && exit 2
+  exit 93
 }
 
 close_lost_attempt() { # an attempt whose machine was lost gets its end on record before the next one starts
@@ -63,7 +82,7 @@ close_lost_attempt() { # an attempt whose machine was lost gets its end on recor
   ask_verdict "$last" 255
   case $word in
     finished) exit 0 ;;
-    stop) exit 93 ;;
+    stop) exit_stopped ;;
   esac
 }
 

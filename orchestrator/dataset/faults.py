@@ -1,0 +1,81 @@
+"""What can be wrong with training data, by code, and how it is told; must not import torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.errors import DataError
+
+SHOWN_FAULTS = 20
+
+MENDS: Mapping[str, str] = {
+    "unreadable": "mend or remove the row",
+    "missing_field": "map the column with columns={field: column}, or fix the format with format=...",
+    "wrong_type": "mend the row",
+    "unknown_role": "roles are system, developer, user, assistant and tool",
+    "empty_message": "remove the row or the message",
+    "template_refused": "mend the order of roles, or give another template with chat_template=FILE",
+    "lost_answer": "give a template with {% generation %} marks: chat_template=FILE",
+    "bad_text": "remove the characters",
+    "zero_trained_tokens": "a row without an answer teaches nothing: remove it",
+    "untrained_turn_end": "the template closes the answer with no special token, so the model would not learn to stop: "
+    "give one that does with chat_template=FILE",
+    "trained_prompt": "the template marks more than the answer as generated, or tokens straddle the border: chat_template=FILE",
+    "double_bos": "the text itself starts with the beginning-of-text token that the template also writes: remove one",
+    "truncation": "raise max_length, shorten the rows, or set truncation=accept",
+    "overlap": "remove the rows from one of the two sets, or set overlap=accept",
+    "changed_answer": "the trained text is not the row's answer: give another template with chat_template=FILE",
+}
+"""Every code of a fault and what to do about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One row that must not be trained on: where it stands, and what is there against what is expected."""
+
+    code: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.what} [{self.code}]"
+
+
+@dataclass(slots=True)
+class FaultList:
+    """Faults as they are found: all are counted, the first of every code are kept."""
+
+    kept: list[Fault] = field(default_factory=list[Fault])
+    counts: Counter[str] = field(default_factory=Counter[str])
+
+    def add(self, fault: Fault) -> None:
+        self.counts[fault.code] += 1
+        if self.counts[fault.code] <= SHOWN_FAULTS:
+            self.kept.append(fault)
+
+    def extend(self, faults: Iterable[Fault], counts: Mapping[str, int]) -> None:
+        """Takes over another list's faults, in their order."""
+        before = dict(self.counts)
+        room = {code: SHOWN_FAULTS - before.get(code, 0) for code in counts}
+        for fault in faults:
+            if room.get(fault.code, 0) > 0:
+                room[fault.code] -= 1
+                self.kept.append(fault)
+        self.counts.update(counts)
+
+    def raise_if_any(self) -> None:
+        """Raises DataError that tells all of them."""
+        if self.counts:
+            raise DataError(told(self.kept, self.counts))
+
+
+def told(faults: Sequence[Fault], counts: Mapping[str, int]) -> list[str]:
+    """Sentences: the first faults, how many more there are, and how each kind is mended."""
+    sentences = [str(fault) for fault in faults[:SHOWN_FAULTS]]
+    total = sum(counts.values())
+    if total > len(sentences):
+        rest = ", ".join(f"{count} x {code}" for code, count in sorted(counts.items()))
+        sentences.append(f"... {total} faulty rows in all: {rest}")
+    return sentences + [f"[{code}] {MENDS[code]}" for code in sorted(counts) if code in MENDS]

@@ -1,0 +1,91 @@
+"""Freezes a run's configuration in its folder, and lets no other one use that folder; must not import torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.base import JsonValue
+from orchestrator.errors import OrchestratorError, RunFolderError
+from orchestrator.resume import is_below
+from orchestrator.rundir import RunFolder, existing_parent, flatten, os_sentence, read_json, write_json
+
+
+def freeze(folder: RunFolder, record: Mapping[str, Any], *, may_differ: frozenset[str]) -> None:
+    """Writes run.json, or checks that the one there says the same.
+
+    Keys in `may_differ` (dotted, with everything below them) may change between attempts; every other difference
+    raises RunFolderError with old and new value.
+    """
+    check_writable(folder.root)
+    if not folder.run.exists():
+        write_json(folder.run, record)
+        return
+    differences = _differences(read_config(folder), record["config"])
+    refused = {key: values for key, values in differences.items() if not is_below(key, may_differ)}
+    if refused:
+        raise RunFolderError(
+            [
+                f"{folder.root} holds a run with another configuration; set name= to start a new one, or repeat the old "
+                f"values of {', '.join(refused)}",
+                *(f"{key}: {_short(old)} in the folder, {_short(new)} now" for key, (old, new) in refused.items()),
+            ]
+        )
+    if differences:
+        write_json(folder.run, record)
+
+
+def read_config(folder: RunFolder) -> dict[str, JsonValue]:
+    """The configuration that a run was frozen with, as plain values; RunFolderError where run.json is not ours."""
+    record: JsonValue = read_json(folder.run)
+    config = record.get("config") if isinstance(record, dict) else None
+    if not isinstance(config, dict):
+        raise RunFolderError(f"{folder.run} is damaged: it holds no config")
+    return config
+
+
+@contextmanager
+def all_or_nothing(folder: Path) -> Generator[None]:
+    """A block that writes into `folder`: where it fails, a folder that was not there before is not there after it."""
+    missing = [path for path in [folder, *folder.parents] if not path.exists()]
+    try:
+        yield
+    except (OSError, OrchestratorError):
+        if folder in missing:
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # a parent that another run uses by now is not empty, and stays
+            for parent in missing[1:]:
+                parent.rmdir()
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """RunFolderError where nothing can be written under `folder`; leaves nothing behind."""
+    parent = existing_parent(folder)
+    if not parent.is_dir():
+        raise RunFolderError(f"{parent} is a file; output_dir must be a folder")
+    probe = parent / f".write-test-{os.getpid()}"
+    try:
+        probe.write_bytes(b"0" * 4096)
+    except OSError as error:
+        raise RunFolderError(os_sentence(folder, error)) from None
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def _differences(old: JsonValue, new: JsonValue) -> dict[str, tuple[JsonValue, JsonValue]]:
+    before, after = flatten(old), flatten(new)
+    keys = sorted(before.keys() | after.keys())
+    parents = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}  # an empty map that got keys
+    changed = [key for key in keys if key not in parents and before.get(key) != after.get(key)]
+    return {key: (before.get(key), after.get(key)) for key in changed}
+
+
+def _short(value: JsonValue) -> str:
+    return json.dumps(value, ensure_ascii=False)[:60]

@@ -1,0 +1,63 @@
+"""File and line that gave a key of the composed configuration its value, and files that are no YAML; must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from orchestrator.config.base import JsonValue
+
+
+def find_places(files: Iterable[tuple[Path, str]]) -> dict[str, str]:
+    """Dotted key -> FILE:LINE, from (file, package) in the order of composition: a later file wins."""
+    places: dict[str, str] = {}
+    for file, package in files:
+        node = cast(Any, yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))  # pyright: ignore
+        prefix = f"{package}." if package else ""
+        places |= {key: f"{file}:{line}" for key, line in _key_lines(node, prefix) if key != f"{prefix}defaults"}
+    return places
+
+
+def unreadable_files(roots: Sequence[Path]) -> list[str]:
+    """One sentence for every YAML file of the folders that cannot be read as keys and values."""
+    files = [file for root in roots for file in sorted(root.rglob("*.yaml")) if file.is_file()]
+    return [problem for file in files for problem in _file_problems(file)]
+
+
+def _file_problems(file: Path) -> list[str]:
+    from omegaconf import OmegaConf
+
+    try:
+        OmegaConf.load(file)  # stricter than YAML: no key stands twice
+        content: JsonValue = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = 0 if error.problem_mark is None else error.problem_mark.line + 1
+        return [f"{file}:{line} is no YAML: {error.problem}"]
+    except (yaml.YAMLError, UnicodeError) as error:
+        return [f"{file} is no YAML: {' '.join(str(error).split())}"]
+    except OSError as error:
+        return [f"{file} cannot be read: {error.strerror}"]
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        return [f"{file} holds a {type(content).__name__}; lines of `key: value` are expected"]
+    if not isinstance(content.get("defaults", []), list):
+        return [f"{file}: defaults must be a list of `- group: choice`"]
+    return []
+
+
+def _key_lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
+    """(dotted key, line) of every key below a node; values that follow another key have no place of their own."""
+    if isinstance(node, yaml.SequenceNode):
+        for number, entry in enumerate(node.value):
+            yield from _key_lines(entry, f"{prefix}{number}.")
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        if isinstance(value, yaml.ScalarNode) and "${" in value.value:
+            continue
+        yield f"{prefix}{key.value}", key.start_mark.line + 1
+        yield from _key_lines(value, f"{prefix}{key.value}.")

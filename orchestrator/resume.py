@@ -1,0 +1,63 @@
+"""What may change when a run goes on, what may not, and what a change of the ranks does to the micro-batches; must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from orchestrator.config.base import JsonValue
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import ConfigError
+from orchestrator.rundir import flatten
+
+FREE = ("name", "output_dir", "pipeline", "cluster", "launcher", "tracking", "sharding", "model.preset")
+"""Keys that say where and how a run is computed, not what."""
+FREE_OF_A_STAGE = (
+    "checkpoint",
+    "faults",
+    "log_every_steps",
+    "evaluate_every_steps",
+    "batch.micro_size",
+    "data.num_processes",
+)
+
+
+def may_differ(config: RunConfig) -> frozenset[str]:
+    """Dotted keys, with all below them, that may change between attempts: those that leave the result alone, and accepted ones."""
+    free = {f"stages.{name}.{key}" for name in config.stages for key in FREE_OF_A_STAGE}
+    accepted = {key for stage in config.stages.values() for key in stage.checkpoint.accept_changes}
+    return frozenset(FREE) | free | accepted
+
+
+def settings_that_matter(config: RunConfig, stage: str) -> dict[str, JsonValue]:
+    """The leaves that decide a stage's result, by dotted key."""
+    free = frozenset(FREE) | {f"stages.{stage}.{key}" for key in FREE_OF_A_STAGE}
+    others = {f"stages.{name}" for name in config.stages if name != stage}
+    leaves = flatten(config.model_dump(mode="json"))
+    return {key: value for key, value in leaves.items() if not is_below(key, free | others)}
+
+
+def refuse_changes(
+    old: Mapping[str, JsonValue], new: Mapping[str, JsonValue], *, stage: str, accepted: frozenset[str]
+) -> list[str]:
+    """ConfigError with old and new value of every setting that changed; the accepted changes, told."""
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    sentences = {key: f"{key}: {old.get(key)} in the checkpoint, {new.get(key)} now" for key in changed}
+    refused = [key for key in changed if not is_below(key, accepted)]
+    if refused:
+        advice = f"repeat the old value, start a new run with name=, or type stages.{stage}.checkpoint.accept_changes=[{','.join(refused)}]"
+        raise ConfigError([*(sentences[key] for key in refused), advice])
+    return [sentences[key] for key in changed]
+
+
+def is_below(key: str, roots: frozenset[str]) -> bool:
+    """Whether a dotted key is one of the roots or stands below one."""
+    parts = key.split(".")
+    return any(".".join(parts[:depth]) in roots for depth in range(1, len(parts) + 1))
+
+
+def fitting_micro_size(*, global_size: int, micro_size: int, world_size: int) -> int | None:
+    """The largest micro-batch up to `micro_size` that divides a rank's share of the global batch; None where nothing does."""
+    share, rest = divmod(global_size, world_size)
+    if rest:
+        return None
+    return next(size for size in range(min(micro_size, share), 0, -1) if share % size == 0)

@@ -1,0 +1,155 @@
+"""Where runs stand, from their folders and one question to Slurm; UNKNOWN is not FAILED. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from rich.table import Table
+
+from orchestrator.attempts import Attempt, read_attempts
+from orchestrator.freezing import read_config
+from orchestrator.metrics.console import Progressed, duration
+from orchestrator.metrics.jsonl import Row, last_attempt_rows, number_of, read_rows
+from orchestrator.rundir import RunFolder, StageFolder, read_json
+from orchestrator.submission import jobs_of
+from slurm.query import JobFacts, query
+
+SILENT_SECONDS = 120.0
+"""A stage without a live job whose record is older than this is not running any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStatus:
+    """One stage as its files and Slurm tell it."""
+
+    run: str
+    stage: str
+    state: str
+    """finished, stopped, failed, running, waiting, not started, lost, unknown."""
+    why: str
+    step: int
+    steps: int | None
+    loss: float | None
+    eval_loss: float | None
+    tokens_per_second: float | None
+    eta_seconds: float | None
+    attempts: int
+    job: str | None
+
+
+def stage_statuses(folders: Sequence[RunFolder]) -> list[StageStatus]:
+    """Every stage of every run, with one squeue call for all of them."""
+    stages = [(run, name, run.stage(name)) for run in folders for name in pipeline_of(run)]
+    jobs = {files.root: jobs_of(files)[-1:] for _, _, files in stages if not files.result.exists()}
+    facts = query([job for newest in jobs.values() for job in newest])
+    return [_status(run, name, files, _facts_of(jobs.get(files.root, ()), facts)) for run, name, files in stages]
+
+
+def pipeline_of(run: RunFolder) -> tuple[str, ...]:
+    """The stages of a run, from its frozen configuration."""
+    stages = read_config(run).get("pipeline")
+    return tuple(str(stage) for stage in stages) if isinstance(stages, list) else ()
+
+
+def find_runs(folder: Path) -> list[RunFolder]:
+    """The run itself, or every run directly below an output folder."""
+    if (folder / "run.json").is_file():
+        return [RunFolder(folder)]
+    return [RunFolder(file.parent) for file in sorted(folder.glob("*/run.json"))]
+
+
+def table_of(statuses: Iterable[StageStatus]) -> Table:
+    """The statuses for a person."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "stage", "state", "step", "loss", "eval", "tokens/s", "ETA", "attempts", "job"):
+        table.add_column(name, no_wrap=name != "state", justify="right" if name in ("loss", "eval", "tokens/s") else "left")
+    for status in statuses:
+        table.add_row(*_cells(status))
+    return table
+
+
+def _cells(status: StageStatus) -> list[str]:
+    state = status.state if not status.why else f"{status.state}: {status.why}"
+    return [
+        status.run,
+        status.stage,
+        state,
+        f"{status.step}/{status.steps}" if status.steps is not None else str(status.step),
+        _number(status.loss, ".4f"),
+        _number(status.eval_loss, ".4f"),
+        _number(status.tokens_per_second, ",.0f"),
+        "" if status.eta_seconds is None or status.state != "running" else duration(status.eta_seconds),
+        str(status.attempts),
+        status.job or "",
+    ]
+
+
+def _status(run: RunFolder, name: str, files: StageFolder, facts: JobFacts | None) -> StageStatus:
+    rows = last_attempt_rows(read_rows(files.metrics))
+    seen = Progressed()
+    for row in rows:
+        seen.take(row)
+    steps = _total_steps(files)
+    attempts = read_attempts(files) if files.attempts.is_dir() else []
+    state, why = _state(files, attempts, rows, facts)
+    return StageStatus(
+        run=run.root.name,
+        stage=name,
+        state=state,
+        why=why,
+        step=seen.step,
+        steps=steps,
+        loss=seen.loss,
+        eval_loss=seen.eval_loss,
+        tokens_per_second=seen.tokens_per_second,
+        eta_seconds=None if steps is None else seen.eta_seconds(steps),
+        attempts=len(attempts),
+        job=None if facts is None else facts.job_id,
+    )
+
+
+def _state(files: StageFolder, attempts: Sequence[Attempt], rows: Sequence[Row], facts: JobFacts | None) -> tuple[str, str]:
+    """State and reason; the run's own files first, then Slurm, and no guess where neither tells."""
+    if files.result.exists():
+        return "finished", ""
+    if facts is not None and facts.state.phase in ("waiting", "running"):
+        return facts.state.phase, "" if facts.state.name == "RUNNING" else facts.sentence
+    if facts is not None and facts.state.phase == "unknown":
+        return "unknown", facts.sentence
+    if attempts and not _is_newer_than(files, attempts[-1]):
+        return attempts[-1].state, attempts[-1].why
+    if facts is not None:
+        return "failed", f"job {facts.job_id} {facts.sentence}"
+    age = _seconds_since_last_sign(files)
+    if age is None:
+        return "not started", ""
+    if age < SILENT_SECONDS:
+        return "running", ""
+    return "lost", f"no sign for {duration(age)} and no record of its end; the same command goes on with it"
+
+
+def _is_newer_than(files: StageFolder, attempt: Attempt) -> bool:
+    """Whether an attempt after this one has begun."""
+    return any(folder.name == f"attempt-{attempt.number + 1}" for folder in files.logs.glob("attempt-*"))
+
+
+def _seconds_since_last_sign(files: StageFolder) -> float | None:
+    signs = [file.stat().st_mtime for file in (files.metrics, files.events, *files.logs.glob("*.log")) if file.exists()]
+    return max(0.0, datetime.now().timestamp() - max(signs)) if signs else None
+
+
+def _total_steps(files: StageFolder) -> int | None:
+    known = [number_of(row, "steps") for row in read_rows(files.events)]
+    steps = [number for number in known if number is not None]
+    return int(steps[-1]) if steps else None
+
+
+def _facts_of(jobs: Sequence[str], facts: Mapping[str, JobFacts]) -> JobFacts | None:
+    return facts[jobs[0]] if jobs else None
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

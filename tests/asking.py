@@ -1,0 +1,90 @@
+"""Asks the command line in this process; builds the smallest folders that the login side accepts. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from orchestrator import cli
+
+SLURM_SIZE = ("cluster.cpus_per_task=8", "cluster.memory=32G", "cluster.time_limit='1:00:00'")
+ROW = {"instruction": "Say red", "input": "", "output": "red"}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said and answered."""
+
+    code: int
+    out: str
+    errors: tuple[str, ...]
+    """Lines of stderr, `error: ` cut off."""
+
+
+class Asker:
+    """Runs commands in this process, from a folder of its own."""
+
+    def __init__(self, folder: Path, capture: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self._capture = capture
+
+    def __call__(self, *words: str) -> Answer:
+        self._capture.readouterr()
+        code = cli.main(words)
+        told = self._capture.readouterr()
+        return Answer(code, told.out, tuple(line.removeprefix("error: ") for line in told.err.splitlines()))
+
+    def refused(self, *words: str, code: int = 2) -> tuple[str, ...]:
+        """The sentences of a refusal: each one line, no traceback, and not a file more than before."""
+        before = files_of(self.folder)
+        answer = self(*words)
+        assert answer.code == code, (words, answer)
+        assert answer.errors, words
+        assert not any("Traceback" in line or line.startswith("  ") for line in answer.errors), answer.errors
+        assert files_of(self.folder) == before, words
+        return answer.errors
+
+
+def files_of(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder with its content (None for folders and what is no file)."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, object] | str]) -> Path:
+    """A JSONL file; a row given as text stands there as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_model(folder: Path) -> Path:
+    """A model folder that has all files, with one tensor of zeros."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    write_tensors(folder / "model.safetensors")
+    return folder
+
+
+def write_tensors(path: Path, *, count: int = 4) -> Path:
+    """A safetensors file with one fp32 vector of zeros."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 * count))
+    return path

@@ -1,0 +1,131 @@
+"""Steps, schedules and batches against closed forms and brute force."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.bases import Base
+from orchestrator.compose import CONF, compose
+from orchestrator.config.run import accumulation_steps, rule_problems
+from orchestrator.config.stages import ScheduleConfig
+from orchestrator.dataset.order import steps_per_epoch
+from orchestrator.plan import DataFacts, make_plan, resolve
+from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
+
+SHAPES = [
+    ScheduleConfig(name=name, warmup_ratio=warmup, final_ratio=final)
+    for name, warmup, final in product(("linear", "cosine", "constant"), (0.0, 0.03, 0.5, 1.0), (0.0, 0.1, 1.0))
+]
+
+
+def shipped(name: str) -> ScheduleConfig:
+    return ScheduleConfig.model_validate(yaml.safe_load((CONF / "schedule" / f"{name}.yaml").read_text()))
+
+
+def curve(schedule: ScheduleConfig, steps: int) -> list[float]:
+    return [learning_rate_factor(schedule, step, steps) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+def test_every_schedule_rises_to_its_peak_and_falls_to_its_end(steps: int) -> None:
+    assert len(SHAPES) == 36
+    for schedule in SHAPES:
+        warmup = warmup_steps(schedule, steps)
+        factors = curve(schedule, steps)
+        assert all(0.0 <= factor <= 1.0 for factor in factors), schedule
+        assert all(a < b for a, b in pairwise(factors[:warmup])), schedule
+        assert all(a >= b for a, b in pairwise(factors[max(0, warmup - 1) :])), schedule
+        if warmup:
+            assert factors[0] == pytest.approx(1 / warmup) and factors[warmup - 1] == 1.0
+        if warmup < steps:
+            end = 1.0 if schedule.name == "constant" else schedule.final_ratio
+            assert factors[-1] == pytest.approx(end, abs=1e-12), schedule
+
+
+def test_the_falling_half_follows_its_formula() -> None:
+    steps, warmup = 110, 10
+    for step in range(warmup + 1, steps + 1):
+        t = (step - warmup) / (steps - warmup)
+        linear = ScheduleConfig(name="linear", warmup_ratio=1 / 11, final_ratio=0.2)
+        cosine = ScheduleConfig(name="cosine", warmup_ratio=1 / 11, final_ratio=0.1)
+        assert learning_rate_factor(linear, step, steps) == pytest.approx(1 - 0.8 * t)
+        assert learning_rate_factor(cosine, step, steps) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * t)))
+    assert learning_rate_factor(cosine, 60, steps) == pytest.approx(0.55)  # half-way: the mean of peak and end
+
+
+def test_the_shipped_schedules_at_their_ends() -> None:
+    ends = {
+        name: (curve(shipped(name), 200)[9], curve(shipped(name), 200)[-1]) for name in ("linear", "cosine", "constant")
+    }
+    assert ends == {"linear": (1.0, 0.0), "cosine": (1.0, pytest.approx(0.1)), "constant": (1.0, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "epochs", "per_epoch", "expected"),
+    [
+        (60, None, 17, 60),
+        (None, 3, 34, 102),
+        (None, 0.5, 35, 18),
+        (None, 2.0, 1, 2),
+        (60, 3, 34, 60),
+        (600, 3, 34, 102),
+        (1, 0.01, 34, 1),
+    ],
+)
+def test_steps_of_a_stage(max_steps: int | None, epochs: float | None, per_epoch: int, expected: int) -> None:
+    assert total_steps(max_steps=max_steps, epochs=epochs, steps_per_epoch=per_epoch) == expected
+
+
+def test_an_epoch_drops_no_row() -> None:
+    for rows, size in product(range(1, 40), range(1, 20)):
+        steps = steps_per_epoch(rows, size)
+        assert (steps - 1) * size < rows <= steps * size
+
+
+def test_the_batch_rule_is_division_without_rest() -> None:
+    config = compose(["+experiment=llama_lora", "launcher=torchrun"])
+    stage = config.stages["sft"]
+    whole_ones = 0
+    for size, micro, nodes, processes in product(range(1, 26), (1, 2, 3, 4), (1, 2, 3), (1, 2, 8)):
+        batch = stage.batch.model_copy(update={"global_size": size, "micro_size": micro})
+        cluster = config.cluster.model_copy(update={"nodes": nodes, "processes_per_node": processes})
+        one = stage.model_copy(update={"batch": batch})
+        tried = config.model_copy(update={"stages": {"sft": one}, "cluster": cluster})
+        whole = size % (micro * nodes * processes) == 0
+        problems = rule_problems(tried)
+        assert (problems == []) == whole, (size, micro, nodes, processes, problems)
+        if whole:
+            whole_ones += 1
+            assert accumulation_steps(tried, one) * micro * nodes * processes == size
+        else:
+            advice = int(problems[0].rsplit("=", 1)[1])
+            assert advice % (micro * nodes * processes) == 0 and advice > 0
+            assert f"{micro} x ({nodes} nodes x {processes} processes) = {micro * nodes * processes}; " in problems[0]
+    sizes = [micro * nodes * processes for micro, nodes, processes in product((1, 2, 3, 4), (1, 2, 3), (1, 2, 8))]
+    assert whole_ones == sum(25 // size for size in sizes) == 144
+
+
+def test_a_plan_counts_rows_steps_and_warm_up() -> None:
+    config = resolve(
+        compose(["+experiment=llama_full", "stages.sft.max_steps=null", "stages.sft.epochs=2"]), Path("/w")
+    )
+    base = Base(source="hub", place="x", architecture=None)
+    (stage,) = make_plan(
+        config, base=base, data={"sft": DataFacts(train_rows=100, evaluation_rows=7, format="alpaca", bytes=1)}
+    ).stages
+    assert (stage.steps_per_epoch, stage.steps, stage.warmup_steps) == (7, 14, 1)
+    assert list(stage.learning_rates.values()) == pytest.approx([5e-5 * f for f in (1.0, *_cosine(14, 1, (3, 7, 14)))])
+    assert stage.parameters is None and stage.memory is None
+    unknown = make_plan(
+        config, base=base, data={"sft": DataFacts(train_rows=None, evaluation_rows=None, format=None, bytes=0)}
+    )
+    assert unknown.stages[0].steps is None and unknown.stages[0].learning_rates == {}
+
+
+def _cosine(steps: int, warmup: int, at: tuple[int, ...]) -> list[float]:
+    return [0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) for step in at]

@@ -1,0 +1,91 @@
+"""Each key of the configuration is read by something, is explained, and has its default in conf/, not in Python."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import orchestrator
+from orchestrator.compose import CONF
+from orchestrator.config.base import Section
+from orchestrator.config.problems import _sections as sections_in
+from orchestrator.config.run import RunConfig
+
+ROOT = Path(orchestrator.__file__).parent.parent
+READERS = [
+    file
+    for folder in ("orchestrator", "launchers", "slurm")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+    if "config" not in file.relative_to(ROOT).parts[:-1]
+]
+EXPLAINED_BY_THEIR_NAME = {
+    "stages", "model", "tuning", "quantization", "sharding", "cluster", "launcher", "tracking", "seeds", "seed", "batch",
+    "optimizer", "schedule", "checkpoint", "faults", "data", "train", "eval", "kind", "method", "scheme", "strategy", "name",
+    "nodes", "partition", "account", "qos", "constraint", "gpu_type", "gpus_per_node", "cpus_per_task", "project", "entity",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "tie_word_embeddings", "num_experts_per_token", "architecture", "preset", "rank", "alpha", "dropout", "beta1",
+    "beta2", "epsilon", "output_dir", "log_every_steps", "offload_optimizer", "overlap_communication", "format",
+}  # fmt: skip
+
+
+def all_sections(section: type[Section] = RunConfig) -> Iterator[type[Section]]:
+    yield section
+    for field in section.model_fields.values():
+        for inner in sections_in(field.annotation):
+            yield from all_sections(inner)
+
+
+def attributes_read() -> set[str]:
+    """Names after a dot, wherever they are read in the code that acts on a configuration."""
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in READERS]
+    return {
+        node.attr
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+
+
+SECTIONS = sorted(set(all_sections()), key=lambda section: section.__name__)
+FIELDS = [(section, name) for section in SECTIONS for name in section.model_fields]
+
+
+def test_the_scan_sees_the_whole_tree() -> None:
+    assert len(READERS) > 60
+    assert {"RunConfig", "SftStage", "ZeroSharding", "SourceConfig", "ClusterConfig", "WandbTracking"} <= {
+        section.__name__ for section in SECTIONS
+    }
+    assert len(FIELDS) > 120
+
+
+def test_every_key_is_read_by_something() -> None:
+    read = attributes_read()
+    assert [f"{section.__name__}.{name}" for section, name in FIELDS if name not in read] == []
+
+
+def test_no_default_stands_in_python() -> None:
+    assert [
+        f"{section.__name__}.{name}" for section, name in FIELDS if not section.model_fields[name].is_required()
+    ] == []
+
+
+def test_every_key_is_explained() -> None:
+    bare = [(section.__name__, name) for section, name in FIELDS if not section.model_fields[name].description]
+    assert [f"{section}.{name}" for section, name in bare if name not in EXPLAINED_BY_THEIR_NAME] == []
+
+
+def test_every_section_is_frozen_and_refuses_unknown_keys() -> None:
+    for section in SECTIONS:
+        assert section.model_config.get("frozen") is True and section.model_config.get("extra") == "forbid", section
+        assert section.__doc__ or section.__name__.endswith("Config"), section
+
+
+@pytest.mark.parametrize("group", ["cluster", "sharding", "optimizer", "schedule", "launcher", "model", "data"])
+def test_the_files_of_a_group_have_the_same_keys(group: str) -> None:
+    files = {file.stem: yaml.safe_load(file.read_text()) for file in (CONF / group).glob("*.yaml")}
+    whole = {name: set(tree) for name, tree in files.items() if "defaults" not in tree and name != "none"}
+    assert len(whole) >= 1 and len({frozenset(keys) for keys in whole.values()}) == 1, whole
