@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.config.model import Architecture, FullTuning, LoraTuning
 from orchestrator.errors import ModelError
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -109,13 +109,29 @@ def count_parameters(model: Architecture) -> ParameterCounts:
 def count_lora_parameters(model: Architecture, tuning: LoraTuning) -> int:
     """Sum of r (in + out) over the adapted layers (2106.09685); DoRA adds a magnitude for every output feature.
 
-    The fused experts of a mixture are no linear layers for PEFT: `all-linear` adapts its attention alone.
+    In a mixture `all-linear` means attention, router and the fused experts as PEFT adapts them: one adapter of rank 2 r for
+    gate and up of each expert, one of rank r for down. By name, attention alone can be chosen there.
     """
     shapes = linear_shapes(model)
-    if tuning.target_modules == "all-linear":
-        names = ATTENTION_LINEARS if model.num_experts else ATTENTION_LINEARS + FEED_FORWARD_LINEARS
-    else:
-        names = tuple(name for name in shapes if name in tuning.target_modules)
+    known = ATTENTION_LINEARS if model.num_experts else ATTENTION_LINEARS + FEED_FORWARD_LINEARS
+    is_all = tuning.target_modules == "all-linear"
+    names = [name for name in known if is_all or name in tuning.target_modules]
     per_layer = sum(tuning.rank * (shapes[name][0] + shapes[name][1]) for name in names)
+    if is_all and model.num_experts:
+        hidden, inner, experts = model.hidden_size, model.intermediate_size, model.num_experts
+        per_layer += tuning.rank * (hidden + experts + 2 * experts * (hidden + 2 * inner) + experts * (inner + hidden))
     magnitudes = sum(shapes[name][1] for name in names) if tuning.use_dora else 0
     return (per_layer + magnitudes) * model.num_hidden_layers
+
+
+def adapter_problems(model: Architecture, tuning: FullTuning | LoraTuning) -> list[str]:
+    """What PEFT cannot do with this model, one sentence each."""
+    if not isinstance(tuning, LoraTuning) or not model.num_experts or tuning.target_modules != "all-linear":
+        return []
+    faults = {"use_dora=true": tuning.use_dora, f"dropout={tuning.dropout}": tuning.dropout > 0}
+    return [
+        f"tuning.{setting}: PEFT cannot do that for the fused experts of a mixture; type "
+        f"tuning.target_modules=[{','.join(ATTENTION_LINEARS)}]"
+        for setting, is_set in faults.items()
+        if is_set
+    ]

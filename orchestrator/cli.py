@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.spec import InvalidValueError, LaunchError
@@ -26,11 +25,15 @@ python -m orchestrator [VERB] [overrides | RUN_DIR]     takes a pretrained langu
 
   run       check, plan, launch; continues an unfinished run (the default verb)
   plan      print stages, data, steps, memory per GPU; format=json for machines; nothing is submitted
+  check     the whole look before the spend, through the code that trains: rows, masks, one tiny backward
+  prepare   tokenise and pack the data as a CPU job of its own
   render    write the scripts into the run folder and print them; nothing is submitted
   status    RUN_DIR: where a run stands (or a folder of runs); --watch keeps a live table
   logs      RUN_DIR: the last lines of its newest log; -f follows it, --stage S, --node N
   cancel    RUN_DIR: ask it to save and end, then end it, then look that it has ended
   resume    RUN_DIR: go on with an unfinished run, from its folder alone
+  audit     RUN_DIR: prove that every row was taken exactly once an epoch
+  verify-resume  train a few steps straight and with a kill in between, and compare; steps=N
   generate  RUN_DIR --prompt TEXT: the tuned model beside its base; without --prompt one prompt a line from stdin
   doctor    the machine, the versions; what works, first cause of what does not
 
@@ -46,10 +49,7 @@ python -m orchestrator [VERB] [overrides | RUN_DIR]     takes a pretrained langu
 """
 
 
-@dataclass(frozen=True)
-class Verb:
-    run: Callable[[Sequence[str]], int]
-    takes_folder: bool
+Verb = Callable[[Sequence[str]], int]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -80,7 +80,7 @@ def _dispatch(argv: list[str]) -> int:
         return _help()
     word = argv[0]
     if "=" in word or word.startswith(("+", "-", "~")):
-        return _verbs()["run"].run(argv)
+        return _verbs()["run"](argv)
     verbs = _verbs()
     if word not in verbs:
         guess = nearest(word, verbs)
@@ -89,22 +89,26 @@ def _dispatch(argv: list[str]) -> int:
         )
     if "-h" in argv[1:] or "--help" in argv[1:]:
         return _help()
-    return verbs[word].run(argv[1:])
+    return verbs[word](argv[1:])
 
 
 def _verbs() -> dict[str, Verb]:
-    from orchestrator import commands, inspection
+    from orchestrator import commands, inspection, looking
 
     return {
-        "run": Verb(commands.run, takes_folder=False),
-        "plan": Verb(commands.plan, takes_folder=False),
-        "render": Verb(commands.render, takes_folder=False),
-        "resume": Verb(commands.resume, takes_folder=True),
-        "status": Verb(inspection.status, takes_folder=True),
-        "logs": Verb(inspection.logs, takes_folder=True),
-        "cancel": Verb(inspection.cancel, takes_folder=True),
-        "generate": Verb(inspection.generate, takes_folder=True),
-        "doctor": Verb(inspection.doctor, takes_folder=False),
+        "run": commands.run,
+        "plan": commands.plan,
+        "render": commands.render,
+        "resume": commands.resume,
+        "check": looking.check,
+        "prepare": looking.prepare,
+        "verify-resume": looking.verify_resume,
+        "audit": looking.audit,
+        "status": inspection.status,
+        "logs": inspection.logs,
+        "cancel": inspection.cancel,
+        "generate": inspection.generate,
+        "doctor": inspection.doctor,
     }
 
 

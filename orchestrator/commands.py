@@ -53,7 +53,7 @@ PACKAGES = (
 def plan(arguments: Sequence[str]) -> int:
     """Prints what would happen; writes nothing."""
     words, form = _take_format(arguments)
-    config, planned = _planned(words)
+    config, planned = planned_run(words)
     if form == "json":
         print(planned.model_dump_json(indent=2))
     else:
@@ -63,9 +63,9 @@ def plan(arguments: Sequence[str]) -> int:
 
 def render(arguments: Sequence[str]) -> int:
     """Writes the scripts into the run folder and prints them; submits nothing."""
-    config, planned = _planned(arguments)
+    config, planned = planned_run(arguments)
     scripts = [render_script(config, stage) for stage in config.pipeline]
-    _freeze(config, planned, scripts)
+    freeze_run(config, planned, scripts)
     for script in scripts:
         print(f"# {script.path}")
         print(script.text)
@@ -74,7 +74,7 @@ def render(arguments: Sequence[str]) -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """Checks, plans and launches; continues what is unfinished and skips what is done."""
-    config, planned = _planned(arguments)
+    config, planned = planned_run(arguments)
     return _execute(config, planned)
 
 
@@ -93,7 +93,7 @@ def load_config(folder: RunFolder) -> RunConfig:
     return parse(read_config(folder))
 
 
-def _planned(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
+def planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
     """Configuration and plan; one error with every problem of words, keys, rules, base, data and scripts."""
     words, config_directory = _take_config_directory(arguments)
     config, problems = examine(words, config_directory=config_directory)
@@ -126,7 +126,7 @@ def _execute(config: RunConfig, planned: Plan) -> int:
     if unfinished:
         _refuse_elsewhere(config, scripts[unfinished[0]])
         validate_data(config)
-    _freeze(config, planned, scripts.values())
+    freeze_run(config, planned, scripts.values())
     warn_lines(planned)
     for stage in config.pipeline:
         if stage not in unfinished:
@@ -197,7 +197,7 @@ def _tell_failure(stage: str, why: str, cause: str | None, logs: str) -> None:
     print(f"the whole log is in {logs}", file=sys.stderr)
 
 
-def _freeze(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> None:
+def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> None:
     """Writes all that a run needs before it starts; a new run folder comes whole or not at all."""
     folder = RunFolder(run_directory_of(config))
     record: dict[str, JsonValue] = {"orchestrator": __version__, "config": config.model_dump(mode="json")}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
+from orchestrator.architecture import adapter_problems
 from orchestrator.bases import Base, find_base
 from orchestrator.config.data import DataConfig, SourceConfig
 from orchestrator.config.run import RunConfig, Stage
@@ -21,6 +22,8 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
     """Facts of the base and of every stage's data; one error with all problems."""
     problems: list[str] = []
     base = _attempt(partial(find_base, config.model), problems)
+    if base is not None and base.architecture is not None:
+        problems += adapter_problems(base.architecture, config.tuning)
     sources = {name: _sources(name, stage.data) for name, stage in config.stages.items() if name in config.pipeline}
     looks = {
         key: _attempt(partial(inspect, source, field=key), problems)

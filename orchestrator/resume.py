@@ -14,6 +14,7 @@ FREE = ("name", "output_dir", "pipeline", "cluster", "launcher", "tracking", "sh
 FREE_OF_A_STAGE = (
     "checkpoint",
     "faults",
+    "ledger",
     "log_every_steps",
     "evaluate_every_steps",
     "batch.micro_size",

@@ -80,6 +80,11 @@ class StageFolder:
         return self.root / "proof.json"
 
     @property
+    def samples(self) -> Path:
+        """The rows that each rank took at each step, one file a rank."""
+        return self.root / "samples"
+
+    @property
     def submission(self) -> Path:
         """Token and job id of the newest submission to Slurm."""
         return self.root / "submission.json"

@@ -13,7 +13,7 @@ from orchestrator.attempts import Attempt, read_attempts
 from orchestrator.freezing import read_config
 from orchestrator.metrics.console import Progressed, duration
 from orchestrator.metrics.jsonl import Row, last_attempt_rows, number_of, read_rows
-from orchestrator.rundir import RunFolder, StageFolder, read_json
+from orchestrator.rundir import RunFolder, StageFolder
 from orchestrator.submission import jobs_of
 from slurm.query import JobFacts, query
 

@@ -98,7 +98,7 @@ def _bring_inputs(config: RunConfig, name: str) -> dict[str, Any]:
     cache = cache_folder(config.cluster.scratch)
     base_folder = fetch_base(config.model, cache=cache, say=say)
     prepared = ensure_prepared(
-        config.stages[name].data, tokenizer_folder=base_folder, cache=cache / "prepared", seed=config.seeds.data, say=say
+        config.stages[name].data, tokenizer_folder=base_folder, cache=cache, seed=config.seeds.data, say=say
     )
     return {
         "base_folder": str(base_folder),

@@ -44,8 +44,8 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub; null is the default branch."""
     dtype: Literal["float32", "bfloat16"]
     """Compute dtype; trainable parameters keep fp32 master weights either way."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"]
-    """Attention implementation of transformers."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"]
+    """Attention implementation; `auto` is the fastest exact one: by document on packed rows, else sdpa."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: less memory, about a third (full) to a half (LoRA) more time."""
     preset: ModelPreset | None

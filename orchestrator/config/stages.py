@@ -91,6 +91,8 @@ class SftStage(Section):
     checkpoint: CheckpointConfig
     faults: FaultConfig
     data: DataConfig
+    ledger: bool
+    """Write the rows of every step to samples/, so that `audit` can prove that each row was taken exactly once an epoch."""
     log_every_steps: PositiveInt
     evaluate_every_steps: PositiveInt | None
     """Steps between evaluations; null evaluates before the first and after the last step only."""

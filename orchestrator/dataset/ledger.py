@@ -33,7 +33,10 @@ class Ledger:
 
     def __init__(self, path: Path, *, attempt: int, rank: int, world_size: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
         self._file: IO[str] = path.open("a", encoding="utf-8")
+        if is_torn:  # this rank was killed while it wrote: what follows must not be joined to the rest of that line
+            self._file.write("\n")
         self._attempt, self._rank, self._world_size = attempt, rank, world_size
 
     def record(self, step: int, rows: Iterable[int]) -> None:

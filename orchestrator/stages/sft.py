@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from accelerate.utils import set_seed
 
 from orchestrator.architecture import read_architecture
 from orchestrator.config.stages import SftStage
+from orchestrator.dataset.ledger import Ledger, ledger_path
 from orchestrator.dataset.order import BatchOrder
 from orchestrator.errors import EXIT_SAVED
 from orchestrator.flops import flops_per_token
@@ -50,6 +52,7 @@ def run(context: Context) -> int:
         roll_back=checkpointer.roll_back,
         fault=record.skipped_update,
         stop_reason=context.stop.reason,
+        took=_ledger(context, runtime),
     )
     record.event("train", step=progress.step, steps=job.steps)
     progress = train(job, progress, hooks)
@@ -75,7 +78,7 @@ def assemble(context: Context, runtime: Runtime, record: Record) -> tuple[Job, H
     record.total_steps = steps
     set_seed(config.seeds.weights)
     dtype = weights_dtype(config, uses_deepspeed=runtime.uses_deepspeed)
-    model = apply_tuning(load_model(context.base_folder, config, weights_dtype=dtype), config)
+    model = apply_tuning(load_model(context.base_folder, config, weights_dtype=dtype, packed=rows.is_packed), config)
     _tell_size(record, model)
     optimizer = build_optimizer(model, stage.optimizer)
     prepared_model, prepared_optimizer = runtime.accelerator.prepare(model, optimizer)
@@ -116,6 +119,14 @@ def _held_out(context: Context, stage: SftStage) -> Held | None:
     if context.evaluation_data is None:
         return None
     return Held(rows=PreparedRows.open(context.evaluation_data), micro_size=stage.batch.micro_size)
+
+
+def _ledger(context: Context, runtime: Runtime) -> Callable[[int, Sequence[int]], None]:
+    """Writes down the rows of every step where the stage asks for it."""
+    if not context.stage.ledger:
+        return lambda _step, _rows: None
+    path = ledger_path(context.folder.samples, runtime.rank)
+    return Ledger(path, attempt=context.attempt, rank=runtime.rank, world_size=runtime.world_size).record
 
 
 def _score(job: Job, held: Held | None) -> Evaluation | None:

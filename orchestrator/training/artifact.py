@@ -17,7 +17,7 @@ from orchestrator.config.model import FullTuning
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.rundir import publish, write_manifest
-from orchestrator.training.model import DTYPES, load_model
+from orchestrator.training.model import DTYPES, attention_of, load_model
 
 COMPANIONS = (
     *TOKENIZER_FILES,
@@ -91,20 +91,22 @@ def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None
         raise CheckpointError([f"{folder}: {problem}" for problem in problems])
 
 
-def open_artifact(folder: Path, *, base_folder: Path, config: RunConfig, weights_dtype: torch.dtype) -> torch.nn.Module:
+def open_artifact(
+    folder: Path, *, base_folder: Path, config: RunConfig, weights_dtype: torch.dtype, packed: bool = False
+) -> torch.nn.Module:
     """The trained model as a user would load it, from disk alone; CheckpointError where names do not meet."""
     if isinstance(config.tuning, FullTuning):
-        return _open_model(folder, config, weights_dtype)
-    return _open_adapter(load_model(base_folder, config, weights_dtype=weights_dtype), folder)
+        return _open_model(folder, config, weights_dtype, packed=packed)
+    return _open_adapter(load_model(base_folder, config, weights_dtype=weights_dtype, packed=packed), folder)
 
 
-def _open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype) -> PreTrainedModel:
+def _open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype, *, packed: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=weights_dtype,
-        attn_implementation=config.model.attention,
+        attn_implementation=attention_of(config, packed=packed),
         output_loading_info=True,
         use_safetensors=True,
     )

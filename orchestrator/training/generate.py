@@ -66,7 +66,8 @@ def _end_ids(model: Any, encoder: Encoder) -> list[int]:
 def show(prompts: Iterator[Prompt], base: Answer, tuned: Answer, console: Console) -> int:
     """Prints question, answer of the base and answer of the tuned model; the number of prompts."""
     count = 0
-    for count, prompt in enumerate(prompts, start=1):
+    for prompt in prompts:
+        count += 1
         table = Table(title=_question(prompt), title_justify="left", title_style="bold", show_lines=False, expand=True)
         table.add_column("base", ratio=1)
         table.add_column("tuned", ratio=1, style="green")

@@ -66,6 +66,8 @@ class Hooks:
     """Tells that the update of a step was skipped, why, and which rows it held."""
     stop_reason: Callable[[], str | None]
     """This rank's own wish to stop."""
+    took: Callable[[int, Sequence[int]], None]
+    """Tells the rows (fillers too) that this rank computed at a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
     while progress.step < job.steps and not stop:
         step = progress.step + 1
         result = optimizer_step(job, step, progress.health, stop_wish=hooks.stop_reason() is not None)
+        hooks.took(step, [int(row) for indices in _micro_batches(job, step) for row in indices])
         progress = _advanced(job, progress, result)
         window.append(result)
         stop = result.stop
@@ -156,9 +159,7 @@ def accumulate_gradients(job: Job, step: int, health: Health, trained: int, *, s
     last backward NaN on every rank: DeepSpeed sees it and skips its update, elsewhere `update` does.
     """
     accelerator = job.runtime.accelerator
-    micro_batches = job.order.micro_batches(
-        step - 1, rank=job.runtime.rank, world_size=job.runtime.world_size, micro_size=job.stage.batch.micro_size
-    )
+    micro_batches = _micro_batches(job, step)
     scale = job.runtime.world_size * len(micro_batches) / trained
     loss_sum = torch.zeros((), device=job.runtime.device, dtype=torch.float64)
     sums = Sums(loss_sum=0.0, stop=False, fault=None, data_seconds=0.0)
@@ -259,6 +260,13 @@ def _advanced(job: Job, progress: Progress, result: StepResult) -> Progress:
 
 def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
+
+
+def _micro_batches(job: Job, step: int) -> list[npt.NDArray[np.int64]]:
+    """What this rank computes at a step (from 1)."""
+    return job.order.micro_batches(
+        step - 1, rank=job.runtime.rank, world_size=job.runtime.world_size, micro_size=job.stage.batch.micro_size
+    )
 
 
 def _real_indices(job: Job, step: int) -> npt.NDArray[np.int64]:

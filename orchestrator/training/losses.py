@@ -21,20 +21,10 @@ def sft_loss(runtime: Runtime) -> Loss:
 
     def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         with runtime.forward_context():
-            logits_BTV = model(**model_inputs(batch)).logits
+            logits_BTV = model(**batch.model_inputs()).logits
         return token_cross_entropy_sum(logits_BTV, batch.labels_BT)
 
     return loss
-
-
-def model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
-    """What a transformers model is called with; packed rows have positions that restart, and no mask."""
-    inputs = {
-        "input_ids": batch.input_ids_BT,
-        "attention_mask": batch.attention_mask_BT,
-        "position_ids": batch.position_ids_BT,
-    }
-    return {name: tensor for name, tensor in inputs.items() if tensor is not None}
 
 
 def token_cross_entropy_sum(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

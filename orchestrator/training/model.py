@@ -17,6 +17,7 @@ from orchestrator.config.model import FullTuning, ModelConfig, Nf4Quantization
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ModelError
 from orchestrator.rundir import publish, write_manifest
+from orchestrator.training import attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -49,9 +50,12 @@ def fetch_base(model: ModelConfig, *, cache: Path, say: Callable[[str], None]) -
             return _downloaded(model, say=say)
 
 
-def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype) -> PreTrainedModel:
-    """The base model in `weights_dtype`, or in 4 bits; under ZeRO-3 transformers loads straight into shards."""
-    options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": config.model.attention}
+def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, packed: bool = False) -> PreTrainedModel:
+    """The base model in `weights_dtype`, or in 4 bits; under ZeRO-3 transformers loads straight into shards.
+
+    `packed` says that its rows hold several documents, which must not see each other.
+    """
+    options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": attention_of(config, packed=packed)}
     if isinstance(config.quantization, Nf4Quantization):
         options["quantization_config"] = _nf4(config.quantization, DTYPES[config.model.dtype])
     try:
@@ -60,6 +64,16 @@ def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype) -
         raise ModelError(f"model.base: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     _keep_weights_in_place(model)
     return model
+
+
+def attention_of(config: RunConfig, *, packed: bool) -> str:
+    """transformers' name of the attention: `auto` computes packed rows document by document, others by sdpa."""
+    if config.model.attention != "auto":
+        return config.model.attention
+    if not packed:
+        return "sdpa"
+    attention.register()
+    return attention.DOCUMENTS
 
 
 def _keep_weights_in_place(model: torch.nn.Module) -> None:

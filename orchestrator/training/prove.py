@@ -28,13 +28,14 @@ def prove(config: RunConfig, folder: StageFolder) -> float:
     read_manifest(folder.artifact)
     runtime = start_single_runtime(config, autocast=expected["autocast"])
     dtype = weights_dtype(config, uses_deepspeed=not expected["autocast"])
+    rows = PreparedRows.open(Path(expected["data"]))
+    base_folder = Path(expected["base_folder"])
     model = open_artifact(
-        folder.artifact, base_folder=Path(expected["base_folder"]), config=config, weights_dtype=dtype
+        folder.artifact, base_folder=base_folder, config=config, weights_dtype=dtype, packed=rows.is_packed
     )
     model.to(runtime.device)
     if not expected["autocast"] and config.quantization.scheme == "none":
         model.to(dtype)
-    rows = PreparedRows.open(Path(expected["data"]))
     scored = evaluate(
         runtime, model, sft_loss(runtime), rows, micro_size=expected["micro_size"], limit=expected["rows"]
     )

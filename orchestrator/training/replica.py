@@ -44,12 +44,11 @@ def missing_gradients(model: torch.nn.Module, batch: Batch) -> list[str]:
     logits = model(**inputs).logits
     labels = (batch.labels_BT % VOCABULARY).where(batch.labels_BT >= 0, batch.labels_BT)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not loss.requires_grad:
+        return [name for name, _ in trained]
     loss.backward()
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (parameter.grad is None or not bool(parameter.grad.isfinite().all()))
-    ]
+    return [name for name, parameter in trained if parameter.grad is None or not bool(parameter.grad.isfinite().all())]
 
 
 def small_copy(base_folder: Path, *, attention: str) -> PreTrainedModel:

@@ -88,7 +88,11 @@ ask_verdict() { # ATTEMPT EXIT_CODE: closes the attempt; sets word (finished, re
   [[ $output == "$word" ]] || printf '%s\n' "${output%$'\n'*}" >&2
   case $word in
     finished | requeue | retry | stop) ;;
-    *) say "attempt $1 could not be judged: '${decide[*]}' answered '$word'" && exit 1 ;;
+    *)
+      say "attempt $1 could not be judged: '${decide[*]}' answered '$word'"
+      [[ -e $result_file ]] || exit 1
+      word=finished # the result is written last of all
+      ;;
   esac
 }
 

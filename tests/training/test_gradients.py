@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from orchestrator.dataset.order import BatchOrder
 from orchestrator.training.data.rows import PreparedRows
-from orchestrator.training.losses import model_inputs, token_cross_entropy_sum
+from orchestrator.training.losses import token_cross_entropy_sum
 
 RANK = Path(__file__).with_name("gradient_rank.py")
 GLOBAL_SIZE = 8
@@ -72,10 +72,10 @@ def test_trl_computes_the_same_loss_and_gradient(place: Path, whole: dict[str, t
         train_dataset=Dataset.from_list([{"prompt": "a", "completion": "b"}]),
         processing_class=AutoTokenizer.from_pretrained(place / "model"),
     )
-    inputs = {**model_inputs(batch), "labels": batch.labels_BT}
+    inputs = {**batch.model_inputs(), "labels": batch.labels_BT}
     loss = trainer.compute_loss(model, inputs, num_items_in_batch=batch.num_trained_tokens)
     loss.backward()
-    ours = token_cross_entropy_sum(model(**model_inputs(batch)).logits, batch.labels_BT) / batch.num_trained_tokens
+    ours = token_cross_entropy_sum(model(**batch.model_inputs()).logits, batch.labels_BT) / batch.num_trained_tokens
     assert float(loss) == pytest.approx(float(ours), rel=1e-5)
     assert _relative_distance(whole, {name: parameter.grad for name, parameter in model.named_parameters()}) < 1e-5
 

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import yaml
 
-from orchestrator.architecture import count_lora_parameters, count_parameters
+from orchestrator.architecture import adapter_problems, count_lora_parameters, count_parameters
 from orchestrator.compose import CONF, compose
 from orchestrator.config.model import Architecture, LoraTuning
 from orchestrator.config.run import RunConfig
@@ -59,6 +59,24 @@ def test_lora_counts_by_hand() -> None:
     )
     magnitudes = 32 * (4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096)
     assert count_lora_parameters(llama, lora(rank=16, use_dora=True)) == 41_943_040 + magnitudes
+
+
+def test_lora_counts_of_a_mixture_by_hand() -> None:
+    mixtral = preset("mixtral_8x7b")
+    attention = 4096 + 4096 + 2 * (4096 + 1024) + 4096 + 4096
+    experts = 8 * (2 * (4096 + 2 * 14336) + (14336 + 4096))
+    assert count_lora_parameters(mixtral, lora(rank=16)) == 32 * 16 * (attention + 4096 + 8 + experts)
+    by_name = lora(rank=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert count_lora_parameters(mixtral, by_name) == 32 * 16 * attention == 13_631_488
+    recipe = compose(["+experiment=mixtral_8x7b_lora_zero3"])
+    assert recipe.tuning == by_name
+
+
+def test_what_peft_cannot_do_with_a_mixture_is_refused_before_the_job() -> None:
+    told = adapter_problems(preset("mixtral_8x7b"), lora(use_dora=True, dropout=0.1))
+    assert [line.split(":")[0] for line in told] == ["tuning.use_dora=true", "tuning.dropout=0.1"]
+    assert adapter_problems(preset("mixtral_8x7b"), lora(use_dora=True, target_modules=["q_proj"])) == []
+    assert adapter_problems(preset("llama3_8b"), lora(use_dora=True, dropout=0.1)) == []
 
 
 # ---- ZeRO (1910.02054): the example of section 1 and figure 1, 7.5 B parameters on 64 GPUs, Adam in mixed precision -------------

@@ -174,6 +174,16 @@ def test_an_attempt_that_was_killed_is_closed_by_the_next_start(tmp_path: Path) 
     assert Path(spec.stage_directory, "decisions").read_text() == "1 255\n2 0\n"
 
 
+@pytest.mark.parametrize(("steps", "exit_code"), [(3, 0), (1000, 1)])
+def test_without_a_verdict_only_the_result_counts(tmp_path: Path, steps: int, exit_code: int) -> None:
+    faults = {"1:0": {"step": 5, "exit": 5}}
+    settings = {"steps": steps, "faults": faults, "obeys_term": True}
+    decide = (sys.executable, "-c", "raise SystemExit('broken')")
+    spec = make_spec(tmp_path, settings=settings, decide=decide)
+    assert wait_for_outcome(launch(local.render(spec), spec)).exit_code == exit_code
+    assert "could not be judged" in Path(spec.log_directory, "launch.log").read_text()
+
+
 def test_what_prevents_a_start_is_said_with_exit_code_3(tmp_path: Path) -> None:
     cases = {
         "there is no Python at /nowhere/python": make_spec(tmp_path / "a", python="/nowhere/python"),

@@ -55,12 +55,14 @@ class Batch:
         """What a causal model is called with.
 
         No mask: with padding on the right no real token can see any, and without a mask every attention takes its
-        fast path. Packed rows bring positions that restart and, for kernels over documents, their boundaries.
+        fast path. Packed rows bring positions that restart and, for kernels over documents, their boundaries. No cache:
+        with one, transformers does not look at the positions, and the documents of a packed row see each other.
         """
         if self.position_ids_BT is None:
-            return {"input_ids": self.input_ids_BT}
+            return {"input_ids": self.input_ids_BT, "use_cache": False}
         return {
             "input_ids": self.input_ids_BT,
+            "use_cache": False,
             "position_ids": self.position_ids_BT,
             "cu_seq_lens_q": self.boundaries,
             "cu_seq_lens_k": self.boundaries,

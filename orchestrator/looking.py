@@ -1,0 +1,94 @@
+"""The verbs that prove something: check and prepare before a run, audit after it, verify-resume. Must not import torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from launchers.process import launch
+from orchestrator.cli import run_folder_argument
+from orchestrator.commands import freeze_run, load_config, planned_run
+from orchestrator.config.run import RunConfig
+from orchestrator.dataset.ledger import audit as audit_ledger
+from orchestrator.dataset.order import steps_per_epoch
+from orchestrator.dataset.prepared import PreparedFolder
+from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, ConfigError
+from orchestrator.facts import gather, validate_data
+from orchestrator.jobs import job_spec, render
+from orchestrator.plan import make_plan
+from orchestrator.rundir import RunFolder, StageFolder, read_json
+from orchestrator.verify import Running, print_proof
+from orchestrator.verify import verify_resume as prove_resume
+
+
+def check(arguments: Sequence[str]) -> int:
+    """The whole look before the spend: configuration, base, every row, masks, one tiny backward. Writes no run folder."""
+    config, _ = planned_run(arguments)
+    validate_data(config)
+    return _examine("check", config, {"HF_HUB_OFFLINE": "1"})
+
+
+def prepare(arguments: Sequence[str]) -> int:
+    """Tokenises and packs the data of every stage; a run then only maps it."""
+    config, _ = planned_run(arguments)
+    validate_data(config)
+    return _examine("prepare", config, {})
+
+
+def audit(arguments: Sequence[str]) -> int:
+    """Proves from the ledgers that every epoch took every row exactly once."""
+    run = RunFolder(run_folder_argument(arguments, "audit"))
+    config = load_config(run)
+    codes = [_audit_stage(config, name, run.stage(name)) for name in config.pipeline]
+    return max(codes)
+
+
+def verify_resume(arguments: Sequence[str]) -> int:
+    """Trains a few steps straight, and again with a kill in between, and compares every step and tensor."""
+    steps = [word.removeprefix("steps=") for word in arguments if word.startswith("steps=")]
+    if steps and not steps[-1].isdigit():
+        raise ConfigError(f"steps={steps[-1]}: a number is needed")
+    config, _ = planned_run([word for word in arguments if not word.startswith("steps=")])
+    validate_data(config)
+    proof = prove_resume(config, steps=int(steps[-1]) if steps else 8, start=_start, say=print)
+    print_proof(proof)
+    return EXIT_DONE if proof.first_difference is None else EXIT_DEFECT
+
+
+def _examine(verb: str, config: RunConfig, environment: dict[str, str]) -> int:
+    """Runs the torch side on the frozen configuration, in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
+        file = Path(folder) / "run.json"
+        file.write_text(json.dumps({"config": config.model_dump(mode="json")}), encoding="utf-8")
+        argv = [sys.executable, "-m", "orchestrator.training.examine", verb, str(file)]
+        return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1", **environment}, check=False).returncode
+
+
+def _start(config: RunConfig, stage: str) -> AbstractContextManager[Running]:
+    base, data = gather(config)
+    script = render(config, stage)
+    freeze_run(config, make_plan(config, base=base, data=data), [script])
+    return launch(script, job_spec(config, stage))
+
+
+def _audit_stage(config: RunConfig, name: str, files: StageFolder) -> int:
+    if not files.samples.is_dir():
+        raise ConfigError(f"{files.root}: no {files.samples.name}/ to audit; stages.{name}.ledger=true writes it")
+    rows = PreparedFolder(Path(read_json(files.prepared)["train"]))
+    per_epoch = steps_per_epoch(rows.rows, config.stages[name].batch.global_size)
+    omitted: list[int] = read_json(files.rollbacks)["omitted"] if files.rollbacks.exists() else []
+    found = audit_ledger(files.samples, rows, steps_per_epoch=per_epoch, skipped_steps=frozenset(omitted))
+    print(
+        f"{name}: {found.steps} steps over {found.rows:,} rows, {found.whole_epochs} whole epochs, attempts "
+        f"{list(found.attempts)}, ranks {list(found.world_sizes)}, {found.replayed_steps} steps replayed"
+    )
+    for problem in found.problems:
+        print(f"error: {name}: {problem}", file=sys.stderr)
+    print(f"{name}: every row exactly once an epoch" if found.is_exact else f"{name}: NOT exact")
+    return EXIT_DONE if found.is_exact else EXIT_DEFECT

@@ -1,0 +1,91 @@
+"""The look before the spend, and the preparation of data: `python -m orchestrator.training.examine check|prepare FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from orchestrator.cache import cache_folder
+from orchestrator.config.run import RunConfig, Stage
+from orchestrator.dataset.faults import told
+from orchestrator.errors import EXIT_DONE, EXIT_USER, OrchestratorError
+from orchestrator.rundir import read_json
+from orchestrator.training.data.check import check_data
+from orchestrator.training.data.prepare import ensure_prepared
+from orchestrator.training.data.report import print_report
+from orchestrator.training.data.rows import PreparedRows
+from orchestrator.training.model import attention_of, fetch_base, quiet
+from orchestrator.training.replica import check_gradients
+from orchestrator.training.tuning import apply_tuning
+
+
+def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console) -> list[str]:
+    """Checks data and gradients of one stage, prints what was seen; the sentences of all faults."""
+    cache = cache_folder(config.cluster.scratch)
+    report, prepared = check_data(
+        stage.data,
+        tokenizer_folder=base_folder,
+        cache=cache,
+        seed=config.seeds.data,
+        global_size=stage.batch.global_size,
+        say=console.print,
+    )
+    print_report(report, console)
+    problems = told(report.faults, dict(report.fault_counts))
+    rows = PreparedRows.open(prepared.train)
+    batch = rows.batch([int(rows.lengths.argmin())])
+    try:
+        attention = attention_of(config, packed=rows.is_packed)
+        count = check_gradients(base_folder, batch, lambda model: apply_tuning(model, config), attention=attention)
+        console.print(f"gradients       all {count} trained tensors of a two-layer copy of the model get one")
+    except OrchestratorError as error:
+        problems += error.problems
+    return problems
+
+
+def prepare_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console) -> list[str]:
+    """Prepares the rows of one stage, and says where they are."""
+    prepared = ensure_prepared(
+        stage.data,
+        tokenizer_folder=base_folder,
+        cache=cache_folder(config.cluster.scratch),
+        seed=config.seeds.data,
+        say=console.print,
+    )
+    numbers = prepared.train_statistics
+    state = "was there" if prepared.was_hit else "made"
+    console.print(f"train {state}: {prepared.train} ({numbers.rows:,} rows, {numbers.tokens:,} tokens)")
+    if prepared.evaluation is not None:
+        console.print(f"evaluation: {prepared.evaluation}")
+    return []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.training.examine")
+    parser.add_argument("verb", choices=("check", "prepare"))
+    parser.add_argument("file", type=Path)
+    options = parser.parse_args()
+    quiet()
+    console = Console()
+    config = RunConfig.model_validate(read_json(options.file)["config"], strict=False)
+    examine = check_stage if options.verb == "check" else prepare_stage
+    problems: list[str] = []
+    try:
+        base_folder = fetch_base(config.model, cache=cache_folder(config.cluster.scratch), say=console.print)
+        for name in config.pipeline:
+            console.print(f"stage {name}", style="bold")
+            problems += examine(config, config.stages[name], base_folder, console)
+    except OrchestratorError as error:
+        problems += error.problems
+    except KeyboardInterrupt:
+        return 130
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return EXIT_USER if problems else EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
