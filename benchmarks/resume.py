@@ -1,6 +1,6 @@
-"""The whole grid of resumes: {full, LoRA, QLoRA} x {none, zero1, zero2, zero3}, moved between 1, 2 and 4 gloo ranks and between shardings.
+"""The whole grid of resumes: {full, LoRA, QLoRA} x {none, zero1, zero2, zero3, offload}, moved between 1, 2 and 4 gloo ranks and between shardings.
 
-    python benchmarks/resume.py            about 6 minutes on two cores; prints the tables of docs/checkpoints.md
+    python benchmarks/resume.py            about 8 minutes on two cores; prints the tables of docs/checkpoints.md
 
 A tiny Llama in fp32, 8 steps of 8 rows; the run is cut at step 4 (or 6) and goes on elsewhere. A cell holds the largest relative
 difference of loss (and gradient norm) over the steps after the cut, against the run that was never cut; 0 is bit-equal.
@@ -23,7 +23,7 @@ from cells import Cell, Place, largest_difference, make_place, train
 from orchestrator.rundir import read_json
 
 METHODS = {"full": ("tuning=full",), "lora": ("tuning=lora",), "qlora": ("tuning=lora", "quantization=nf4")}
-SHARDINGS = ("none", "zero1", "zero2", "zero3")
+SHARDINGS = ("none", "zero1", "zero2", "zero3", "zero3_offload")
 NAMES = [f"{method}-{sharding}" for method in METHODS for sharding in SHARDINGS]
 LIMIT = 1e-6
 

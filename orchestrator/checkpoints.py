@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config.stages import CheckpointConfig, OptimizerConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.rundir import MANIFEST, StageFolder, publish, read_json, read_manifest, sync_folder, write_json
 
@@ -55,12 +58,15 @@ def saved_steps(folder: StageFolder) -> list[int]:
     return sorted(int(name[1]) for name in names if name is not None)
 
 
-def look(folder: StageFolder) -> tuple[Found | None, dict[int, list[str]]]:
-    """The checkpoint that a resume would take, and what is wrong with each newer one. Changes nothing."""
+def look(folder: StageFolder, *, read_files: bool = True) -> tuple[Found | None, dict[int, list[str]]]:
+    """The checkpoint that a resume would take, and what is wrong with each newer one. Changes nothing.
+
+    Without `read_files` only the manifests are judged: quick, where a checkpoint is large.
+    """
     refused: dict[int, list[str]] = {}
     for step in reversed(saved_steps(folder)):
         try:
-            return verified(folder.checkpoint(step)), refused
+            return verified(folder.checkpoint(step), share=slice(None if read_files else 0)), refused
         except CheckpointError as error:
             refused[step] = list(error.problems)
     return None, refused
@@ -71,6 +77,17 @@ def verified(folder: Path, *, share: slice = slice(None)) -> Found:
     _check_manifest(folder)
     manifest = read_manifest(folder, share=share)
     return Found(step=manifest["step"], folder=folder, manifest=manifest)
+
+
+def describe(found: Found) -> str:
+    """What a resume from a checkpoint brings back, in a sentence."""
+    facts = found.manifest
+    size = sum(entry["bytes"] for entry in facts["files"].values())
+    saved = datetime.fromtimestamp(facts["created"]).strftime("%Y-%m-%d %H:%M")
+    return (
+        f"step {found.step}, saved {saved} by attempt {facts['attempt']} on {found.world_size} ranks under sharding={facts['sharding']} "
+        f"({size / (1 << 20):,.1f} MiB): weights, optimizer, random states, place in the data and schedule"
+    )
 
 
 def commit(temporary: Path, final: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -108,6 +125,22 @@ def obsolete(steps: Sequence[int], *, keep_last: int, keep_every: int | None, be
     if keep_every is not None:
         kept |= {step for step in steps if step % keep_every == 0}
     return sorted(step for step in steps if step not in kept and step != best)
+
+
+def bytes_of_one(trained_parameters: int, optimizer: OptimizerConfig) -> int:
+    """Size of a checkpoint: fp32 weights and two moments (8-bit ones with a scale for 256 elements); headers left out."""
+    moments = 2 * (1 + 4 / 256) if optimizer.name == "adamw_8bit" else 8
+    return int(trained_parameters * (4 + moments))
+
+
+def most_bytes(one: int, settings: CheckpointConfig, steps: int) -> int:
+    """Disk that a stage's checkpoints take at most: those that retention keeps, and one that is being written."""
+    every = settings.every_steps or steps
+    saves = -(-steps // every)
+    kept = settings.keep_last + int(settings.keep_best)
+    if settings.keep_every is not None:
+        kept += steps // math.lcm(every, settings.keep_every)
+    return one * (min(kept, saves) + 1)
 
 
 def delete(folder: StageFolder, steps: Iterable[int]) -> None:

@@ -9,6 +9,8 @@ from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.rundir import flatten
 
+JsonObject = dict[str, JsonValue]
+
 FREE = ("name", "output_dir", "pipeline", "cluster", "launcher", "tracking", "sharding", "model.preset")
 """Keys that say where and how a run is computed, not what."""
 FREE_OF_A_STAGE = (
@@ -48,6 +50,43 @@ def refuse_changes(
         advice = f"repeat the old value, start a new run with name=, or type stages.{stage}.checkpoint.accept_changes=[{','.join(refused)}]"
         raise ConfigError([*(sentences[key] for key in refused), advice])
     return [sentences[key] for key in changed]
+
+
+def elsewhere(values: JsonObject, *, nodes: int, processes_per_node: int) -> tuple[JsonObject, list[str]]:
+    """The plain configuration of a run on another number of ranks, and what that does to the micro-batches.
+
+    The global batch stays, so that order, schedule and result stay; where the micro-batch no longer divides a rank's share of it,
+    the largest smaller one is taken. ConfigError where the ranks cannot share the global batch.
+    """
+    cluster, stages = _object(values["cluster"]), _object(values["stages"])
+    ranks = nodes * processes_per_node
+    told: list[str] = []
+    moved: JsonObject = {}
+    for name, section in stages.items():
+        stage = _object(section)
+        batch = _object(stage["batch"])
+        global_size, micro_size = _whole(batch["global_size"]), _whole(batch["micro_size"])
+        fitting = fitting_micro_size(global_size=global_size, micro_size=micro_size, world_size=ranks)
+        if fitting is None:
+            raise ConfigError(
+                f"stages.{name}.batch: {ranks} ranks cannot share {global_size} rows; take a number of ranks that divides it"
+            )
+        moved[name] = {**stage, "batch": {**batch, "micro_size": fitting}}
+        told.append(
+            f"{name}: {ranks} ranks x {global_size // ranks // fitting} micro-batches x {fitting} rows = {global_size}"
+        )
+    cluster = {**cluster, "nodes": nodes, "processes_per_node": processes_per_node}
+    return {**values, "cluster": cluster, "stages": moved}, told
+
+
+def _object(value: JsonValue) -> JsonObject:
+    assert isinstance(value, dict), "the configuration was valid when it was frozen"
+    return value
+
+
+def _whole(value: JsonValue) -> int:
+    assert isinstance(value, int), "the configuration was valid when it was frozen"
+    return value
 
 
 def is_below(key: str, roots: frozenset[str]) -> bool:

@@ -135,10 +135,6 @@ class RunFolder:
     def scripts(self) -> Path:
         return self.root / "scripts"
 
-    @property
-    def wandb_id(self) -> Path:
-        return self.root / "wandb_id.json"
-
     def stage(self, name: str) -> StageFolder:
         return StageFolder(self.root / name)
 
@@ -199,6 +195,11 @@ def os_sentence(path: Path, error: OSError) -> str:
 def existing_parent(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
     return next(parent for parent in [path, *path.parents] if parent.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Space left on the file system that a path is on, or will be."""
+    return shutil.disk_usage(existing_parent(path)).free
 
 
 # ---- manifests -----------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ def table_of(statuses: Iterable[StageStatus]) -> Table:
     """The statuses for a person."""
     table = Table(box=None, pad_edge=False)
     for name in ("run", "stage", "state", "step", "loss", "eval", "tokens/s", "ETA", "attempts", "job"):
-        table.add_column(name, no_wrap=name != "state", justify="right" if name in ("loss", "eval", "tokens/s") else "left")
+        table.add_column(
+            name, no_wrap=name != "state", justify="right" if name in ("loss", "eval", "tokens/s") else "left"
+        )
     for status in statuses:
         table.add_row(*_cells(status))
     return table
@@ -111,7 +113,9 @@ def _status(run: RunFolder, name: str, files: StageFolder, facts: JobFacts | Non
     )
 
 
-def _state(files: StageFolder, attempts: Sequence[Attempt], rows: Sequence[Row], facts: JobFacts | None) -> tuple[str, str]:
+def _state(
+    files: StageFolder, attempts: Sequence[Attempt], rows: Sequence[Row], facts: JobFacts | None
+) -> tuple[str, str]:
     """State and reason; the run's own files first, then Slurm, and no guess where neither tells."""
     if files.result.exists():
         return "finished", ""

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORPUS = (
     "The quick brown fox jumps over the lazy dog. How are you? I am fine, thank you! What is 12 + 30? It is 42.\n"
     "user system assistant tool human Write a short answer, please. def f(x): return x + 1\n\n  Hello world  \t<b>\n"
-    "Ein Satz über Züge. Une phrase déjà vue. 東京は日本の首都です。 {\"name\": \"f\", \"arguments\": {\"x\": 1}} [INST] [/INST] <<SYS>>\n"
+    'Ein Satz über Züge. Une phrase déjà vue. 東京は日本の首都です。 {"name": "f", "arguments": {"x": 1}} [INST] [/INST] <<SYS>>\n'
 )
 
 
@@ -51,7 +51,8 @@ CHATML_MARKED = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHATML_MARKED_SHORT = CHATML_MARKED.replace(
-    "message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}", "message['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}"
+    "message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}",
+    "message['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}",
 )
 QWEN2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -59,7 +60,9 @@ QWEN2 = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SMOLLM2 = QWEN2.replace("You are a helpful assistant.", "You are a helpful AI assistant named SmolLM, trained by Hugging Face")
+SMOLLM2 = QWEN2.replace(
+    "You are a helpful assistant.", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+)
 QWEN3 = """{%- if tools %}
     {{- '<|im_start|>system\\n' }}
     {%- if messages[0].role == 'system' %}
@@ -172,9 +175,7 @@ def _qwen3_learnt(content: str, last: bool) -> str:
     return content + "<|im_end|>"
 
 
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3_SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 FAMILIES = {
@@ -182,27 +183,67 @@ FAMILIES = {
     for family in (
         Family("chatml", CHATML, CHATML_SPECIALS, None, "<|im_end|>", lambda c, _: c + "<|im_end|>"),
         Family("chatml_marked", CHATML_MARKED, CHATML_SPECIALS, None, "<|im_end|>", lambda c, _: c + "<|im_end|>"),
-        Family("chatml_marked_short", CHATML_MARKED_SHORT, CHATML_SPECIALS, None, "<|im_end|>", lambda c, _: c + "<|im_end|>"),
+        Family(
+            "chatml_marked_short",
+            CHATML_MARKED_SHORT,
+            CHATML_SPECIALS,
+            None,
+            "<|im_end|>",
+            lambda c, _: c + "<|im_end|>",
+        ),
         Family("qwen2", QWEN2, CHATML_SPECIALS, None, "<|im_end|>", lambda c, _: c + "<|im_end|>"),
         Family("smollm2", SMOLLM2, CHATML_SPECIALS, "<|im_start|>", "<|im_end|>", lambda c, _: c + "<|im_end|>"),
-        Family("qwen3", QWEN3, (*CHATML_SPECIALS, "<think>", "</think>"), None, "<|im_end|>", _qwen3_learnt, keeps_content=False),
         Family(
-            "llama3", LLAMA3, LLAMA3_SPECIALS, "<|begin_of_text|>", "<|eot_id|>", lambda c, _: c.strip() + "<|eot_id|>",
+            "qwen3",
+            QWEN3,
+            (*CHATML_SPECIALS, "<think>", "</think>"),
+            None,
+            "<|im_end|>",
+            _qwen3_learnt,
+            keeps_content=False,
+        ),
+        Family(
+            "llama3",
+            LLAMA3,
+            LLAMA3_SPECIALS,
+            "<|begin_of_text|>",
+            "<|eot_id|>",
+            lambda c, _: c.strip() + "<|eot_id|>",
             pattern=LLAMA3_PATTERN,
         ),
         Family(
-            "llama31", LLAMA31, LLAMA3_SPECIALS, "<|begin_of_text|>", "<|eot_id|>", lambda c, _: c.strip() + "<|eot_id|>",
+            "llama31",
+            LLAMA31,
+            LLAMA3_SPECIALS,
+            "<|begin_of_text|>",
+            "<|eot_id|>",
+            lambda c, _: c.strip() + "<|eot_id|>",
             pattern=LLAMA3_PATTERN,
         ),
-        Family("llama2", LLAMA2, ("<unk>", "<s>", "</s>"), "<s>", "</s>", lambda c, _: f" {c.strip()} </s>", metaspace=True),
-        Family("mistral", MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", lambda c, _: f" {c.strip()}</s>"),
         Family(
-            "gemma", GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<bos>", "<eos>",
-            lambda c, _: c.strip() + "<end_of_turn>", has_system=False, metaspace=True,
+            "llama2", LLAMA2, ("<unk>", "<s>", "</s>"), "<s>", "</s>", lambda c, _: f" {c.strip()} </s>", metaspace=True
         ),
         Family(
-            "phi3", PHI3, ("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<s>", "<|endoftext|>",
-            lambda c, _: c + "<|end|>", metaspace=True,
+            "mistral", MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]"), "<s>", "</s>", lambda c, _: f" {c.strip()}</s>"
+        ),
+        Family(
+            "gemma",
+            GEMMA,
+            ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+            "<bos>",
+            "<eos>",
+            lambda c, _: c.strip() + "<end_of_turn>",
+            has_system=False,
+            metaspace=True,
+        ),
+        Family(
+            "phi3",
+            PHI3,
+            ("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+            "<s>",
+            "<|endoftext|>",
+            lambda c, _: c + "<|end|>",
+            metaspace=True,
         ),
         Family("no_template", None, ("<s>", "</s>"), "<s>", "</s>", lambda c, _: f" {c}</s>"),
     )
@@ -217,10 +258,15 @@ def _byte_level(specials: tuple[str, ...], pattern: str | None) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pattern is not None:
         cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=list(specials), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=600,
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([CORPUS] * 4, trainer)
     return tokenizer.to_str()
@@ -268,7 +314,11 @@ def write_tokenizer(folder: Path, family: Family, *, adds_bos: bool = False) -> 
             "special_tokens": {family.bos: {"id": family.bos, "ids": [identity], "tokens": [family.bos]}},
         }
     (folder / "tokenizer.json").write_text(json.dumps(core))
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": family.eos, "model_max_length": 1_000_000}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": family.eos,
+        "model_max_length": 1_000_000,
+    }
     if family.bos:
         config["bos_token"] = family.bos
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -9,7 +9,24 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = ["red", "green", "blue", "apple", "stone", "river", "cloud", "seven", "three", "north", "south", "winter", "summer", "paper", "silver", "garden"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "apple",
+    "stone",
+    "river",
+    "cloud",
+    "seven",
+    "three",
+    "north",
+    "south",
+    "winter",
+    "summer",
+    "paper",
+    "silver",
+    "garden",
+]
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -131,5 +131,7 @@ class DataConfig(Section):
                 "set packing=none or tokens_per_batch=null"
             )
         if self.tokens_per_batch is not None and self.tokens_per_batch < self.max_length:
-            raise ValueError(f"tokens_per_batch={self.tokens_per_batch} cannot hold a row of max_length={self.max_length}")
+            raise ValueError(
+                f"tokens_per_batch={self.tokens_per_batch} cannot hold a row of max_length={self.max_length}"
+            )
         return self

@@ -90,7 +90,11 @@ def changed_components(cache: Path, key: PreparedKey) -> tuple[str, ...] | None:
 
 
 def _difference(name: str, there: object, here: object) -> str:
-    short = all(len(json.dumps(value)) <= 40 for value in (there, here)) and name not in ("data", "tokenizer", "template")
+    short = all(len(json.dumps(value)) <= 40 for value in (there, here)) and name not in (
+        "data",
+        "tokenizer",
+        "template",
+    )
     return f"{name}: {there} there, {here} here" if short else name
 
 

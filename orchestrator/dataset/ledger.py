@@ -60,7 +60,9 @@ def read_ledgers(folder: Path) -> Iterator[Taken]:
         for line in path.read_bytes().split(b"\n"):
             try:
                 fields = cast("dict[str, Any]", json.loads(line))
-                yield Taken(fields["step"], fields["attempt"], fields["rank"], fields["world_size"], tuple(fields["rows"]))
+                yield Taken(
+                    fields["step"], fields["attempt"], fields["rank"], fields["world_size"], tuple(fields["rows"])
+                )
             except (ValueError, KeyError, TypeError):
                 continue
 
@@ -97,7 +99,9 @@ def counted_steps(taken: Iterable[Taken]) -> dict[int, list[Taken]]:
     return steps
 
 
-def audit(folder: Path, rows: PreparedFolder, *, steps_per_epoch: int, skipped_steps: frozenset[int] = frozenset()) -> Audit:
+def audit(
+    folder: Path, rows: PreparedFolder, *, steps_per_epoch: int, skipped_steps: frozenset[int] = frozenset()
+) -> Audit:
     """Proves from the ranks' ledgers that every epoch takes every row once, across restarts and world sizes.
 
     `skipped_steps` (from 1) were left out on purpose and are named elsewhere.
@@ -121,7 +125,9 @@ def audit(folder: Path, rows: PreparedFolder, *, steps_per_epoch: int, skipped_s
         attempts=tuple(sorted({entry.attempt for entry in entries})),
         world_sizes=tuple(sorted({entry.world_size for entry in entries})),
         replayed_steps=len(attempts) - len(steps),
-        problems=tuple(problems[:SHOWN_PROBLEMS] + ([f"... {len(problems)} in all"] if len(problems) > SHOWN_PROBLEMS else [])),
+        problems=tuple(
+            problems[:SHOWN_PROBLEMS] + ([f"... {len(problems)} in all"] if len(problems) > SHOWN_PROBLEMS else [])
+        ),
     )
 
 

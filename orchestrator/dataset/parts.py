@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
 from orchestrator.dataset.key import FileHashes, PreparedKey, prepared_key
+from orchestrator.dataset.prepared import EVALUATION, is_prepared
 from orchestrator.dataset.sources import held_out_source, locate, settle_format, splits_train
 from orchestrator.errors import DataError
 
@@ -59,9 +60,37 @@ def plan_parts(
         parts.append(_part("evaluation", (held_out,), config, tokenizer_folder, seed, hashes, fetch, splits=False))
         kinds = KINDS[train.formats[0]], KINDS[parts[1].formats[0]]
         if kinds[0] != kinds[1]:
-            raise DataError(f"data.train holds rows of format {train.formats[0]}, but data.eval of {parts[1].formats[0]}")
+            raise DataError(
+                f"data.train holds rows of format {train.formats[0]}, but data.eval of {parts[1].formats[0]}"
+            )
     hashes.save()
     return tuple(parts)
+
+
+def find_prepared(
+    config: DataConfig, *, tokenizer_folder: Path, cache: Path, seed: int
+) -> tuple[Path, Path | None] | None:
+    """The folders of train and evaluation where both are prepared already; None where something is missing. Reads no row.
+
+    `cache` is the tool's cache folder. With them the plan knows rows and steps exactly, and rows need no reading again.
+    """
+    root = cache / "data"
+    try:
+        parts = plan_parts(config, tokenizer_folder=tokenizer_folder, cache=root, seed=seed)
+    except DataError:
+        return None
+    if not all(is_prepared(root / part.digest) for part in parts):
+        return None
+    return prepared_folders(root, parts)
+
+
+def prepared_folders(root: Path, parts: tuple[Part, ...]) -> tuple[Path, Path | None]:
+    """Where the rows of train and of the evaluation are, or will be."""
+    first, *others = parts
+    train = root / first.digest
+    if others:
+        return train, root / others[0].digest
+    return train, train / EVALUATION if first.splits else None
 
 
 def _part(
@@ -77,7 +106,9 @@ def _part(
 ) -> Part:
     field = "data.train" if role == "train" else "data.eval"
     files = tuple(_files(source, field, fetch) for source in sources)
-    formats: tuple[DataFormat, ...] = tuple(settle_format(source, paths, field=field) for source, paths in zip(sources, files, strict=True))
+    formats: tuple[DataFormat, ...] = tuple(
+        settle_format(source, paths, field=field) for source, paths in zip(sources, files, strict=True)
+    )
     if len({KINDS[data_format] for data_format in formats}) > 1:
         raise DataError(f"{field} mixes formats that cannot stand in one batch: {', '.join(formats)}")
     key: PreparedKey = prepared_key(

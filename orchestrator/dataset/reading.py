@@ -64,7 +64,15 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 def read_rows(path: Path, kind: FileKind) -> Iterator[tuple[int, object]]:
     """(line or row number from 1, row or Unreadable) of one file. Raises DataError where the file as a whole is broken."""
-    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _csv, "parquet": parquet_rows, "arrow": arrow_rows, "txt": _text}
+    readers = {
+        "jsonl": _jsonl,
+        "json": _json,
+        "csv": _csv,
+        "tsv": _csv,
+        "parquet": parquet_rows,
+        "arrow": arrow_rows,
+        "txt": _text,
+    }
     try:
         yield from readers[kind](path)
     except (OSError, EOFError, UnicodeError, csv.Error) as error:

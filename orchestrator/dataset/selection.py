@@ -30,7 +30,9 @@ def held_out(hashes: Hashes, wanted: int, seed: int) -> npt.NDArray[np.bool_]:
     """
     key = seed.to_bytes(16, "little", signed=True)
     unique, counts = np.unique(hashes, return_counts=True)
-    keyed = [hashlib.blake2b(int(value).to_bytes(8, "little"), key=key, digest_size=8).digest() for value in unique.tolist()]
+    keyed = [
+        hashlib.blake2b(int(value).to_bytes(8, "little"), key=key, digest_size=8).digest() for value in unique.tolist()
+    ]
     taken: list[int] = []
     left = wanted
     for place in sorted(range(len(unique)), key=keyed.__getitem__):

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
+from orchestrator.dataset.examples import Example, RowProblem
 from orchestrator.dataset.faults import Fault, FaultList
-from orchestrator.dataset.formats import EXPECTED_FIELDS, Example, RowProblem, detect, parse_row
+from orchestrator.dataset.formats import EXPECTED_FIELDS, detect, parse_row
 from orchestrator.dataset.reading import SUFFIXES, FileKind, Unreadable, count_rows, file_kind, read_rows
 from orchestrator.errors import DataError
 
@@ -93,7 +94,9 @@ def locate(source: SourceConfig, *, field: str) -> tuple[Path, ...] | None:
 
 def cached_hub_folder(name: str, revision: str | None) -> Path | None:
     """The snapshot folder of a hub data set in the local cache, or None."""
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
+    home = Path(
+        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    )
     root = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / ("datasets--" + name.replace("/", "--"))
     wanted = revision or "main"
     reference = root / "refs" / wanted
@@ -141,7 +144,10 @@ def _suffix(path: Path) -> str:
 
 def _is_about(path: Path) -> bool:
     """Whether a file only describes a data set (what the `datasets` library writes beside its rows)."""
-    return path.name in ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json") or path.name[0] == "."
+    return (
+        path.name in ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+        or path.name[0] == "."
+    )
 
 
 def known_kind(path: Path) -> FileKind:
@@ -202,7 +208,9 @@ def validate_rows(source: SourceConfig, *, field: str = "data.train") -> int:
     return rows
 
 
-def parse_or_fault(row: object, where: str, data_format: DataFormat, columns: Mapping[str, str]) -> Example | Fault | None:
+def parse_or_fault(
+    row: object, where: str, data_format: DataFormat, columns: Mapping[str, str]
+) -> Example | Fault | None:
     """The example of a row, what is wrong with it, or None for a pair of equal answers, of which nothing can be learnt."""
     if isinstance(row, Unreadable):
         return Fault("unreadable", where, f"{row.found}, {row.expected} expected")

@@ -111,7 +111,9 @@ def _subject(job: Job) -> Subject:
         model=job.model,
         optimizer=job.optimizer,
         data_digest=job.rows.digest,
-        probe=(lambda: evaluate(job.runtime, job.model, job.loss, job.rows, micro_size=micro_size, limit=count).loss) if count else None,
+        probe=(lambda: evaluate(job.runtime, job.model, job.loss, job.rows, micro_size=micro_size, limit=count).loss)
+        if count
+        else None,
     )
 
 

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 
 from orchestrator import checkpoints
 from orchestrator.checkpoints import Found
@@ -19,16 +20,19 @@ from orchestrator.config.sites import WandbTracking
 from orchestrator.errors import CheckpointError
 from orchestrator.metrics.wandb import run_id
 from orchestrator.resume import refuse_changes, settings_that_matter
-from orchestrator.rundir import read_json, write_json
+from orchestrator.rundir import free_bytes, read_json, write_json
 from orchestrator.training.checkpoint_writer import CheckpointWriter, Pending
 from orchestrator.training.context import Context, Record
+from orchestrator.training.fragments import count_trained
 from orchestrator.training.health import health_from_json
 from orchestrator.training.loop import Progress
 from orchestrator.training.proven import newest_proven
+from orchestrator.training.random_state import seed_of
 from orchestrator.training.runtime import Runtime
 from orchestrator.training.state import INDEX, collect, restore, restore_random_state
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors")
+MEBIBYTE = 1 << 20
 PROBE_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 """Relative; other ranks and stages sum in another order."""
 
@@ -60,6 +64,8 @@ class Checkpointer:
         self._buffers: dict[str, torch.Tensor] = {}
         self._evaluated: tuple[int, float] | None = None
         self._best: dict[str, Any] | None = None
+        if subject.runtime.is_main:
+            self._tell_space()
 
     def note_evaluation(self, step: int, loss: float) -> None:
         """The held-out loss of a step; the checkpoint of the same step carries it."""
@@ -133,6 +139,17 @@ class Checkpointer:
         self._writer.close()
         return self._writer.proven_step
 
+    def _tell_space(self) -> None:
+        """What the checkpoints will take, beside what is free."""
+        stage = self._context.stage
+        trained = count_trained(self._subject.runtime, self._subject.model)
+        one = checkpoints.bytes_of_one(trained, stage.optimizer)
+        most = checkpoints.most_bytes(one, stage.checkpoint, self._record.total_steps)
+        free = free_bytes(self._context.folder.checkpoints)
+        self._record.event("space", checkpoint_bytes=one, most_bytes=most, free_bytes=free)
+        told = f"a checkpoint takes {one / MEBIBYTE:,.1f} MiB, all of them at most {most / MEBIBYTE:,.1f}; {free / MEBIBYTE:,.0f} are free"
+        self._record.say(told if most < free else f"warning: {told}: saves will fail until somebody makes room")
+
     def _restored(self, found: Found) -> Progress:
         subject, state = self._subject, found.state
         self._tell_accepted(state)
@@ -142,6 +159,8 @@ class Checkpointer:
         self._check_probe(found.step, state["probe"])
         if same_ranks:
             restore_random_state(found.rank_files[subject.runtime.rank], subject.runtime.device)
+        else:
+            set_seed(seed_of(self._context.config.seeds.weights, step=found.step, rank=subject.runtime.rank))
         self._best = state["best"]
         return Progress(**{**state["progress"], "health": health_from_json(state["progress"]["health"])})
 
@@ -208,6 +227,7 @@ class Checkpointer:
         return {
             "world_size": [found.world_size, self._subject.runtime.world_size],
             "sharding": [found.manifest["sharding"], config.sharding.strategy],
+            "random_states": "kept" if found.world_size == self._subject.runtime.world_size else "seeded anew",
             "micro_size": stage.batch.micro_size,
             "micro_batches_per_rank": accumulation_steps(config, stage),
         }

@@ -41,6 +41,12 @@ def trained_parameters(runtime: Runtime, model: torch.nn.Module) -> list[tuple[s
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
+def count_trained(runtime: Runtime, model: torch.nn.Module) -> int:
+    """Elements of all trained parameters; a ZeRO-3 shard counts as the whole parameter."""
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in trained_parameters(runtime, model)]
+    return sum(sizes)
+
+
 def local_fragments(runtime: Runtime, model: torch.nn.Module) -> list[Fragment]:
     """The fragments that this rank's optimizer steps; without sharding every rank has every parameter, whole."""
     named = trained_parameters(runtime, model)

@@ -124,7 +124,9 @@ def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> S
     real = _real_indices(job, step)
     trained = int(job.rows.trained_tokens[real].sum())
     if trained == 0:
-        raise TrainingFailed(f"step {step}: the batch has no trained token; rows {_row_ids(job, step)}; see `orchestrator check`")
+        raise TrainingFailed(
+            f"step {step}: the batch has no trained token; rows {_row_ids(job, step)}; see `orchestrator check`"
+        )
     sums = accumulate_gradients(job, step, health, trained, stop_wish=stop_wish)
     grad_norm = update(job, fault=sums.fault)
     fault = sums.fault or (None if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}")
@@ -231,7 +233,9 @@ def _metrics_row(job: Job, progress: Progress, window: Sequence[StepResult]) -> 
     return {
         "step": step,
         "epoch": step / job.order.steps_per_epoch,
-        "loss": sum(result.loss_sum for result in good) / sum(result.trained_tokens for result in good) if good else math.nan,
+        "loss": sum(result.loss_sum for result in good) / sum(result.trained_tokens for result in good)
+        if good
+        else math.nan,
         "grad_norm": window[-1].grad_norm,
         "lr": job.stage.optimizer.lr * learning_rate_factor(job.stage.schedule, step, job.steps),
         "tokens": tokens,

@@ -30,7 +30,9 @@ def quiet() -> None:
     import transformers
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package that is not needed
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # from inside PEFT
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+    )  # from inside PEFT
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

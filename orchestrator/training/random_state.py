@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 
@@ -37,6 +38,12 @@ def set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) ->
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def seed_of(seed: int, *, step: int, rank: int) -> int:
+    """A seed for a rank that takes up another number of ranks' run at a step: no rank and no step draws as another one."""
+    digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
 
 
 def _optional(value: float | None) -> torch.Tensor:

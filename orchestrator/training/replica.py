@@ -29,7 +29,9 @@ def check_gradients(base_folder: Path, batch: Batch, tune: Tune, *, attention: s
     if not trained:
         raise TrainingFailed("the tuning trains no parameter of this model: look at tuning.target_modules")
     if names:
-        shown = ", ".join(names[:SHOWN_NAMES]) + (f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else "")
+        shown = ", ".join(names[:SHOWN_NAMES]) + (
+            f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+        )
         raise TrainingFailed(
             f"{len(names)} of {len(trained)} trained tensors get no gradient ({shown}): "
             "try model.gradient_checkpointing=false, or other tuning.target_modules"

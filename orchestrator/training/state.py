@@ -18,7 +18,7 @@ from orchestrator.errors import CheckpointError
 from orchestrator.training.fragments import Fragment, base_optimizer, local_fragments, refresh_model, trained_parameters
 from orchestrator.training.random_state import random_state, set_random_state
 from orchestrator.training.runtime import Runtime
-from orchestrator.training.tensor_files import open_tensors
+from orchestrator.training.tensor_files import names_in, open_tensors
 
 WEIGHT = "weight"
 RANDOM = "random"
@@ -60,27 +60,31 @@ def restore(
     `same_ranks`: world size and sharding are those of the writer. Raises CheckpointError where names or shapes do not
     meet, or the state cannot be moved.
     """
-    with open_tensors(files) as handles:
+    with open_tensors(files) as handles, torch.no_grad():
         written = Written(handles)
         written.check_names(trained_parameters(runtime, model))
-        base = base_optimizer(runtime, optimizer)
-        with torch.no_grad():
-            for number, (master, members) in enumerate(_by_master(local_fragments(runtime, model))):
-                for fragment in members:
-                    fragment.of(master).copy_(written.read(WEIGHT, fragment))
-                if written.flat_keys(number):
-                    base.state[master] = _flat_state(
-                        written, number, master, members, rank=runtime.rank if same_ranks else None
-                    )
-                else:
-                    base.state[master] = _master_state(written, master, members, base.state.get(master, {}))
-            refresh_model(runtime, model)
+        if written.is_bound_to_ranks and not same_ranks:
+            raise CheckpointError(
+                "8-bit optimizer states under ZeRO are bound to the ranks that wrote them; go on with the same sharding and "
+                "number of ranks, or start anew with optimizer=adamw"
+            )
+        states = base_optimizer(runtime, optimizer).state
+        for number, (master, members) in enumerate(_by_master(local_fragments(runtime, model))):
+            for fragment in members:
+                fragment.of(master).copy_(written.read(WEIGHT, fragment))
+            flat = written.flat(number, runtime.rank) if written.is_bound_to_ranks else {}
+            states[master] = (
+                _flat_state(written, flat, master, members)
+                if flat
+                else _master_state(written, master, members, states.get(master, {}))
+            )
+        refresh_model(runtime, model)
 
 
 def restore_random_state(file: Path, device: torch.device) -> None:
     """The generators of the rank that wrote `file`."""
     with open_tensors([file]) as (handle,):
-        names = [name for name in handle.keys() if name.startswith(f"{RANDOM}:")]  # noqa: SIM118  (safe_open is no dict)
+        names = [name for name in names_in(handle) if name.startswith(f"{RANDOM}:")]
         set_random_state({name.partition(":")[2]: handle.get_tensor(name) for name in names}, device)
 
 
@@ -91,6 +95,8 @@ class Written:
         self._handles = handles
         self.numbers: dict[str, dict[str, Any]] = {}
         """Plain values of a parameter's optimizer state, such as its step count."""
+        self.is_bound_to_ranks = False
+        """Some states are no list of elements of one parameter: 8-bit ones in ZeRO's partitions."""
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, list[tuple[int, int, int]]] = {}
         self._kinds: dict[str, dict[str, int]] = {}
@@ -100,8 +106,9 @@ class Written:
             for name, place in index["fragments"].items():
                 self._shapes[name] = tuple(place["shape"])
                 self._parts.setdefault(name, []).append((place["start"], place["start"] + place["length"], file))
-            for key in handle.keys():  # noqa: SIM118  (safe_open is no dict)
+            for key in names_in(handle):
                 kind, _, name = key.partition(":")
+                self.is_bound_to_ranks |= kind.startswith(f"{FLAT}.")
                 self._kinds.setdefault(name, {})[kind] = file
 
     def check_names(self, parameters: Iterable[tuple[str, Any]]) -> None:
@@ -132,12 +139,15 @@ class Written:
             for kind, file in found.items()
         }
 
-    def flat_keys(self, number: int) -> list[str]:
-        """States that were written for flat master `number` as a whole, as only its ranks can read them."""
-        return sorted(kind for kind in self._kinds.get("", {}) if kind.startswith(f"{FLAT}.{number}."))
-
-    def flat(self, rank: int, key: str) -> torch.Tensor:
-        return self._handles[rank].get_tensor(f"{key}:")
+    def flat(self, number: int, rank: int) -> dict[str, torch.Tensor]:
+        """States that a rank wrote for its flat master `number` as a whole, as only it can read them."""
+        prefix = f"{FLAT}.{number}."
+        handle = self._handles[rank]
+        return {
+            key.removeprefix(prefix).rstrip(":"): handle.get_tensor(key)
+            for key in names_in(handle)
+            if key.startswith(prefix)
+        }
 
     def read(self, key: str, fragment: Fragment) -> torch.Tensor:
         """The elements of a fragment, put together from the parts that cover it."""
@@ -209,16 +219,10 @@ def _room_for(dtype: torch.dtype, master: torch.Tensor, live: torch.Tensor | Non
 
 
 def _flat_state(
-    written: Written, number: int, master: torch.Tensor, members: Sequence[Fragment], *, rank: int | None
+    written: Written, flat: Mapping[str, torch.Tensor], master: torch.Tensor, members: Sequence[Fragment]
 ) -> dict[str, Any]:
-    """The state that this very rank wrote; `rank` is None where world size or sharding are others."""
-    if rank is None:
-        raise CheckpointError(
-            "8-bit optimizer states under ZeRO are bound to the ranks that wrote them; go on with the same sharding and number "
-            "of ranks, or start anew with optimizer=adamw"
-        )
-    keys = written.flat_keys(number)
-    state: dict[str, Any] = {key.split(".", 2)[2]: written.flat(rank, key).to(master.device, copy=True) for key in keys}
+    """The state of a master as this very rank wrote it."""
+    state: dict[str, Any] = {key: value.to(master.device, copy=True) for key, value in flat.items()}
     numbers = written.numbers[members[0].name]
     return state | {key: _from_number(value, master.device) for key, value in numbers.items()}
 

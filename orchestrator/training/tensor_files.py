@@ -102,3 +102,8 @@ def open_tensors(paths: Sequence[Path]) -> Iterator[list[Any]]:
     """Maps files for reading by name; nothing is read before a tensor is asked for."""
     with ExitStack() as stack:
         yield [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+
+
+def names_in(handle: Any) -> list[str]:
+    """Names of the tensors of an opened file; its handle is no dict."""
+    return list(handle.keys())

@@ -30,7 +30,9 @@ def main(folder: Path, slow_seconds: float) -> None:
             return encode(*arguments)
 
         build.encode_chunk = slowly
-        found = ensure_prepared(config, tokenizer_folder=folder / "tokenizer", cache=folder / "cache", seed=0, say=print)
+        found = ensure_prepared(
+            config, tokenizer_folder=folder / "tokenizer", cache=folder / "cache", seed=0, say=print
+        )
         (folder / "note.tmp").write_text(json.dumps({"train": str(found.train)}))
         (folder / "note.tmp").rename(note)
     while not note.exists():

@@ -23,7 +23,7 @@ from orchestrator.training.health import (
     must_go_back,
     reason_to_give_up,
 )
-from orchestrator.training.random_state import random_state, set_random_state
+from orchestrator.training.random_state import random_state, seed_of, set_random_state
 from orchestrator.training.tensor_files import check_written, write_tensors
 
 FAULTS = FaultConfig(skips_before_rollback=2, max_skips=3, max_rollbacks=1, spike_sigma=3.0, spike_window=4)
@@ -77,6 +77,12 @@ def test_random_states_are_put_back() -> None:
     assert draw() != first
     set_random_state(state, torch.device("cpu"))
     assert draw() == first
+
+
+def test_every_rank_and_step_draws_for_itself() -> None:
+    seeds = {seed_of(seed, step=step, rank=rank) for seed in (0, 1) for step in (4, 5, 40) for rank in range(8)}
+    assert len(seeds) == 48 and max(seeds) < 2**32
+    assert seed_of(0, step=4, rank=1) == seed_of(0, step=4, rank=1)
 
 
 def test_a_fault_is_skipped_then_rolled_back_then_given_up() -> None:

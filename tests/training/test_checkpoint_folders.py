@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from orchestrator import checkpoints
+from orchestrator.compose import compose
 from orchestrator.errors import ConfigError
-from orchestrator.resume import fitting_micro_size, refuse_changes
+from orchestrator.resume import elsewhere, fitting_micro_size, refuse_changes
 from orchestrator.rundir import MANIFEST, StageFolder
 
 RANKS = 2
@@ -172,3 +173,33 @@ def test_micro_batches_are_derived_anew_for_another_number_of_ranks() -> None:
     assert fitting_micro_size(global_size=8, micro_size=4, world_size=4) == 2
     assert fitting_micro_size(global_size=12, micro_size=4, world_size=2) == 3
     assert fitting_micro_size(global_size=8, micro_size=4, world_size=3) is None
+
+
+def test_a_run_elsewhere_keeps_its_global_batch() -> None:
+    values = {
+        "cluster": {"nodes": 1, "processes_per_node": 2, "device": "cpu"},
+        "stages": {"sft": {"batch": {"global_size": 8, "micro_size": 4}, "epochs": 3}},
+        "name": "a",
+    }
+    moved, told = elsewhere(values, nodes=2, processes_per_node=2)
+    assert moved["cluster"] == {"nodes": 2, "processes_per_node": 2, "device": "cpu"}
+    assert moved["stages"] == {"sft": {"batch": {"global_size": 8, "micro_size": 2}, "epochs": 3}}
+    assert told == ["sft: 4 ranks x 1 micro-batches x 2 rows = 8"]
+    assert values["cluster"]["nodes"] == 1, "the frozen values stay"
+    with pytest.raises(ConfigError, match="3 ranks cannot share 8 rows"):
+        elsewhere(values, nodes=1, processes_per_node=3)
+
+
+def test_the_disk_that_checkpoints_take_is_known_before() -> None:
+    stage = compose(["+experiment=llama_lora"]).stages["sft"]
+    one = checkpoints.bytes_of_one(1000, stage.optimizer)
+    assert one == 12_000
+    settings = stage.checkpoint.model_copy(
+        update={"every_steps": 100, "keep_last": 2, "keep_best": True, "keep_every": None}
+    )
+    assert checkpoints.most_bytes(one, settings, steps=1000) == 4 * one, "two newest, the best, one being written"
+    assert checkpoints.most_bytes(one, settings, steps=100) == 2 * one, "a single save"
+    assert checkpoints.most_bytes(one, settings.model_copy(update={"keep_every": 250}), steps=1000) == 6 * one, (
+        "500 and 1000 too"
+    )
+    assert checkpoints.bytes_of_one(1000, stage.optimizer.model_copy(update={"name": "adamw_8bit"})) == 6_031

@@ -14,7 +14,7 @@ from data_parts import CHATML, FAMILIES, data_config, write_jsonl, write_tokeniz
 from rich.console import Console
 from transformers import LlamaConfig, MixtralConfig, PreTrainedModel, Qwen3Config
 
-from orchestrator.dataset.formats import Chat
+from orchestrator.dataset.examples import Chat
 from orchestrator.errors import DataError, TrainingFailed
 from orchestrator.training.data.check import DataReport, Piece, check_data, decoded_pieces, document_faults, histogram
 from orchestrator.training.data.report import histogram_lines, print_report, table_rows
@@ -51,7 +51,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def check(tmp_path: Path, rows: list[dict[str, Any]], *, family: str = "chatml", template: str | None = None, **changes: Any) -> tuple[DataReport, PreparedRows]:
+def check(
+    tmp_path: Path, rows: list[dict[str, Any]], *, family: str = "chatml", template: str | None = None, **changes: Any
+) -> tuple[DataReport, PreparedRows]:
     tokenizer = write_tokenizer(tmp_path / "tokenizer", FAMILIES[family])
     if template is not None:
         (tokenizer / "chat_template.jinja").write_text(template)
@@ -89,9 +91,14 @@ def test_rows_are_shown_with_the_trained_tokens_marked(tmp_path: Path) -> None:
 
 
 def test_preferences_and_plain_text(tmp_path: Path) -> None:
-    pairs = [{"prompt": f"Say {i}, please:", "chosen": f" yes {i} of course", "rejected": f" no {i} never"} for i in range(30)]
+    pairs = [
+        {"prompt": f"Say {i}, please:", "chosen": f" yes {i} of course", "rejected": f" no {i} never"}
+        for i in range(30)
+    ]
     for packing in ("none", "best_fit"):
-        report, _ = check(tmp_path / packing, pairs, packing=packing) if (tmp_path / packing).mkdir() is None else (None, None)
+        report, _ = (
+            check(tmp_path / packing, pairs, packing=packing) if (tmp_path / packing).mkdir() is None else (None, None)
+        )
         assert report is not None and report.faults == ()
 
 
@@ -99,7 +106,10 @@ def test_a_template_that_does_not_close_turns_is_refused(tmp_path: Path) -> None
     with pytest.raises(DataError) as caught:
         check(tmp_path, conversations(20), template=CHATML.replace("+ '<|im_end|>' + '\n'", "+ '\n'"))
     problems = caught.value.problems
-    assert problems[0].endswith("has an answer whose end is not trained [untrained_turn_end]") and "rows.jsonl:2 " in problems[0]
+    assert (
+        problems[0].endswith("has an answer whose end is not trained [untrained_turn_end]")
+        and "rows.jsonl:2 " in problems[0]
+    )
     assert any(problem.startswith("[untrained_turn_end] the template closes") for problem in problems)
 
 
@@ -107,7 +117,9 @@ def test_roles_in_a_wrong_order_and_two_beginnings(tmp_path: Path) -> None:
     rows = conversations(4)
     rows[1]["messages"].insert(0, {"role": "user", "content": "again"})
     rows[2]["messages"][0]["content"] = "<s>" + rows[2]["messages"][0]["content"]
-    with pytest.raises(DataError, match=r"rows.jsonl:2 messages are refused by the chat template: Conversation roles must alternate"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:2 messages are refused by the chat template: Conversation roles must alternate"
+    ):
         check(tmp_path, rows, family="llama2", eval__path="none")
     template = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
     with pytest.raises(DataError, match=r"starts with two beginning-of-text tokens \[double_bos\]"):
@@ -117,7 +129,10 @@ def test_roles_in_a_wrong_order_and_two_beginnings(tmp_path: Path) -> None:
 def faults_of(learnt: list[tuple[str, bool]], tmp_path: Path) -> set[str]:
     """The codes of what `check` says of pieces that were prepared wrongly."""
     facts = load_facts(write_tokenizer(tmp_path / "t", FAMILIES["chatml"]))
-    messages = ({"role": "user", "content": "What is the quick brown fox?"}, {"role": "assistant", "content": "It is an animal."})
+    messages = (
+        {"role": "user", "content": "What is the quick brown fox?"},
+        {"role": "assistant", "content": "It is an animal."},
+    )
     chat = Chat(messages, None, (False, True))
     pieces = [Piece(text, trained) for text, trained in learnt]
     return {code for code, _ in document_faults(chat, pieces, [5, 6, 7], facts, data_config())}
@@ -136,7 +151,11 @@ def test_wrongly_prepared_rows_would_be_seen(tmp_path: Path) -> None:
 def test_pieces_and_histogram(tmp_path: Path) -> None:
     facts = load_facts(write_tokenizer(tmp_path / "t", FAMILIES["chatml"]))
     pieces = decoded_pieces([1, 2, 1, 2], [False, True, True, False], facts)
-    assert [(piece.text, piece.trained) for piece in pieces] == [("<|im_start|>", False), ("<|im_end|><|im_start|>", True), ("<|im_end|>", False)]
+    assert [(piece.text, piece.trained) for piece in pieces] == [
+        ("<|im_start|>", False),
+        ("<|im_end|><|im_start|>", True),
+        ("<|im_end|>", False),
+    ]
     bars = histogram([1, 3, 4, 5, 900, 1024])
     assert bars[-1] == (513, 1024, 2) and sum(count for _, _, count in bars) == 6 and bars[0][0] == 1
     assert histogram([]) == ()
@@ -164,8 +183,22 @@ def with_reentrant_checkpointing(model: PreTrainedModel) -> torch.nn.Module:
 
 
 CONFIGS = {
-    "llama": LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128_256),
-    "qwen3": Qwen3Config(hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151_936),
+    "llama": LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+    ),
+    "qwen3": Qwen3Config(
+        hidden_size=4096,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151_936,
+    ),
     "mixtral": MixtralConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),
 }
 

@@ -21,14 +21,20 @@ from orchestrator.training.data.prepare import ensure_prepared
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> PreparedFolder:
     folder = tmp_path_factory.mktemp("ledger")
-    data = write_jsonl(folder / "rows.jsonl", [{"instruction": f"{i}?", "output": "yes " * (1 + i % 9)} for i in range(50)])
+    data = write_jsonl(
+        folder / "rows.jsonl", [{"instruction": f"{i}?", "output": "yes " * (1 + i % 9)} for i in range(50)]
+    )
     config = data_config(train__path=str(data), eval__path="none", packing="best_fit", max_length=64)
     tokenizer = write_tokenizer(folder / "t", FAMILIES["chatml"])
-    found = ensure_prepared(config, tokenizer_folder=tokenizer, cache=folder / "cache", seed=0, say=lambda sentence: None)
+    found = ensure_prepared(
+        config, tokenizer_folder=tokenizer, cache=folder / "cache", seed=0, say=lambda sentence: None
+    )
     return PreparedFolder(found.train)
 
 
-def train(folder: Path, order: Order, *, attempt: int, world_size: int, first: int, last: int, torn: bool = False) -> None:
+def train(
+    folder: Path, order: Order, *, attempt: int, world_size: int, first: int, last: int, torn: bool = False
+) -> None:
     """What the ranks of one attempt write for steps first..last."""
     for rank in range(world_size):
         ledger = Ledger(ledger_path(folder, rank), attempt=attempt, rank=rank, world_size=world_size)
@@ -49,7 +55,12 @@ def test_exactly_once_over_restarts_and_world_sizes(rows: PreparedFolder, tmp_pa
     train(tmp_path, order, attempt=3, world_size=4, first=per_epoch + 1, last=2 * per_epoch)
     found = audit(tmp_path, rows, steps_per_epoch=per_epoch)
     assert found.is_exact, found.problems
-    assert (found.steps, found.whole_epochs, found.attempts, found.world_sizes) == (2 * per_epoch, 2, (1, 2, 3), (1, 2, 4))
+    assert (found.steps, found.whole_epochs, found.attempts, found.world_sizes) == (
+        2 * per_epoch,
+        2,
+        (1, 2, 3),
+        (1, 2, 4),
+    )
     assert found.replayed_steps == (per_epoch - 1 - 2) + 1
     first_epoch = [source for step in range(1, per_epoch + 1) for source in rows_of_step(tmp_path, rows, step)]
     assert sorted(first_epoch) == list(range(50))
@@ -68,7 +79,9 @@ def test_what_is_wrong_is_named(rows: PreparedFolder, tmp_path: Path) -> None:
     train(tmp_path / "order", other, attempt=2, world_size=1, first=3, last=per_epoch)
     found = audit(tmp_path / "order", rows, steps_per_epoch=per_epoch)
     assert not found.is_exact
-    assert any("was taken 2 times" in problem for problem in found.problems) and any("was never taken" in problem for problem in found.problems)
+    assert any("was taken 2 times" in problem for problem in found.problems) and any(
+        "was never taken" in problem for problem in found.problems
+    )
     skipped = audit(tmp_path / "gap", rows, steps_per_epoch=per_epoch, skipped_steps=frozenset({1}))
     assert skipped.is_exact
 
@@ -80,10 +93,18 @@ def test_two_ranks_with_a_short_time_out_and_a_slow_tokenizer_pass(tmp_path: Pat
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(Path(__file__).with_name("data_rank.py")), str(tmp_path), "6.5"]
     ranks = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     answers = []

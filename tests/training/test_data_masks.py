@@ -13,7 +13,8 @@ from data_parts import CHATML, FAMILIES, QWEN3, Family, data_config, write_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.dataset.formats import Chat, Prompt, parse_row
+from orchestrator.dataset.examples import Chat, Prompt
+from orchestrator.dataset.formats import parse_row
 from orchestrator.training.data.encode import Encoded, Encoder, encode_examples, encode_prompt, make_encoder
 from orchestrator.training.data.spans import NotRendered
 from orchestrator.training.data.tokenizer import core_tokenizer, is_splittable, load_facts
@@ -46,10 +47,17 @@ def trained_runs(encoded: Encoded, encoder: Encoder) -> list[str]:
 
 
 words = st.text(
-    st.one_of(st.sampled_from(" \n\tabcxyz.,!?{}[]#'\"<|>/0123456789éüß東京😀"), st.characters(codec="utf-8", exclude_categories=["Cs"])),
+    st.one_of(
+        st.sampled_from(" \n\tabcxyz.,!?{}[]#'\"<|>/0123456789éüß東京😀"),
+        st.characters(codec="utf-8", exclude_categories=["Cs"]),
+    ),
     min_size=1,
     max_size=40,
-).filter(lambda text: bool(text.strip()) and not any(mark in text for mark in ("\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\x00", "▁")))
+).filter(
+    lambda text: (
+        bool(text.strip()) and not any(mark in text for mark in ("\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\x00", "▁"))
+    )
+)
 
 
 @st.composite
@@ -112,7 +120,9 @@ def test_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     theirs = reference.apply_chat_template(messages, tokenize=True, return_dict=True, **settings_)["input_ids"]
     assert ours.ids.tolist() == theirs
     prompt = Prompt(tuple(messages[:-1]), None, "")
-    generation = reference.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=True, **settings_)
+    generation = reference.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=True, **settings_
+    )
     assert encode_prompt(prompt, encoder_of(name)) == generation["input_ids"]
 
 
@@ -157,7 +167,10 @@ def test_last_answer_and_marked_messages(name: str) -> None:
         {"role": "assistant", "content": "three"},
     ]
     encoder = encoder_of(name)
-    assert [("one" in run, "two" in run, "three" in run) for run in trained_runs(encode({"messages": messages}, encoder), encoder)] == [
+    assert [
+        ("one" in run, "two" in run, "three" in run)
+        for run in trained_runs(encode({"messages": messages}, encoder), encoder)
+    ] == [
         (True, False, False),
         (False, False, True),
     ]
@@ -208,8 +221,15 @@ def test_tool_calls_and_reasoning() -> None:
 def test_answer_first_and_blanks_at_the_border() -> None:
     """A conversation that starts with the assistant, and answers whose blanks a tokenizer would join to the prompt's."""
     encoder = encoder_of("chatml")
-    messages = [{"role": "assistant", "content": "\n\n Hello"}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "\n\ty "}]
-    assert trained_runs(encode({"messages": messages}, encoder), encoder) == ["\n\n Hello<|im_end|>", "\n\ty <|im_end|>"]
+    messages = [
+        {"role": "assistant", "content": "\n\n Hello"},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "\n\ty "},
+    ]
+    assert trained_runs(encode({"messages": messages}, encoder), encoder) == [
+        "\n\n Hello<|im_end|>",
+        "\n\ty <|im_end|>",
+    ]
 
 
 def test_what_cannot_be_said_for_certain_is_refused() -> None:
@@ -222,7 +242,10 @@ def test_what_cannot_be_said_for_certain_is_refused() -> None:
     with pytest.raises(NotRendered, match="must alternate"):
         encode({"messages": [{"role": "assistant", "content": "a"}]}, encoder_of("llama2"))
     with pytest.raises(NotRendered, match="noncharacter"):
-        encode({"messages": [{"role": "user", "content": "\ufdd0"}, {"role": "assistant", "content": "a"}]}, encoder_of("chatml"))
+        encode(
+            {"messages": [{"role": "user", "content": "\ufdd0"}, {"role": "assistant", "content": "a"}]},
+            encoder_of("chatml"),
+        )
 
 
 def test_turn_end_that_no_special_token_closes_is_seen() -> None:
@@ -246,7 +269,13 @@ def test_marks_of_trl_agree() -> None:
     trl = pytest.importorskip("trl")
     folder = Path(trl.__file__).parent / "chat_templates"
     compared = 0
-    for name, marks in (("qwen2_5", "chatml"), ("qwen3", "qwen3"), ("llama3", "llama3"), ("gemma", "gemma"), ("phi3", "phi3")):
+    for name, marks in (
+        ("qwen2_5", "chatml"),
+        ("qwen3", "qwen3"),
+        ("llama3", "llama3"),
+        ("gemma", "gemma"),
+        ("phi3", "phi3"),
+    ):
         messages = [
             {"role": "user", "content": "How are you?"},
             {"role": "assistant", "content": "I am fine."},
@@ -277,15 +306,23 @@ def test_our_renderer_is_transformers() -> None:
     messages = [
         {"role": "system", "content": " Be <b>short</b> & clear "},
         {"role": "user", "content": "ä\n"},
-        {"role": "assistant", "content": "</think>x", "tool_calls": [{"function": {"name": "f", "arguments": {"ü": [1, None]}}}]},
+        {
+            "role": "assistant",
+            "content": "</think>x",
+            "tool_calls": [{"function": {"name": "f", "arguments": {"ü": [1, None]}}}],
+        },
     ]
     compared = 0
     for family in FAMILIES.values():
         if family.template is None or not family.has_system:
             continue
         special = {"bos_token": family.bos or "", "eos_token": family.eos}
-        theirs, _ = render_jinja_template([messages], chat_template=family.template, date_string="01 Jan 2025", **special)  # type: ignore[arg-type]
-        ours = ChatTemplate(family.template, tuple(special.items()), "2025-01-01").render(messages, None, add_generation_prompt=False)
+        theirs, _ = render_jinja_template(
+            [messages], chat_template=family.template, date_string="01 Jan 2025", **special
+        )  # type: ignore[arg-type]
+        ours = ChatTemplate(family.template, tuple(special.items()), "2025-01-01").render(
+            messages, None, add_generation_prompt=False
+        )
         assert ours == theirs[0]
         compared += 1
     assert compared >= 10

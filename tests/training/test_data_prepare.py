@@ -19,10 +19,11 @@ from data_parts import FAMILIES, ROOT, data_config, write_jsonl, write_tokenizer
 
 from orchestrator.config.data import DataConfig
 from orchestrator.dataset import key as key_module
+from orchestrator.dataset.parts import find_prepared
 from orchestrator.dataset.prepared import DATA_VERSION, PreparedFolder
 from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.training.data import build as build_module
-from orchestrator.training.data.prepare import Prepared, ensure_prepared
+from orchestrator.training.data.prepare import Prepared, ensure_prepared, estimate_seconds
 from orchestrator.training.data.rows import PreparedRows
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "it", "is", "raining"]
@@ -32,7 +33,10 @@ def rows_of(count: int, *, start: int = 0) -> list[dict[str, str]]:
     def words(i: int, n: int) -> str:
         return " ".join(WORDS[(i * 7 + k * 3) % len(WORDS)] for k in range(1 + (i * 5) % n))
 
-    return [{"instruction": f"{i}: {words(i, 9)}?", "input": "", "output": words(i + 1, 13)} for i in range(start, start + count)]
+    return [
+        {"instruction": f"{i}: {words(i, 9)}?", "input": "", "output": words(i + 1, 13)}
+        for i in range(start, start + count)
+    ]
 
 
 @pytest.fixture
@@ -47,7 +51,9 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def prepare(config: DataConfig, tokenizer: Path, cache: Path, *, say: list[str] | None = None, seed: int = 0, **more: Any) -> Prepared:
+def prepare(
+    config: DataConfig, tokenizer: Path, cache: Path, *, say: list[str] | None = None, seed: int = 0, **more: Any
+) -> Prepared:
     told: list[str] = [] if say is None else say
     return ensure_prepared(config, tokenizer_folder=tokenizer, cache=cache, seed=seed, say=told.append, **more)
 
@@ -116,7 +122,11 @@ def test_what_does_not_decide_the_rows_is_a_hit(data: Path, tokenizer: Path, tmp
     first = prepare(data_config(**settings), tokenizer, tmp_path / "cache")
     os.utime(data)
     moved = shutil.copy(data, tmp_path / "elsewhere.jsonl")
-    for changed in (settings, {**settings, "train__path": str(moved)}, {**settings, "train__format": "alpaca", "truncation": "accept"}):
+    for changed in (
+        settings,
+        {**settings, "train__path": str(moved)},
+        {**settings, "train__format": "alpaca", "truncation": "accept"},
+    ):
         assert prepare(data_config(**changed), tokenizer, tmp_path / "cache").train == first.train
 
 
@@ -136,7 +146,9 @@ def test_a_hit_imports_nothing_heavy_and_is_fast(data: Path, tokenizer: Path, tm
     assert hit == "True" and float(seconds) < 2
 
 
-def test_processes_make_what_one_process_makes(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_make_what_one_process_makes(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for kind in ("jsonl", "json"):
         path = tmp_path / f"rows.{kind}"
         if kind == "jsonl":
@@ -165,7 +177,9 @@ def test_two_at_once_build_once(data: Path, tokenizer: Path, tmp_path: Path) -> 
         f"cache=Path({str(tmp_path / 'cache')!r}), seed=0, say=lambda s: None)\n"
         "print(found.train_digest, found.train_statistics.tokens)"
     )
-    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(4)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(4)
+    ]
     answers = {process.communicate()[0] for process in running}
     assert len(answers) == 1 and all(process.returncode == 0 for process in running)
     assert len([path for path in (tmp_path / "cache/data").iterdir() if path.is_dir()]) == 1
@@ -220,20 +234,31 @@ def test_a_process_that_dies_is_told(tokenizer: Path, tmp_path: Path, monkeypatc
     assert not list((tmp_path / "cache/data").glob(".building*"))
 
 
-def test_what_takes_too_long_is_refused_with_the_command(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_too_long_is_refused_with_the_command(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", rows_of(3000))
     monkeypatch.setattr(build_module, "TRIAL_SECONDS", 0.0)
     monkeypatch.setattr("orchestrator.training.data.chunks.CHUNK_BYTES", 1 << 14)
     with pytest.raises(DataError, match=r"would take about \d+ s here, more than 0 s.*\northo prepare x") as caught:
         prepare(
-            data_config(train__path=str(data)), tokenizer, tmp_path / "cache", refuse_over_seconds=0.001, prepare_command="ortho prepare x"
+            data_config(train__path=str(data)),
+            tokenizer,
+            tmp_path / "cache",
+            refuse_over_seconds=0.001,
+            prepare_command="ortho prepare x",
         )
     assert len(caught.value.problems) == 1
-    assert prepare(data_config(train__path=str(data)), tokenizer, tmp_path / "cache").train_statistics.source_rows == 3000
+    assert (
+        prepare(data_config(train__path=str(data)), tokenizer, tmp_path / "cache").train_statistics.source_rows == 3000
+    )
 
 
 def test_faults_of_train_and_eval_are_told_together(tokenizer: Path, tmp_path: Path) -> None:
-    train = write_jsonl(tmp_path / "t.jsonl", [*rows_of(3), {"instruction": "x", "output": ""}, *rows_of(1), {"instruction": 1, "output": "y"}])
+    train = write_jsonl(
+        tmp_path / "t.jsonl",
+        [*rows_of(3), {"instruction": "x", "output": ""}, *rows_of(1), {"instruction": 1, "output": "y"}],
+    )
     held = write_jsonl(tmp_path / "e.jsonl", [{"messages": [{"role": "robot", "content": "x"}]}, *rows_of(1)])
     config = data_config(train__path=str(train), eval__path=str(held), eval__format="messages")
     with pytest.raises(DataError) as caught:
@@ -247,13 +272,18 @@ def test_faults_of_train_and_eval_are_told_together(tokenizer: Path, tmp_path: P
 
 
 def test_truncation_is_refused_over_one_percent_and_counted_where_accepted(tokenizer: Path, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "rows.jsonl", [*rows_of(30), {"instruction": "x", "output": "fox " * 400}, {"instruction": "x " * 400, "output": "y"}])
+    data = write_jsonl(
+        tmp_path / "rows.jsonl",
+        [*rows_of(30), {"instruction": "x", "output": "fox " * 400}, {"instruction": "x " * 400, "output": "y"}],
+    )
     settings: dict[str, Any] = {"train__path": str(data), "eval__path": "none", "max_length": 100}
     with pytest.raises(DataError, match=r"2 of 32 rows \(6.2%\) lose trained tokens to max_length=100") as caught:
         prepare(data_config(**settings), tokenizer, tmp_path / "cache")
     assert any(f"{data}:31 loses" in problem for problem in caught.value.problems)
     say: list[str] = []
-    counted = prepare(data_config(**settings, truncation="accept"), tokenizer, tmp_path / "cache", say=say).train_statistics
+    counted = prepare(
+        data_config(**settings, truncation="accept"), tokenizer, tmp_path / "cache", say=say
+    ).train_statistics
     assert "truncation=accept" in say[-1]
     assert counted.truncated_rows == 1 and counted.rows_losing_trained_tokens == 2
     assert counted.dropped == {"dropped_behind_max_length": 1}
@@ -280,14 +310,29 @@ def test_split_takes_each_row_once_and_duplicates_to_one_side(tokenizer: Path, t
     used = train.unit_hashes[np.unique(train.segment_documents)]
     assert not set(used.tolist()) & set(held.unit_hashes.tolist())
     assert found.evaluation_statistics.units == 22 and found.train_statistics.duplicates == 10
-    clean = prepare(data_config(train__path=str(data), deduplicate=True, eval__path="none"), tokenizer, tmp_path / "cache")
+    clean = prepare(
+        data_config(train__path=str(data), deduplicate=True, eval__path="none"), tokenizer, tmp_path / "cache"
+    )
     assert clean.train_statistics.units == 100
 
 
 def test_mixture_of_two_files(tokenizer: Path, tmp_path: Path) -> None:
     first = write_jsonl(tmp_path / "a.jsonl", rows_of(50))
-    second = write_jsonl(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}]} for i in range(30)])
-    config = data_config(train__path=str(first), train__rows=10, mix=[{"path": str(second), "rows": 40}], eval__path="none", packing="best_fit", max_length=128)
+    second = write_jsonl(
+        tmp_path / "b.jsonl",
+        [
+            {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}]}
+            for i in range(30)
+        ],
+    )
+    config = data_config(
+        train__path=str(first),
+        train__rows=10,
+        mix=[{"path": str(second), "rows": 40}],
+        eval__path="none",
+        packing="best_fit",
+        max_length=128,
+    )
     found = PreparedFolder(prepare(config, tokenizer, tmp_path / "cache").train)
     units = found.segment_documents.tolist()
     assert len(units) == 50 and sum(unit < 50 for unit in units) == 10 and len(set(units)) == 40
@@ -296,6 +341,28 @@ def test_mixture_of_two_files(tokenizer: Path, tmp_path: Path) -> None:
     preference = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
     with pytest.raises(DataError, match="mixes formats that cannot stand in one batch: alpaca, preference"):
         prepare(data_config(train__path=str(first), mix=[{"path": str(preference)}]), tokenizer, tmp_path / "cache")
+
+
+def test_what_is_prepared_is_found_without_reading_rows(data: Path, tokenizer: Path, tmp_path: Path) -> None:
+    held = write_jsonl(tmp_path / "held.jsonl", rows_of(4, start=200))
+    for held_out in ("auto", "none", str(held)):
+        config = data_config(train__path=str(data), eval__path=held_out)
+        where: dict[str, Any] = {"tokenizer_folder": tokenizer, "cache": tmp_path / "cache", "seed": 0}
+        assert estimate_seconds(config, **where) > 0 and find_prepared(config, **where) is None
+        found = prepare(config, tokenizer, tmp_path / "cache")
+        assert find_prepared(config, **where) == (found.train, found.evaluation)
+        assert estimate_seconds(config, **where) == 0
+
+
+def test_splitting_cuts_no_document_short(tokenizer: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "fox " * 300}, {"text": "dog " * 5}])
+    config = data_config(train__path=str(data), eval__path="none", packing="split", max_length=64)
+    found = prepare(config, tokenizer, tmp_path / "cache")
+    counted = found.train_statistics
+    assert counted.truncated_tokens == 0 and counted.longest_tokens == 64 and counted.tokens > 300
+    rows = PreparedFolder(found.train)
+    assert all(length == 64 for length in rows.lengths[:-1])
+    assert counted.trained_tokens == counted.tokens - len(rows.segment_documents)
 
 
 def test_nowhere_to_write_and_nothing_to_tokenise_with(data: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -309,7 +376,9 @@ def test_nowhere_to_write_and_nothing_to_tokenise_with(data: Path, tokenizer: Pa
         prepare(data_config(train__path=str(data), chat_template="none.jinja"), tokenizer, tmp_path / "cache")
     (tmp_path / "bad.jinja").write_text("{% for %}")
     with pytest.raises(DataError, match="not valid Jinja: line 1"):
-        prepare(data_config(train__path=str(data), chat_template=str(tmp_path / "bad.jinja")), tokenizer, tmp_path / "cache")
+        prepare(
+            data_config(train__path=str(data), chat_template=str(tmp_path / "bad.jinja")), tokenizer, tmp_path / "cache"
+        )
 
 
 def plain_tokenizer(folder: Path) -> Path:
@@ -335,13 +404,24 @@ def test_a_change_of_a_prepared_token_needs_a_new_version(tmp_path: Path) -> Non
     data = write_jsonl(
         tmp_path / "rows.jsonl",
         [
-            {"messages": [{"role": "user", "content": f"q{i} ü"}, {"role": "assistant", "content": "a" * i + " 東"}, {"role": "user", "content": "?"}, {"role": "assistant", "content": "\nend "}]}
+            {
+                "messages": [
+                    {"role": "user", "content": f"q{i} ü"},
+                    {"role": "assistant", "content": "a" * i + " 東"},
+                    {"role": "user", "content": "?"},
+                    {"role": "assistant", "content": "\nend "},
+                ]
+            }
             for i in range(40)
         ],
     )
     digest = hashlib.sha256()
     for packing in ("none", "best_fit", "split"):
-        found = prepare(data_config(train__path=str(data), packing=packing, max_length=256), plain_tokenizer(tmp_path / "tok"), tmp_path / "cache")
+        found = prepare(
+            data_config(train__path=str(data), packing=packing, max_length=256),
+            plain_tokenizer(tmp_path / "tok"),
+            tmp_path / "cache",
+        )
         for name, values in arrays_of(found.train).items():
             digest.update(f"{name}:{values}".encode())
     assert (DATA_VERSION, digest.hexdigest()[:16]) == GOLDEN

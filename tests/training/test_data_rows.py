@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from orchestrator.training import attention
+from orchestrator.training import attention, attention_blocks
 from orchestrator.training.data.prepare import ensure_prepared
 from orchestrator.training.data.rows import IGNORED, Batch, PreparedRows
 
@@ -33,7 +33,15 @@ def sentence(i: int, longest: int) -> str:
 
 
 SFT = [{"instruction": f"{i} {sentence(i, 12)}", "output": sentence(i + 3, 17)} for i in range(40)]
-PAIRS = [{"prompt": f"{i} {sentence(i, 9)}", "chosen": " yes " + sentence(i, 11), "rejected": " no " + sentence(i + 1, 7), "margin": i / 8} for i in range(24)]
+PAIRS = [
+    {
+        "prompt": f"{i} {sentence(i, 9)}",
+        "chosen": " yes " + sentence(i, 11),
+        "rejected": " no " + sentence(i + 1, 7),
+        "margin": i / 8,
+    }
+    for i in range(24)
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,9 +63,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(folder: Path, name: str, **changes: Any) -> PreparedRows:
-    settings: dict[str, Any] = {"train__path": str(folder / f"{name}.jsonl"), "eval__path": "none", "max_length": 128, **changes}
+    settings: dict[str, Any] = {
+        "train__path": str(folder / f"{name}.jsonl"),
+        "eval__path": "none",
+        "max_length": 128,
+        **changes,
+    }
     config = data_config(**settings)
-    found = ensure_prepared(config, tokenizer_folder=folder / "tokenizer", cache=folder / "cache", seed=0, say=lambda sentence: None)
+    found = ensure_prepared(
+        config, tokenizer_folder=folder / "tokenizer", cache=folder / "cache", seed=0, say=lambda sentence: None
+    )
     return PreparedRows.open(found.train, pad_to_multiple_of=config.pad_to_multiple_of)
 
 
@@ -69,7 +84,9 @@ def test_a_padded_batch_is_its_documents(folder: Path) -> None:
     for b, (index, length) in enumerate(zip((3, 0), lengths, strict=True)):
         document = int(rows.segment_documents[index])
         assert batch.input_ids_BT[b, :length].tolist() == rows.document_ids(document).tolist()
-        assert batch.attention_mask_BT is not None and batch.attention_mask_BT[b].tolist() == [1] * length + [0] * (batch.input_ids_BT.shape[1] - length)
+        assert batch.attention_mask_BT is not None and batch.attention_mask_BT[b].tolist() == [1] * length + [0] * (
+            batch.input_ids_BT.shape[1] - length
+        )
         labels = batch.labels_BT[b]
         assert (labels[length:] == IGNORED).all() and labels[0] == IGNORED
         learnt = labels != IGNORED
@@ -105,7 +122,9 @@ def test_packed_rows_restart_and_their_first_tokens_are_no_targets(folder: Path)
     edges = batch.boundaries.tolist()
     width = batch.input_ids_BT.shape[1]
     for span in batch.documents:
-        assert batch.position_ids_BT[span.sequence, span.start : span.stop].tolist() == list(range(span.stop - span.start))
+        assert batch.position_ids_BT[span.sequence, span.start : span.stop].tolist() == list(
+            range(span.stop - span.start)
+        )
         assert batch.labels_BT[span.sequence, span.start] == IGNORED
         assert span.sequence * width + span.start in edges and span.sequence * width + span.stop in edges
     assert edges[0] == 0 and edges[-1] == 2 * width and batch.longest == int(np.diff(edges).max())
@@ -119,21 +138,35 @@ def test_a_pair_is_two_sequences_or_two_documents_of_one_row(folder: Path) -> No
     assert batch.values_D.tolist() == [0.0, 0.0, 5 / 8, 5 / 8]
     whole = packed.batch(range(packed.rows))
     assert len(whole.documents) == 48 and whole.input_ids_BT.shape[0] == packed.rows < 12
-    assert all(a.sequence == b.sequence and a.stop == b.start for a, b in zip(whole.documents[::2], whole.documents[1::2], strict=True))
+    assert all(
+        a.sequence == b.sequence and a.stop == b.start
+        for a, b in zip(whole.documents[::2], whole.documents[1::2], strict=True)
+    )
     assert sorted(row for ids in whole.row_ids for row in ids) == list(range(24))
     assert packed.lengths.max() <= 256
 
 
 def test_prompts_and_classes(folder: Path) -> None:
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": f"{i}+1?"}], "answer": i + 1} for i in range(5)])
+    write_jsonl(
+        folder / "prompts.jsonl",
+        [{"prompt": [{"role": "user", "content": f"{i}+1?"}], "answer": i + 1} for i in range(5)],
+    )
     rows = prepared(folder, "prompts")
     prompt = rows.prompt(3)
     assert prompt.extra == {"answer": 4} and prompt.row == 3 and rows.meta.kind == "prompt"
     assert len(prompt.ids) == rows.lengths[3] and rows.trained_tokens.sum() == 0
-    write_jsonl(folder / "classes.jsonl", [{"text": f"t{i}", "label": ["good", "bad", "ugly"][i % 3]} for i in range(6)])
+    write_jsonl(
+        folder / "classes.jsonl", [{"text": f"t{i}", "label": ["good", "bad", "ugly"][i % 3]} for i in range(6)]
+    )
     classes = prepared(folder, "classes")
-    assert classes.meta.classes == ("bad", "good", "ugly") and classes.batch([0, 1, 2]).values_D.tolist() == [1.0, 0.0, 2.0]
-    write_jsonl(folder / "feedback.jsonl", [{"prompt": "p", "completion": f" c{i}", "label": i % 2 == 0} for i in range(4)])
+    assert classes.meta.classes == ("bad", "good", "ugly") and classes.batch([0, 1, 2]).values_D.tolist() == [
+        1.0,
+        0.0,
+        2.0,
+    ]
+    write_jsonl(
+        folder / "feedback.jsonl", [{"prompt": "p", "completion": f" c{i}", "label": i % 2 == 0} for i in range(4)]
+    )
     assert prepared(folder, "feedback").batch([0, 1]).values_D.tolist() == [1.0, 0.0]
 
 
@@ -173,7 +206,10 @@ def document_logits(model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
 def alone_logits(model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
     """The same documents, one forward pass each."""
     spans = batch.documents
-    return [model(input_ids=batch.input_ids_BT[span.sequence : span.sequence + 1, span.start : span.stop]).logits[0] for span in spans]
+    return [
+        model(input_ids=batch.input_ids_BT[span.sequence : span.sequence + 1, span.start : span.stop]).logits[0]
+        for span in spans
+    ]
 
 
 PATHS = [(name, path) for name in ("llama", "qwen3", "mistral") for path in ("eager", "sdpa", "documents")]
@@ -181,7 +217,9 @@ PATHS = [(name, path) for name in ("llama", "qwen3", "mistral") for path in ("ea
 
 @pytest.mark.parametrize(("name", "path"), PATHS)
 @pytest.mark.parametrize("set_name", ["sft", "pairs"])
-def test_packed_logits_losses_and_gradients_are_the_unpacked_ones(folder: Path, name: str, path: str, set_name: str) -> None:
+def test_packed_logits_losses_and_gradients_are_the_unpacked_ones(
+    folder: Path, name: str, path: str, set_name: str
+) -> None:
     rows = prepared(folder, set_name, packing="best_fit")
     batch = rows.batch([0, rows.rows - 1])
     reference, model = model_of(name, "eager"), model_of(name, path)
@@ -266,8 +304,13 @@ def test_sixteen_bits_in_blocks(folder: Path, checkpointing: bool) -> None:
             logits = one(**batch.model_inputs()).logits[:, :-1].flatten(0, 1).float()
             cross_entropy(logits, batch.labels_BT[:, 1:].flatten()).backward()
         with torch.no_grad():
-            real = torch.cat([x - y for x, y in zip(document_logits(model, batch), document_logits(reference, batch), strict=True)])
-        grads = [(p.grad.float() - q.grad).norm() / q.grad.norm() for p, q in zip(model.parameters(), reference.parameters(), strict=True)]
+            real = torch.cat(
+                [x - y for x, y in zip(document_logits(model, batch), document_logits(reference, batch), strict=True)]
+            )
+        grads = [
+            (p.grad.float() - q.grad).norm() / q.grad.norm()
+            for p, q in zip(model.parameters(), reference.parameters(), strict=True)
+        ]
         errors[path] = (float(real.float().norm()), float(max(grads)))
     assert errors["documents"][0] <= 1.5 * errors["eager"][0]
     assert errors["documents"][1] <= 1.5 * errors["eager"][1]
@@ -277,16 +320,21 @@ def test_blocks_by_finite_differences() -> None:
     """The backward pass of the blocks against numbers: groups with and without filling, kept and computed again."""
     generator = torch.Generator().manual_seed(0)
     edges = (0, 5, 9, 10, 13)
-    saved = attention.KEPT_TOKENS
+    saved = attention_blocks.KEPT_TOKENS
     try:
         for kept in (0, 256):
-            attention.KEPT_TOKENS = kept
-            q, k, v = (torch.randn(heads, 13, 3, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
-            plan = attention.plan_groups(edges)
+            attention_blocks.KEPT_TOKENS = kept
+            q, k, v = (
+                torch.randn(heads, 13, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+                for heads in (4, 2, 2)
+            )
+            plan = attention_blocks.plan_groups(edges)
             assert plan is not None and any(group.real is not None for group in plan)
-            assert torch.autograd.gradcheck(lambda q, k, v, plan=plan: attention._Blocks.apply(q, k, v, plan, 0.5), (q, k, v))
+            assert torch.autograd.gradcheck(
+                lambda q, k, v, plan=plan: attention_blocks.Blocks.apply(q, k, v, plan, 0.5), (q, k, v)
+            )
     finally:
-        attention.KEPT_TOKENS = saved
+        attention_blocks.KEPT_TOKENS = saved
 
 
 def test_generation_is_that_of_sdpa(folder: Path) -> None:
@@ -295,15 +343,17 @@ def test_generation_is_that_of_sdpa(folder: Path) -> None:
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     answers = [
-        model_of("llama", path).generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        model_of("llama", path).generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
+        )
         for path in ("sdpa", "documents")
     ]
     assert torch.equal(answers[0], answers[1])
 
 
 def test_documents_too_long_for_blocks_go_one_by_one() -> None:
-    assert attention.plan_groups((0, attention.BLOCK_TOKENS + 1)) is None
-    plan = attention.plan_groups((0, 100, 190, 200, 210, 215))
+    assert attention_blocks.plan_groups((0, attention_blocks.BLOCK_TOKENS + 1)) is None
+    plan = attention_blocks.plan_groups((0, 100, 190, 200, 210, 215))
     assert plan is not None and [(group.num, group.length) for group in plan] == [(2, 100), (2, 10), (1, 5)]
     assert sorted(place for group in plan for place in group.real_places.tolist()) == list(range(215))
 

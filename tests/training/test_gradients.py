@@ -31,7 +31,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _gradient(place: Path, *, micro_size: int, ranks: int) -> dict[str, torch.Tensor]:
     out = place / f"{micro_size}x{ranks}.safetensors"
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    argv = [sys.executable, *launcher, str(RANK), str(place / "model"), str(place / "rows.jsonl"), str(micro_size), str(out)]
+    argv = [
+        sys.executable,
+        *launcher,
+        str(RANK),
+        str(place / "model"),
+        str(place / "rows.jsonl"),
+        str(micro_size),
+        str(out),
+    ]
     subprocess.run(argv, check=True, timeout=240)
     return load_file(out)
 
@@ -65,7 +73,9 @@ def test_trl_computes_the_same_loss_and_gradient(place: Path, whole: dict[str, t
     lengths = {int(length) for length in (batch.labels_BT != -100).sum(1)}
     assert len(lengths) > 2, "the rows must have unequal numbers of trained tokens"
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
-    arguments = SFTConfig(output_dir=str(place / "trl"), use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False)
+    arguments = SFTConfig(
+        output_dir=str(place / "trl"), use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False
+    )
     trainer = SFTTrainer(
         model=model,
         args=arguments,

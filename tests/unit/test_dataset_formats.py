@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.dataset.formats import Chat, Plain, Prompt, RowProblem, detect, parse_row
+from orchestrator.dataset.examples import Chat, Plain, Prompt, RowProblem
+from orchestrator.dataset.formats import detect, parse_row
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -46,7 +47,9 @@ def test_alpaca() -> None:
 
 
 def test_columns_are_mapped() -> None:
-    example = parse_row({"question": "q", "reply": "a"}, "prompt_completion", {"prompt": "question", "completion": "reply"})
+    example = parse_row(
+        {"question": "q", "reply": "a"}, "prompt_completion", {"prompt": "question", "completion": "reply"}
+    )
     assert example.documents == (Plain("q", "a"),)
     with pytest.raises(RowProblem, match=r"reply is missing, the column for completion expected"):
         parse_row({"question": "q"}, "prompt_completion", {"prompt": "question", "completion": "reply"})
@@ -116,7 +119,10 @@ def test_preference_of_messages() -> None:
     ]
     for row in rows:
         example = parse_row({**row, "margin": 2}, "preference", {})
-        assert [document.messages[-1]["content"] for document in example.documents if isinstance(document, Chat)] == ["a", "b"]
+        assert [document.messages[-1]["content"] for document in example.documents if isinstance(document, Chat)] == [
+            "a",
+            "b",
+        ]
         assert all(isinstance(document, Chat) and document.trained == (False, True) for document in example.documents)
         assert example.value == 2.0
 
@@ -124,7 +130,9 @@ def test_preference_of_messages() -> None:
 def test_feedback_classification_text_prompts() -> None:
     assert parse_row({"prompt": "p", "completion": "c", "label": False}, "feedback", {}).value == 0.0
     assert parse_row({"text": "t", "label": 3}, "classification", {}).value == 3.0
-    assert json.loads(parse_row({"text": "t", "text_pair": "u", "label": "pos"}, "classification", {}).extra or "") == {"label": "pos"}
+    assert json.loads(parse_row({"text": "t", "text_pair": "u", "label": "pos"}, "classification", {}).extra or "") == {
+        "label": "pos"
+    }
     assert parse_row({"text": "t"}, "text", {}).documents == (Plain("", "t"),)
     example = parse_row({"prompt": [USER], "answer": "42", "id": 7}, "prompts", {})
     assert isinstance(example.documents[0], Prompt)
@@ -136,25 +144,55 @@ FAULTY: list[tuple[str, dict[str, Any], str, str]] = [
     ("alpaca", {"instruction": "i"}, "missing_field", r"output is missing, text expected"),
     ("alpaca", {"instruction": "i", "output": " \n"}, "empty_message", r"output is empty, text expected"),
     ("alpaca", {"instruction": "i", "output": "o", "input": []}, "wrong_type", r"input is a list"),
-    ("messages", {"messages": [{"role": "user", "content": ["x"]}]}, "wrong_type", r"messages\[0\]\.content is a list, text expected"),
-    ("messages", {"messages": [{"role": "bot", "content": "x"}]}, "unknown_role", r"messages\[0\]\.role is 'bot', one of system"),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": ["x"]}]},
+        "wrong_type",
+        r"messages\[0\]\.content is a list, text expected",
+    ),
+    (
+        "messages",
+        {"messages": [{"role": "bot", "content": "x"}]},
+        "unknown_role",
+        r"messages\[0\]\.role is 'bot', one of system",
+    ),
     ("messages", {"messages": [USER]}, "zero_trained_tokens", r"no assistant message"),
     ("messages", {"messages": []}, "empty_message", r"messages is an empty list"),
     ("messages", {"messages": "x"}, "wrong_type", r"messages is text, a list of messages expected"),
-    ("messages", {"messages": [USER, {"role": "assistant", "content": ""}]}, "empty_message", r"messages\[1\]\.content is empty"),
+    (
+        "messages",
+        {"messages": [USER, {"role": "assistant", "content": ""}]},
+        "empty_message",
+        r"messages\[1\]\.content is empty",
+    ),
     ("messages", {"messages": [dict(USER, train=True), ANSWER]}, "wrong_type", r"train is true for the role user"),
-    ("messages", {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]}, "missing_field", r"name is missing"),
+    (
+        "messages",
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]},
+        "missing_field",
+        r"name is missing",
+    ),
     (
         "messages",
         {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "wrong_type",
         r"arguments is text that is not JSON",
     ),
-    ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "unknown_role", r"conversations\[0\]\.from is 'alien'"),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "alien", "value": "x"}]},
+        "unknown_role",
+        r"conversations\[0\]\.from is 'alien'",
+    ),
     ("sharegpt", {"conversations": None}, "wrong_type", r"conversations is null"),
     ("prompt_completion", {"prompt": "p", "completion": None}, "wrong_type", r"completion is null"),
     ("preference", {"prompt": "p", "chosen": "a", "rejected": "a"}, "equal_pair", r"the same as chosen"),
-    ("preference", {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "x"}, "wrong_type", r"margin is text, a number"),
+    (
+        "preference",
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "x"},
+        "wrong_type",
+        r"margin is text, a number",
+    ),
     ("preference", {"chosen": [ANSWER], "rejected": [USER]}, "wrong_type", r"a common prompt expected"),
     ("feedback", {"prompt": "p", "completion": "c", "label": "yes"}, "wrong_type", r"label is text, true or false"),
     ("classification", {"text": "t", "label": None}, "wrong_type", r"label is null"),
@@ -164,7 +202,9 @@ FAULTY: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("data_format", "row", "code", "message"), FAULTY)
-def test_a_faulty_row_is_told_with_field_and_expectation(data_format: Any, row: dict[str, Any], code: str, message: str) -> None:
+def test_a_faulty_row_is_told_with_field_and_expectation(
+    data_format: Any, row: dict[str, Any], code: str, message: str
+) -> None:
     with pytest.raises(RowProblem, match=message) as caught:
         parse_row(row, data_format, {})
     assert caught.value.code == code

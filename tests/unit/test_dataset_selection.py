@@ -75,5 +75,9 @@ def test_configurations_that_contradict_themselves() -> None:
 
 
 def test_an_entry_of_a_mixture_takes_over_what_train_says() -> None:
-    config = data_config(train__format="alpaca", train__columns={"output": "answer"}, mix=[{"path": "b.jsonl", "rows": 5}])
-    assert config.mix[0].format == "alpaca" and config.mix[0].columns == {"output": "answer"} and config.mix[0].rows == 5
+    config = data_config(
+        train__format="alpaca", train__columns={"output": "answer"}, mix=[{"path": "b.jsonl", "rows": 5}]
+    )
+    assert (
+        config.mix[0].format == "alpaca" and config.mix[0].columns == {"output": "answer"} and config.mix[0].rows == 5
+    )

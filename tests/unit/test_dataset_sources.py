@@ -63,7 +63,18 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-KINDS = ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow", "a.jsonl.gz", "a.json.gz", "a.csv.gz"]
+KINDS = [
+    "a.jsonl",
+    "a.ndjson",
+    "a.json",
+    "a.csv",
+    "a.tsv",
+    "a.parquet",
+    "a.arrow",
+    "a.jsonl.gz",
+    "a.json.gz",
+    "a.csv.gz",
+]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -80,7 +91,10 @@ def test_arrow_random_access_file_and_folder_of_datasets(tmp_path: Path) -> None
     import pyarrow as pa
 
     table = pa.Table.from_pylist(ROWS)
-    with pa.OSFile(str(tmp_path / "data-00000-of-00001.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with (
+        pa.OSFile(str(tmp_path / "data-00000-of-00001.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
         writer.write_table(table)
     (tmp_path / "state.json").write_text("{}")
     (tmp_path / "dataset_info.json").write_text("{}")
@@ -90,7 +104,9 @@ def test_arrow_random_access_file_and_folder_of_datasets(tmp_path: Path) -> None
 def test_text_lines_and_byte_order_marks(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\n two\n")
     assert [row for _, row in read_rows(tmp_path / "a.txt", "txt")] == [{"text": "one"}, {"text": " two"}]
-    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS[0]).encode() + b"\n\n  \n" + json.dumps(ROWS[1]).encode())
+    (tmp_path / "b.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(ROWS[0]).encode() + b"\n\n  \n" + json.dumps(ROWS[1]).encode()
+    )
     assert [number for number, _ in read_rows(tmp_path / "b.jsonl", "jsonl")] == [1, 4]
     assert inspect(source(tmp_path / "b.jsonl"), field="data.train").rows == 2
 
@@ -166,7 +182,9 @@ def test_missing_and_empty(tmp_path: Path) -> None:
 
 def test_unknown_columns_name_the_formats_and_the_mapping(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}])
-    with pytest.raises(DataError, match=r"no format has the columns answer, question.*alpaca \(instruction, output.*columns=") as caught:
+    with pytest.raises(
+        DataError, match=r"no format has the columns answer, question.*alpaca \(instruction, output.*columns="
+    ) as caught:
         inspect(source(path), field="data.train")
     assert len(caught.value.problems) == 1
     mapped = source(path, columns={"prompt": "question", "completion": "answer"})
@@ -242,5 +260,3 @@ def test_a_quick_look_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "20000"
-
-

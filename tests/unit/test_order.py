@@ -51,7 +51,9 @@ def test_every_epoch_takes_every_row_once(rows: int, size: int, seed: int) -> No
 
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 200), size=st.integers(1, 24), world=st.integers(1, 5), micro=st.integers(1, 4))
-def test_ranks_share_the_same_global_batch_and_have_the_same_number_of_micro_batches(rows: int, size: int, world: int, micro: int) -> None:
+def test_ranks_share_the_same_global_batch_and_have_the_same_number_of_micro_batches(
+    rows: int, size: int, world: int, micro: int
+) -> None:
     for order in orders(rows, size, 7):
         own = 1 if isinstance(order, TokenBudgetOrder) else micro
         for step in (0, order.steps_per_epoch - 1):
@@ -64,8 +66,16 @@ def test_ranks_share_the_same_global_batch_and_have_the_same_number_of_micro_bat
 
 def test_micro_batch_m_of_rank_r_is_slice_m_times_world_plus_r() -> None:
     batch = np.arange(16)
-    assert [part.tolist() for part in rank_slices(batch, rank=1, world_size=2, micro_size=2)] == [[2, 3], [6, 7], [10, 11], [14, 15]]
-    assert [part.tolist() for part in rank_slices(np.arange(10), rank=2, world_size=3, micro_size=2)] == [[4, 5], [-1, -1]]
+    assert [part.tolist() for part in rank_slices(batch, rank=1, world_size=2, micro_size=2)] == [
+        [2, 3],
+        [6, 7],
+        [10, 11],
+        [14, 15],
+    ]
+    assert [part.tolist() for part in rank_slices(np.arange(10), rank=2, world_size=3, micro_size=2)] == [
+        [4, 5],
+        [-1, -1],
+    ]
 
 
 def test_ten_rows_on_three_ranks() -> None:
@@ -104,7 +114,9 @@ def test_the_longest_row_comes_first_in_the_first_epoch_alone(rows: int) -> None
     second_epoch = range(plain.steps_per_epoch, 2 * plain.steps_per_epoch)
     assert all(plain.global_batch(k).tolist() == first.global_batch(k).tolist() for k in second_epoch)
     budget = TokenBudgetOrder(lengths, 2, 11, tokens_per_batch=200)
-    padded = [len(batch) * lengths[batch].max() for batch in budget.micro_batches(0, rank=0, world_size=1, micro_size=1)]
+    padded = [
+        len(batch) * lengths[batch].max() for batch in budget.micro_batches(0, rank=0, world_size=1, micro_size=1)
+    ]
     every = [
         len(batch) * lengths[batch].max()
         for step in range(budget.steps_per_epoch)
@@ -128,7 +140,9 @@ def test_grouping_by_length_leaves_little_padding() -> None:
 def test_token_budget_holds() -> None:
     lengths = lengths_of(1000)
     order = TokenBudgetOrder(lengths, 4, 0, tokens_per_batch=512)
-    batches = [b for k in range(order.steps_per_epoch) for b in order.micro_batches(k, rank=0, world_size=1, micro_size=1)]
+    batches = [
+        b for k in range(order.steps_per_epoch) for b in order.micro_batches(k, rank=0, world_size=1, micro_size=1)
+    ]
     padded = [len(batch) * int(lengths[batch].max()) for batch in batches if batch[0] != FILLER]
     assert max(padded) <= 512
     assert sum(lengths) / sum(padded) > 0.9
@@ -136,6 +150,8 @@ def test_token_budget_holds() -> None:
 
 def test_make_order_follows_the_configuration() -> None:
     lengths = lengths_of(50)
-    assert isinstance(make_order(data_config(tokens_per_batch=4096), lengths=lengths, global_size=4, seed=0), TokenBudgetOrder)
+    assert isinstance(
+        make_order(data_config(tokens_per_batch=4096), lengths=lengths, global_size=4, seed=0), TokenBudgetOrder
+    )
     grouped = make_order(data_config(group_by_length=True), lengths=lengths, global_size=4, seed=0)
     assert isinstance(grouped, BatchOrder) and grouped.group_by_length

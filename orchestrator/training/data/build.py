@@ -73,11 +73,19 @@ def build_rows(
     chosen, evaluated = _select(units, part, config, seed, collected.num_rows)
     if evaluated is not None:
         (folder / EVALUATION).mkdir()
-        write_store(store.inside(EVALUATION), units.subset(evaluated, folder / EVALUATION), None, source_rows=len(evaluated), dropped={})
+        write_store(
+            store.inside(EVALUATION),
+            units.subset(evaluated, folder / EVALUATION),
+            None,
+            source_rows=len(evaluated),
+            dropped={},
+        )
     write_store(store, units, chosen, source_rows=collected.num_rows, dropped=dict(collected.counts))
 
 
-def _encode_all(part: Part, context: ChunkContext, config: DataConfig, say: Say, limits: Limits) -> Iterator[tuple[Chunk, ChunkResult]]:
+def _encode_all(
+    part: Part, context: ChunkContext, config: DataConfig, say: Say, limits: Limits
+) -> Iterator[tuple[Chunk, ChunkResult]]:
     """Every chunk with its result: the first ones here, and the rest in processes where that is worth it."""
     chunks = chain.from_iterable(iterate_chunks(i, path) for i, files in enumerate(part.files) for path in files)
     started, done_rows = time.perf_counter(), 0
@@ -97,7 +105,9 @@ def _encode_all(part: Part, context: ChunkContext, config: DataConfig, say: Say,
     if cores == 1 or seconds < PARALLEL_SECONDS:
         yield from ((chunk, encode_chunk(chunk, context)) for chunk in chunks)
         return
-    say(f"preparing {rest + done_rows:,} rows of {part.role} in {cores} processes: about {math.ceil(seconds / cores)} s")
+    say(
+        f"preparing {rest + done_rows:,} rows of {part.role} in {cores} processes: about {math.ceil(seconds / cores)} s"
+    )
     sent: list[Chunk] = []
 
     def remembered() -> Iterator[Chunk]:
@@ -135,7 +145,9 @@ def _select(
         evaluated = places[is_held]
         usable[evaluated] = False
         if not usable.any() or not len(evaluated):
-            raise DataError(f"{part.sources[0].path} has too few rows ({num_rows}) to hold some out: give eval.path=FILE or eval.path=none")
+            raise DataError(
+                f"{part.sources[0].path} has too few rows ({num_rows}) to hold some out: give eval.path=FILE or eval.path=none"
+            )
     per_source = [np.flatnonzero(usable & (units.sources == i)) for i in range(len(part.sources))]
     return np.concatenate(mixture(per_source, part.sources, seed)), evaluated
 
@@ -178,14 +190,18 @@ class _Collected:
         self._trained.close()
 
         def joined(name: str, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
-            return np.concatenate([np.zeros(0, dtype=dtype), *(getattr(result, name) for _, _, result in self.results)]).astype(dtype)
+            return np.concatenate(
+                [np.zeros(0, dtype=dtype), *(getattr(result, name) for _, _, result in self.results)]
+            ).astype(dtype)
 
         lengths = joined("lengths", np.int64)
         rows: Sequence[npt.NDArray[np.int64]] = [result.unit_rows + first for _, first, result in self.results]
         return Units(
             folder=self.folder,
             rows=np.concatenate([np.zeros(0, dtype=np.int64), *rows]),
-            sources=np.concatenate([np.zeros(0, dtype=np.int64), *(np.full(len(r.unit_rows), s) for s, _, r in self.results)]),
+            sources=np.concatenate(
+                [np.zeros(0, dtype=np.int64), *(np.full(len(r.unit_rows), s) for s, _, r in self.results)]
+            ),
             numbers=joined("unit_numbers", np.int64),
             hashes=joined("unit_hashes", np.uint64),
             values=joined("unit_values", np.float32),

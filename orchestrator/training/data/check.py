@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.config.data import DataConfig
+from orchestrator.dataset.examples import Chat, Example, Plain
 from orchestrator.dataset.faults import Fault, FaultList
-from orchestrator.dataset.formats import Chat, Example, Plain, parse_row
+from orchestrator.dataset.formats import parse_row
 from orchestrator.dataset.order import permutation, steps_per_epoch
 from orchestrator.dataset.parts import Part, plan_parts
 from orchestrator.dataset.prepared import Statistics
@@ -51,6 +52,8 @@ class DataReport:
     statistics: Statistics
     evaluation_statistics: Statistics | None
     steps_per_epoch: int
+    fillers: int
+    """Places of the last batch of an epoch that no row fills; they train nothing."""
     histogram: tuple[tuple[int, int, int], ...]
     """(from, up to and with, documents) by length in tokens."""
     checked_rows: int
@@ -85,6 +88,7 @@ def check_data(
         statistics=prepared.train_statistics,
         evaluation_statistics=prepared.evaluation_statistics,
         steps_per_epoch=steps_per_epoch(rows.rows, global_size),
+        fillers=-rows.rows % global_size,
         histogram=histogram(np.diff(rows.document_offsets)[np.unique(rows.segment_documents)]),
         checked_rows=len(sample),
         shown=tuple(shown),
@@ -119,7 +123,9 @@ def _source_examples(rows: PreparedRows, part: Part, sample: Sequence[int]) -> d
     return examples
 
 
-def _documents(rows: PreparedRows, index: int, facts: TokenizerFacts) -> Iterator[tuple[int, tuple[Piece, ...], list[int]]]:
+def _documents(
+    rows: PreparedRows, index: int, facts: TokenizerFacts
+) -> Iterator[tuple[int, tuple[Piece, ...], list[int]]]:
     """(document, its pieces, its tokens) of a trainable row, out of the very batch that the loop would get."""
     batch = rows.batch([index])
     segments = slice(int(rows.row_offsets[index]), int(rows.row_offsets[index + 1]))

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.config.data import DataFormat
+from orchestrator.dataset.examples import Example, Prompt
 from orchestrator.dataset.faults import Fault, FaultList
-from orchestrator.dataset.formats import Example, Prompt
 from orchestrator.dataset.reading import parse_line, read_rows
 from orchestrator.dataset.sources import known_kind, parse_or_fault
 from orchestrator.training.data.encode import Encoded, Encoder, encode_examples
@@ -142,7 +142,9 @@ def encode_chunk(chunk: Chunk, context: ChunkContext) -> ChunkResult:
 
 def example_hash(example: Example) -> int:
     """64 bits that are the same for rows with the same words."""
-    return int.from_bytes(hashlib.blake2b(repr(example).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(repr(example).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )
 
 
 @dataclass(slots=True)
@@ -163,13 +165,21 @@ class _Units:
     faults: FaultList = field(default_factory=FaultList)
 
     def add(
-        self, row: int, where: str, number: int, example: Example, documents: tuple[Encoded, ...] | NotRendered, encoder: Encoder
+        self,
+        row: int,
+        where: str,
+        number: int,
+        example: Example,
+        documents: tuple[Encoded, ...] | NotRendered,
+        encoder: Encoder,
     ) -> None:
         if isinstance(documents, NotRendered):
             self.faults.add(Fault(documents.code, where, str(documents)))
             return
         is_prompt = isinstance(example.documents[0], Prompt)
-        fault = next((found for document in documents if (found := document_fault(document, where, encoder, is_prompt))), None)
+        fault = next(
+            (found for document in documents if (found := document_fault(document, where, encoder, is_prompt))), None
+        )
         if fault is not None:
             self.faults.add(fault)
             return
@@ -227,5 +237,3 @@ def document_fault(document: Encoded, where: str, encoder: Encoder, is_prompt: b
     if document.num_straddling:
         return Fault("trained_prompt", where, f"has {document.num_straddling} tokens that are part prompt, part answer")
     return None
-
-

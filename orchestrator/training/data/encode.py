@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.config.data import DataConfig
-from orchestrator.dataset.formats import Chat, Example, Plain, Prompt
+from orchestrator.dataset.examples import Chat, Example, Plain, Prompt
 from orchestrator.errors import DataError
 from orchestrator.training.data.spans import NotRendered, Rendered, Turns, learn_turns, only_last, render_chat
 from orchestrator.training.data.template import DEFAULT_TEMPLATE, ChatTemplate, TemplateRefused, check_date
@@ -25,6 +25,10 @@ Ids = npt.NDArray[np.uint32]
 Trained = npt.NDArray[np.bool_]
 
 
+UNCUT = 2**40
+"""No document is cut where packing itself splits them over rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoder:
     """Everything that decides how an example becomes tokens; small and plain, so that it travels to worker processes."""
@@ -34,6 +38,7 @@ class Encoder:
     turns: Turns
     loss_on: Literal["answers", "last_answer", "all"]
     max_length: int
+    """Tokens after which a document is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,8 @@ def make_encoder(facts: TokenizerFacts, config: DataConfig) -> Encoder:
     check_date(config.template_date)
     template = ChatTemplate(template_source(facts, config), facts.special_tokens, config.template_date)
     special = [token.content for token in core_tokenizer(facts.core).get_added_tokens_decoder().values()]
-    return Encoder(facts, template, learn_turns(template, special), config.loss_on, config.max_length)
+    max_length = UNCUT if config.packing == "split" else config.max_length
+    return Encoder(facts, template, learn_turns(template, special), config.loss_on, max_length)
 
 
 def template_source(facts: TokenizerFacts, config: DataConfig) -> str:
@@ -138,8 +144,12 @@ def _plan(document: Chat | Plain | Prompt, encoder: Encoder) -> _Plan:
     if isinstance(document, Plain):
         text = document.prompt + document.completion
         start = 0 if everything else len(document.prompt)
-        return _Plan(text, ((start, len(text)),), begins=True, ends=True, num_open_ends=int(encoder.facts.eos_id is None))
-    rendered: Rendered = render_chat(only_last(document) if encoder.loss_on == "last_answer" else document, encoder.template, encoder.turns)
+        return _Plan(
+            text, ((start, len(text)),), begins=True, ends=True, num_open_ends=int(encoder.facts.eos_id is None)
+        )
+    rendered: Rendered = render_chat(
+        only_last(document) if encoder.loss_on == "last_answer" else document, encoder.template, encoder.turns
+    )
     spans = ((0, len(rendered.text)),) if everything else rendered.spans
     return _Plan(rendered.text, spans, begins=False, ends=False, num_open_ends=rendered.num_open_ends)
 

@@ -19,8 +19,8 @@ from orchestrator.cache import locked
 from orchestrator.config.data import DataConfig
 from orchestrator.dataset.faults import SHOWN_FAULTS, Fault, told
 from orchestrator.dataset.key import PreparedKey, changed_components
-from orchestrator.dataset.parts import Part, plan_parts
-from orchestrator.dataset.prepared import EVALUATION, PreparedFolder, Statistics, is_prepared, read_meta
+from orchestrator.dataset.parts import Part, plan_parts, prepared_folders
+from orchestrator.dataset.prepared import PreparedFolder, Statistics, is_prepared, read_meta
 from orchestrator.errors import DataError
 
 Say = Callable[[str], None]
@@ -89,8 +89,7 @@ def estimate_seconds(config: DataConfig, *, tokenizer_folder: Path, cache: Path,
 
 
 def _prepared(root: Path, parts: tuple[Part, ...], *, was_hit: bool) -> Prepared:
-    train = root / parts[0].digest
-    evaluation = root / parts[1].digest if len(parts) > 1 else train / EVALUATION if parts[0].splits else None
+    train, evaluation = prepared_folders(root, parts)
     train_meta = read_meta(train)
     evaluation_meta = None if evaluation is None else read_meta(evaluation)
     return Prepared(
@@ -129,7 +128,9 @@ def _prepare(part: Part, build: Build) -> None:
                 return
             changed = changed_components(root, PreparedKey(part.key))
             if changed:
-                build.say(f"preparing {part.role} rows; against the most alike prepared set, other {'; '.join(changed)}")
+                build.say(
+                    f"preparing {part.role} rows; against the most alike prepared set, other {'; '.join(changed)}"
+                )
             building = _fresh_folder(root, part.digest)
             try:
                 build_rows(
@@ -177,7 +178,9 @@ def _truncation(root: Path, part: Part, config: DataConfig, say: Say) -> list[st
     if number <= TRUNCATION_LIMIT * statistics.source_rows:
         return []
     share = number / statistics.source_rows
-    what = f"{number} of {statistics.source_rows} rows ({share:.1%}) lose trained tokens to max_length={config.max_length}"
+    what = (
+        f"{number} of {statistics.source_rows} rows ({share:.1%}) lose trained tokens to max_length={config.max_length}"
+    )
     if config.truncation == "accept":
         say(f"warning: {what} (truncation=accept)")
         return []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from orchestrator.dataset.faults import told
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -15,7 +13,7 @@ TRAINED_START, TRAINED_END = "⟦", "⟧"
 
 
 def print_report(report: DataReport, console: Console) -> None:
-    """Three rows as the loss sees them, the table, and the faults."""
+    """Three rows as the loss sees them, the table, and the lengths. Faults are told by `faults.told`, as errors."""
     from rich.table import Table
 
     for row in report.shown:
@@ -27,8 +25,6 @@ def print_report(report: DataReport, console: Console) -> None:
     console.print(table)
     for line in histogram_lines(report):
         console.print(line, highlight=False, markup=False)
-    for line in told(report.faults, dict(report.fault_counts)):
-        console.print(line, style="red", highlight=False, markup=False)
 
 
 def _print_row(row: ShownRow, console: Console) -> None:
@@ -57,9 +53,13 @@ def table_rows(report: DataReport) -> list[tuple[str, str]]:
         ("longest row, tokens", f"{counted.longest_tokens:,}"),
         ("packing efficiency", f"{counted.packing_efficiency:.4f}"),
         ("steps per epoch", f"{report.steps_per_epoch:,}"),
+        ("fillers in the last step of an epoch", f"{report.fillers:,}"),
         ("rows looked at", f"{report.checked_rows:,}"),
     ]
-    rows += [(f"not used: {name.removeprefix('dropped_').replace('_', ' ')}", f"{count:,}") for name, count in counted.dropped.items()]
+    rows += [
+        (f"not used: {name.removeprefix('dropped_').replace('_', ' ')}", f"{count:,}")
+        for name, count in counted.dropped.items()
+    ]
     if report.evaluation_statistics is not None:
         held_out = report.evaluation_statistics
         rows.append(("held-out rows, trained tokens", f"{held_out.units:,}, {held_out.trained_tokens:,}"))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.dataset.formats import Chat, Message
+from orchestrator.dataset.examples import Chat, Message
 from orchestrator.training.data.template import (
     CONTENT_END,
     CONTENT_START,
@@ -88,7 +88,9 @@ def _shared_start(prompt: str, text: str, start: int) -> str:
     """What `prompt` and `text` have in common from `start` on, where they are the same before."""
     if prompt[:start] != text[:start]:
         return ""
-    until = next((k for k in range(start, min(len(prompt), len(text))) if prompt[k] != text[k]), min(len(prompt), len(text)))
+    until = next(
+        (k for k in range(start, min(len(prompt), len(text))) if prompt[k] != text[k]), min(len(prompt), len(text))
+    )
     return text[start:until]
 
 
@@ -109,7 +111,9 @@ def render_chat(chat: Chat, template: ChatTemplate, turns: Turns) -> Rendered:
     try:
         text, marked = template.render_with_marks(chat.messages, chat.tools, add_generation_prompt=False)
     except TemplateRefused as refusal:
-        raise NotRendered("messages", f"are refused by the chat template: {refusal}", code="template_refused") from refusal
+        raise NotRendered(
+            "messages", f"are refused by the chat template: {refusal}", code="template_refused"
+        ) from refusal
     spans: list[tuple[int, int]] = []
     num_open = 0
     answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -142,7 +146,9 @@ def _refuse_marks(chat: Chat) -> None:
     for i, message in enumerate(chat.messages):
         content = message["content"]
         if any(mark in content for mark in MARKS):
-            raise NotRendered(f"messages[{i}].content", "holds a Unicode noncharacter (U+FDD0..U+FDD3)", code="bad_text")
+            raise NotRendered(
+                f"messages[{i}].content", "holds a Unicode noncharacter (U+FDD0..U+FDD3)", code="bad_text"
+            )
 
 
 def _close(text: str, span: tuple[int, int], turns: Turns) -> tuple[int, int, bool]:
@@ -195,7 +201,9 @@ def _start_by_prompt(chat: Chat, i: int, text: str, template: ChatTemplate) -> i
     if not text.startswith(history) or not prompt.startswith(history):
         return None
     header, rest = prompt[len(history) :], text[len(history) :]
-    shared = next((k for k, (a, b) in enumerate(zip(header, rest, strict=False)) if a != b), min(len(header), len(rest)))
+    shared = next(
+        (k for k, (a, b) in enumerate(zip(header, rest, strict=False)) if a != b), min(len(header), len(rest))
+    )
     line_end = header.rfind("\n", 0, shared) + 1
     return len(history) + line_end if line_end else None
 
@@ -269,7 +277,11 @@ def _open_end(chat: Chat, i: int, text: str, start: int, template: ChatTemplate)
         until = ""
     if len(until) > start and text.startswith(until):
         return len(until)
-    raise NotRendered(f"messages[{i}]", "ends at no certain place: the chat template closes it with no special token", code="lost_answer")
+    raise NotRendered(
+        f"messages[{i}]",
+        "ends at no certain place: the chat template closes it with no special token",
+        code="lost_answer",
+    )
 
 
 def _prove(message: Message, i: int, found: str) -> None:
@@ -280,7 +292,9 @@ def _prove(message: Message, i: int, found: str) -> None:
     words = content.strip()[-48:]
     if words in found:
         return
-    raise NotRendered(f"messages[{i}].content", "is not what the chat template renders as this answer", code="lost_answer")
+    raise NotRendered(
+        f"messages[{i}].content", "is not what the chat template renders as this answer", code="lost_answer"
+    )
 
 
 def only_last(chat: Chat) -> Chat:

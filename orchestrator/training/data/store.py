@@ -100,8 +100,13 @@ class Units:
         lengths = np.diff(self.offsets)[documents]
         for name in ("tokens", "trained"):
             array = np.load(self.folder / f"{name}.npy", mmap_mode="r")
-            save_array(folder, name, np.concatenate([array[self.offsets[d] : self.offsets[d + 1]] for d in documents.tolist()]))
-        picked = {name: getattr(self, name)[chosen] for name in ("rows", "sources", "numbers", "hashes", "values", "cut", "cut_trained")}
+            save_array(
+                folder, name, np.concatenate([array[self.offsets[d] : self.offsets[d + 1]] for d in documents.tolist()])
+            )
+        picked = {
+            name: getattr(self, name)[chosen]
+            for name in ("rows", "sources", "numbers", "hashes", "values", "cut", "cut_trained")
+        }
         return Units(
             folder=folder,
             extras=tuple(self.extras[unit] for unit in chosen.tolist()) if self.extras else (),
@@ -129,7 +134,9 @@ class Store:
         return replace(self, folder=self.folder / name, digest=f"{self.digest}-{name}")
 
 
-def write_store(store: Store, units: Units, chosen: Ints | None, *, source_rows: int, dropped: Mapping[str, int]) -> None:
+def write_store(
+    store: Store, units: Units, chosen: Ints | None, *, source_rows: int, dropped: Mapping[str, int]
+) -> None:
     """Everything but tokens.npy and trained.npy, which are there; meta.json last. `chosen` None takes every unit once."""
     picked = np.arange(len(units.rows)) if chosen is None else chosen
     classes, values = _classes(units) if store.kind == "class" else ((), units.values)
@@ -224,11 +231,20 @@ def _write_extras(folder: Path, extras: tuple[str, ...]) -> None:
         return
     lines = [extra.encode() for extra in extras]
     write_synced(folder / "extras.jsonl", (line + b"\n" for line in lines))
-    save_array(folder, "extra_offsets", np.concatenate([[0], np.cumsum([len(line) + 1 for line in lines])]).astype(np.int64))
+    save_array(
+        folder, "extra_offsets", np.concatenate([[0], np.cumsum([len(line) + 1 for line in lines])]).astype(np.int64)
+    )
 
 
 def _statistics(
-    store: Store, units: Units, picked: Ints, row_lengths: Ints, row_trained: Ints, *, source_rows: int, dropped: Mapping[str, int]
+    store: Store,
+    units: Units,
+    picked: Ints,
+    row_lengths: Ints,
+    row_trained: Ints,
+    *,
+    source_rows: int,
+    dropped: Mapping[str, int],
 ) -> Statistics:
     per_unit = units.documents_per_unit
     tokens = int(row_lengths.sum())
@@ -250,5 +266,3 @@ def _statistics(
         longest_tokens=longest,
         packing_efficiency=efficiency(row_lengths, len(row_lengths), room),
     )
-
-

@@ -41,13 +41,21 @@ class ChatTemplate:
     today: str
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] | None, *, add_generation_prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        *,
+        add_generation_prompt: bool,
     ) -> str:
         """The text of a conversation. Raises TemplateRefused with the template's own words."""
         return self.render_with_marks(messages, tools, add_generation_prompt=add_generation_prompt)[0]
 
     def render_with_marks(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] | None, *, add_generation_prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        *,
+        add_generation_prompt: bool,
     ) -> tuple[str, Spans]:
         """The text, and the character spans that stood between `{% generation %}` marks."""
         import jinja2
@@ -105,7 +113,9 @@ def _compile(source: str, today: str) -> Any:
         def _marked(self, caller: Callable[[], str]) -> str:
             return f"{MARK_START}{caller()}{MARK_END}"
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, loopcontrols]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = datetime.fromisoformat(today).strftime

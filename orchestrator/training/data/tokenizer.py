@@ -42,7 +42,9 @@ def load_facts(folder: Path) -> TokenizerFacts:
     is_plain = config.get("tokenizer_class", "PreTrainedTokenizerFast") in PLAIN_CLASSES
     adds = any(config.get(key) is not None for key in ("add_bos_token", "add_eos_token"))
     if (folder / "tokenizer.json").is_file() and is_plain and not adds:
-        return _facts((folder / "tokenizer.json").read_text(), _special_tokens(folder, config), _template(folder, config))
+        return _facts(
+            (folder / "tokenizer.json").read_text(), _special_tokens(folder, config), _template(folder, config)
+        )
     return _through_transformers(folder)
 
 
@@ -95,7 +97,11 @@ def is_splittable(core: str) -> bool:
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    return ids("\nx") == ids("\n") + ids("x") and ids("x y") == ids("x") + ids(" y") and ids("x\ny") == ids("x\n") + ids("y")
+    return (
+        ids("\nx") == ids("\n") + ids("x")
+        and ids("x y") == ids("x") + ids(" y")
+        and ids("x\ny") == ids("x\n") + ids("y")
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""What a row of any format becomes, and how a faulty one is told; must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that goes through the chat template; `trained[i]` says whether message i is learnt."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] | None
+    trained: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Text that goes past the chat template: `completion` is learnt, `prompt` is not."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt to generate from; nothing is learnt of it directly."""
+
+    messages: tuple[Message, ...] | None
+    tools: tuple[dict[str, Any], ...] | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of a file: one document, or two (chosen, rejected), with what comes along."""
+
+    documents: tuple[Chat | Plain | Prompt, ...]
+    value: float | None = None
+    """Margin of a preference, label (0 or 1) of a feedback, class of a classification."""
+    extra: str | None = None
+    """JSON of what a reward needs of the row (reference answers)."""
+
+
+class RowProblem(Exception):
+    """One row cannot be used: `field` of it is `found` where `expected` should stand; `code` names the fault."""
+
+    def __init__(self, field: str, found: str, expected: str, *, code: str = "wrong_type") -> None:
+        self.field, self.found, self.expected, self.code = field, found, expected, code
+        super().__init__(f"{field} {found}, {expected} expected")
+
+
+def kind_of(value: object) -> str:
+    """A value's type in the words of a user."""
+    if value is None:
+        return "is null"
+    if isinstance(value, bool):
+        return f"is {str(value).lower()}"
+    if isinstance(value, (int, float)):
+        return f"is the number {value}"
+    if isinstance(value, str):
+        return "is text" if value.strip() else "is empty"
+    if isinstance(value, list):
+        return "is a list"
+    if isinstance(value, dict):
+        return "is an object"
+    return f"is of type {type(value).__name__}"
+
+
+def text_of(row: Row, field: str, *, name: str | None = None, empty: bool = False) -> str:
+    if field not in row:
+        raise RowProblem(name or field, "is missing", "text", code="missing_field")
+    value = row[field]
+    if not isinstance(value, str):
+        raise RowProblem(name or field, kind_of(value), "text")
+    if not empty and not value.strip():
+        raise RowProblem(name or field, "is empty", "text", code="empty_message")
+    return value
+
+
+def optional_text_of(row: Row, field: str, *, name: str | None = None) -> str:
+    return "" if row.get(field) is None else text_of(row, field, name=name, empty=True)
