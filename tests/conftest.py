@@ -22,6 +22,8 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         expected = path.read_text(encoding="utf-8") if path.exists() else ""
-        assert text == expected, f"{path} differs: if the change is meant, run pytest --refresh-golden and read the diff"
+        assert text == expected, (
+            f"{path} differs: if the change is meant, run pytest --refresh-golden and read the diff"
+        )
 
     return compare

@@ -196,7 +196,7 @@ FAMILIES = {
         Family(
             "qwen3",
             QWEN3,
-            (*CHATML_SPECIALS, "<think>", "</think>"),
+            (*CHATML_SPECIALS, "<think>", "</think>", "<tool_call>", "</tool_call>"),
             None,
             "<|im_end|>",
             _qwen3_learnt,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from orchestrator.errors import DataError
 
-DATA_VERSION = 2
+DATA_VERSION = 3
 """Part of every digest. Raise it with any change of the code that changes a single prepared token; a golden test watches."""
 META = "meta.json"
 EVALUATION = "evaluation"

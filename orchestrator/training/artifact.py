@@ -125,7 +125,10 @@ def _open_adapter(base: PreTrainedModel, folder: Path) -> torch.nn.Module:
     settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = True
     model = get_peft_model(base, settings)  # type: ignore[arg-type]
-    report: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+    try:
+        report: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())[:300]}") from None
     lost = [name for name in report.missing_keys if "lora_" in name]
     if lost or report.unexpected_keys:
         raise CheckpointError(f"{folder}: PEFT misses {lost[:5]} and does not know {list(report.unexpected_keys)[:5]}")

@@ -87,7 +87,8 @@ def test_over_its_time_limit_it_saves_and_goes_on(cluster: Cluster, tmp_path: Pa
     spec = make_slurm_spec(tmp_path, settings={"steps": 750}, cluster=site)
     job = cluster.submit(spec)
     assert cluster.wait(job, seconds=240) == "COMPLETED"
-    assert attempts_of(spec) == {1: "stopped", 2: "finished"}
+    states = list(attempts_of(spec).values())  # how many depends on when Slurm sends the signal
+    assert states[-1] == "finished" and states[:-1] == ["stopped"] * (len(states) - 1) and len(states) > 1
     assert steps_of(spec) == list(range(1, 751))
     assert "USR2 received" in log_of(spec)
 

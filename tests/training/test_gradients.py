@@ -67,7 +67,7 @@ def test_trl_computes_the_same_loss_and_gradient(place: Path, whole: dict[str, t
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    (prepared,) = {path.parent for path in (place / "cache").glob("*/meta.json")}
+    (prepared,) = {path.parent for path in (place / "cache").rglob("meta.json")}
     rows = PreparedRows.open(prepared)
     batch = rows.batch(BatchOrder(rows.rows, GLOBAL_SIZE, 0).global_batch(0))
     lengths = {int(length) for length in (batch.labels_BT != -100).sum(1)}

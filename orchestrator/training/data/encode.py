@@ -14,9 +14,10 @@ import numpy.typing as npt
 from orchestrator.config.data import DataConfig
 from orchestrator.dataset.examples import Chat, Example, Plain, Prompt
 from orchestrator.errors import DataError
-from orchestrator.training.data.spans import NotRendered, Rendered, Turns, learn_turns, only_last, render_chat
+from orchestrator.training.data.spans import NotRendered, Rendered, only_last, render_chat
 from orchestrator.training.data.template import DEFAULT_TEMPLATE, ChatTemplate, TemplateRefused, check_date
 from orchestrator.training.data.tokenizer import TokenizerFacts, core_tokenizer, is_splittable
+from orchestrator.training.data.turns import Turns, learn_turns
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

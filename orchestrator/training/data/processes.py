@@ -61,7 +61,8 @@ def _start(context: ChunkContext) -> subprocess.Popen[bytes]:
         env={**environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     assert worker.stdin is not None
-    send(worker.stdin, context)
+    with suppress(BrokenPipeError):  # it died at once: whoever asks it first tells
+        send(worker.stdin, context)
     return worker
 
 

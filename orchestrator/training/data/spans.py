@@ -9,8 +9,6 @@ Four ways, the exact ones first; each result is proven against the text before i
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +22,7 @@ from orchestrator.training.data.template import (
     TemplateRefused,
     take_marks,
 )
+from orchestrator.training.data.turns import Turns
 
 
 class NotRendered(Exception):
@@ -35,20 +34,6 @@ class NotRendered(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
-    """What a template puts around an answer, learnt by rendering a probe."""
-
-    ends: tuple[str, ...]
-    """The special tokens that close an answer; empty where the template closes it with none."""
-    before: str
-    """Text between the generation prompt and the content, such as a space."""
-    given: str
-    """Text at the start of the template's own marks that the generation prompt already holds: a model is given it."""
-    refused: str | None
-    """Why the template refuses the simplest conversation, or None."""
-
-
-@dataclass(frozen=True, slots=True)
 class Rendered:
     """A conversation's text, its learnt character spans (ascending, apart), and whether each ends with a turn end."""
 
@@ -56,53 +41,6 @@ class Rendered:
     spans: tuple[tuple[int, int], ...]
     num_open_ends: int
     """Learnt answers that no special token closes."""
-
-
-_QUESTION, _ANSWER = "Qjxz", "Ajxz"
-
-
-def learn_turns(template: ChatTemplate, special_texts: Sequence[str]) -> Turns:
-    """Renders a probe conversation and reads what stands around its answers."""
-    user, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
-    try:
-        single, marked = template.render_with_marks([user, answer], None, add_generation_prompt=False)
-        prompt = template.render([user], None, add_generation_prompt=True)
-    except TemplateRefused as refusal:
-        return Turns((), "", "", str(refusal))
-    tails = [single.rpartition(_ANSWER)[2]]
-    try:
-        double = template.render([user, answer, user, answer], None, add_generation_prompt=False)
-        tails.append(double.split(_ANSWER)[1].split(_QUESTION)[0])
-    except (TemplateRefused, IndexError):
-        pass  # templates for one turn only
-    tails += _tool_call_tails(template, user)
-    pattern = re.compile("|".join(re.escape(text) for text in sorted(special_texts, key=len, reverse=True)) or "(?!)")
-    found = [match.group() for tail in tails if (match := pattern.search(tail))]
-    continues = single.startswith(prompt)
-    before = single[len(prompt) : single.rfind(_ANSWER)] if continues else ""
-    given = _shared_start(prompt, single, marked[-1][0]) if marked else ""
-    return Turns(tuple(dict.fromkeys(found)), before, given, None)
-
-
-def _shared_start(prompt: str, text: str, start: int) -> str:
-    """What `prompt` and `text` have in common from `start` on, where they are the same before."""
-    if prompt[:start] != text[:start]:
-        return ""
-    until = next(
-        (k for k in range(start, min(len(prompt), len(text))) if prompt[k] != text[k]), min(len(prompt), len(text))
-    )
-    return text[start:until]
-
-
-def _tool_call_tails(template: ChatTemplate, user: Message) -> list[str]:
-    """What follows a tool call, where the template knows tool calls (some close it with a token of its own)."""
-    call = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "f", "arguments": {"x": _ANSWER}}}
-    message = {"role": "assistant", "content": "", "tool_calls": [call]}
-    try:
-        text = template.render([user, message], None, add_generation_prompt=False)
-    except TemplateRefused:
-        return []
-    return [text.rpartition(_ANSWER)[2]] if _ANSWER in text else []
 
 
 def render_chat(chat: Chat, template: ChatTemplate, turns: Turns) -> Rendered:
@@ -285,16 +223,12 @@ def _open_end(chat: Chat, i: int, text: str, start: int, template: ChatTemplate)
 
 
 def _prove(message: Message, i: int, found: str) -> None:
-    """Raises where the found text does not hold the answer's last words."""
+    """Raises where the found text does not hold the answer's last words and the names of its tool calls."""
     content: str = message["content"]
-    if not content.strip():
+    names = [call["function"]["name"] for call in message.get("tool_calls", [])]
+    if content.strip()[-48:] in found and all(name in found for name in names):
         return
-    words = content.strip()[-48:]
-    if words in found:
-        return
-    raise NotRendered(
-        f"messages[{i}].content", "is not what the chat template renders as this answer", code="lost_answer"
-    )
+    raise NotRendered(f"messages[{i}]", "is not what the chat template renders as this answer", code="lost_answer")
 
 
 def only_last(chat: Chat) -> Chat:
