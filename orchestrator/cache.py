@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,13 @@ def cache_folder(scratch: str | None = None) -> Path:
     if chosen:
         return Path(chosen).expanduser().resolve()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orchestrator"
+
+
+def compiled_folder() -> Path:
+    """Where compiled extensions of one Python environment are kept: two environments that share a folder would compile anew in turns."""
+    name = hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "orchestrator" / "torch_extensions" / name
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from orchestrator.cli import run_folder_argument
 from orchestrator.commands import freeze_run, load_config, planned_run
 from orchestrator.config.run import RunConfig
 from orchestrator.dataset.ledger import audit as audit_ledger
-from orchestrator.dataset.order import steps_per_epoch
+from orchestrator.dataset.order import make_order
 from orchestrator.dataset.prepared import PreparedFolder
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, ConfigError
 from orchestrator.facts import gather, validate_data
@@ -81,9 +81,10 @@ def _audit_stage(config: RunConfig, name: str, files: StageFolder) -> int:
     if not files.samples.is_dir():
         raise ConfigError(f"{files.root}: no {files.samples.name}/ to audit; stages.{name}.ledger=true writes it")
     rows = PreparedFolder(Path(read_json(files.prepared)["train"]))
-    per_epoch = steps_per_epoch(rows.rows, config.stages[name].batch.global_size)
+    stage = config.stages[name]
+    order = make_order(stage.data, lengths=rows.lengths, global_size=stage.batch.global_size, seed=config.seeds.data)
     omitted: list[int] = read_json(files.rollbacks)["omitted"] if files.rollbacks.exists() else []
-    found = audit_ledger(files.samples, rows, steps_per_epoch=per_epoch, skipped_steps=frozenset(omitted))
+    found = audit_ledger(files.samples, rows, steps_per_epoch=order.steps_per_epoch, skipped_steps=frozenset(omitted))
     print(
         f"{name}: {found.steps} steps over {found.rows:,} rows, {found.whole_epochs} whole epochs, attempts "
         f"{list(found.attempts)}, ranks {list(found.world_sizes)}, {found.replayed_steps} steps replayed"

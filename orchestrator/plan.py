@@ -169,7 +169,7 @@ def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_d
 
 
 def _steps_per_epoch(stage: Stage, data: DataFacts) -> int | None:
-    if data.train_rows is None or stage.data.packing != "none":
+    if data.train_rows is None or stage.data.packing != "none" or stage.data.tokens_per_batch is not None:
         return None
     return steps_per_epoch(data.train_rows, stage.batch.global_size)
 

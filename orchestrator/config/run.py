@@ -117,6 +117,11 @@ def _batch_problems(config: RunConfig) -> list[str]:
                 f"processes) = {per_pass}; {stage.batch.global_size} / {per_pass} = "
                 f"{stage.batch.global_size / per_pass:.3g}; try stages.{name}.batch.global_size={allowed}"
             )
+    problems += [
+        f"stages.{name}.data.tokens_per_batch: a micro-batch is one batch of the budget; type stages.{name}.batch.micro_size=1"
+        for name, stage in config.stages.items()
+        if stage.data.tokens_per_batch is not None and stage.batch.micro_size != 1
+    ]
     return problems
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from orchestrator.architecture import read_architecture
 from orchestrator.config.stages import SftStage
 from orchestrator.dataset.ledger import Ledger, ledger_path
-from orchestrator.dataset.order import BatchOrder
+from orchestrator.dataset.order import make_order
 from orchestrator.errors import EXIT_SAVED
 from orchestrator.flops import flops_per_token
 from orchestrator.schedule import total_steps
@@ -67,13 +67,7 @@ def run(context: Context) -> int:
 def assemble(context: Context, runtime: Runtime, record: Record) -> tuple[Job, Held | None, Checkpointer, Progress]:
     config, stage = context.config, context.stage
     rows = PreparedRows.open(context.train_data, pad_to_multiple_of=stage.data.pad_to_multiple_of)
-    order = BatchOrder(
-        rows.rows,
-        stage.batch.global_size,
-        config.seeds.data,
-        lengths=rows.lengths,
-        group_by_length=stage.data.group_by_length,
-    )
+    order = make_order(stage.data, lengths=rows.lengths, global_size=stage.batch.global_size, seed=config.seeds.data)
     steps = total_steps(max_steps=stage.max_steps, epochs=stage.epochs, steps_per_epoch=order.steps_per_epoch)
     record.total_steps = steps
     set_seed(config.seeds.weights)

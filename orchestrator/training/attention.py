@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch.nn import functional
 
+from orchestrator.errors import ConfigError
 from orchestrator.training.attention_blocks import attend_in_blocks, plan_groups
 
 DOCUMENTS = "documents"
@@ -81,13 +82,14 @@ def documents_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of [B, heads, T, head_dim] queries; returns [B, T, heads, head_dim].
 
-    With a mask, a cache or one query it is transformers' sdpa; else causal within each document.
+    With a mask, a cache or one query it is transformers' sdpa; else causal within each document. Raises ConfigError for
+    architectures whose attention is more than that.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = is_causal if is_causal is not None else cast("bool", getattr(module, "is_causal", True))
-    is_plain = attention_mask is None and causal and query.shape[2] == key.shape[2] and query.shape[2] > 1
-    if not is_plain or settings.get("position_bias") is not None:
+    _refuse_unknown(settings, is_packed=settings.get("cu_seq_lens_q") is not None, causal=causal)
+    if attention_mask is not None or not causal or query.shape[2] != key.shape[2] or query.shape[2] == 1:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **settings
         )
@@ -102,6 +104,18 @@ def documents_attention(
     if query.dtype == torch.float32 or dropout > 0.0:
         return _one_by_one(query, key, value, edges, scale, dropout), None
     return _in_blocks(query, key, value, edges, scale), None
+
+
+def _refuse_unknown(settings: dict[str, Any], *, is_packed: bool, causal: bool) -> None:
+    """What would be left out in silence is refused."""
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if settings.get(name) is not None]
+    if is_packed and not causal:
+        unknown.append("attention in both directions over packed rows")
+    if unknown:
+        raise ConfigError(
+            f"model.attention={DOCUMENTS} does not compute {', '.join(unknown)}, which this architecture asks for: "
+            "set model.attention=eager"
+        )
 
 
 def boundaries_of(position_ids: torch.Tensor | None, num_rows: int, length: int) -> torch.Tensor:
@@ -140,8 +154,10 @@ def _varlen(
     longest: int | None,
     scale: float,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return _one_by_one(query, key, value, tuple(cast("list[int]", boundaries.tolist())), scale, 0.0)
     B, _, T, _ = query.shape
     edges = boundaries.to(device=query.device, dtype=torch.int32)
     most = longest if longest is not None else T

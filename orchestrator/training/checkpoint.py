@@ -103,7 +103,7 @@ class Checkpointer:
 
         ConfigError where a setting that matters changed; CheckpointError where the probe's loss does not come out again.
         """
-        found = newest_proven(self._subject.runtime, self._context.folder, self._record.event)
+        found = newest_proven(self._subject.runtime, self._context.folder, self._tell)
         if found is None:
             return None
         progress = self._restored(found)
@@ -118,7 +118,7 @@ class Checkpointer:
         """Goes back to before the streak of faults and leaves its data out; None where no checkpoint is that old."""
         self._writer.wait(for_newer=True)
         streak = progress.health.streak
-        found = newest_proven(self._subject.runtime, self._context.folder, self._record.event, before=streak[0])
+        found = newest_proven(self._subject.runtime, self._context.folder, self._tell, before=streak[0])
         if found is None:
             return None
         earlier = self._restored(found)
@@ -138,6 +138,13 @@ class Checkpointer:
         """Waits for the last save; the newest step that this attempt proved."""
         self._writer.close()
         return self._writer.proven_step
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        """A checkpoint that was moved aside, to the record and the log."""
+        self._record.event(event, **facts)
+        self._record.say(
+            f"warning: the checkpoint of step {facts['step']} is not used: {facts['why'][0]}; it is in {facts['moved_to']}"
+        )
 
     def _tell_space(self) -> None:
         """What the checkpoints will take, beside what is free."""
@@ -237,7 +244,7 @@ class Checkpointer:
         folder = self._context.folder
         for newer in checkpoints.saved_steps(folder):
             if newer > step:
-                checkpoints.quarantine(folder, newer, [f"a rollback went back to step {step}"], self._record.event)
+                checkpoints.quarantine(folder, newer, [f"a rollback went back to step {step}"], self._tell)
 
 
 def _is_installed(name: str) -> bool:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from orchestrator.config.stages import SftStage
-from orchestrator.dataset.order import BatchOrder
+from orchestrator.dataset.order import Order
 from orchestrator.errors import TrainingFailed
 from orchestrator.schedule import learning_rate_factor
 from orchestrator.training.data.rows import Batch, PreparedRows
@@ -35,7 +35,7 @@ class Job:
     loss: Loss
     stage: SftStage
     rows: PreparedRows
-    order: BatchOrder
+    order: Order
     steps: int
     flops_per_token: float | None
     peak_flops: float | None

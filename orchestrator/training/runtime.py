@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+from orchestrator.cache import compiled_folder
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps
 from orchestrator.errors import ConfigError
 from orchestrator.zero import deepspeed_dict
@@ -128,6 +129,7 @@ def _uses_cpu(config: RunConfig) -> bool:
 
 
 def _deepspeed_plugin(settings: Any) -> Any:
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(compiled_folder()))
     from accelerate.utils import DeepSpeedPlugin
 
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=settings["zero_optimization"]["stage"] == 3)

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from orchestrator.errors import ConfigError
 from orchestrator.training import attention, attention_blocks
 from orchestrator.training.data.prepare import ensure_prepared
 from orchestrator.training.data.rows import IGNORED, Batch, PreparedRows
@@ -335,6 +336,17 @@ def test_blocks_by_finite_differences() -> None:
             )
     finally:
         attention_blocks.KEPT_TOKENS = saved
+
+
+def test_what_an_architecture_asks_for_beyond_it_is_refused(folder: Path) -> None:
+    """A soft cap that is left out in silence would be another model."""
+    query = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ConfigError, match=r"does not compute softcap.*set model\.attention=eager"):
+        attention.documents_attention(torch.nn.Identity(), query, query, query, None, softcap=30.0)
+    with pytest.raises(ConfigError, match="both directions over packed rows"):
+        attention.documents_attention(
+            torch.nn.Identity(), query, query, query, None, is_causal=False, cu_seq_lens_q=torch.tensor([0, 4])
+        )
 
 
 def test_generation_is_that_of_sdpa(folder: Path) -> None:

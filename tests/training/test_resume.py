@@ -6,6 +6,7 @@ The whole grid (three methods x four shardings x five moves) is `benchmarks/resu
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,6 @@ def same_ranks(place: Place) -> Place:
     accepted = {**lr, "stages__sft__checkpoint__accept_changes": ["stages.sft.optimizer"]}
     other = make_place(place.root / "other", rows=50)
     rows = {"stages__sft__data__train__path": str(other.root / "rows.jsonl")}
-    (place.root / "wider").mkdir()
     cells += [
         Cell(
             run=str(place.branch("full-none", "lr", step=CUT, **lr)),
@@ -75,6 +75,7 @@ def same_ranks(place: Place) -> Place:
         ),
         Cell(run=str(place.branch("full-none", "lr-accepted", step=CUT, **accepted)), attempt=2),
         Cell(run=str(place.branch("full-none", "rows", step=CUT, **rows)), expect="stages.sft.data: "),
+        Cell(run=str(_damaged(place)), attempt=2),
         Cell(run=str(_with_other_base(place)), expect="its loss on the probe's rows is"),
         Cell(
             run=str(place.branch("eight-zero2", "eight-moved", step=CUT, sharding=_sharding(place, "zero1"))),
@@ -83,6 +84,17 @@ def same_ranks(place: Place) -> Place:
     ]
     train(place, cells, ranks=2)
     return place
+
+
+def _damaged(place: Place) -> Path:
+    """A run that finds the checkpoints of steps 4 and 6; one bit of the newer one has flipped."""
+    run = place.branch("full-zero2", "damaged", step=CUT)
+    newer = place.stage("damaged").checkpoint(6)
+    shutil.copytree(place.stage("full-zero2").checkpoint(6), newer)
+    content = bytearray((newer / checkpoints.rank_file(1)).read_bytes())
+    content[-100] ^= 1
+    (newer / checkpoints.rank_file(1)).write_bytes(content)
+    return run
 
 
 def _with_other_base(place: Place) -> Path:
@@ -183,6 +195,15 @@ def _assert_goes_on(
     assert all(moved[step][key] == straight[step][key] for step in steps for key in ("lr", "rows_digest"))
     (event,) = place.events(run, "resume")
     assert (event["world_size"], event["micro_batches_per_rank"]) == (ranks, micro_batches)
+
+
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_taken(same_ranks: Place) -> None:
+    rows, straight = same_ranks.rows("damaged"), same_ranks.rows("full-zero2")
+    assert sorted(rows) == [5, 6, 7, 8] and all(rows[step]["loss"] == straight[step]["loss"] for step in rows)
+    (event,) = same_ranks.events("damaged", "quarantine")
+    assert event["step"] == 6 and "rank-00001.safetensors: its sha256" in str(event["why"])
+    assert (same_ranks.stage("damaged").quarantine / "step-00000006.1").is_dir()
+    assert checkpoints.saved_steps(same_ranks.stage("damaged")) == [4, 6, 8], "6 and 8 are new ones"
 
 
 def test_an_accepted_change_goes_on_with_the_new_value(same_ranks: Place) -> None:

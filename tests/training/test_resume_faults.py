@@ -147,10 +147,11 @@ def _assert_bit_equal(place: Place, name: str, *, attempt: int) -> None:
 
 
 @pytest.fixture
-def small_disk(place: Place) -> Iterator[Path]:
+def small_disk(tmp_path: Path) -> Iterator[Place]:
     """A file system of three MiB under all that the run `full` writes: checkpoints, metrics, events."""
     if os.geteuid() != 0:
         pytest.skip("a small file system needs root")
+    place = make_place(tmp_path)
     folder = place.stage("full").root
     folder.mkdir(parents=True)
     mounted = subprocess.run(
@@ -158,11 +159,11 @@ def small_disk(place: Place) -> Iterator[Path]:
     )
     if mounted.returncode != 0:
         pytest.skip("this machine mounts nothing")
-    yield folder
+    yield place
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_stops_no_training(place: Place, small_disk: Path) -> None:
+def test_a_full_disk_stops_no_training(small_disk: Place) -> None:
     """Space for one checkpoint: the second fails until somebody makes room; every later one is written again."""
     words = (
         "tuning=full",
@@ -170,9 +171,10 @@ def test_a_full_disk_stops_no_training(place: Place, small_disk: Path) -> None:
         "stages.sft.checkpoint.retries=400",
         "stages.sft.checkpoint.retry_seconds=0.05",
     )
+    place = small_disk
     run = place.make("full", *words, ranks=1)
     place.make("roomy", "tuning=full", ranks=1)
-    ballast = small_disk / "ballast"
+    ballast = place.stage("full").root / "ballast"
     ballast.write_bytes(b"0" * int(2.3 * MEBIBYTE))
     running = subprocess.Popen(
         command([Cell(run=str(run)), Cell(run=str(place.run("roomy")))], ranks=1), env=environment(place), cwd=place.root,
