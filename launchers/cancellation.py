@@ -35,17 +35,28 @@ def cancel_jobs(
             sleep(_LOOK_SECONDS)
             waited += _LOOK_SECONDS
             alive = _alive(specs, also, run=run)
-        waited = 0.0
-        while alive:
-            cancel(list(alive), run=run)
-            sleep(_LOOK_SECONDS)
-            waited += _LOOK_SECONDS
-            alive = _alive(specs, also, run=run)
-            if alive and waited > _VERIFY_SECONDS:
-                raise LaunchError(f"These jobs would not go: {', '.join(alive)}; ask the operators of the cluster.")
+        _end(specs, also, alive, run=run, sleep=sleep)
     except SlurmError as error:
         raise LaunchError(str(error)) from error
     return query(_job_ids(specs, also), run=run)
+
+
+def _end(
+    specs: Sequence[JobSpec],
+    also: Sequence[str],
+    alive: dict[str, JobFacts],
+    *,
+    run: Run,
+    sleep: Callable[[float], None],
+) -> None:
+    waited = 0.0
+    while alive:
+        cancel(list(alive), run=run)
+        sleep(_LOOK_SECONDS)
+        waited += _LOOK_SECONDS
+        alive = _alive(specs, also, run=run)
+        if alive and waited > _VERIFY_SECONDS:
+            raise LaunchError(f"These jobs would not go: {', '.join(alive)}; ask the operators of the cluster.")
 
 
 def _job_ids(specs: Sequence[JobSpec], also: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from launchers.shell import common_values, describe_size, read_part
-from launchers.spec import InvalidValueError, JobSpec, Script, check
+from launchers.spec import ClusterSettings, InvalidValueError, JobSpec, Script, check
 from launchers.torchrun import is_direct
 from slurm.job import Header, InvalidJobError, find_problems, render_header
 from slurm.job import render as render_job
@@ -64,17 +64,8 @@ exec bash "${{scripts[SLURM_ARRAY_TASK_ID]}}"
 def make_header(spec: JobSpec) -> Header:
     """The #SBATCH facts of a job; what has no value although Slurm needs one is refused."""
     cluster = spec.cluster
-    missing = [
-        f"cluster.{field} is not set: launcher=slurm needs it, because sites differ in what they take for it."
-        for field, value in {
-            "cpus_per_task": cluster.cpus_per_task,
-            "memory": cluster.memory,
-            "time_limit": cluster.time_limit,
-        }.items()
-        if value is None
-    ]
     if cluster.cpus_per_task is None or cluster.memory is None or cluster.time_limit is None:
-        raise InvalidValueError("\n".join(missing))
+        raise InvalidValueError("\n".join(_missing(cluster)))
     return Header(
         name=spec.name,
         output=f"{spec.log_directory.replace('%', '%%')}/slurm-%j.log",
@@ -95,3 +86,12 @@ def make_header(spec: JobSpec) -> Header:
         stop_lead_seconds=cluster.stop_lead_seconds,
         extra=cluster.extra_sbatch,
     )
+
+
+def _missing(cluster: ClusterSettings) -> list[str]:
+    needed = {"cpus_per_task": cluster.cpus_per_task, "memory": cluster.memory, "time_limit": cluster.time_limit}
+    return [
+        f"cluster.{field} is not set: launcher=slurm needs it, because sites differ in what they take for it."
+        for field, value in needed.items()
+        if value is None
+    ]

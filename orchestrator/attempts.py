@@ -34,6 +34,8 @@ EXIT_OF_WORD: dict[Word, int] = {
     "retry": EXIT_DEFECT,
     "stop": EXIT_DO_NOT_RESTART,
 }
+MACHINE_LOST = 255
+"""What a script reports of an attempt whose end nobody saw: free, like a preemption."""
 NEVER_RETRIED = (EXIT_USER, EXIT_DO_NOT_RESTART)
 
 
@@ -115,12 +117,14 @@ def decide(folder: StageFolder, config: RunConfig, attempt: Attempt) -> Decision
     if folder.result.exists():
         return Decision(word="finished", why="result.json is there", exit_code=EXIT_DONE)
     history = read_attempts(folder)
-    stops = [entry for entry in history if entry.state == "stopped"]
-    failures = [entry for entry in history if entry.state == "failed"]
-    if attempt.state == "stopped":
-        if len(stops) > config.launcher.max_preemptions:
-            return _give_up(f"it was stopped {len(stops)} times, {config.launcher.max_preemptions} are allowed")
-        return Decision(word="requeue", why=attempt.why, exit_code=EXIT_SAVED)
+    free = [entry for entry in history if _is_free(entry)]
+    failures = [entry for entry in history if entry.state == "failed" and not _is_free(entry)]
+    if _is_free(attempt):
+        if len(free) > config.launcher.max_preemptions:
+            return _give_up(f"it was stopped {len(free)} times, {config.launcher.max_preemptions} are allowed")
+        if attempt.state == "stopped":
+            return Decision(word="requeue", why=attempt.why, exit_code=EXIT_SAVED)
+        return Decision(word="retry", why=attempt.why, exit_code=EXIT_DEFECT)
     if attempt.exit_code in NEVER_RETRIED:
         return Decision(word="stop", why=attempt.why, exit_code=attempt.exit_code)
     if len(failures) > config.launcher.max_failures:
@@ -130,13 +134,18 @@ def decide(folder: StageFolder, config: RunConfig, attempt: Attempt) -> Decision
     return Decision(word="retry", why=attempt.why, exit_code=EXIT_DEFECT)
 
 
+def _is_free(attempt: Attempt) -> bool:
+    """A stop on request, or a machine that was lost: not the job's fault."""
+    return attempt.state == "stopped" or attempt.exit_code == MACHINE_LOST
+
+
 def _give_up(why: str) -> Decision:
     return Decision(word="stop", why=why, exit_code=EXIT_DO_NOT_RESTART)
 
 
 def _no_progress(history: list[Attempt]) -> bool:
     """The last two attempts failed, and the later one got no further than the earlier one."""
-    if len(history) < 2 or any(entry.state != "failed" for entry in history[-2:]):
+    if len(history) < 2 or any(_is_free(entry) or entry.state == "finished" for entry in history[-2:]):
         return False
     return (history[-1].step or 0) <= (history[-2].step or 0)
 

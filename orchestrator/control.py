@@ -10,12 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from orchestrator.errors import EXIT_DONE, ConfigError, LaunchFailed
+from launchers.cancellation import cancel_jobs
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import EXIT_DONE, ConfigError
+from orchestrator.jobs import job_spec
 from orchestrator.rundir import RunFolder, StageFolder, write_text
-from orchestrator.status import StageStatus, find_runs, pipeline_of, stage_statuses, table_of
-from orchestrator.submission import live_job
-from slurm.client import ask_to_stop
-from slurm.client import cancel as cancel_jobs
+from orchestrator.status import find_runs, pipeline_of, stage_statuses, table_of
+from orchestrator.submission import jobs_of
 
 WATCH_SECONDS = 2.0
 LOG_LINES = 40
@@ -54,24 +55,18 @@ def show_logs(run: RunFolder, *, stage: str | None, node: int | None, follow: bo
     return EXIT_DONE
 
 
-def cancel(run: RunFolder) -> int:
+def cancel(run: RunFolder, config: RunConfig) -> int:
     """Asks every unfinished stage to save and end; after a minute Slurm ends what is left, and that is checked."""
-    unfinished = [run.stage(name) for name in pipeline_of(run) if not run.stage(name).result.exists()]
-    jobs = [job for files in unfinished if (job := live_job(files)) is not None]
-    for files in unfinished:
-        if files.root.is_dir():
-            write_text(files.stop, "cancel\n")
-            print(f"{files.root.name}: asked to save and end at its next step")
-    if not jobs:
-        return EXIT_DONE
-    cancel_jobs(_waiting_jobs(run))
-    ask_to_stop(jobs)
-    if not _all_ended(run, GENTLE_SECONDS):
-        print("it goes on after a minute: ending it at once")
-        cancel_jobs(jobs)
-    if not _all_ended(run, GENTLE_SECONDS):
-        raise LaunchFailed(f"Slurm still has {', '.join(jobs)}; see squeue")
-    print(f"ended: {', '.join(jobs)}")
+    unfinished = [name for name in config.pipeline if not run.stage(name).result.exists()]
+    for name in unfinished:
+        if run.stage(name).root.is_dir():
+            write_text(run.stage(name).stop, "cancel\n")
+            print(f"{name}: asked to save and end at its next step")
+    jobs = [job for name in unfinished for job in jobs_of(run.stage(name))]
+    if jobs:
+        specs = [job_spec(config, name) for name in unfinished]
+        for job, facts in cancel_jobs(specs, also=jobs, gentle_seconds=GENTLE_SECONDS).items():
+            print(f"job {job} {facts.sentence}")
     return EXIT_DONE
 
 
@@ -97,21 +92,3 @@ def _follow(run: RunFolder, file: Path) -> None:
             if not text and all(status.state in ENDED for status in stage_statuses([run])):
                 return
             time.sleep(0.0 if text else WATCH_SECONDS)
-
-
-def _waiting_jobs(run: RunFolder) -> list[str]:
-    """Jobs that have not begun: nothing of theirs has to be saved."""
-    return [status.job for status in stage_statuses([run]) if status.job is not None and status.state == "waiting"]
-
-
-def _all_ended(run: RunFolder, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not any(_has_live_job(status) for status in stage_statuses([run])):
-            return True
-        time.sleep(WATCH_SECONDS)
-    return False
-
-
-def _has_live_job(status: StageStatus) -> bool:
-    return status.job is not None and status.state in ("waiting", "running", "unknown")

@@ -38,9 +38,11 @@ def logs(arguments: Sequence[str]) -> int:
 
 def cancel(arguments: Sequence[str]) -> int:
     """Asks every unfinished stage to save and end; what does not, is ended."""
+    from orchestrator.commands import load_config
     from orchestrator.control import cancel as cancel_run
 
-    return cancel_run(RunFolder(run_folder_argument(arguments, "cancel")))
+    run = RunFolder(run_folder_argument(arguments, "cancel"))
+    return cancel_run(run, load_config(run))
 
 
 def generate(arguments: Sequence[str]) -> int:

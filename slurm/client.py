@@ -33,17 +33,13 @@ def submit(
     The token marks the job (--comment). It is looked up before each try, so that neither a frozen controller nor a
     killed client makes a second job. Raises SlurmError when refused, NoAnswerError after the patience.
     """
-    if not _TOKEN.match(token):
-        raise SlurmError(f"The token is {token!r}: 8 to 200 letters, digits and _.:- are needed.")
-    argv = ["sbatch", "--parsable", f"--comment={token}"]
-    if after_success_of is not None:
-        argv += [f"--dependency=afterok:{after_success_of}", "--kill-on-invalid-dep=yes"]
+    argv = _submission_argv(script_path, token, after_success_of)
     waited, pause = 0.0, 2.0
     while True:
         found, certain = find_by_token(token, run=run)
         if found is not None:
             return found
-        answer = run([*argv, script_path], _CALL_SECONDS) if certain else Answer(None, "", "squeue gave no answer")
+        answer = run(argv, _CALL_SECONDS) if certain else Answer(None, "", "squeue gave no answer")
         job_id = answer.output.strip().split(";")[0]
         if answer.exit_code == 0 and job_id.isdigit():
             return job_id
@@ -54,6 +50,15 @@ def submit(
             raise NoAnswerError(f"{sentence}; run the same command again: the token {token} prevents a second job.")
         sleep(pause)
         waited, pause = waited + pause, min(pause * 2, 60.0)
+
+
+def _submission_argv(script_path: str, token: str, after_success_of: str | None) -> list[str]:
+    if not _TOKEN.match(token):
+        raise SlurmError(f"The token is {token!r}: 8 to 200 letters, digits and _.:- are needed.")
+    argv = ["sbatch", "--parsable", f"--comment={token}"]
+    if after_success_of is not None:
+        argv += [f"--dependency=afterok:{after_success_of}", "--kill-on-invalid-dep=yes"]
+    return [*argv, script_path]
 
 
 def find_by_token(token: str, *, run: Run = run_command) -> tuple[str | None, bool]:

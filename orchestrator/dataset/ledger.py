@@ -33,7 +33,7 @@ class Ledger:
 
     def __init__(self, path: Path, *, attempt: int, rank: int, world_size: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
+        is_torn = _ends_within_a_line(path)
         self._file: IO[str] = path.open("a", encoding="utf-8")
         if is_torn:  # this rank was killed while it wrote: what follows must not be joined to the rest of that line
             self._file.write("\n")
@@ -47,6 +47,14 @@ class Ledger:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"
 
 
 def ledger_path(folder: Path, rank: int) -> Path:
