@@ -259,7 +259,7 @@ def bench_check(path: Path, columns: dict[str, str]) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def bench_train(path: Path, columns: dict[str, str], rounds: int, length: int) -> None:
+def bench_train(path: Path, columns: dict[str, str], rounds: int, length: int, tokens: int) -> None:
     """Trained tokens/s of LoRA on SmolLM2-135M, bf16: padded, grouped by length, packed with a dense mask, packed by document."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -274,7 +274,6 @@ def bench_train(path: Path, columns: dict[str, str], rounds: int, length: int) -
     folder, scratch = base_folder(), Path(tempfile.mkdtemp(prefix="data-benchmark-"))
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
-    tokens = 8 * length
 
     def rows_of(**changes: Any) -> PreparedRows:
         config = data_config(path, columns, max_length=length, truncation="accept", **changes)
@@ -289,14 +288,14 @@ def bench_train(path: Path, columns: dict[str, str], rounds: int, length: int) -
         def work() -> int:
             model.set_attn_implementation(implementation)
             seen = learnt = 0
-            while seen < tokens / 2:
+            while seen < tokens:
                 indices = order.global_batch(next(steps))
                 for micro in indices.reshape(-1, 1) if packing != "none" else [indices]:
                     batch = rows.batch(micro)
                     token_cross_entropy_sum(model(**batch.model_inputs()).logits, batch.labels_BT).backward()
                     seen += batch.num_tokens
                     learnt += batch.num_trained_tokens
-                    if seen >= tokens / 2:
+                    if seen >= tokens:
                         break
             model.zero_grad()
             return learnt
@@ -324,6 +323,7 @@ def main() -> int:
     parser.add_argument("--columns", type=json.loads, default={"instruction": "question", "output": "answer"})
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=2048, help="real tokens of one measurement of `train`")
     options = parser.parse_args()
     match options.what:
         case "prepare":
@@ -336,7 +336,7 @@ def main() -> int:
         case "check":
             bench_check(options.file, options.columns)
         case "train":
-            bench_train(options.file, options.columns, options.rounds, options.length)
+            bench_train(options.file, options.columns, options.rounds, options.length, options.tokens)
     return 0
 
 

@@ -141,7 +141,11 @@ def adapter_names(
     """Names and shapes that the saved folder must hold for these trained parameters."""
     if isinstance(config.tuning, FullTuning):
         return {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    return {name.replace(".default", ""): tuple(tensor.shape) for name, tensor in weights.items()}
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(model, state_dict=dict(weights))
+    assert len(saved) == len(weights), "PEFT saves every trained parameter under a name of its own"
+    return {name: tuple(tensor.shape) for name, tensor in saved.items()}
 
 
 def _tensor_problems(name: str, tensor: torch.Tensor) -> list[str]:
