@@ -1,13 +1,13 @@
 """JobSpec -> Slurm job script, alone or as an array; pure."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from launchers.shell import common_values, describe_size, read_part
 from launchers.spec import ClusterSettings, InvalidValueError, JobSpec, Script, check
 from launchers.torchrun import is_direct
-from slurm.job import Header, InvalidJobError, find_problems, render_header
+from slurm.job import Header, InvalidJobError, Template, find_problems, render_header
 from slurm.job import render as render_job
 
 
@@ -25,11 +25,26 @@ def render(spec: JobSpec) -> Script:
         "max_preemptions": str(cluster.max_preemptions),
         "max_failures": str(cluster.max_failures),
     }
+    return Script(path=spec.script_path, text=_render_job(spec, body, "template.sbatch"))
+
+
+def render_task(spec: JobSpec) -> Script:
+    """The .sbatch script of one process without ranks and attempts: the command runs once. Raises InvalidValueError."""
+    check(spec)
+    names = ("name", "command", "container", "working_directory", "script_path", "exports", "setup")
+    values = common_values(spec)
+    body = {name: values[name] for name in names} | {
+        "title": f"{spec.stage} of {spec.name}: one process under Slurm.",
+        "secrets_file": shlex.quote(spec.secrets_file or ""),
+    }
+    return Script(path=spec.script_path, text=_render_job(spec, body, "task.sbatch"))
+
+
+def _render_job(spec: JobSpec, body: Mapping[str, str], template: Template) -> str:
     try:
-        text = render_job(make_header(spec), body=body)
+        return render_job(make_header(spec), body=body, template=template)
     except InvalidJobError as error:
         raise InvalidValueError(str(error)) from error
-    return Script(path=spec.script_path, text=text)
 
 
 def render_array(

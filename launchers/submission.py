@@ -55,6 +55,48 @@ def submit_chain(
     return tuple(job_ids)
 
 
+@dataclass(frozen=True)
+class Array:
+    """One stage of several runs, ready to be submitted as a job array; task i is the i-th spec."""
+
+    specs: Sequence[JobSpec]
+    scripts: Sequence[Script]
+    array_script: Script
+    token: str
+
+
+def submit_arrays(
+    arrays: Sequence[Array],
+    *,
+    record: Callable[[Array, str], None],
+    after_success_of: str | None = None,
+    run: Run = run_command,
+) -> tuple[str, ...]:
+    """Submit arrays one behind the other: each task waits for the same task of the array before. Raises LaunchError."""
+    try:
+        for array in arrays:
+            for spec, script in zip(array.specs, array.scripts, strict=True):
+                _prepare(Stage(spec, script, array.token))
+            Path(array.array_script.path).parent.mkdir(parents=True, exist_ok=True)
+            check_submission(str(write(array.array_script)), run=run)
+        job_ids: list[str] = []
+        for array in arrays:
+            before = job_ids[-1] if job_ids else after_success_of
+            job_ids.append(
+                submit_script(
+                    array.array_script.path,
+                    token=array.token,
+                    after_success_of=before,
+                    task_by_task=bool(job_ids),
+                    run=run,
+                )
+            )
+            record(array, job_ids[-1])
+    except (SlurmError, OSError) as error:
+        raise LaunchError(str(error)) from error
+    return tuple(job_ids)
+
+
 def read_jobs(log_directory: str | Path) -> tuple[str, ...]:
     """Every job that has worked on the stage or was chained to it, oldest first; the last one counts."""
     with suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -84,6 +85,26 @@ def package_gguf(package: str) -> Path | None:
     return files[0] if files else None
 
 
+def dequantised_folder(gguf: Path, cache: Path) -> Path:
+    """Where a GGUF file's weights lie, or will lie, as safetensors: named by the hash of the file."""
+    with open(gguf, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return cache / "models" / f"{gguf.stem}-{digest[:16]}"
+
+
+def local_folder(model: ModelConfig, cache: Path) -> Path | None:
+    """The folder of the base where it is on this machine already; None where it must be made or downloaded first."""
+    base = find_base(model)
+    if base.source == "folder":
+        return Path(base.place)
+    if base.source == "package":
+        gguf = package_gguf(base.place)
+        assert gguf is not None, "find_base saw it"
+        folder = dequantised_folder(gguf, cache)
+        return folder if folder.is_dir() else None
+    return next(iter(_snapshots(model)), None)
+
+
 def hub_is_offline() -> bool:
     """Whether the user switched the hub off."""
     return any(
@@ -127,11 +148,14 @@ def _tensor_faults(file: Path) -> list[str]:
 
 
 def _cached_architecture(model: ModelConfig) -> Architecture | None:
-    """Reads a config.json that an earlier download left in the hub's cache; never asks the network."""
+    snapshot = next(iter(_snapshots(model)), None)
+    return None if snapshot is None else read_architecture(snapshot)
+
+
+def _snapshots(model: ModelConfig) -> list[Path]:
+    """Folders that earlier downloads left in the hub's cache; never asks the network."""
     home = Path(
         os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub"
     )
     snapshots = home / f"models--{model.base.replace('/', '--')}" / "snapshots"
-    for config in sorted(snapshots.glob("*/config.json")) if snapshots.is_dir() else []:
-        return read_architecture(config.parent)
-    return None
+    return [config.parent for config in sorted(snapshots.glob("*/config.json"))] if snapshots.is_dir() else []

@@ -26,7 +26,7 @@ python -m orchestrator [VERB] [overrides | RUN_DIR]     takes a pretrained langu
   run       check, plan, launch; continues an unfinished run (the default verb)
   plan      print stages, data, steps, memory per GPU; format=json for machines; nothing is submitted
   check     the whole look before the spend, through the code that trains: rows, masks, one tiny backward
-  prepare   tokenise and pack the data as a CPU job of its own
+  prepare   tokenise and pack the data as a CPU job of its own (RUN_DIR, or overrides)
   render    write the scripts into the run folder and print them; nothing is submitted
   status    RUN_DIR: where a run stands (or a folder of runs); --watch keeps a live table
   logs      RUN_DIR: the last lines of its newest log; -f follows it, --stage S, --node N
@@ -38,6 +38,7 @@ python -m orchestrator [VERB] [overrides | RUN_DIR]     takes a pretrained langu
   doctor    the machine, the versions; what works, first cause of what does not
 
   Overrides are Hydra's: +experiment=NAME, group=choice, key=value. --config-dir DIR adds a folder of your own.
+  -m makes one run of each combination of values: -m stages.sft.optimizer.lr=1e-4,2e-4 (for run, plan and render).
   Experiments: {experiments}
 
   python -m orchestrator +experiment=llama_lora                         the main job

@@ -14,13 +14,15 @@ from launchers.cancellation import cancel_jobs
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import EXIT_DONE, ConfigError
 from orchestrator.jobs import job_spec
-from orchestrator.rundir import RunFolder, StageFolder, write_text
+from orchestrator.rundir import PREPARATION, RunFolder, StageFolder, write_text
 from orchestrator.status import find_runs, pipeline_of, stage_statuses, table_of
 from orchestrator.submission import jobs_of
 
 WATCH_SECONDS = 2.0
 LOG_LINES = 40
 GENTLE_SECONDS = 60.0
+PIPED_WIDTH = 200
+"""Characters of a line that goes to a file or another program."""
 ENDED = ("finished", "stopped", "failed", "lost")
 
 
@@ -29,7 +31,7 @@ def show_status(folder: Path, *, watch: bool) -> int:
     runs = find_runs(folder)
     if not runs:
         raise ConfigError(f"{folder} holds no run: neither run.json nor NAME/run.json is there")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     statuses = stage_statuses(runs)
     if not watch:
         console.print(table_of(statuses))
@@ -62,7 +64,7 @@ def cancel(run: RunFolder, config: RunConfig) -> int:
         if run.stage(name).root.is_dir():
             write_text(run.stage(name).stop, "cancel\n")
             print(f"{name}: asked to save and end at its next step")
-    jobs = [job for name in unfinished for job in jobs_of(run.stage(name))]
+    jobs = [job for name in (PREPARATION, *unfinished) for job in jobs_of(run.stage(name))]
     if jobs:
         specs = [job_spec(config, name) for name in unfinished]
         for job, facts in cancel_jobs(specs, also=jobs, gentle_seconds=GENTLE_SECONDS).items():
@@ -72,13 +74,17 @@ def cancel(run: RunFolder, config: RunConfig) -> int:
 
 def _stages(run: RunFolder, stage: str | None) -> Sequence[str]:
     pipeline = pipeline_of(run)
+    if stage == PREPARATION and run.stage(PREPARATION).logs.is_dir():
+        return (PREPARATION,)
     if stage is not None and stage not in pipeline:
         raise ConfigError(f"--stage {stage}: the run has {', '.join(pipeline)}")
     return pipeline if stage is None else (stage,)
 
 
 def _newest_log(files: StageFolder, node: int) -> Path | None:
+    """The newest attempt's log; the job's own, where it has begun no attempt."""
     logs = sorted(files.logs.glob(f"node-{node}.attempt-*.log"), key=lambda file: int(file.stem.rsplit("-", 1)[1]))
+    logs = logs or sorted(files.logs.glob("slurm-*.log"), key=lambda file: file.stat().st_mtime)
     return logs[-1] if logs else None
 
 

@@ -24,7 +24,7 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
     base = _attempt(partial(find_base, config.model), problems)
     if base is not None and base.architecture is not None:
         problems += adapter_problems(base.architecture, config.tuning)
-    sources = {name: _sources(name, stage.data) for name, stage in config.stages.items() if name in config.pipeline}
+    sources = {name: sources_of(name, stage.data) for name, stage in config.stages.items() if name in config.pipeline}
     looks = {
         key: _attempt(partial(inspect, source, field=key), problems)
         for named in sources.values()
@@ -41,7 +41,7 @@ def validate_data(config: RunConfig) -> None:
     """Reads every local row of every stage; DataError names file, line and field of each bad one."""
     problems: list[str] = []
     for name in config.pipeline:
-        for key, source in _sources(name, config.stages[name].data).items():
+        for key, source in sources_of(name, config.stages[name].data).items():
             if inspect(source, field=key).rows is not None:
                 _attempt(partial(validate_rows, source, field=key), problems)
     if problems:
@@ -57,7 +57,7 @@ def _attempt(look: Callable[[], Result], problems: list[str]) -> Result | None:
         return None
 
 
-def _sources(name: str, data: DataConfig) -> dict[str, SourceConfig]:
+def sources_of(name: str, data: DataConfig) -> dict[str, SourceConfig]:
     """Everything that a stage reads, by the key that names it."""
     field = f"stages.{name}.data"
     sources = {f"{field}.train": data.train}

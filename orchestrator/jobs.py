@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from launchers import local, sbatch, torchrun
@@ -12,7 +13,7 @@ from orchestrator.cache import cache_folder
 from orchestrator.config.model import NoSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.plan import run_directory_of, script_path
-from orchestrator.rundir import RunFolder
+from orchestrator.rundir import PREPARATION, RunFolder
 
 
 def job_spec(config: RunConfig, stage: str) -> JobSpec:
@@ -42,6 +43,29 @@ def job_spec(config: RunConfig, stage: str) -> JobSpec:
     )
 
 
+def preparation_spec(config: RunConfig) -> JobSpec:
+    """One process without GPUs that prepares the data of every stage."""
+    run = RunFolder(run_directory_of(config))
+    folder = run.stage(PREPARATION)
+    spec = job_spec(config, config.pipeline[0])
+    examine = "orchestrator.training.examine"
+    return replace(
+        spec,
+        name=f"{config.name}-{PREPARATION}",
+        stage=PREPARATION,
+        command=(spec.python, "-m", examine, "prepare", str(run.run), "--result", str(folder.result)),
+        script_path=str(folder.script),
+        stage_directory=str(folder.root),
+        attempts_directory=str(folder.attempts),
+        result_file=str(folder.result),
+        stop_file=str(folder.stop),
+        log_directory=str(folder.logs),
+        nodes=1,
+        processes_per_node=1,
+        cluster=_preparation_settings(config),
+    )
+
+
 def secrets_file(run_directory: Path) -> Path:
     """Where keys and tokens wait for a Slurm job, readable by the user alone: outside of the run folder."""
     name = hashlib.sha256(str(run_directory).encode()).hexdigest()[:16]
@@ -58,6 +82,30 @@ def render(config: RunConfig, stage: str) -> Script:
             return torchrun.render(spec)
         case "slurm":
             return sbatch.render(spec)
+
+
+def render_scripts(config: RunConfig) -> list[Script]:
+    """The script of every stage, and what starts it on every node over ssh where torchrun has several. Pure."""
+    scripts = [render(config, stage) for stage in config.pipeline]
+    if config.launcher.kind == "torchrun" and config.cluster.nodes > 1:
+        scripts += [torchrun.render_launch_all(job_spec(config, stage)) for stage in config.pipeline]
+    return scripts
+
+
+def _preparation_settings(config: RunConfig) -> ClusterSettings:
+    """The site's settings without GPUs; a partition of its own has other nodes, to which its constraints do not apply."""
+    prepare, settings = config.cluster.prepare, _settings(config)
+    if prepare.partition is not None:
+        settings = replace(settings, partition=prepare.partition, constraint=None, exclude=(), extra_sbatch=())
+    return replace(
+        settings,
+        gpu_request="none",
+        gpus_per_node=0,
+        gpu_type=None,
+        cpus_per_task=prepare.cpus_per_task or settings.cpus_per_task,
+        memory=prepare.memory or settings.memory,
+        time_limit=prepare.time_limit or settings.time_limit,
+    )
 
 
 def _settings(config: RunConfig) -> ClusterSettings:

@@ -13,16 +13,18 @@ from pathlib import Path
 
 from launchers.process import launch
 from orchestrator.cli import run_folder_argument
-from orchestrator.commands import freeze_run, load_config, planned_run
+from orchestrator.commands import load_config, planned_run
 from orchestrator.config.run import RunConfig
 from orchestrator.dataset.ledger import audit as audit_ledger
 from orchestrator.dataset.order import make_order
 from orchestrator.dataset.prepared import PreparedFolder
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, ConfigError
+from orchestrator.execution import freeze_run
 from orchestrator.facts import gather, validate_data
 from orchestrator.jobs import job_spec, render
 from orchestrator.plan import make_plan
 from orchestrator.rundir import RunFolder, StageFolder, read_json
+from orchestrator.submission import submit_preparation
 from orchestrator.verify import Running, print_proof
 from orchestrator.verify import verify_resume as prove_resume
 
@@ -35,10 +37,18 @@ def check(arguments: Sequence[str]) -> int:
 
 
 def prepare(arguments: Sequence[str]) -> int:
-    """Tokenises and packs the data of every stage; a run then only maps it."""
-    config, _ = planned_run(arguments)
-    validate_data(config)
-    return _examine("prepare", config, {})
+    """Tokenises and packs the data of every stage, here or in a Slurm job without GPUs; a run then only maps it."""
+    if len(arguments) == 1 and Path(arguments[0]).is_dir():
+        config = load_config(RunFolder(run_folder_argument(arguments, "prepare")))
+        planned = None
+    else:
+        config, planned = planned_run(arguments)
+    if config.launcher.kind != "slurm":
+        validate_data(config)
+        return _examine("prepare", config, {})
+    if planned is not None:
+        freeze_run(config, planned, [render(config, stage) for stage in config.pipeline])
+    return submit_preparation(config)
 
 
 def audit(arguments: Sequence[str]) -> int:

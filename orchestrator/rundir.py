@@ -16,6 +16,8 @@ from orchestrator.config.base import JsonValue
 from orchestrator.errors import CheckpointError, RunFolderError
 
 MANIFEST = "MANIFEST.json"
+PREPARATION = "prepare"
+"""Name of the job that prepares the data of a run; no stage may have it."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -88,6 +90,11 @@ class StageFolder:
     def submission(self) -> Path:
         """Token and job id of the newest submission to Slurm."""
         return self.root / "submission.json"
+
+    @property
+    def script(self) -> Path:
+        """The script of the job that prepares data; those of the stages lie in scripts/."""
+        return self.root / "job.sbatch"
 
     @property
     def wandb(self) -> Path:

@@ -13,7 +13,7 @@ from orchestrator.attempts import Attempt, read_attempts
 from orchestrator.freezing import read_config
 from orchestrator.metrics.console import Progressed, duration
 from orchestrator.metrics.jsonl import Row, last_attempt_rows, number_of, read_rows
-from orchestrator.rundir import RunFolder, StageFolder
+from orchestrator.rundir import PREPARATION, RunFolder, StageFolder
 from orchestrator.submission import jobs_of
 from slurm.query import JobFacts, query
 
@@ -42,7 +42,7 @@ class StageStatus:
 
 def stage_statuses(folders: Sequence[RunFolder]) -> list[StageStatus]:
     """Every stage of every run, with one squeue call for all of them."""
-    stages = [(run, name, run.stage(name)) for run in folders for name in pipeline_of(run)]
+    stages = [(run, name, run.stage(name)) for run in folders for name in _rows_of(run)]
     jobs = {files.root: jobs_of(files)[-1:] for _, _, files in stages if not files.result.exists()}
     facts = query([job for newest in jobs.values() for job in newest])
     return [_status(run, name, files, _facts_of(jobs.get(files.root, ()), facts)) for run, name, files in stages]
@@ -52,6 +52,12 @@ def pipeline_of(run: RunFolder) -> tuple[str, ...]:
     """The stages of a run, from its frozen configuration."""
     stages = read_config(run).get("pipeline")
     return tuple(str(stage) for stage in stages) if isinstance(stages, list) else ()
+
+
+def _rows_of(run: RunFolder) -> tuple[str, ...]:
+    """The stages, after the job that prepares their data where there is one."""
+    stages = pipeline_of(run)
+    return (PREPARATION, *stages) if run.stage(PREPARATION).submission.exists() else stages
 
 
 def find_runs(folder: Path) -> list[RunFolder]:

@@ -43,7 +43,9 @@ def parse_word(text: str) -> Override:
             f"{text!r} is no override ({reason}); type key=value or group=choice, quoted for the shell"
         ) from None
     if parsed.is_sweep_override():
-        raise ConfigError(f"{text!r} holds several values; give one, or a list in brackets: key=[a,b]")
+        raise ConfigError(
+            f"{text!r} holds several values; give one, a list in brackets (key=[a,b]), or -m for a run each"
+        )
     if parsed.key_or_group.split(".")[0].split("/")[0] == "hydra":
         raise ConfigError(f"{text!r} sets Hydra itself, which writes nothing here; the run folder is output_dir/name")
     return Override(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -20,6 +21,8 @@ from orchestrator.stages import STAGES
 from orchestrator.training.stop import StopRequest, job_deadline
 
 PREPARE_POLL_SECONDS = 0.05
+PREPARE_AT_MOST_SECONDS = 60.0
+"""Data that takes longer is refused: GPUs would wait for it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,7 +79,7 @@ def _run_stage(
 def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int) -> dict[str, Any]:
     """Base model and prepared data: rank 0 brings them, before any process group exists; the others wait for its note."""
     if int(os.environ.get("RANK", "0")) == 0:
-        inputs = _bring_inputs(config, name)
+        inputs = _bring_inputs(config, name, run_directory=folder.root.parent)
         write_json(folder.prepared, {"attempt": attempt, **inputs})
         return inputs
     while True:
@@ -88,7 +91,7 @@ def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int) -> 
         time.sleep(PREPARE_POLL_SECONDS)
 
 
-def _bring_inputs(config: RunConfig, name: str) -> dict[str, Any]:
+def _bring_inputs(config: RunConfig, name: str, *, run_directory: Path) -> dict[str, Any]:
     from orchestrator.training.data.prepare import ensure_prepared
     from orchestrator.training.model import fetch_base
 
@@ -98,7 +101,13 @@ def _bring_inputs(config: RunConfig, name: str) -> dict[str, Any]:
     cache = cache_folder(config.cluster.scratch)
     base_folder = fetch_base(config.model, cache=cache, say=say)
     prepared = ensure_prepared(
-        config.stages[name].data, tokenizer_folder=base_folder, cache=cache, seed=config.seeds.data, say=say
+        config.stages[name].data,
+        tokenizer_folder=base_folder,
+        cache=cache,
+        seed=config.seeds.data,
+        say=say,
+        refuse_over_seconds=PREPARE_AT_MOST_SECONDS,
+        prepare_command=f"python -m orchestrator prepare {shlex.quote(str(run_directory))}",
     )
     return {
         "base_folder": str(base_folder),

@@ -24,6 +24,7 @@ def submit(
     *,
     token: str,
     after_success_of: str | None = None,
+    task_by_task: bool = False,
     patience_seconds: float = 600.0,
     run: Run = run_command,
     sleep: Callable[[float], None] = time.sleep,
@@ -31,9 +32,10 @@ def submit(
     """Submit once and return the job id, whatever happens on the way.
 
     The token marks the job (--comment). It is looked up before each try, so that neither a frozen controller nor a
-    killed client makes a second job. Raises SlurmError when refused, NoAnswerError after the patience.
+    killed client makes a second job. With `task_by_task` each task of an array waits for the same task of the earlier
+    array only. Raises SlurmError when refused, NoAnswerError after the patience.
     """
-    argv = _submission_argv(script_path, token, after_success_of)
+    argv = _submission_argv(script_path, token, after_success_of, "aftercorr" if task_by_task else "afterok")
     waited, pause = 0.0, 2.0
     while True:
         found, certain = find_by_token(token, run=run)
@@ -52,12 +54,12 @@ def submit(
         waited, pause = waited + pause, min(pause * 2, 60.0)
 
 
-def _submission_argv(script_path: str, token: str, after_success_of: str | None) -> list[str]:
+def _submission_argv(script_path: str, token: str, after_success_of: str | None, dependency: str) -> list[str]:
     if not _TOKEN.match(token):
         raise SlurmError(f"The token is {token!r}: 8 to 200 letters, digits and _.:- are needed.")
     argv = ["sbatch", "--parsable", f"--comment={token}"]
     if after_success_of is not None:
-        argv += [f"--dependency=afterok:{after_success_of}", "--kill-on-invalid-dep=yes"]
+        argv += [f"--dependency={dependency}:{after_success_of}", "--kill-on-invalid-dep=yes"]
     return [*argv, script_path]
 
 

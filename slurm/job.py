@@ -8,7 +8,8 @@ from typing import Literal
 
 from slurm.template import fill
 
-_TEMPLATE = Path(__file__).with_name("template.sbatch")
+Template = Literal["template.sbatch", "task.sbatch"]
+"""The ranks of a stage with attempts, stop requests and successors; or one plain process."""
 _WORD = re.compile(r"[A-Za-z0-9_.:=,&|*\[\]()@+%/-]+\Z")
 _MEMORY = re.compile(r"[0-9]+[KMGT]?\Z")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d{1,2}))?(?::(?P<third>\d{1,2}))?\Z")
@@ -65,9 +66,10 @@ class Header:
     array: str | None = None
 
 
-def render(header: Header, *, body: Mapping[str, str]) -> str:
+def render(header: Header, *, body: Mapping[str, str], template: Template = "template.sbatch") -> str:
     """The whole script: the template with the header and the body's values. Raises InvalidJobError."""
-    return fill(_TEMPLATE.read_text(encoding="utf-8"), {"header": render_header(header), **body})
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    return fill(text, {"header": render_header(header), **body})
 
 
 def render_header(header: Header) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,16 @@ class Bench:
             *more,
         ]
 
-    def run(self, name: str, *more: str, verb: str = "run", environment: Mapping[str, str] | None = None) -> Done:
-        argv = [sys.executable, "-m", "orchestrator", verb, *self.words(name, *more)]
+    def run(
+        self,
+        name: str,
+        *more: str,
+        verb: str = "run",
+        words: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Done:
+        """`words` stand in the place of all overrides."""
+        argv = [sys.executable, "-m", "orchestrator", verb, *(self.words(name, *more) if words is None else words)]
         ended = subprocess.run(
             argv, cwd=self.root, env=self.environment(environment), capture_output=True, text=True, timeout=8 * MINUTES
         )

@@ -27,6 +27,7 @@ Quantization = Annotated[NoQuantization | Nf4Quantization, Field(discriminator="
 Sharding = NoSharding | ZeroSharding
 Tracking = Annotated[WandbTracking | NoTracking, Field(discriminator="kind")]
 Stage = SftStage
+RESERVED_STAGE_NAMES = ("prepare", "scripts")
 
 
 class Seeds(Section):
@@ -98,6 +99,11 @@ def _pipeline_problems(config: RunConfig) -> list[str]:
     for name in config.pipeline:
         if name not in config.stages:
             problems.append(f"pipeline: {name} has no entry under stages; there are {sorted(config.stages)}")
+    problems += [
+        f"stages.{name}: this name belongs to the run folder itself; take another one"
+        for name in config.stages
+        if name in RESERVED_STAGE_NAMES
+    ]
     for name, stage in config.stages.items():
         if stage.max_steps is None and stage.epochs is None:
             problems.append(f"stages.{name}: both max_steps and epochs are null; set one of them")

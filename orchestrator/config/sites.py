@@ -7,6 +7,21 @@ from typing import Literal
 from orchestrator.config.base import NaturalInt, PositiveFloat, PositiveInt, Section
 
 
+class PrepareJob(Section):
+    """What the Slurm job that prepares data asks for; null takes the training job's value. It never asks for GPUs."""
+
+    partition: str | None
+    """With a partition of its own, the job leaves `constraint`, `exclude` and `extra_sbatch` to the training job."""
+    cpus_per_task: PositiveInt | None
+    """One tokenising process a CPU."""
+    memory: str | None
+    """Such as 64G."""
+    time_limit: str | None
+    """Such as 04:00:00."""
+    over_mib: NaturalInt
+    """Data files of more MiB than this, and hub data sets, are prepared by such a job where they are not prepared yet."""
+
+
 class ClusterConfig(Section):
     """A site: how many ranks, and what the scheduler wants to know."""
 
@@ -50,6 +65,8 @@ class ClusterConfig(Section):
     """How long before the time limit the job is asked to save."""
     scratch: str | None
     """Folder that all nodes share, for caches; null is the user's cache folder."""
+    prepare: PrepareJob
+    """The Slurm job without GPUs that prepares data."""
 
 
 class LauncherConfig(Section):
@@ -59,6 +76,10 @@ class LauncherConfig(Section):
     """`local` starts the ranks itself, `torchrun` through a torchrun script, `slurm` through sbatch."""
     python: str | None
     """Interpreter on the nodes; null is the one that plans."""
+    array: bool
+    """Under Slurm: whether the runs of a multirun (-m) become one job array a stage, or a job each."""
+    array_max_running: PositiveInt | None
+    """Tasks of an array that may run at the same time; null lets Slurm start all that fit."""
     max_preemptions: NaturalInt
     """Preemptions and lost nodes that cost nothing."""
     max_failures: NaturalInt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from orchestrator.cache import cache_folder
 from orchestrator.config.run import RunConfig, Stage
 from orchestrator.dataset.faults import told
 from orchestrator.errors import EXIT_DONE, EXIT_USER, OrchestratorError
-from orchestrator.rundir import read_json
+from orchestrator.rundir import read_json, write_json
 from orchestrator.training.data.check import check_data
 from orchestrator.training.data.prepare import ensure_prepared
 from orchestrator.training.data.report import print_report
@@ -47,19 +48,20 @@ def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Con
 
 
 def prepare_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console) -> list[str]:
-    """Prepares the rows of one stage, and says where they are."""
+    """Prepares the rows of one stage, and says where they are. No faults come back: they are raised."""
+    say = partial(console.print, soft_wrap=True)
     prepared = ensure_prepared(
         stage.data,
         tokenizer_folder=base_folder,
         cache=cache_folder(config.cluster.scratch),
         seed=config.seeds.data,
-        say=console.print,
+        say=say,
     )
     numbers = prepared.train_statistics
     state = "was there" if prepared.was_hit else "made"
-    console.print(f"train {state}: {prepared.train} ({numbers.rows:,} rows, {numbers.tokens:,} tokens)")
+    say(f"train {state}: {prepared.train} ({numbers.rows:,} rows, {numbers.tokens:,} tokens)")
     if prepared.evaluation is not None:
-        console.print(f"evaluation: {prepared.evaluation}")
+        say(f"evaluation: {prepared.evaluation}")
     return []
 
 
@@ -67,6 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m orchestrator.training.examine")
     parser.add_argument("verb", choices=("check", "prepare"))
     parser.add_argument("file", type=Path)
+    parser.add_argument("--result", type=Path, default=None, help="file that tells, last of all, that it is done")
     options = parser.parse_args()
     quiet()
     console = Console()
@@ -84,6 +87,8 @@ def main() -> int:
         return 130
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
+    if options.result is not None and not problems:
+        write_json(options.result, {"stages": list(config.pipeline)})
     return EXIT_USER if problems else EXIT_DONE
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from orchestrator.bases import find_base, hub_is_offline, package_gguf
+from orchestrator.bases import dequantised_folder, find_base, hub_is_offline, package_gguf
 from orchestrator.cache import locked
 from orchestrator.config.model import FullTuning, ModelConfig, Nf4Quantization
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ModelError
-from orchestrator.rundir import publish, write_manifest
+from orchestrator.rundir import file_digest, publish, write_manifest
 from orchestrator.training import attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,9 +113,7 @@ def _nf4(quantization: Nf4Quantization, compute_dtype: torch.dtype) -> Any:
 
 def _dequantised(gguf: Path, *, cache: Path, say: Callable[[str], None]) -> Path:
     """The package's weights as safetensors in a cache folder named by the file's hash; made once, atomically."""
-    with open(gguf, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache / "models" / f"{gguf.stem}-{digest[:16]}"
+    folder = dequantised_folder(gguf, cache)
     if folder.is_dir():
         return folder
     with locked(folder.with_name(f".{folder.name}.lock")):
@@ -126,7 +123,7 @@ def _dequantised(gguf: Path, *, cache: Path, say: Callable[[str], None]) -> Path
         temporary = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
         _write_dequantised(gguf, temporary)
-        write_manifest(temporary, {"source": gguf.name, "source_sha256": digest})
+        write_manifest(temporary, {"source": gguf.name, "source_sha256": file_digest(gguf)})
         publish(temporary, folder)
     return folder
 

@@ -10,7 +10,7 @@ LORA = "+experiment=llama_lora"
 TOLD_TOGETHER = {
     "words": [
         ("two words", "'two words' is no override (token recognition error at: ' '); type key=value or group=choice, quoted for the shell"),
-        ("seed=1,2", "'seed=1,2' holds several values; give one, or a list in brackets: key=[a,b]"),
+        ("seed=1,2", "'seed=1,2' holds several values; give one, a list in brackets (key=[a,b]), or -m for a run each"),
         ("hydra.run.dir=x", "'hydra.run.dir=x' sets Hydra itself, which writes nothing here; the run folder is output_dir/name"),
         ("llama_full", "llama_full is no override; did you mean +experiment=llama_full?"),
     ],
@@ -59,7 +59,7 @@ ONE_WORD = [
     ("+experiment=llama_full", "+experiment=llama_lora +experiment=llama_full: a run has one experiment; leave out all but one"),
     ("name=???", "name: Missing mandatory value: name"),
     ("name=${nothing}", "name: Interpolation key 'nothing' not found"),
-    ("--dry-run", "--dry-run: no such option; --config-dir DIR and --help are there"),
+    ("--dry-run", "--dry-run: no such option; -m, --config-dir DIR and --help are there"),
     ("format=xml", "format=xml: json or table is allowed"),
     ("pipeline=[]", "pipeline: no stage to run; add an experiment, such as +experiment=llama_lora"),
     ("pipeline=[sft,dpo]", "pipeline: dpo has no entry under stages; there are ['sft']"),

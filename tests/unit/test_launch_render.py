@@ -56,6 +56,15 @@ GOLDEN: dict[str, Callable[[], Script]] = {
     "slurm.1.sbatch": lambda: sbatch.render(slurm_spec(1)),
     "slurm.8.sbatch": lambda: sbatch.render(slurm_spec(8)),
     "slurm.512.sbatch": lambda: sbatch.render(slurm_spec(512)),
+    "slurm.task.sbatch": lambda: sbatch.render_task(
+        slurm_spec(
+            1,
+            name="demo-prepare",
+            stage="prepare",
+            cluster=replace(H100, gpus_per_node=0, gpu_request="none", gpu_type=None, memory="64G", cpus_per_task=16),
+            secrets_file="/home/u ser/.cache/keys.sh",
+        )
+    ),
     "slurm.array.sbatch": lambda: sbatch.render_array(
         [slurm_spec(1, script_path=f"/runs/demo {n}/sft.sbatch") for n in range(3)],
         name="sweep",

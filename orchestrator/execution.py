@@ -1,0 +1,196 @@
+"""Carries a plan out: freezes the run folder, then starts its stages here or hands them to Slurm. Must not import torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from launchers.process import Outcome, launch
+from launchers.spec import Script, write
+from orchestrator import __version__
+from orchestrator.attempts import close_attempt, decide, read_attempts
+from orchestrator.config.base import JsonValue
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import (
+    EXIT_DONE,
+    EXIT_LAUNCH_FAILED,
+    EXIT_SAVED,
+    ConfigError,
+    LaunchFailed,
+    RunFolderError,
+)
+from orchestrator.facts import validate_data
+from orchestrator.freezing import all_or_nothing, freeze
+from orchestrator.jobs import job_spec
+from orchestrator.jobs import render as render_script
+from orchestrator.metrics.console import show_progress, view_of_stage
+from orchestrator.plan import Plan, run_directory_of
+from orchestrator.resume import may_differ
+from orchestrator.rundir import RunFolder, StageFolder, os_sentence, write_json
+from orchestrator.submission import submit, submit_arrays
+from orchestrator.tables import print_result, warn_lines
+
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "accelerate",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "wandb",
+)
+
+
+def execute(config: RunConfig, planned: Plan, preparations: dict[str, str] | None = None) -> int:
+    """`preparations` are the Slurm jobs, by what they prepare, that other runs of a multirun have submitted."""
+    folder = RunFolder(run_directory_of(config))
+    unfinished = [stage for stage in config.pipeline if not folder.stage(stage).result.exists()]
+    scripts = {stage: render_script(config, stage) for stage in config.pipeline}
+    if unfinished:
+        _refuse_elsewhere(config, scripts[unfinished[0]])
+        validate_data(config)
+    freeze_run(config, planned, scripts.values())
+    warn_lines(planned)
+    for stage in config.pipeline:
+        if stage not in unfinished:
+            print(f"{stage}: done already; its result is {folder.stage(stage).result}")
+    if config.launcher.kind == "slurm":
+        return submit(config, unfinished, preparations) if unfinished else EXIT_DONE
+    for stage in unfinished:
+        code = _launch_stage(config, planned, folder, stage)
+        if code != EXIT_DONE:
+            return code
+        print_result(folder.stage(stage), config)
+    return EXIT_DONE
+
+
+def execute_all(runs: Sequence[tuple[RunConfig, Plan]]) -> int:
+    """Each run in turn; one that fails does not keep the others from running, one that is interrupted does."""
+    if runs[0][0].launcher.array:
+        return _submit_arrays(runs)
+    codes: dict[str, int] = {}
+    prepared: dict[str, str] = {}
+    for config, planned in runs:
+        print(f"run {len(codes) + 1} of {len(runs)}: {config.name}", flush=True)
+        codes[config.name] = execute(config, planned, prepared)
+        if codes[config.name] == EXIT_SAVED:
+            break
+    print(f"all runs: orchestrator status {runs[0][0].output_dir}")
+    bad = {name: code for name, code in codes.items() if code != EXIT_DONE}
+    for name, code in bad.items():
+        print(f"error: {name} ended with exit code {code}", file=sys.stderr)
+    return next(iter(bad.values()), EXIT_DONE)
+
+
+def _submit_arrays(runs: Sequence[tuple[RunConfig, Plan]]) -> int:
+    for config, planned in runs:
+        validate_data(config)
+        freeze_run(config, planned, [render_script(config, stage) for stage in config.pipeline])
+    return submit_arrays([config for config, _ in runs])
+
+
+def _refuse_elsewhere(config: RunConfig, script: Script) -> None:
+    """What this machine alone cannot run is refused before anything is written."""
+    if config.cluster.nodes > 1 and config.launcher.kind != "slurm":
+        raise ConfigError(
+            f"cluster.nodes={config.cluster.nodes}: this machine is one node; type render, and start {script.path} on "
+            "every node, or take launcher=slurm"
+        )
+
+
+def _launch_stage(config: RunConfig, planned: Plan, folder: RunFolder, stage: str) -> int:
+    files = folder.stage(stage)
+    steps = next(entry.steps for entry in planned.stages if entry.name == stage)
+    spec = job_spec(config, stage)
+    print(f"{stage}: {spec.script_path}; log {files.logs}", flush=True)
+    with launch(render_script(config, stage), spec) as running:
+        interrupts = 0
+        while running.is_running():
+            view = view_of_stage(stage, metrics_file=files.metrics, events_file=files.events, total_steps=steps or 0)
+            try:
+                show_progress(view, running.is_running)
+            except KeyboardInterrupt:
+                interrupts += 1
+                if interrupts == 1:
+                    print("\nasked the job to save and end; a second Ctrl-C ends it at once", flush=True)
+                    running.stop()
+                else:
+                    running.kill()
+        outcome = running.poll()
+    assert outcome is not None
+    return _after(config, files, stage, outcome)
+
+
+def _after(config: RunConfig, files: StageFolder, stage: str, outcome: Outcome) -> int:
+    """Tells how the attempt ended, from its record."""
+    if files.result.exists():
+        return EXIT_DONE
+    code, cause = outcome.exit_code, None if outcome.cause is None else str(outcome.cause)
+    earlier = [attempt.number for attempt in read_attempts(files)]
+    if outcome.attempt is None and (code == EXIT_LAUNCH_FAILED or not earlier):
+        raise LaunchFailed(f"{stage}: it ended with exit code {code} before an attempt: {outcome.last_words or cause}")
+    attempt = close_attempt(files, outcome.attempt or earlier[-1], code)
+    decision = decide(files, config, attempt)
+    if decision.exit_code == EXIT_SAVED:
+        print(f"{stage}: saved at step {attempt.step} ({attempt.why}); the same command goes on from there")
+        return EXIT_SAVED
+    _tell_failure(stage, decision.why, cause, str(files.logs))
+    return decision.exit_code
+
+
+def _tell_failure(stage: str, why: str, cause: str | None, logs: str) -> None:
+    print(f"error: {stage}: {why}", file=sys.stderr)
+    if cause is not None and cause not in why:
+        print(f"error: first cause: {cause}", file=sys.stderr)
+    print(f"the whole log is in {logs}", file=sys.stderr)
+
+
+def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> None:
+    """Writes all that a run needs before it starts; a new run folder comes whole or not at all."""
+    folder = RunFolder(run_directory_of(config))
+    record: dict[str, JsonValue] = {"orchestrator": __version__, "config": config.model_dump(mode="json")}
+    with all_or_nothing(folder.root):
+        freeze(folder, record, may_differ=may_differ(config))
+        write_json(folder.plan, planned.model_dump(mode="json"))
+        if not folder.environment.exists():
+            write_json(folder.environment, _environment())
+        for stage in planned.stages:
+            if stage.deepspeed is not None:
+                write_json(folder.stage(stage.name).deepspeed, stage.deepspeed)
+        for script in scripts:
+            _write_script(script)
+
+
+def _write_script(script: Script) -> None:
+    try:
+        write(script)
+    except OSError as error:
+        raise RunFolderError(os_sentence(Path(script.path), error)) from None
+
+
+def _environment() -> dict[str, JsonValue]:
+    """Versions and machine of the login side; no variables, which may hold secrets."""
+    installed = {name: _version(name) for name in PACKAGES}
+    return {
+        "orchestrator": __version__,
+        "python": sys.version.split()[0],
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "packages": dict(installed),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,77 @@
+"""Hydra's multirun (-m): one run for each combination of the values; on Slurm optionally as job arrays. Must not import torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import product
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from orchestrator.errors import ConfigError
+
+FLAGS = ("-m", "--multirun")
+_UNUSUAL = re.compile(r"[^A-Za-z0-9.+-]+")
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Whether the words ask for several runs."""
+    return any(flag in arguments for flag in FLAGS)
+
+
+def combinations(arguments: Sequence[str], *, name: str) -> list[list[str]]:
+    """The words of each run, the last key's values changing fastest; each run is called NAME-key_value-...
+
+    `name` is what a run without -m would be called. Raises ConfigError where no word holds several values.
+    """
+    words = [word for word in arguments if word not in FLAGS]
+    swept = {word: values for word in words if (values := _values(word)) is not None}
+    if not swept:
+        raise ConfigError("-m: no word holds several values; type for example -m stages.sft.optimizer.lr=1e-4,2e-4")
+    chosen = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
+    runs = [[choice.get(word, word) for word in words] for choice in chosen]
+    if any(_key(word) == "name" for word in swept):
+        return runs
+    kept = [[word for word in run if not word.startswith("name=")] for run in runs]
+    names = [f"{name}-{_label(tuple(choice.values()))}" for choice in chosen]
+    if len(set(names)) < len(names):
+        names = [f"{name}-{number}" for number in range(len(names))]
+    return [[*run, f"name={run_name}"] for run, run_name in zip(kept, names, strict=True)]
+
+
+def first_words(arguments: Sequence[str]) -> list[str]:
+    """The words of one run, with the first of the values where a word holds several."""
+    words = [word for word in arguments if word not in FLAGS]
+    return [values[0] if (values := _values(word)) else word for word in words]
+
+
+def _values(word: str) -> list[str] | None:
+    """`key=a,b` as [key=a, key=b]; None for a word with one value, and for one that is no override (told later)."""
+    override = _parse(word)
+    if override is None or not override.is_sweep_override():
+        return None
+    if not override.is_discrete_sweep():
+        raise ConfigError(f"{word}: an interval has no end of values; list them: {override.get_key_element()}=a,b")
+    values = [str(value) for value in override.sweep_string_iterator()]
+    return [f"{override.get_key_element()}={value}" for value in values]
+
+
+def _parse(word: str) -> Override | None:
+    if word.startswith("-") or "=" not in word:
+        return None
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
+
+
+def _label(words: Sequence[str]) -> str:
+    """`lr_0.0001-rank_8`: the last part of each key with its value, as a part of a folder's name."""
+    parts = [(_key(word).split("@")[0].rpartition(".")[2], word.partition("=")[2]) for word in words]
+    return "-".join(f"{key}_{_UNUSUAL.sub('_', value).strip('_') or 'none'}" for key, value in parts)[:80]

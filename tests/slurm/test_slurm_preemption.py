@@ -1,0 +1,67 @@
+"""The whole preemption loop with the real worker: preempted three times, once over its time limit, done by itself."""
+
+from pathlib import Path
+
+import pytest
+from lab import Cluster, run
+from launching import wait_until
+from running import Bench, make_bench
+from wandb_offline import offline_files, offline_history, records
+
+from launchers.submission import read_jobs
+from orchestrator.metrics.jsonl import read_rows
+from orchestrator.metrics.wandb import run_id
+from orchestrator.rundir import read_json
+
+STEPS = 400
+WORDS = (
+    "launcher=slurm",
+    "cluster=minicluster",
+    "cluster.partition=low",
+    "sharding=none",
+    "tracking=wandb",
+    "tracking.mode=offline",
+    f"stages.sft.max_steps={STEPS}",
+    "stages.sft.checkpoint.every_steps=1000",
+)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    bench = make_bench(tmp_path, hidden=64)
+    for name in ("ORCHESTRATOR_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, bench.environment()[name])
+    return bench
+
+
+def test_preempted_three_times_and_over_its_time_limit_it_ends_by_itself(cluster: Cluster, bench: Bench) -> None:
+    done = bench.run("loop", *WORDS)
+    assert done.code == 0, done.told
+    job = read_json(done.sft.submission)["job"]
+
+    def steps_of(attempt: int) -> list[int]:
+        rows = [row for row in read_rows(done.sft.metrics) if "loss" in row]
+        return [int(str(row["step"])) for row in rows if row["attempt"] == attempt]
+
+    for attempt in (1, 2, 3, 4):
+        wait_until(lambda: len(steps_of(attempt)) > 2, seconds=150, what=f"attempt {attempt}")  # noqa: B023
+        if attempt < 4:
+            take_all = ("--partition=urgent", "--nodes=3", "--exclusive", "--time=1", "--output=/dev/null")
+            run("sbatch", *take_all, "--wrap=sleep 1")
+        else:  # a minute is less than the lead time: Slurm warns at its next look, within half a minute
+            run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+        wait_until(done.sft.attempt(attempt).exists, seconds=90, what=f"the end of attempt {attempt}")
+    run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    assert cluster.wait(job, seconds=240) == "COMPLETED"
+    attempts = [read_json(done.sft.attempt(number)) for number in range(1, 6)]
+    assert [attempt["state"] for attempt in attempts] == ["stopped"] * 4 + ["finished"], attempts
+    assert read_jobs(done.sft.logs) == (job,)
+    assert read_json(done.sft.result)["steps"] == STEPS
+    written = [int(str(row["step"])) for row in read_rows(done.sft.metrics) if "loss" in row]
+    assert written == list(range(1, STEPS + 1)), "no step is missing, none twice"
+    assert all(steps_of(attempt) for attempt in range(1, 6))
+    files = offline_files(done.sft.wandb)
+    assert len(files) == 5
+    ids = {record.run.run_id for file in files for record in records(file) if record.HasField("run")}
+    assert ids == {run_id(done.sft.wandb)}
+    assert [row["_step"] for row in offline_history(done.sft.wandb) if "loss" in row] == written
