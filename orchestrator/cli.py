@@ -35,9 +35,11 @@ python -m orchestrator [VERB] [overrides | RUN_DIR]     takes a pretrained langu
   audit     RUN_DIR: prove that every row was taken exactly once an epoch
   verify-resume  train a few steps straight and with a kill in between, and compare; steps=N
   generate  RUN_DIR --prompt TEXT: the tuned model beside its base; without --prompt one prompt a line from stdin
+  export    RUN_DIR: the adapter merged and measured, with a model card, as a folder to publish; --to FOLDER, --stage S
   doctor    the machine, the versions; what works, first cause of what does not
 
   Overrides are Hydra's: +experiment=NAME, group=choice, key=value. --config-dir DIR adds a folder of your own.
+  --only STAGE runs one stage of a pipeline; --from STAGE runs it anew, with all that depend on it.
   -m makes one run of each combination of values: -m stages.sft.optimizer.lr=1e-4,2e-4 (for run, plan and render).
   Experiments: {experiments}
 
@@ -109,6 +111,7 @@ def _verbs() -> dict[str, Verb]:
         "logs": inspection.logs,
         "cancel": inspection.cancel,
         "generate": inspection.generate,
+        "export": inspection.export,
         "doctor": inspection.doctor,
     }
 

@@ -13,7 +13,7 @@ from orchestrator.errors import (
     ConfigError,
     OrchestratorError,
 )
-from orchestrator.execution import execute, execute_all, freeze_run
+from orchestrator.execution import Part, execute, execute_all, freeze_run
 from orchestrator.facts import gather
 from orchestrator.freezing import read_config
 from orchestrator.jobs import render as render_script
@@ -48,10 +48,11 @@ def render(arguments: Sequence[str]) -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """Checks, plans and launches; continues what is unfinished and skips what is done. With -m, one run each."""
-    if is_sweep(arguments):
-        return execute_all(planned_runs(arguments))
-    config, planned = planned_run(arguments)
-    return execute(config, planned)
+    words, part = _take_part(arguments)
+    if is_sweep(words):
+        return execute_all(planned_runs(words))
+    config, planned = planned_run(words)
+    return execute(config, planned, part=part)
 
 
 def resume(arguments: Sequence[str]) -> int:
@@ -110,7 +111,7 @@ def planned_runs(arguments: Sequence[str]) -> list[tuple[RunConfig, Plan]]:
 def _script_problems(config: RunConfig) -> list[str]:
     """What the launcher cannot put into its scripts, each sentence once."""
     problems: dict[str, None] = {}
-    for stage in config.pipeline:
+    for stage in [name for name in config.pipeline if name in config.stages]:
         try:
             render_script(config, stage)
         except InvalidValueError as error:
@@ -125,6 +126,24 @@ def _take_format(arguments: Sequence[str]) -> tuple[list[str], str]:
     return [word for word in arguments if not word.startswith("format=")], forms[-1] if forms else "table"
 
 
+def _take_part(arguments: Sequence[str]) -> tuple[list[str], Part]:
+    """The words without `--from STAGE` and `--only STAGE`."""
+    rest: list[str] = []
+    chosen: dict[str, str] = {}
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in ("--from", "--only"):
+            rest.append(word)
+            continue
+        chosen[name] = value if equals else next(words, "")
+        if not chosen[name]:
+            raise ConfigError(f"{name}: the name of a stage must follow")
+    if len(chosen) == 2:
+        raise ConfigError("--from and --only: one of them")
+    return rest, Part(only=chosen.get("--only"), anew_from=chosen.get("--from"))
+
+
 def _take_config_directory(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     rest: list[str] = []
     directory: Path | None = None
@@ -137,7 +156,9 @@ def _take_config_directory(arguments: Sequence[str]) -> tuple[list[str], Path | 
                 raise ConfigError("--config-dir: one folder must follow, and it may stand once")
             directory = Path(value).expanduser()
         elif word.startswith("-"):
-            raise ConfigError(f"{word}: no such option; -m, --config-dir DIR and --help are there")
+            raise ConfigError(
+                f"{word}: no such option; -m, --from STAGE, --only STAGE, --config-dir DIR and --help are there"
+            )
         else:
             rest.append(word)
     return rest, directory

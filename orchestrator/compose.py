@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from orchestrator.config.run import RunConfig, parse_types, rule_problems
 from orchestrator.errors import ConfigError
+from orchestrator.pipeline import pipeline_problems
 from orchestrator.words import (
     Override,
     choices_of,
@@ -63,7 +64,7 @@ def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -
     except ConfigError as error:
         places = _places(choices, accepted, roots)
         raise ConfigError([*problems, *(_with_place(problem, places) for problem in error.problems)]) from None
-    return config, problems + rule_problems(config)
+    return config, problems + rule_problems(config) + pipeline_problems(config)
 
 
 def experiments(config_directory: Path | None = None) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from orchestrator.freezing import all_or_nothing, freeze
 from orchestrator.jobs import job_spec
 from orchestrator.jobs import render as render_script
 from orchestrator.metrics.console import show_progress, view_of_stage
+from orchestrator.pipeline import descendants, fresh_stages, inputs_of, may_be_made_anew, set_aside
 from orchestrator.plan import Plan, run_directory_of
 from orchestrator.resume import may_differ
 from orchestrator.rundir import RunFolder, StageFolder, os_sentence, write_json
@@ -48,18 +50,32 @@ PACKAGES = (
 )
 
 
-def execute(config: RunConfig, planned: Plan, preparations: dict[str, str] | None = None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Which stages of a pipeline are wanted."""
+
+    only: str | None = None
+    """This one and nothing else."""
+    anew_from: str | None = None
+    """This one anew, with all that depend on it."""
+
+
+WHOLE = Part()
+
+
+def execute(config: RunConfig, planned: Plan, preparations: dict[str, str] | None = None, *, part: Part = WHOLE) -> int:
     """`preparations` are the Slurm jobs, by what they prepare, that other runs of a multirun have submitted."""
     folder = RunFolder(run_directory_of(config))
-    unfinished = [stage for stage in config.pipeline if not folder.stage(stage).result.exists()]
+    unfinished, anew = _to_do(config, folder, part)
     scripts = {stage: render_script(config, stage) for stage in config.pipeline}
     if unfinished:
         _refuse_elsewhere(config, scripts[unfinished[0]])
         validate_data(config)
     freeze_run(config, planned, scripts.values())
+    print("\n".join(set_aside(folder, anew)), end="\n" if anew else "")
     warn_lines(planned)
     for stage in config.pipeline:
-        if stage not in unfinished:
+        if stage not in unfinished and folder.stage(stage).result.exists():
             print(f"{stage}: done already; its result is {folder.stage(stage).result}")
     if config.launcher.kind == "slurm":
         return submit(config, unfinished, preparations) if unfinished else EXIT_DONE
@@ -69,6 +85,30 @@ def execute(config: RunConfig, planned: Plan, preparations: dict[str, str] | Non
             return code
         print_result(folder.stage(stage), config)
     return EXIT_DONE
+
+
+def _to_do(config: RunConfig, folder: RunFolder, part: Part) -> tuple[list[str], list[str]]:
+    """(stages to run, stages among them whose old folders are moved aside)."""
+    for name in (part.only, part.anew_from):
+        if name is not None and name not in config.pipeline:
+            raise ConfigError(f"{name}: no stage of this pipeline; there are {', '.join(config.pipeline)}")
+    fresh = fresh_stages(config, folder)
+    changed = {name for name in config.pipeline if name not in fresh and folder.stage(name).result.exists()}
+    if part.anew_from is not None:
+        changed.add(part.anew_from)
+    anew = list(descendants(config, changed))
+    unfinished = [name for name in config.pipeline if name not in fresh or name in anew]
+    if part.anew_from is not None:
+        unfinished = [name for name in unfinished if name in anew]
+    if part.only is not None:
+        unfinished = [name for name in unfinished if name == part.only]
+        anew = [name for name in anew if name == part.only]
+    missing = {source for name in unfinished for source in inputs_of(config, name)} - set(fresh) - set(unfinished)
+    if missing:
+        raise ConfigError(
+            f"{', '.join(sorted(missing))}: not done yet, and needed by {', '.join(unfinished)}; run it first"
+        )
+    return unfinished, anew
 
 
 def execute_all(runs: Sequence[tuple[RunConfig, Plan]]) -> int:
@@ -157,7 +197,7 @@ def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> N
     folder = RunFolder(run_directory_of(config))
     record: dict[str, JsonValue] = {"orchestrator": __version__, "config": config.model_dump(mode="json")}
     with all_or_nothing(folder.root):
-        freeze(folder, record, may_differ=may_differ(config))
+        freeze(folder, record, may_differ=may_differ(config) | may_be_made_anew(config, folder))
         write_json(folder.plan, planned.model_dump(mode="json"))
         if not folder.environment.exists():
             write_json(folder.environment, _environment())

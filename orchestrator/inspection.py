@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.cli import run_folder_argument
 from orchestrator.errors import ConfigError
-from orchestrator.rundir import RunFolder
+from orchestrator.rundir import MANIFEST, RunFolder
 
 
 def status(arguments: Sequence[str]) -> int:
@@ -63,6 +63,38 @@ def generate(arguments: Sequence[str]) -> int:
         raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")
     words = [word for name, value in options.items() if name != "--stage" for word in (name, value)]
     argv = [sys.executable, "-m", "orchestrator.training.generate", str(folder.run), "--stage", stage, *words]
+    return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False).returncode
+
+
+def export(arguments: Sequence[str]) -> int:
+    """A folder that can be published: adapter merged, measured, with a card, opened again."""
+    from orchestrator.commands import load_config
+    from orchestrator.config.run import POLICY_KINDS
+
+    options, folders = split_options(arguments, with_value=("--stage", "--to", "--max-kl"))
+    folder = RunFolder(run_folder_argument(folders, "export"))
+    config = load_config(folder)
+    policies = [name for name in config.pipeline if config.stages[name].kind in POLICY_KINDS]
+    stage = options.get("--stage", policies[-1] if policies else "")
+    if stage not in policies:
+        raise ConfigError(f"--stage {stage}: the stages that make a policy are {', '.join(policies) or 'none'}")
+    if not folder.stage(stage).result.exists():
+        raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")
+    target = Path(options.get("--to", str(folder.root / "export"))).expanduser().resolve()
+    if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
+        raise ConfigError(f"--to {target}: it is there and was not made by export; give a new folder")
+    words = ["--max-kl", options["--max-kl"]] if "--max-kl" in options else []
+    argv = [
+        sys.executable,
+        "-m",
+        "orchestrator.training.export",
+        str(folder.run),
+        "--stage",
+        stage,
+        "--to",
+        str(target),
+        *words,
+    ]
     return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False).returncode
 
 

@@ -12,6 +12,7 @@ from launchers.spec import ClusterSettings, JobSpec, Script
 from orchestrator.cache import cache_folder
 from orchestrator.config.model import NoSharding
 from orchestrator.config.run import RunConfig
+from orchestrator.config.stages import TrainingStage
 from orchestrator.plan import run_directory_of, script_path
 from orchestrator.rundir import PREPARATION, RunFolder
 
@@ -21,6 +22,7 @@ def job_spec(config: RunConfig, stage: str) -> JobSpec:
     run = RunFolder(run_directory_of(config))
     folder = run.stage(stage)
     python = config.launcher.python or sys.executable
+    trains = isinstance(config.stages[stage], TrainingStage)
     return JobSpec(
         name=f"{config.name}-{stage}",
         stage=stage,
@@ -33,13 +35,14 @@ def job_spec(config: RunConfig, stage: str) -> JobSpec:
         result_file=str(folder.result),
         stop_file=str(folder.stop),
         log_directory=str(folder.logs),
-        nodes=config.cluster.nodes,
-        processes_per_node=config.cluster.processes_per_node,
+        nodes=config.cluster.nodes if trains else 1,
+        processes_per_node=config.cluster.processes_per_node if trains else 1,
         python=python,
         environment=dict(config.cluster.environment),
         cluster=_settings(config),
         secrets_file=str(secrets_file(run.root)),
-        single_process_direct=config.launcher.kind == "local" and isinstance(config.sharding, NoSharding),
+        single_process_direct=not trains
+        or (config.launcher.kind == "local" and isinstance(config.sharding, NoSharding)),
     )
 
 

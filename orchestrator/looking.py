@@ -14,7 +14,9 @@ from pathlib import Path
 from launchers.process import launch
 from orchestrator.cli import run_folder_argument
 from orchestrator.commands import load_config, planned_run
-from orchestrator.config.run import RunConfig
+from orchestrator.config.alignment import PolicyStage
+from orchestrator.config.run import RunConfig, training_stages
+from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.ledger import audit as audit_ledger
 from orchestrator.dataset.order import make_order
 from orchestrator.dataset.prepared import PreparedFolder
@@ -55,8 +57,8 @@ def audit(arguments: Sequence[str]) -> int:
     """Proves from the ledgers that every epoch took every row exactly once."""
     run = RunFolder(run_folder_argument(arguments, "audit"))
     config = load_config(run)
-    codes = [_audit_stage(config, name, run.stage(name)) for name in config.pipeline]
-    return max(codes)
+    codes = [_audit_stage(config, name, stage, run.stage(name)) for name, stage in _audited(config).items()]
+    return max(codes, default=EXIT_DONE)
 
 
 def verify_resume(arguments: Sequence[str]) -> int:
@@ -87,11 +89,16 @@ def _start(config: RunConfig, stage: str) -> AbstractContextManager[Running]:
     return launch(script, job_spec(config, stage))
 
 
-def _audit_stage(config: RunConfig, name: str, files: StageFolder) -> int:
+def _audited(config: RunConfig) -> dict[str, TrainingStage]:
+    """The stages that take prepared rows in a fixed order."""
+    stages = {name: stage for name, stage in training_stages(config).items() if not isinstance(stage, PolicyStage)}
+    return {name: stages[name] for name in config.pipeline if name in stages}
+
+
+def _audit_stage(config: RunConfig, name: str, stage: TrainingStage, files: StageFolder) -> int:
     if not files.samples.is_dir():
         raise ConfigError(f"{files.root}: no {files.samples.name}/ to audit; stages.{name}.ledger=true writes it")
     rows = PreparedFolder(Path(read_json(files.prepared)["train"]))
-    stage = config.stages[name]
     order = make_order(stage.data, lengths=rows.lengths, global_size=stage.batch.global_size, seed=config.seeds.data)
     omitted: list[int] = read_json(files.rollbacks)["omitted"] if files.rollbacks.exists() else []
     found = audit_ledger(files.samples, rows, steps_per_epoch=order.steps_per_epoch, skipped_steps=frozenset(omitted))

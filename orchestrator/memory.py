@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from orchestrator.architecture import count_lora_parameters, count_parameters
 from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization, ZeroSharding
-from orchestrator.config.run import RunConfig, Stage
+from orchestrator.config.run import RunConfig
+from orchestrator.config.stages import TrainingStage
 
 GIB = 2**30
 NF4_BYTES = 4.127 / 8
@@ -33,7 +34,7 @@ def trainable_parameters(model: Architecture, config: RunConfig) -> int:
     return count_parameters(model).total
 
 
-def state_memory(model: Architecture, config: RunConfig, stage: Stage) -> StateMemory:
+def state_memory(model: Architecture, config: RunConfig, stage: TrainingStage) -> StateMemory:
     """States of mixed-precision Adam (1910.02054, section 3), over the *trainable* parameters for gradients and optimizer."""
     trained = trainable_parameters(model, config)
     frozen = count_parameters(model).total if isinstance(config.tuning, LoraTuning) else 0

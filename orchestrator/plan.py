@@ -9,16 +9,21 @@ from typing import Any, Literal
 
 from orchestrator.architecture import count_parameters
 from orchestrator.bases import Base, looks_like_folder
+from orchestrator.config.alignment import PolicyStage, RewardSource
 from orchestrator.config.base import Section
 from orchestrator.config.data import DataConfig, SourceConfig
+from orchestrator.config.ends import EvaluateStage, MergeStage
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps
+from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.order import steps_per_epoch
+from orchestrator.dataset.sources import DEMONSTRATIONS
 from orchestrator.flops import flops_per_token
 from orchestrator.memory import GIB, state_memory, trainable_parameters
-from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
+from orchestrator.pipeline import MODEL_PREFIX, inputs_of, resolve_starts
+from orchestrator.schedule import learning_rate_factor, rollout_steps_per_epoch, total_steps, warmup_steps
 from orchestrator.zero import deepspeed_dict
 
-KEYWORDS = ("demonstration", "auto", "none")
+KEYWORDS = (*DEMONSTRATIONS, "auto", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +58,11 @@ class StagePlan(Section):
     data_source: str
     packing: str
     max_length: int
-    global_size: int
+    global_size: int | None
+    """None, like all that follows from it, for a stage that trains nothing."""
     micro_size: int
     world_size: int
-    accumulation_steps: int
+    accumulation_steps: int | None
     steps_per_epoch: int | None
     steps: int | None
     warmup_steps: int | None
@@ -90,6 +96,7 @@ class Plan(Section):
 
 def resolve(config: RunConfig, working_folder: Path) -> RunConfig:
     """The same configuration with absolute paths, so that no rank depends on the user's working folder."""
+    config = resolve_starts(config)
     stages = {name: _resolved_stage(stage, working_folder) for name, stage in config.stages.items()}
     base = config.model.base
     if looks_like_folder(base):
@@ -133,6 +140,32 @@ def script_path(config: RunConfig, stage: str) -> Path:
 
 def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_directory: Path) -> StagePlan:
     stage = config.stages[name]
+    facts = _training_plan(config, stage, base, data) if isinstance(stage, TrainingStage) else _scoring_plan(stage)
+    return StagePlan(
+        name=name,
+        kind=stage.kind,
+        input=", ".join(inputs_of(config, name)) or base.place,
+        train_rows=data.train_rows,
+        evaluation_rows=data.evaluation_rows,
+        data_format=data.format,
+        data_source=stage.data.train.path,
+        packing=stage.data.packing,
+        max_length=stage.data.max_length,
+        parameters=None if base.architecture is None else count_parameters(base.architecture).total,
+        script=str(script_path(config, name)),
+        outputs=(str(run_directory / name / "artifact"), str(run_directory / name / "result.json")),
+        **facts,
+    )
+
+
+def _scoring_plan(stage: EvaluateStage | MergeStage) -> dict[str, Any]:
+    """A stage without an optimizer runs in one process."""
+    names = ("global_size", "accumulation_steps", "steps_per_epoch", "steps", "warmup_steps", "trainable_parameters")
+    unknown = dict.fromkeys([*names, "memory", "flops_per_token", "deepspeed"])
+    return {**unknown, "micro_size": stage.micro_size, "world_size": 1, "learning_rates": {}}
+
+
+def _training_plan(config: RunConfig, stage: TrainingStage, base: Base, data: DataFacts) -> dict[str, Any]:
     per_epoch = _steps_per_epoch(stage, data)
     steps = (
         stage.max_steps
@@ -140,48 +173,38 @@ def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_d
         else total_steps(max_steps=stage.max_steps, epochs=stage.epochs, steps_per_epoch=per_epoch)
     )
     model = base.architecture
-    return StagePlan(
-        name=name,
-        kind=stage.kind,
-        input=base.place,
-        train_rows=data.train_rows,
-        evaluation_rows=data.evaluation_rows,
-        data_format=data.format,
-        data_source=stage.data.train.path,
-        packing=stage.data.packing,
-        max_length=stage.data.max_length,
-        global_size=stage.batch.global_size,
-        micro_size=stage.batch.micro_size,
-        world_size=config.world_size,
-        accumulation_steps=accumulation_steps(config, stage),
-        steps_per_epoch=per_epoch,
-        steps=steps,
-        warmup_steps=None if steps is None else warmup_steps(stage.schedule, steps),
-        learning_rates={} if steps is None else _learning_rates(stage, steps),
-        trainable_parameters=None if model is None else trainable_parameters(model, config),
-        parameters=None if model is None else count_parameters(model).total,
-        memory=_memory_plan(config, stage, base),
-        flops_per_token=None if model is None else flops_per_token(model, config, length=stage.data.max_length),
-        deepspeed=deepspeed_dict(config, stage),
-        script=str(script_path(config, name)),
-        outputs=(str(run_directory / name / "artifact"), str(run_directory / name / "result.json")),
-    )
+    return {
+        "global_size": stage.batch.global_size,
+        "micro_size": stage.batch.micro_size,
+        "world_size": config.world_size,
+        "accumulation_steps": accumulation_steps(config, stage),
+        "steps_per_epoch": per_epoch,
+        "steps": steps,
+        "warmup_steps": None if steps is None else warmup_steps(stage.schedule, steps),
+        "learning_rates": {} if steps is None else _learning_rates(stage, steps),
+        "trainable_parameters": None if model is None else trainable_parameters(model, config),
+        "memory": _memory_plan(config, stage, base),
+        "flops_per_token": None if model is None else flops_per_token(model, config, length=stage.data.max_length),
+        "deepspeed": deepspeed_dict(config, stage),
+    }
 
 
-def _steps_per_epoch(stage: Stage, data: DataFacts) -> int | None:
+def _steps_per_epoch(stage: TrainingStage, data: DataFacts) -> int | None:
+    if isinstance(stage, PolicyStage):
+        return None if data.train_rows is None else rollout_steps_per_epoch(stage, data.train_rows)
     if data.train_rows is None or stage.data.packing != "none" or stage.data.tokens_per_batch is not None:
         return None
     return steps_per_epoch(data.train_rows, stage.batch.global_size)
 
 
-def _learning_rates(stage: Stage, steps: int) -> dict[str, float]:
+def _learning_rates(stage: TrainingStage, steps: int) -> dict[str, float]:
     points = {"0%": 1, "25%": max(1, steps // 4), "50%": max(1, steps // 2), "100%": steps}
     return {
         name: stage.optimizer.lr * learning_rate_factor(stage.schedule, step, steps) for name, step in points.items()
     }
 
 
-def _memory_plan(config: RunConfig, stage: Stage, base: Base) -> MemoryPlan | None:
+def _memory_plan(config: RunConfig, stage: TrainingStage, base: Base) -> MemoryPlan | None:
     if base.architecture is None:
         return None
     states = state_memory(base.architecture, config, stage)
@@ -210,7 +233,21 @@ def _resolved_stage(stage: Stage, working_folder: Path) -> Stage:
         "eval": data.eval.model_copy(update={"path": _resolved_path(data.eval.path, working_folder)}),
         "chat_template": None if data.chat_template is None else str(_absolute(data.chat_template, working_folder)),
     }
-    return stage.model_copy(update={"data": DataConfig.model_copy(data, update=update)})
+    changes: dict[str, object] = {"data": DataConfig.model_copy(data, update=update)}
+    if isinstance(stage, PolicyStage | EvaluateStage):
+        changes["rewards"] = tuple(_resolved_reward(reward, working_folder) for reward in stage.rewards)
+    return stage.model_copy(update=changes)
+
+
+def _resolved_reward(reward: RewardSource, working_folder: Path) -> RewardSource:
+    """Files of functions and folders of models become absolute."""
+    source = reward.source
+    if source.startswith(MODEL_PREFIX):
+        source = MODEL_PREFIX + str(_absolute(source.removeprefix(MODEL_PREFIX), working_folder))
+    elif ".py:" in source:
+        file, _, function = source.rpartition(":")
+        source = f"{_absolute(file, working_folder)}:{function}"
+    return reward.model_copy(update={"source": source})
 
 
 def _resolved_source(source: SourceConfig, working_folder: Path) -> SourceConfig:

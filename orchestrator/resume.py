@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from orchestrator.config.base import JsonValue
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import RunConfig, training_stages
 from orchestrator.errors import ConfigError
 from orchestrator.rundir import flatten
 
@@ -27,7 +27,7 @@ FREE_OF_A_STAGE = (
 def may_differ(config: RunConfig) -> frozenset[str]:
     """Dotted keys, with all below them, that may change between attempts: those that leave the result alone, and accepted ones."""
     free = {f"stages.{name}.{key}" for name in config.stages for key in FREE_OF_A_STAGE}
-    accepted = {key for stage in config.stages.values() for key in stage.checkpoint.accept_changes}
+    accepted = {key for stage in training_stages(config).values() for key in stage.checkpoint.accept_changes}
     return frozenset(FREE) | free | accepted
 
 
@@ -64,6 +64,9 @@ def elsewhere(values: JsonObject, *, nodes: int, processes_per_node: int) -> tup
     moved: JsonObject = {}
     for name, section in stages.items():
         stage = _object(section)
+        if "batch" not in stage:
+            moved[name] = stage
+            continue
         batch = _object(stage["batch"])
         global_size, micro_size = _whole(batch["global_size"]), _whole(batch["micro_size"])
         fitting = fitting_micro_size(global_size=global_size, micro_size=micro_size, world_size=ranks)

@@ -87,6 +87,21 @@ class StageFolder:
         return self.root / "samples"
 
     @property
+    def reference(self) -> Path:
+        """Log-probabilities under the policy that the stage started from, one file a set of rows."""
+        return self.root / "reference"
+
+    @property
+    def rollouts(self) -> Path:
+        """The newest completions that a policy was trained on, whole."""
+        return self.root / "rollouts"
+
+    @property
+    def generated(self) -> Path:
+        """Completions for people to read, with their rewards."""
+        return self.root / "samples.jsonl"
+
+    @property
     def submission(self) -> Path:
         """Token and job id of the newest submission to Slurm."""
         return self.root / "submission.json"
@@ -137,6 +152,11 @@ class RunFolder:
     @property
     def plan(self) -> Path:
         return self.root / "plan.json"
+
+    @property
+    def superseded(self) -> Path:
+        """Stages that were run anew, as they were."""
+        return self.root / "superseded"
 
     @property
     def scripts(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.stages import ScheduleConfig
 
 
@@ -13,6 +14,16 @@ def total_steps(*, max_steps: int | None, epochs: float | None, steps_per_epoch:
     choices = [steps for steps in (max_steps, by_epochs) if steps is not None]
     assert choices, "the configuration's rules ask for one of them"
     return min(choices)
+
+
+def rollout_steps(stage: PolicyStage) -> int:
+    """Optimizer steps on one rollout: its completions, `passes` times, in global batches."""
+    return stage.rollout.prompts * stage.rollout.group_size * stage.rollout.passes // stage.batch.global_size
+
+
+def rollout_steps_per_epoch(stage: PolicyStage, rows: int) -> int:
+    """Optimizer steps in which every prompt is met once; the last rollout is filled up from the next epoch."""
+    return math.ceil(rows / stage.rollout.prompts) * rollout_steps(stage)
 
 
 def warmup_steps(schedule: ScheduleConfig, steps: int) -> int:

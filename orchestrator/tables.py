@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +34,9 @@ def warn_lines(plan: Plan) -> None:
 def print_result(folder: StageFolder, config: RunConfig) -> None:
     """What a finished stage made, and how to use it."""
     result = read_json(folder.result)
+    if "eval_loss_before" not in result:
+        print("\n".join([f"\nstage {result['stage']} is done and proven", *_told(result)]))
+        return
     before, after = result["eval_loss_before"], result["eval_loss_after"]
     lines = [
         f"held-out loss     {_loss(before)} before, {_loss(after)} after",
@@ -46,8 +50,35 @@ def print_result(folder: StageFolder, config: RunConfig) -> None:
     print("\n".join([f"\nstage {result['stage']} is done and proven", *lines, "load it with", *_loading(result)]))
 
 
+def _told(result: dict[str, Any]) -> list[str]:
+    """What an evaluation or a merge found."""
+    lines = [f"{result['artifact']['kind']:<17} {result['artifact']['path']}"]
+    if result["kind"] == "evaluate":
+        scores = result["scores"]
+        return [
+            *lines,
+            *(
+                f"{name:<17} {scores['base'][name]:.4f} base, {value:.4f} tuned"
+                for name, value in scores["tuned"].items()
+            ),
+        ]
+    merged = f"{result['kl']:.2e} nats a token from the trained model, same next token {result['agreement']:.2%}"
+    return [*lines, f"merged            into the {result['way']}: {merged}"]
+
+
 def _loading(result: dict[str, dict[str, str]]) -> list[str]:
     artifact, base = result["artifact"], result["base"]
+    if artifact["kind"].startswith("reward_"):
+        return [
+            "  from transformers import AutoModelForSequenceClassification as Scorer",
+            *(["  from peft import PeftModel"] if artifact["kind"] == "reward_adapter" else []),
+            f"  model = Scorer.from_pretrained({base['folder'] if artifact['kind'] == 'reward_adapter' else artifact['path']!r}, num_labels=1)",
+            *(
+                [f"  model = PeftModel.from_pretrained(model, {artifact['path']!r})"]
+                if artifact["kind"] == "reward_adapter"
+                else []
+            ),
+        ]
     if artifact["kind"] == "model":
         return [
             "  from transformers import AutoModelForCausalLM",
@@ -91,7 +122,11 @@ def _stage_rows(stage: StagePlan, config: RunConfig) -> list[tuple[str, str]]:
     rows = (
         UNKNOWN if stage.train_rows is None else f"{stage.train_rows:,} train, {stage.evaluation_rows or 0:,} held out"
     )
-    batch = f"{stage.global_size} a step = {stage.micro_size} micro x {stage.world_size} ranks x {stage.accumulation_steps} accumulation"
+    batch = (
+        "nothing is trained; one process"
+        if stage.global_size is None
+        else f"{stage.global_size} a step = {stage.micro_size} micro x {stage.world_size} ranks x {stage.accumulation_steps} accumulation"
+    )
     return [
         (
             "data",
@@ -113,7 +148,7 @@ def _stage_rows(stage: StagePlan, config: RunConfig) -> list[tuple[str, str]]:
 
 def _steps(stage: StagePlan) -> str:
     if stage.steps is None:
-        return UNKNOWN
+        return UNKNOWN if stage.global_size is not None else "none"
     epoch = (
         ""
         if stage.steps_per_epoch is None
@@ -131,7 +166,7 @@ def _parameters(stage: StagePlan) -> str:
 
 def _memory(stage: StagePlan, config: RunConfig) -> str:
     if stage.memory is None:
-        return "known after the base was fetched"
+        return "known after the base was fetched" if stage.global_size is not None else "the weights, whole"
     memory = stage.memory
     room = "" if config.cluster.memory_gib is None else f" of {config.cluster.memory_gib:g}"
     return (

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sites import NoTracking
+from orchestrator.config.stages import TrainingStage
 from orchestrator.errors import ConfigError, LaunchFailed
 from orchestrator.metrics.jsonl import Row, attempt_of, last_attempt_rows, read_rows, step_of
 from orchestrator.rundir import RunFolder, StageFolder
@@ -71,6 +72,8 @@ def small_runs(config: RunConfig, *, steps: int) -> tuple[RunConfig, RunConfig]:
         raise ConfigError("launcher=slurm: verify-resume runs here; type launcher=torchrun inside an allocation")
     name = config.pipeline[0]
     stage = config.stages[name]
+    if not isinstance(stage, TrainingStage):
+        raise ConfigError(f"{name} trains nothing; verify-resume proves the first stage of the pipeline")
     checkpoint = stage.checkpoint.model_copy(update={"every_steps": max(1, steps // 4)})
     small = stage.model_copy(
         update={"max_steps": steps, "epochs": None, "log_every_steps": 1, "checkpoint": checkpoint}

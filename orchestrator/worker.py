@@ -9,13 +9,16 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.artifacts import Artifact, check_artifacts, read_artifact
 from orchestrator.attempts import next_attempt, write_fault
 from orchestrator.cache import cache_folder
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import RunConfig, Stage
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, OrchestratorError
+from orchestrator.pipeline import inputs_of, stage_digest
 from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
 from orchestrator.stages import STAGES
 from orchestrator.training.stop import StopRequest, job_deadline
@@ -55,6 +58,8 @@ def _run_stage(
     config: RunConfig, name: str, folder: StageFolder, run_file: Path, attempt: int, stop: StopRequest
 ) -> int:
     stage = config.stages[name]
+    artifacts = {source: read_artifact(RunFolder(run_file.parent), source) for source in inputs_of(config, name)}
+    check_artifacts(config, name, artifacts)
     inputs = _inputs(config, name, folder, attempt)
     module = importlib.import_module(STAGES[stage.kind])
     from orchestrator.training.context import Context
@@ -72,8 +77,21 @@ def _run_stage(
         base_folder=Path(inputs["base_folder"]),
         train_data=Path(inputs["train"]),
         evaluation_data=Path(inputs["evaluation"]) if inputs["evaluation"] is not None else None,
+        start=_start(stage, artifacts),
+        rewards={source: artifact.path for source, artifact in artifacts.items() if artifact.is_reward},
+        input_digests={source: artifact.digest for source, artifact in artifacts.items()},
+        digest=stage_digest(config, name, {source: artifact.digest for source, artifact in artifacts.items()}),
     )
     return module.run(context)
+
+
+def _start(stage: Stage, artifacts: Mapping[str, Artifact]) -> Any:
+    from orchestrator.training.context import Start
+
+    if stage.start_from is None:
+        return None
+    artifact = artifacts[stage.start_from]
+    return Start(stage=stage.start_from, folder=artifact.path, kind=artifact.kind)
 
 
 def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from orchestrator.config.base import JsonValue
 from orchestrator.config.model import ZeroSharding
-from orchestrator.config.run import RunConfig, Stage, accumulation_steps
+from orchestrator.config.run import RunConfig, accumulation_steps
+from orchestrator.config.stages import TrainingStage
 
 NEVER = 1_000_000_000
 
 
-def deepspeed_dict(config: RunConfig, stage: Stage) -> dict[str, JsonValue] | None:
+def deepspeed_dict(config: RunConfig, stage: TrainingStage) -> dict[str, JsonValue] | None:
     """What DeepSpeed is told for a stage; None where the sharding is not DeepSpeed's."""
     if not isinstance(config.sharding, ZeroSharding):
         return None

@@ -155,13 +155,15 @@ def _train_cell(cell: Cell) -> None:
     from safetensors.torch import save_file
 
     from orchestrator.config.run import RunConfig
-    from orchestrator.stages.sft import assemble
+    from orchestrator.stages.sft import plan_course
     from orchestrator.training.context import Context, Record
     from orchestrator.training.gather import gather_trainable
     from orchestrator.training.loop import Hooks, Progress
     from orchestrator.training.loop import train as train_job
     from orchestrator.training.runtime import start_runtime
+    from orchestrator.training.session import assemble, open_session
     from orchestrator.training.stop import StopRequest
+    from orchestrator.training.tuning import build_policy
     from orchestrator.worker import _bring_inputs
 
     AcceleratorState._reset_state(True)
@@ -171,7 +173,7 @@ def _train_cell(cell: Cell) -> None:
     run = Path(cell.run)
     config = RunConfig.model_validate(read_json(run / "run.json")["config"], strict=False)
     folder = RunFolder(run).stage("sft")
-    inputs = _bring_inputs(config, "sft")
+    inputs = _bring_inputs(config, "sft", run_directory=run)
     context = Context(
         config=config,
         name="sft",
@@ -186,7 +188,8 @@ def _train_cell(cell: Cell) -> None:
     )
     runtime = start_runtime(config, context.stage)
     record = Record(context, rank=runtime.rank)
-    job, _, checkpointer, progress = assemble(context, runtime, record)
+    session = open_session(context, runtime, record, build_policy)
+    job, _, checkpointer, progress = assemble(session, plan_course)
     asked: list[bool] = []
 
     def passed(place: str, step: int) -> None:
@@ -212,6 +215,7 @@ def _train_cell(cell: Cell) -> None:
         roll_back=checkpointer.roll_back,
         fault=record.skipped_update,
         stop_reason=stop_reason,
+        begin=lambda step: {},
         took=lambda step, rows: None,
     )
     train_job(_dying(_poisoned(job, cell.poison), cell, record), progress, hooks)
@@ -228,25 +232,25 @@ def _poisoned(job: Any, steps: Sequence[int]) -> Any:
     guilty = {job.order.global_batch(step - 1)[0] for step in steps}
     ids = {job.rows.row_ids(int(index)) for index in guilty}
 
-    def loss(model: Any, batch: Any) -> Any:
-        value = job.loss(model, batch)
-        return value * math.nan if ids & set(batch.row_ids) else value
+    def terms(model: Any, batch: Any) -> Any:
+        (value,) = job.objective.terms(model, batch)
+        return (value * math.nan if ids & set(batch.row_ids) else value,)
 
-    return replace(job, loss=loss) if steps else job
+    return replace(job, objective=replace(job.objective, terms=terms)) if steps else job
 
 
 def _dying(job: Any, cell: Cell, record: Any) -> Any:
     """The job, killed at the second micro-batch of the chosen step."""
 
-    def loss(model: Any, batch: Any) -> Any:
+    def terms(model: Any, batch: Any) -> Any:
         if model.training:
             seen.append(record.last_step + 1)
             if seen.count(record.last_step + 1) == 2:
                 _die(cell, "accumulation", record.last_step + 1)
-        return job.loss(model, batch)
+        return job.objective.terms(model, batch)
 
     seen: list[int] = []
-    return replace(job, loss=loss)
+    return replace(job, objective=replace(job.objective, terms=terms))
 
 
 def _die(cell: Cell, place: str, step: int) -> None:

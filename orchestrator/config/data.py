@@ -26,7 +26,7 @@ class SourceConfig(Section):
     """One data set: files or a hub id."""
 
     path: Text
-    """File, glob, folder, hub id, or `demonstration` (the set that ships with this tool)."""
+    """File, glob, folder, hub id, or a set that ships with this tool: `demonstration`, `demonstration_preferences`."""
     format: DataFormat
     """`auto` detects the format from the first row and tells it."""
     split: str | None

@@ -7,7 +7,9 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
+from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.base import Identifier, JsonValue, NaturalInt, Section, Text
+from orchestrator.config.ends import EvaluateStage, MergeStage
 from orchestrator.config.model import (
     FullTuning,
     LoraTuning,
@@ -19,15 +21,19 @@ from orchestrator.config.model import (
 )
 from orchestrator.config.problems import problem_sentences
 from orchestrator.config.sites import ClusterConfig, LauncherConfig, NoTracking, WandbTracking
-from orchestrator.config.stages import SftStage
+from orchestrator.config.stages import SftStage, TrainingStage
 from orchestrator.errors import ConfigError
 
 Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="method")]
 Quantization = Annotated[NoQuantization | Nf4Quantization, Field(discriminator="scheme")]
 Sharding = NoSharding | ZeroSharding
 Tracking = Annotated[WandbTracking | NoTracking, Field(discriminator="kind")]
-Stage = SftStage
-RESERVED_STAGE_NAMES = ("prepare", "scripts")
+Stage = Annotated[
+    SftStage | RewardStage | DpoStage | PolicyStage | EvaluateStage | MergeStage, Field(discriminator="kind")
+]
+POLICY_KINDS = ("sft", "dpo", "grpo")
+"""Stages that make a policy: something that a later stage can go on from."""
+RESERVED_STAGE_NAMES = ("prepare", "scripts", "superseded", "export")
 
 
 class Seeds(Section):
@@ -63,7 +69,13 @@ class RunConfig(Section):
         return self.cluster.nodes * self.cluster.processes_per_node
 
 
-def accumulation_steps(config: RunConfig, stage: Stage) -> int:
+def training_stages(config: RunConfig) -> dict[str, TrainingStage]:
+    """The stages of the pipeline that train, by name."""
+    stages = {name: stage for name, stage in config.stages.items() if name in config.pipeline}
+    return {name: stage for name, stage in stages.items() if isinstance(stage, TrainingStage)}
+
+
+def accumulation_steps(config: RunConfig, stage: TrainingStage) -> int:
     """Micro-batches of one rank in one optimizer step; the rule `batch_problems` makes it exact."""
     return stage.batch.global_size // (stage.batch.micro_size * config.world_size)
 
@@ -104,7 +116,7 @@ def _pipeline_problems(config: RunConfig) -> list[str]:
         for name in config.stages
         if name in RESERVED_STAGE_NAMES
     ]
-    for name, stage in config.stages.items():
+    for name, stage in training_stages(config).items():
         if stage.max_steps is None and stage.epochs is None:
             problems.append(f"stages.{name}: both max_steps and epochs are null; set one of them")
     return problems
@@ -113,7 +125,7 @@ def _pipeline_problems(config: RunConfig) -> list[str]:
 def _batch_problems(config: RunConfig) -> list[str]:
     problems: list[str] = []
     world = config.world_size
-    for name, stage in config.stages.items():
+    for name, stage in training_stages(config).items():
         per_pass = stage.batch.micro_size * world
         if stage.batch.global_size % per_pass:
             allowed = max(per_pass, stage.batch.global_size // per_pass * per_pass)
@@ -125,7 +137,7 @@ def _batch_problems(config: RunConfig) -> list[str]:
             )
     problems += [
         f"stages.{name}.data.tokens_per_batch: a micro-batch is one batch of the budget; type stages.{name}.batch.micro_size=1"
-        for name, stage in config.stages.items()
+        for name, stage in training_stages(config).items()
         if stage.data.tokens_per_batch is not None and stage.batch.micro_size != 1
     ]
     return problems
@@ -138,6 +150,8 @@ def _method_problems(config: RunConfig) -> list[str]:
             "quantization: nf4 holds a frozen base and cannot be trained with tuning=full; "
             "type tuning=lora (QLoRA) or quantization=none"
         )
+    planned = {name: stage for name, stage in config.stages.items() if name in config.pipeline}
+    problems += [sentence for name, stage in planned.items() for sentence in _stage_problems(config, name, stage)]
     sharding = config.sharding
     if isinstance(sharding, ZeroSharding) and sharding.offload_parameters != "none" and sharding.strategy != "zero3":
         problems.append(f"sharding.offload_parameters: only zero3 can offload parameters, not {sharding.strategy}")
@@ -145,4 +159,32 @@ def _method_problems(config: RunConfig) -> list[str]:
         problems.append(
             "model.attention: flash_attention_2 needs 16 bits; type model.dtype=bfloat16 or model.attention=sdpa"
         )
+    return problems
+
+
+def _stage_problems(config: RunConfig, name: str, stage: Stage) -> list[str]:
+    """What a stage of preference or policy optimisation, or of the end, cannot do."""
+    field = f"stages.{name}"
+    problems: list[str] = []
+    if isinstance(stage, DpoStage) and stage.label_smoothing and stage.loss != "dpo":
+        problems.append(f"{field}.label_smoothing: only loss=dpo has it, not {stage.loss}; set it to 0")
+    if isinstance(stage, PolicyStage):
+        completions = stage.rollout.prompts * stage.rollout.group_size
+        if completions % stage.batch.global_size:
+            problems.append(
+                f"{field}.rollout: prompts x group_size = {stage.rollout.prompts} x {stage.rollout.group_size} = {completions} "
+                f"completions is not a multiple of batch.global_size = {stage.batch.global_size}"
+            )
+        if stage.rollout.group_size < 2:
+            problems.append(
+                f"{field}.rollout.group_size: advantages compare completions of one prompt; at least 2, not 1"
+            )
+        if stage.rollout.prompts % config.world_size:
+            problems.append(
+                f"{field}.rollout.prompts: {stage.rollout.prompts} prompts cannot be shared by {config.world_size} ranks evenly"
+            )
+        if stage.data.packing != "none":
+            problems.append(f"{field}.data.packing: prompts are not packed; set packing=none, not {stage.data.packing}")
+    if isinstance(stage, MergeStage) and isinstance(config.tuning, FullTuning):
+        problems.append(f"{field}: tuning=full leaves no adapter to merge; take {name} out of the pipeline")
     return problems

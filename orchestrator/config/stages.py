@@ -77,10 +77,11 @@ class FaultConfig(Section):
     """Good steps that make mean and deviation."""
 
 
-class SftStage(Section):
-    """Supervised fine-tuning: next-token loss on the answers."""
+class TrainingStage(Section):
+    """What every stage that trains has."""
 
-    kind: Literal["sft"]
+    start_from: str | None
+    """Earlier stage whose artifact is trained on; `auto` is the nearest one that makes a policy, null the base itself."""
     max_steps: PositiveInt | None
     """Optimizer steps; null leaves it to `epochs`."""
     epochs: PositiveFloat | None
@@ -96,3 +97,9 @@ class SftStage(Section):
     log_every_steps: PositiveInt
     evaluate_every_steps: PositiveInt | None
     """Steps between evaluations; null evaluates before the first and after the last step only."""
+
+
+class SftStage(TrainingStage):
+    """Supervised fine-tuning: next-token loss on the answers."""
+
+    kind: Literal["sft"]

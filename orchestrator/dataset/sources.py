@@ -19,6 +19,11 @@ from orchestrator.dataset.reading import SUFFIXES, FileKind, Unreadable, count_r
 from orchestrator.errors import DataError
 
 DEMONSTRATION = Path(__file__).resolve().parent.parent / "demonstration"
+DEMONSTRATIONS = {
+    "demonstration": ("train.jsonl", "held_out.jsonl"),
+    "demonstration_preferences": ("preference.jsonl", "preference_held_out.jsonl"),
+}
+"""The sets that ship with this tool, by their keyword: rows to train on, and held-out ones."""
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
@@ -47,8 +52,8 @@ def held_out_source(config: DataConfig) -> SourceConfig | None:
     """The files of the evaluation, or None where it is `none` or a split of train."""
     held_out = config.eval
     path = held_out.path
-    if path == "auto" and config.train.path == "demonstration" and not config.mix:
-        path = str(DEMONSTRATION / "held_out.jsonl")
+    if path == "auto" and config.train.path in DEMONSTRATIONS and not config.mix:
+        path = str(DEMONSTRATION / DEMONSTRATIONS[config.train.path][1])
     if path in ("none", "auto"):
         return None
     return SourceConfig(
@@ -70,8 +75,8 @@ def splits_train(config: DataConfig) -> bool:
 
 def locate(source: SourceConfig, *, field: str) -> tuple[Path, ...] | None:
     """The files of a source in a fixed order, or None for a hub id that is not on this machine. Raises DataError."""
-    if source.path == "demonstration":
-        return (DEMONSTRATION / "train.jsonl",)
+    if source.path in DEMONSTRATIONS:
+        return (DEMONSTRATION / DEMONSTRATIONS[source.path][0],)
     path = Path(source.path).expanduser()
     if path.is_file():
         known_kind(path)

@@ -66,6 +66,12 @@ def line(row: Row, total_steps: int) -> str:
         ("epoch", ".2f", ""),
         ("loss", ".4f", ""),
         ("eval_loss", ".4f", ""),
+        ("accuracy", ".3f", ""),
+        ("eval_accuracy", ".3f", ""),
+        ("reward", ".4f", ""),
+        ("eval_reward", ".4f", ""),
+        ("kl", ".3g", ""),
+        ("completion_tokens", ".0f", ""),
         ("grad_norm", ".3g", ""),
         ("lr", ".2e", ""),
         ("tokens_per_second", ",.0f", " tokens/s"),
@@ -172,8 +178,17 @@ def _event_line(row: Row) -> str:
     clock = f"{row.get('time', '')} " if when is None else datetime.fromtimestamp(when).strftime("%H:%M:%S ")
     where = f" at step {row['step']}" if "step" in row else ""
     message = f": {row['message']}" if "message" in row else ""
-    rest = [f"{key}={value}" for key, value in row.items() if key not in _SHOWN_ELSEWHERE]
+    rest = [_fact(key, value) for key, value in row.items() if key not in _SHOWN_ELSEWHERE]
     return "  ".join([f"{clock}{row['event']}{where}{message}".lstrip(), *rest])
+
+
+def _fact(key: str, value: object) -> str:
+    """`save_seconds=0.23`, `checkpoint=55.9 MiB`; whole numbers with commas."""
+    if key.endswith("_bytes") and isinstance(value, int):
+        return f"{key.removesuffix('_bytes')}={value / 2**20:,.1f} MiB"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"{key}={value}"
+    return f"{key}={value:,}" if isinstance(value, int) else f"{key}={value:.3g}"
 
 
 def _shown(key: str, value: float | None, form: str, unit: str) -> str:

@@ -2,4 +2,9 @@
 
 STAGES = {
     "sft": "orchestrator.stages.sft",
+    "reward": "orchestrator.stages.reward",
+    "dpo": "orchestrator.stages.dpo",
+    "grpo": "orchestrator.stages.grpo",
+    "evaluate": "orchestrator.stages.evaluate",
+    "merge": "orchestrator.stages.merge",
 }

@@ -17,7 +17,8 @@ from orchestrator.config.model import FullTuning
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.rundir import publish, write_manifest
-from orchestrator.training.model import DTYPES, attention_of, load_model
+from orchestrator.training.model import DTYPES, attention_of, load_model, load_scorer
+from orchestrator.training.tuning import load_adapter
 
 COMPANIONS = (
     *TOKENIZER_FILES,
@@ -28,7 +29,6 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def write_artifact(
@@ -54,10 +54,12 @@ def write_artifact(
         saved.config.use_cache = True
         saved.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
     else:
-        saved.save_pretrained(temporary, state_dict=dict(weights))
+        saved.save_pretrained(temporary, state_dict=dict(weights), selected_adapters=["default"])
     for name in COMPANIONS:
         if (base_folder / name).is_file() and not (temporary / name).exists():
             shutil.copyfile(base_folder / name, temporary / name)
+    for file in temporary.iterdir():
+        file.chmod(0o644)  # safetensors makes files that nobody else may read
     write_manifest(temporary, facts)
     publish(temporary, folder)
 
@@ -92,15 +94,27 @@ def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None
 
 
 def open_artifact(
-    folder: Path, *, base_folder: Path, config: RunConfig, weights_dtype: torch.dtype, packed: bool = False
+    folder: Path,
+    *,
+    base_folder: Path,
+    config: RunConfig,
+    weights_dtype: torch.dtype,
+    packed: bool = False,
+    scores: bool = False,
 ) -> torch.nn.Module:
-    """The trained model as a user would load it, from disk alone; CheckpointError where names do not meet."""
+    """The trained model as a user would load it, from disk alone; CheckpointError where names do not meet.
+
+    With `scores` it is a reward model, which gives a score a token.
+    """
+    load = load_scorer if scores else load_model
     if isinstance(config.tuning, FullTuning):
-        return _open_model(folder, config, weights_dtype, packed=packed)
-    return _open_adapter(load_model(base_folder, config, weights_dtype=weights_dtype, packed=packed), folder)
+        if scores:
+            return load_scorer(folder, config, weights_dtype=weights_dtype, packed=packed)
+        return open_model(folder, config, weights_dtype, packed=packed)
+    return _open_adapter(load(base_folder, config, weights_dtype=weights_dtype, packed=packed), folder)
 
 
-def _open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype, *, packed: bool) -> PreTrainedModel:
+def open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype, *, packed: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -119,19 +133,12 @@ def _open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype, *, 
 
 
 def _open_adapter(base: PreTrainedModel, folder: Path) -> torch.nn.Module:
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
+    from peft import PeftConfig, get_peft_model
 
     settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = True
     model = get_peft_model(base, settings)  # type: ignore[arg-type]
-    try:
-        report: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())[:300]}") from None
-    lost = [name for name in report.missing_keys if "lora_" in name]
-    if lost or report.unexpected_keys:
-        raise CheckpointError(f"{folder}: PEFT misses {lost[:5]} and does not know {list(report.unexpected_keys)[:5]}")
+    load_adapter(model, folder)
     return model
 
 

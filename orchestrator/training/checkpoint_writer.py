@@ -172,7 +172,7 @@ class CheckpointWriter:
             save_seconds=seconds,
             save_stall_seconds=stall,
             probe_seconds=pending.probe_seconds,
-            bytes_of_rank_0=size,
+            rank_0_bytes=size,
         )
 
     def _tell_failed(self, pending: Pending, problem: str) -> None:

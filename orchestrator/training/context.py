@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,16 @@ from orchestrator.metrics.console import line
 from orchestrator.metrics.jsonl import RecordFile
 from orchestrator.rundir import StageFolder
 from orchestrator.training.stop import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The proven artifact of an earlier stage."""
+
+    stage: str
+    folder: Path
+    kind: str
+    """`model` or `adapter`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +45,17 @@ class Context:
     stop: StopRequest
     base_folder: Path
     """Local folder of the base model."""
+    start: Start | None = None
+    """What is trained on where it is not the bare base."""
     train_data: Path
     evaluation_data: Path | None
     """Prepared data."""
+    rewards: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    """Folders of the reward stages that this one reads, by the stage's name."""
+    digest: str = ""
+    """Of all that decides the stage's result."""
+    input_digests: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of the artifacts that the stage reads, by stage."""
 
 
 class Record:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from orchestrator.training.data.rows import PreparedRows
-from orchestrator.training.losses import Loss
+from orchestrator.training.objectives import Objective
 from orchestrator.training.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     loss: float
-    """Mean over the trained tokens of all rows, in nats."""
+    """Mean over the units of all rows (trained tokens, in nats; pairs)."""
     trained_tokens: int
     rows: int
+    measures: dict[str, float] = field(default_factory=dict[str, float])
+    """What else the objective tells, as means over the units."""
 
 
 @torch.no_grad()
 def evaluate(
     runtime: Runtime,
     model: torch.nn.Module,
-    loss: Loss,
+    objective: Objective,
     rows: PreparedRows,
     *,
     micro_size: int,
@@ -34,12 +36,17 @@ def evaluate(
     per_pass = micro_size * runtime.world_size
     was_training = model.training
     model.eval()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    sums = torch.zeros(1 + len(objective.measures), dtype=torch.float64, device=runtime.device)
     for start in range(0, count, per_pass):
         first = start + runtime.rank * micro_size
         indices = [index if index < count else -1 for index in range(first, first + micro_size)]
-        loss_sum += loss(model, rows.batch(indices).to(runtime.device))
+        sums += torch.stack([term.double() for term in objective.terms(model, rows.batch(indices).to(runtime.device))])
     model.train(was_training)
-    trained = int(rows.trained_tokens[:count].sum())
-    (total,) = runtime.sum_over_ranks([float(loss_sum)])
-    return Evaluation(loss=total / trained, trained_tokens=trained, rows=count)
+    weight = objective.weight(rows, range(count))
+    loss, *measures = (total / weight for total in runtime.sum_over_ranks(sums.tolist()))
+    return Evaluation(
+        loss=loss,
+        trained_tokens=int(rows.trained_tokens[:count].sum()),
+        rows=count,
+        measures=dict(zip(objective.measures, measures, strict=True)),
+    )

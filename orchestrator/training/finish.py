@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,12 +17,13 @@ from orchestrator.metrics.jsonl import read_rows
 from orchestrator.rundir import MANIFEST, file_digest, read_json, write_json
 from orchestrator.training.artifact import adapter_names, check_tensors, write_artifact
 from orchestrator.training.context import Context, Record
-from orchestrator.training.data.rows import PreparedRows
-from orchestrator.training.evaluation import Evaluation, evaluate
+from orchestrator.training.evaluation import Evaluation
 from orchestrator.training.gather import gather_trainable
-from orchestrator.training.loop import Job, Progress
+from orchestrator.training.loop import Progress
 
-PROOF_ROWS = 64
+if TYPE_CHECKING:
+    from orchestrator.training.session import Course, Session
+
 NOT_FOR_CHILDREN = (
     "RANK",
     "LOCAL_RANK",
@@ -35,8 +37,8 @@ NOT_FOR_CHILDREN = (
 
 
 def finish_stage(
-    context: Context,
-    job: Job,
+    session: Session,
+    course: Course,
     record: Record,
     progress: Progress,
     *,
@@ -45,57 +47,57 @@ def finish_stage(
     seconds: float,
 ) -> int:
     """All ranks call it; rank 0 writes, proves and reports. Raises CheckpointError where the proof fails."""
-    expectation = _expected_loss(context, job, after)
-    weights = gather_trainable(job.runtime, job.model)
-    if job.runtime.is_main:
-        module = job.runtime.accelerator.unwrap_model(job.model)
-        facts = {
-            "run": context.config.name,
-            "stage": context.name,
-            "step": progress.step,
-            "tuning": context.config.tuning.method,
-        }
-        write_artifact(
-            module,
-            weights,
-            context.folder.artifact,
-            base_folder=context.base_folder,
-            config=context.config,
-            facts=facts,
-        )
-        names = adapter_names(module, weights, context.config)
-        check_tensors(context.folder.artifact, names)
-        _write_expectation(context, expectation, autocast=job.runtime.autocast_dtype is not None)
-    is_main = job.runtime.is_main
-    summary = _summary(context, progress, before, after, seconds)
-    runtime = job.runtime
-    del job, weights
+    context, runtime = session.context, session.runtime
+    scored = course.proof()
+    weights = gather_trainable(runtime, session.model)
+    if runtime.is_main:
+        _write(session, weights, step=progress.step)
+        _write_expectation(session, scored)
+    summary = _summary(context, progress, before, after, seconds) | dict(course.summary() if runtime.is_main else {})
+    del session, course, weights
     gc.collect()
     runtime.end()
-    if is_main:
+    if runtime.is_main:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        _prove_in_fresh_process(context)
+        prove_in_fresh_process(context)
         _report(context, record, summary)
     return EXIT_DONE
 
 
-def _expected_loss(context: Context, job: Job, after: Evaluation | None) -> dict[str, Any]:
-    """The trainer's own loss on the rows that the proof scores again: held-out rows, or the first train rows."""
-    folder = context.evaluation_data or context.train_data
-    rows = PreparedRows.open(folder)
-    micro_size = context.stage.batch.micro_size
-    scored = after
-    if scored is None or scored.rows > PROOF_ROWS:
-        scored = evaluate(job.runtime, job.model, job.loss, rows, micro_size=micro_size, limit=PROOF_ROWS)
-    return {"data": str(folder), "rows": scored.rows, "loss": scored.loss, "micro_size": micro_size}
+def _write(session: Session, weights: Mapping[str, torch.Tensor], *, step: int) -> None:
+    context = session.context
+    module = session.runtime.accelerator.unwrap_model(session.model)
+    facts = {
+        "run": context.config.name,
+        "stage": context.name,
+        "kind": context.stage.kind,
+        "step": step,
+        "tuning": context.config.tuning.method,
+        "base": context.config.model.base,
+        "data": session.rows.digest,
+    }
+    write_artifact(
+        module, weights, context.folder.artifact, base_folder=context.base_folder, config=context.config, facts=facts
+    )
+    check_tensors(context.folder.artifact, adapter_names(module, weights, context.config))
 
 
-def _write_expectation(context: Context, expectation: dict[str, Any], *, autocast: bool) -> None:
-    write_json(context.folder.proof, {**expectation, "autocast": autocast, "base_folder": str(context.base_folder)})
+def _write_expectation(session: Session, scored: Evaluation) -> None:
+    """What the proof must find again: the trainer's own loss on held-out rows, or on the first train rows."""
+    context = session.context
+    expectation = {
+        "data": str(context.evaluation_data or context.train_data),
+        "rows": scored.rows,
+        "loss": scored.loss,
+        "micro_size": context.stage.batch.micro_size,
+        "autocast": session.runtime.autocast_dtype is not None,
+        "base_folder": str(context.base_folder),
+    }
+    write_json(context.folder.proof, expectation)
 
 
-def _prove_in_fresh_process(context: Context) -> None:
+def prove_in_fresh_process(context: Context) -> None:
     """Runs `orchestrator.training.prove`, which knows nothing but the files."""
     environment = {
         name: value
@@ -125,6 +127,35 @@ def _summary(
     }
 
 
+def finish_scoring(context: Context, record: Record, summary: dict[str, Any], *, kind: str) -> int:
+    """The end of a stage that trains nothing: its result, last of all."""
+    manifest = context.folder.artifact / MANIFEST
+    numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
+    told = record.finish(numbers, outcome="finished")
+    result = {
+        "stage": context.name,
+        "kind": context.stage.kind,
+        "attempt": context.attempt,
+        **summary,
+        "digest": context.digest,
+        "inputs": dict(context.input_digests),
+        "artifact": {"kind": kind, "path": str(context.folder.artifact), "manifest_sha256": file_digest(manifest)},
+        "base": {"name": context.config.model.base, "folder": str(context.base_folder)},
+        "wandb": told,
+    }
+    record.event("finish", step=0)
+    record.close_attempt("finished", "the artifact was proven", exit_code=EXIT_DONE)
+    write_json(context.folder.result, result)
+    record.say(json.dumps(result, indent=2, ensure_ascii=False))
+    return EXIT_DONE
+
+
+def artifact_kind(context: Context) -> str:
+    """model, adapter, reward_model or reward_adapter."""
+    what = "model" if context.config.tuning.method == "full" else "adapter"
+    return f"reward_{what}" if context.stage.kind == "reward" else what
+
+
 def _recorded_first_loss(context: Context) -> float | None:
     losses = [
         row["eval_loss"] for row in read_rows(context.folder.metrics) if row.get("step") == 0 and "eval_loss" in row
@@ -147,8 +178,10 @@ def _report(context: Context, record: Record, summary: dict[str, Any]) -> None:
         "attempt": context.attempt,
         **summary,
         "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
+        "digest": context.digest,
+        "inputs": dict(context.input_digests),
         "artifact": {
-            "kind": "model" if context.config.tuning.method == "full" else "adapter",
+            "kind": artifact_kind(context),
             "path": str(context.folder.artifact),
             "manifest_sha256": file_digest(manifest),
         },

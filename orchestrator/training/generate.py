@@ -24,15 +24,16 @@ from orchestrator.training.artifact import open_artifact
 from orchestrator.training.data.encode import Encoder, encode_prompt, make_encoder
 from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
 from orchestrator.training.model import load_model, quiet, weights_dtype
+from orchestrator.training.rollout import end_ids_of
 from orchestrator.training.runtime import Runtime, start_single_runtime
 
 Answer = Callable[[Prompt], str]
 
 
-def answer_with(model: Any, encoder: Encoder, runtime: Runtime, *, max_new_tokens: int) -> Answer:
+def answer_with(model: Any, folder: Path, encoder: Encoder, runtime: Runtime, *, max_new_tokens: int) -> Answer:
     """Greedy decoding of one prompt, encoded as in training; ends at the model's or the tokenizer's end token."""
     tokenizer = core_tokenizer(encoder.facts.core)
-    ends = _end_ids(model, encoder)
+    ends = end_ids_of(model, folder)
 
     def answer(prompt: Prompt) -> str:
         ids_BT = torch.tensor([encode_prompt(prompt, encoder)], device=runtime.device)
@@ -52,15 +53,6 @@ def answer_with(model: Any, encoder: Encoder, runtime: Runtime, *, max_new_token
         return tokenizer.decode(new, skip_special_tokens=True).strip()
 
     return answer
-
-
-def _end_ids(model: Any, encoder: Encoder) -> list[int]:
-    configured = model.generation_config.eos_token_id
-    ends = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
-    end = encoder.facts.eos_token
-    if end is not None:
-        ends.add(core_tokenizer(encoder.facts.core).token_to_id(end))
-    return sorted(ends)
 
 
 def show(prompts: Iterator[Prompt], base: Answer, tuned: Answer, console: Console) -> int:
@@ -151,8 +143,8 @@ def _run(options: argparse.Namespace) -> int:
     )
     is_full = isinstance(config.tuning, FullTuning)
     base: Any = load_model(base_folder, config, weights_dtype=dtype).to(runtime.device).eval() if is_full else tuned
-    answer_tuned = answer_with(tuned, encoder, runtime, max_new_tokens=options.max_new_tokens)
-    answer_base = answer_with(base, encoder, runtime, max_new_tokens=options.max_new_tokens)
+    answer_tuned = answer_with(tuned, base_folder, encoder, runtime, max_new_tokens=options.max_new_tokens)
+    answer_base = answer_with(base, base_folder, encoder, runtime, max_new_tokens=options.max_new_tokens)
 
     def without_adapter(prompt: Prompt) -> str:
         with nullcontext() if is_full else tuned.disable_adapter():

@@ -14,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from orchestrator.config.stages import SftStage
+from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.order import Order
 from orchestrator.errors import TrainingFailed
 from orchestrator.schedule import learning_rate_factor
-from orchestrator.training.data.rows import Batch, PreparedRows
 from orchestrator.training.health import HEALTHY, Health, after_step, find_fault, must_go_back, reason_to_give_up
-from orchestrator.training.losses import Loss
+from orchestrator.training.objectives import Objective, Rows
 from orchestrator.training.optimizers import set_learning_rate
 from orchestrator.training.runtime import Runtime
 
@@ -32,9 +31,9 @@ class Job:
     runtime: Runtime
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    loss: Loss
-    stage: SftStage
-    rows: PreparedRows
+    objective: Objective
+    stage: TrainingStage
+    rows: Rows
     order: Order
     steps: int
     flops_per_token: float | None
@@ -66,6 +65,8 @@ class Hooks:
     """Tells that the update of a step was skipped, why, and which rows it held."""
     stop_reason: Callable[[], str | None]
     """This rank's own wish to stop."""
+    begin: Callable[[int], Mapping[str, Any]]
+    """Makes the rows of a step (from 1) ready, and gives what its row of metrics tells of them."""
     took: Callable[[int, Sequence[int]], None]
     """Tells the rows (fillers too) that this rank computed at a step."""
 
@@ -74,7 +75,11 @@ class Hooks:
 class StepResult:
     """One optimizer step over the global batch."""
 
-    loss_sum: float
+    sums: tuple[float, ...]
+    """Of the loss and of the objective's measures."""
+    weight: float
+    """Units of the global batch, by which the sums are divided."""
+    told: Mapping[str, Any]
     grad_norm: float
     tokens: int
     trained_tokens: int
@@ -93,7 +98,9 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
     stop = _agree_to_stop(job, hooks)
     while progress.step < job.steps and not stop:
         step = progress.step + 1
+        told = hooks.begin(step)
         result = optimizer_step(job, step, progress.health, stop_wish=hooks.stop_reason() is not None)
+        result = replace(result, told=told)
         hooks.took(step, [int(row) for indices in _micro_batches(job, step) for row in indices])
         progress = _advanced(job, progress, result)
         window.append(result)
@@ -122,19 +129,21 @@ def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> S
     lr = job.stage.optimizer.lr * learning_rate_factor(job.stage.schedule, step, job.steps)
     set_learning_rate(job.optimizer, lr)
     real = _real_indices(job, step)
-    trained = int(job.rows.trained_tokens[real].sum())
-    if trained == 0:
+    weight = job.objective.weight(job.rows, real.tolist())
+    if weight == 0:
         raise TrainingFailed(
             f"step {step}: the batch has no trained token; rows {_row_ids(job, step)}; see `orchestrator check`"
         )
-    sums = accumulate_gradients(job, step, health, trained, stop_wish=stop_wish)
+    sums = accumulate_gradients(job, step, health, weight, stop_wish=stop_wish)
     grad_norm = update(job, fault=sums.fault)
     fault = sums.fault or (None if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}")
     return StepResult(
-        loss_sum=sums.loss_sum,
+        sums=sums.totals,
+        weight=weight,
+        told={},
         grad_norm=grad_norm,
         tokens=int(job.rows.lengths[real].sum()),
-        trained_tokens=trained,
+        trained_tokens=int(job.rows.trained_tokens[real].sum()),
         data_seconds=sums.data_seconds,
         seconds=time.perf_counter() - start,
         stop=sums.stop,
@@ -146,14 +155,14 @@ def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> S
 class Sums:
     """What the ranks agreed on over the micro-batches of a step."""
 
-    loss_sum: float
+    totals: tuple[float, ...]
     stop: bool
     fault: str | None
     data_seconds: float
 
 
-def accumulate_gradients(job: Job, step: int, health: Health, trained: int, *, stop_wish: bool) -> Sums:
-    """Gradient of sum(token losses) / `trained`, the trained tokens of the global batch.
+def accumulate_gradients(job: Job, step: int, health: Health, weight: float, *, stop_wish: bool) -> Sums:
+    """Gradient of sum(losses) / `weight`, the units (such as trained tokens) of the global batch.
 
     Accelerate and DeepSpeed divide by accumulation steps, and DDP and ZeRO average over ranks: both are undone here,
     so that the gradient does not depend on how the global batch is split. Before the last backward, which under
@@ -162,18 +171,18 @@ def accumulate_gradients(job: Job, step: int, health: Health, trained: int, *, s
     """
     accelerator = job.runtime.accelerator
     micro_batches = _micro_batches(job, step)
-    scale = job.runtime.world_size * len(micro_batches) / trained
-    loss_sum = torch.zeros((), device=job.runtime.device, dtype=torch.float64)
-    sums = Sums(loss_sum=0.0, stop=False, fault=None, data_seconds=0.0)
+    scale = job.runtime.world_size * len(micro_batches) / weight
+    summed = torch.zeros(1 + len(job.objective.measures), device=job.runtime.device, dtype=torch.float64)
+    sums = Sums(totals=(), stop=False, fault=None, data_seconds=0.0)
     for position, (batch, seconds) in enumerate(_timed_batches(job, micro_batches)):
         with accelerator.accumulate(job.model):
-            loss = job.loss(job.model, batch)
-            loss_sum += loss.detach()
+            loss, *measures = job.objective.terms(job.model, batch)
+            summed += torch.stack([term.detach().double() for term in (loss, *measures)])
             sums = replace(sums, data_seconds=sums.data_seconds + seconds)
             if position == len(micro_batches) - 1:
-                total, wishes = job.runtime.sum_over_ranks([float(loss_sum), float(stop_wish)])
-                fault = _fault(job, step, health, total / trained)
-                sums = replace(sums, loss_sum=total, stop=wishes > 0, fault=fault)
+                wishes, *totals = job.runtime.sum_over_ranks([float(stop_wish), *summed.tolist()])
+                fault = _fault(job, step, health, totals[0] / weight)
+                sums = replace(sums, totals=tuple(totals), stop=wishes > 0, fault=fault)
             accelerator.backward(loss * (scale if sums.fault is None else math.nan))
     return sums
 
@@ -216,7 +225,7 @@ def _agree_to_stop(job: Job, hooks: Hooks) -> bool:
     return wishes > 0
 
 
-def _timed_batches(job: Job, micro_batches: Sequence[Any]) -> Iterator[tuple[Batch, float]]:
+def _timed_batches(job: Job, micro_batches: Sequence[Any]) -> Iterator[tuple[Any, float]]:
     for indices in micro_batches:
         start = time.perf_counter()
         batch = job.rows.batch(indices).to(job.runtime.device)
@@ -233,9 +242,8 @@ def _metrics_row(job: Job, progress: Progress, window: Sequence[StepResult]) -> 
     return {
         "step": step,
         "epoch": step / job.order.steps_per_epoch,
-        "loss": sum(result.loss_sum for result in good) / sum(result.trained_tokens for result in good)
-        if good
-        else math.nan,
+        **_means(job, good),
+        **window[-1].told,
         "grad_norm": window[-1].grad_norm,
         "lr": job.stage.optimizer.lr * learning_rate_factor(job.stage.schedule, step, job.steps),
         "tokens": tokens,
@@ -250,9 +258,19 @@ def _metrics_row(job: Job, progress: Progress, window: Sequence[StepResult]) -> 
     }
 
 
+def _means(job: Job, results: Sequence[StepResult]) -> dict[str, float]:
+    """Loss and measures as means over the units of the steps."""
+    weight = sum(result.weight for result in results)
+    names = ("loss", *job.objective.measures)
+    return {
+        name: sum(result.sums[place] for result in results) / weight if results else math.nan
+        for place, name in enumerate(names)
+    }
+
+
 def _advanced(job: Job, progress: Progress, result: StepResult) -> Progress:
     step = progress.step + 1
-    mean = result.loss_sum / result.trained_tokens
+    mean = result.sums[0] / result.weight
     health = after_step(progress.health, step, loss=mean, fault=result.fault, settings=job.stage.faults)
     return Progress(
         step=step,

@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional
 
-from orchestrator.training.data.rows import Batch
-from orchestrator.training.runtime import Runtime
-
 IGNORED = -100
-
-Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
-"""Sum of the losses of a micro-batch's trained tokens, in nats, as an fp32 scalar."""
-
-
-def sft_loss(runtime: Runtime) -> Loss:
-    """Summed next-token cross-entropy of a micro-batch, in the run's precision."""
-
-    def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        with runtime.forward_context():
-            logits_BTV = model(**batch.model_inputs()).logits
-        return token_cross_entropy_sum(logits_BTV, batch.labels_BT)
-
-    return loss
 
 
 def token_cross_entropy_sum(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

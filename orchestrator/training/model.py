@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from orchestrator.bases import dequantised_folder, find_base, hub_is_offline, package_gguf
 from orchestrator.cache import locked
@@ -18,6 +18,7 @@ from orchestrator.errors import ModelError
 from orchestrator.rundir import file_digest, publish, write_manifest
 from orchestrator.training import attention
 
+NOT_FOR_A_BACKBONE = ("labels", "return_dict", "output_attentions", "output_hidden_states")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -67,6 +68,45 @@ def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, p
     return model
 
 
+def load_scorer(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, packed: bool) -> PreTrainedModel:
+    """A sequence-classification model with one label that scores *every* token; the caller reads where a text ends.
+
+    transformers picks the last token by its id, which is wrong where padding is the end token or an end stands in the
+    prompt. Raises ModelError where the architecture has no such head.
+    """
+    options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": attention_of(config, packed=packed)}
+    if isinstance(config.quantization, Nf4Quantization):
+        options["quantization_config"] = _nf4(config.quantization, DTYPES[config.model.dtype], skip=("score",))
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            str(folder), num_labels=1, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder} cannot be loaded as a reward model: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if not hasattr(model, "score"):
+        raise ModelError(
+            f"{folder}: {type(model).__name__} has no head named score; take a decoder such as Llama or Qwen"
+        )
+    model.config.pad_token_id = model.config.pad_token_id or 0
+    _keep_weights_in_place(model)
+    return _scoring_every_token(model)
+
+
+def _scoring_every_token(model: Any) -> PreTrainedModel:
+    """The same model, whose forward pass gives (B, T, 1) scores; its class keeps its name, which config.json will hold."""
+    original = type(model)
+
+    def forward(self: Any, input_ids: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
+        known = {name: value for name, value in inputs.items() if value is not None and name not in NOT_FOR_A_BACKBONE}
+        backbone = getattr(self, self.base_model_prefix)
+        return self.score(backbone(input_ids=input_ids, **known).last_hidden_state)
+
+    model.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
+    return model
+
+
 def attention_of(config: RunConfig, *, packed: bool) -> str:
     """transformers' name of the attention: `auto` computes packed rows document by document, others by sdpa."""
     if config.model.attention != "auto":
@@ -99,10 +139,11 @@ def weights_dtype(config: RunConfig, *, uses_deepspeed: bool) -> torch.dtype:
     return DTYPES[config.model.dtype]
 
 
-def _nf4(quantization: Nf4Quantization, compute_dtype: torch.dtype) -> Any:
+def _nf4(quantization: Nf4Quantization, compute_dtype: torch.dtype, *, skip: tuple[str, ...] = ()) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
+        llm_int8_skip_modules=list(skip) or None,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=quantization.double_quantization,

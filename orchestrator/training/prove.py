@@ -9,36 +9,36 @@ from typing import Any
 
 import torch
 
-from orchestrator.config.run import RunConfig
+from orchestrator.config.alignment import RewardStage
+from orchestrator.config.ends import MergeStage
+from orchestrator.config.run import RunConfig, Stage
 from orchestrator.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, CheckpointError, OrchestratorError
 from orchestrator.rundir import RunFolder, StageFolder, read_json, read_manifest, write_json
-from orchestrator.training.artifact import open_artifact
+from orchestrator.training.artifact import open_artifact, open_model
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.evaluation import evaluate
-from orchestrator.training.losses import sft_loss
 from orchestrator.training.model import quiet, weights_dtype
+from orchestrator.training.objectives import proof_objective
 from orchestrator.training.runtime import start_single_runtime
 
 LOSS_TOLERANCE = 1e-3
 
 
-def prove(config: RunConfig, folder: StageFolder) -> float:
+def prove(config: RunConfig, stage: Stage, folder: StageFolder) -> float:
     """The held-out loss of the re-opened artifact; CheckpointError where it is not the trainer's."""
     expected: dict[str, Any] = read_json(folder.proof)
     read_manifest(folder.artifact)
     runtime = start_single_runtime(config, autocast=expected["autocast"])
     dtype = weights_dtype(config, uses_deepspeed=not expected["autocast"])
     rows = PreparedRows.open(Path(expected["data"]))
-    base_folder = Path(expected["base_folder"])
-    model = open_artifact(
-        folder.artifact, base_folder=base_folder, config=config, weights_dtype=dtype, packed=rows.is_packed
-    )
-    model.to(runtime.device)
-    if not expected["autocast"] and config.quantization.scheme == "none":
-        model.to(dtype)
-    scored = evaluate(
-        runtime, model, sft_loss(runtime), rows, micro_size=expected["micro_size"], limit=expected["rows"]
-    )
+    if isinstance(stage, MergeStage):
+        model: torch.nn.Module = open_model(folder.artifact, config, dtype, packed=False).to(runtime.device)
+    else:
+        model = _open(config, stage, folder, rows, dtype, Path(expected["base_folder"])).to(runtime.device)
+        if not expected["autocast"] and config.quantization.scheme == "none":
+            model.to(dtype)
+    objective = proof_objective(runtime, stage, rows.meta.kind)
+    scored = evaluate(runtime, model, objective, rows, micro_size=expected["micro_size"], limit=expected["rows"])
     difference = abs(scored.loss - expected["loss"])
     if not difference <= LOSS_TOLERANCE:
         raise CheckpointError(
@@ -46,6 +46,19 @@ def prove(config: RunConfig, folder: StageFolder) -> float:
             f"{expected['loss']:.5f}; they differ by {difference:.2g}, {LOSS_TOLERANCE} is allowed"
         )
     return scored.loss
+
+
+def _open(
+    config: RunConfig, stage: Stage, folder: StageFolder, rows: PreparedRows, dtype: torch.dtype, base_folder: Path
+) -> torch.nn.Module:
+    return open_artifact(
+        folder.artifact,
+        base_folder=base_folder,
+        config=config,
+        weights_dtype=dtype,
+        packed=rows.is_packed,
+        scores=isinstance(stage, RewardStage),
+    )
 
 
 def main() -> int:
@@ -58,7 +71,7 @@ def main() -> int:
     config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False)
     expected = read_json(folder.proof)
     try:
-        write_json(folder.proof, {**expected, "reopened_loss": prove(config, folder)})
+        write_json(folder.proof, {**expected, "reopened_loss": prove(config, config.stages[options.stage], folder)})
     except OrchestratorError as error:
         write_json(folder.proof, {**expected, "problems": list(error.problems)})
         print("\n".join(error.problems), file=sys.stderr)

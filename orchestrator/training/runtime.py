@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from orchestrator.cache import compiled_folder
-from orchestrator.config.run import RunConfig, Stage, accumulation_steps
+from orchestrator.config.run import RunConfig, accumulation_steps
+from orchestrator.config.stages import TrainingStage
 from orchestrator.errors import ConfigError
 from orchestrator.zero import deepspeed_dict
 
@@ -88,7 +89,7 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def start_runtime(config: RunConfig, stage: Stage) -> Runtime:
+def start_runtime(config: RunConfig, stage: TrainingStage) -> Runtime:
     """Builds the Accelerator, with its DeepSpeed dict, and asserts that it is what was configured."""
     uses_cpu = _uses_cpu(config)
     settings = deepspeed_dict(config, stage)

@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from orchestrator.config.model import FullTuning, LoraTuning
 from orchestrator.config.run import RunConfig
-from orchestrator.errors import ConfigError
+from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.training.context import Context
+from orchestrator.training.model import load_model, load_scorer
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def apply_tuning(model: PreTrainedModel, config: RunConfig) -> torch.nn.Module:
-    """The module to train: every parameter under full tuning, a PEFT model under LoRA. Base weights are frozen there."""
+def build_policy(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
+    """The causal model to train: the base, or the artifact of the stage that this one starts from."""
+    start = context.start
+    folder = start.folder if start is not None and start.kind == "model" else context.base_folder
+    model = apply_tuning(load_model(folder, context.config, weights_dtype=dtype, packed=packed), context.config)
+    if start is not None and start.kind == "adapter":
+        load_adapter(model, start.folder)
+    return model
+
+
+def build_reward_model(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
+    """A model with a new scalar head, on what the stage starts from."""
+    start = context.start
+    folder = start.folder if start is not None and start.kind == "model" else context.base_folder
+    scorer = load_scorer(folder, context.config, weights_dtype=dtype, packed=packed)
+    model = apply_tuning(scorer, context.config, task="SEQ_CLS")
+    if start is not None and start.kind == "adapter":
+        load_adapter(model, start.folder)
+    if dtype == torch.float32 or context.config.sharding.strategy == "none":
+        for parameter in model.parameters():  # PEFT leaves the head in the base's type
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return model
+
+
+def load_adapter(model: torch.nn.Module, folder: Path, *, name: str = "default") -> None:
+    """Puts an adapter's weights into a PEFT model that was made with the same settings. Raises CheckpointError."""
+    from peft import set_peft_model_state_dict
+    from peft.utils import ModulesToSaveWrapper
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+        for place, module in model.named_modules():  # a head that the adapter does not know keeps its new weights
+            if isinstance(module, ModulesToSaveWrapper):
+                weights.setdefault(f"{place}.weight", module.modules_to_save[name].weight.detach())
+        report: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())[:300]}") from None
+    lost = [lost for lost in report.missing_keys if "lora_" in lost and f".{name}." in lost]
+    if lost or report.unexpected_keys:
+        raise CheckpointError(f"{folder}: PEFT misses {lost[:5]} and does not know {list(report.unexpected_keys)[:5]}")
+
+
+def apply_tuning(
+    model: PreTrainedModel, config: RunConfig, *, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+) -> torch.nn.Module:
+    """The module to train: every parameter under full tuning, a PEFT model under LoRA. Base weights are frozen there.
+
+    Under SEQ_CLS the head is trained too, and saved with the adapter.
+    """
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
@@ -21,16 +75,16 @@ def apply_tuning(model: PreTrainedModel, config: RunConfig) -> torch.nn.Module:
         case FullTuning():
             return model.requires_grad_(True)
         case LoraTuning():
-            return _with_lora(model, config.tuning)
+            return _with_lora(model, config.tuning, task)
 
 
-def _with_lora(model: PreTrainedModel, tuning: LoraTuning) -> torch.nn.Module:
-    from peft import LoraConfig, get_peft_model
+def lora_settings(tuning: LoraTuning, task: str = "CAUSAL_LM") -> Any:
+    """PEFT's settings."""
+    from peft import LoraConfig
 
-    model.requires_grad_(False)
     targets: Any = tuning.target_modules
-    settings = LoraConfig(
-        task_type="CAUSAL_LM",
+    return LoraConfig(
+        task_type=task,  # type: ignore[arg-type]
         r=tuning.rank,
         lora_alpha=int(tuning.alpha) if tuning.alpha == int(tuning.alpha) else tuning.alpha,  # type: ignore[arg-type]
         lora_dropout=tuning.dropout,
@@ -38,8 +92,14 @@ def _with_lora(model: PreTrainedModel, tuning: LoraTuning) -> torch.nn.Module:
         use_rslora=tuning.use_rslora,
         use_dora=tuning.use_dora,
     )
+
+
+def _with_lora(model: PreTrainedModel, tuning: LoraTuning, task: str) -> torch.nn.Module:
+    from peft import get_peft_model
+
+    model.requires_grad_(False)
     try:
-        return get_peft_model(model, settings)
+        return get_peft_model(model, lora_settings(tuning, task))
     except ValueError as error:
         names = sorted(
             {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}

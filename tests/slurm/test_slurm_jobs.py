@@ -69,30 +69,6 @@ def test_secrets_reach_the_ranks_but_not_slurm(
     assert "very secret" not in told + Path(spec.script_path).read_text()
 
 
-def test_preempted_three_times_it_finishes_by_itself(cluster: Cluster, tmp_path: Path) -> None:
-    spec = make_slurm_spec(tmp_path, settings={"steps": 120}, cluster={"partition": "low"})
-    job = cluster.submit(spec)
-    for attempt in (1, 2, 3):
-        wait_until(begun(spec, attempt=attempt), seconds=60, what=f"attempt {attempt}")
-        take_all = ("--partition=urgent", "--nodes=3", "--exclusive", "--time=1", "--output=/dev/null")
-        run("sbatch", *take_all, "--wrap=sleep 1")
-    assert cluster.wait(job, seconds=120) == "COMPLETED"
-    assert attempts_of(spec) == {1: "stopped", 2: "stopped", 3: "stopped", 4: "finished"}
-    assert steps_of(spec) == list(range(1, 121))
-    assert read_jobs(spec.log_directory) == (job,)
-
-
-def test_over_its_time_limit_it_saves_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
-    site = {"time_limit": "2:00", "stop_lead_seconds": 55}
-    spec = make_slurm_spec(tmp_path, settings={"steps": 750}, cluster=site)
-    job = cluster.submit(spec)
-    assert cluster.wait(job, seconds=240) == "COMPLETED"
-    states = list(attempts_of(spec).values())  # how many depends on when Slurm sends the signal
-    assert states[-1] == "finished" and states[:-1] == ["stopped"] * (len(states) - 1) and len(states) > 1
-    assert steps_of(spec) == list(range(1, 751))
-    assert "USR2 received" in log_of(spec)
-
-
 def test_a_site_without_requeue_gets_a_successor_and_the_chain_follows_it(cluster: Cluster, tmp_path: Path) -> None:
     first = make_slurm_spec(tmp_path / "a", settings={"steps": 60}, nodes=1, cluster={"requeue": False})
     second = make_slurm_spec(tmp_path / "b", nodes=1)

@@ -19,8 +19,8 @@ from orchestrator.training.data.prepare import ensure_prepared
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.health import Health
 from orchestrator.training.loop import Job, accumulate_gradients
-from orchestrator.training.losses import sft_loss
 from orchestrator.training.model import load_model
+from orchestrator.training.objectives import sft_objective
 from orchestrator.training.optimizers import build_optimizer
 from orchestrator.training.runtime import start_runtime
 
@@ -48,7 +48,7 @@ def main(model_folder: str, rows_file: str, micro_size: str, out: str) -> None:
         runtime=runtime,
         model=model,
         optimizer=optimizer,
-        loss=sft_loss(runtime),
+        objective=sft_objective(runtime),
         stage=stage,
         rows=rows,
         order=BatchOrder(rows.rows, 8, 0),

@@ -29,8 +29,12 @@ def test_an_evaluation_row_and_a_row_with_nan() -> None:
 
 
 def test_an_event_is_one_line_with_its_facts() -> None:
-    event = {"event": "save", "time": "12:00:01", "step": 20, "save_seconds": 0.5, "message": "checkpoint proven"}
-    assert line(event, 60) == "12:00:01 save at step 20: checkpoint proven  save_seconds=0.5"
+    event = {"event": "save", "time": "12:00:01", "step": 20, "save_seconds": 0.239958, "message": "checkpoint proven"}
+    assert line(event, 60) == "12:00:01 save at step 20: checkpoint proven  save_seconds=0.24"
+    assert (
+        line({"event": "space", "free_bytes": 3 << 29, "parameters": 139399488}, 60)
+        == "space  free=1,536.0 MiB  parameters=139,399,488"
+    )
     assert line({"event": "start", "time": 0.0}, 60).endswith("start")
 
 

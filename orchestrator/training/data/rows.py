@@ -50,6 +50,10 @@ class Batch:
     """Real tokens, padding and fillers left out."""
     num_trained_tokens: int
     """Targets after the causal shift."""
+    document_ids: tuple[int, ...] = ()
+    """Number of each document in its prepared folder."""
+    digest: str = ""
+    """Of the prepared folder."""
 
     def model_inputs(self) -> dict[str, Any]:
         """What a causal model is called with.
@@ -129,6 +133,7 @@ class PreparedRows(PreparedFolder):
         mask = np.zeros(shape, dtype=np.int64)
         positions = np.zeros(shape, dtype=np.int64)
         spans: list[Span] = []
+        known: list[int] = []
         units: list[int] = []
         edges = [0]
         for b, sequence in enumerate(sequences):
@@ -138,6 +143,7 @@ class PreparedRows(PreparedFolder):
                 if document >= 0:
                     self._fill(ids[b, place:end], labels[b, place:end], document, start, stop)
                     spans.append(Span(b, place, end))
+                    known.append(document)
                     units.append(self.unit_of(document))
                 positions[b, place:end] = np.arange(end - place)
                 mask[b, place:end] = 1
@@ -158,12 +164,27 @@ class PreparedRows(PreparedFolder):
             row_ids=tuple(self.row_ids(index) for index in chosen),
             num_tokens=sum(span.stop - span.start for span in spans),
             num_trained_tokens=int((labels[:, 1:] != IGNORED).sum()),
+            document_ids=tuple(known),
+            digest=self.digest,
         )
+
+    def document_of(self, index: int) -> int:
+        """The first document of a trainable row."""
+        return int(self.segment_documents[int(self.row_offsets[index])])
+
+    def document(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids, which of them are trained) of a document."""
+        span = slice(int(self.document_offsets[document]), int(self.document_offsets[document + 1]))
+        return self.tokens[span].astype(np.int64), np.asarray(self.trained[span])
+
+    def documents_in(self, indices: Sequence[int]) -> int:
+        """Documents of these trainable rows; a preference pair has two."""
+        return sum(int(self.row_offsets[index + 1] - self.row_offsets[index]) for index in indices)
 
     def prompt(self, index: int) -> RolloutPrompt:
         """The prompt of a row of a set of prompts."""
         assert self.meta.kind == "prompt" and not self.is_packed
-        document = int(self.segment_documents[int(self.row_offsets[index])])
+        document = self.document_of(index)
         extra = self.extra(self.unit_of(document))
         return RolloutPrompt(
             ids=tuple(self.document_ids(document).tolist()),
@@ -191,3 +212,37 @@ class PreparedRows(PreparedFolder):
         ids[:] = tokens
         labels[:] = np.where(self.trained[base + start : base + stop], tokens, IGNORED)
         labels[0] = IGNORED
+
+
+def batch_of(
+    texts: Sequence[tuple[np.ndarray, np.ndarray]], document_ids: Sequence[int], *, digest: str = "", pad_id: int = 0
+) -> Batch:
+    """Single documents, given as (ids, which are trained), padded on the right; a document of -1 is a filler."""
+    width = max(len(ids) for ids, _ in texts)
+    ids_BT = torch.full((len(texts), width), pad_id, dtype=torch.int64)
+    labels_BT = torch.full((len(texts), width), IGNORED, dtype=torch.int64)
+    mask_BT = torch.zeros((len(texts), width), dtype=torch.int64)
+    edges = [0]
+    for b, (ids, trained) in enumerate(texts):
+        row = torch.from_numpy(ids)
+        ids_BT[b, : len(ids)] = row
+        labels_BT[b, : len(ids)] = torch.where(torch.from_numpy(trained), row, IGNORED)
+        mask_BT[b, : len(ids)] = 1
+        edges += [b * width + len(ids)] + ([(b + 1) * width] if len(ids) < width else [])
+    labels_BT[:, 0] = IGNORED
+    real = [b for b, document in enumerate(document_ids) if document >= 0]
+    return Batch(
+        input_ids_BT=ids_BT,
+        labels_BT=labels_BT,
+        attention_mask_BT=mask_BT if bool((mask_BT == 0).any()) else None,
+        position_ids_BT=None,
+        boundaries=torch.tensor(edges, dtype=torch.int32),
+        longest=int(np.diff(edges).max()),
+        documents=tuple(Span(b, 0, len(texts[b][0])) for b in real),
+        values_D=torch.full((len(real),), torch.nan),
+        row_ids=tuple(() if document < 0 else (document,) for document in document_ids),
+        num_tokens=sum(len(texts[b][0]) for b in real),
+        num_trained_tokens=int((labels_BT[:, 1:] != IGNORED).sum()),
+        document_ids=tuple(document_ids[b] for b in real),
+        digest=digest,
+    )

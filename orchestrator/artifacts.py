@@ -1,0 +1,83 @@
+"""What an earlier stage made, as its result.json tells, and whether a later stage can use it. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.alignment import PolicyStage
+from orchestrator.config.model import FullTuning
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import ConfigError
+from orchestrator.rundir import MANIFEST, RunFolder, file_digest, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """The proven artifact of a finished stage."""
+
+    stage: str
+    path: Path
+    kind: str
+    """model, adapter, reward_model, reward_adapter or merged."""
+    digest: str
+    """sha256 of its manifest."""
+    base: str
+    report: Mapping[str, Any] | None
+    """A reward model's report on held-out pairs."""
+
+    @property
+    def is_reward(self) -> bool:
+        return self.kind.startswith("reward_")
+
+
+def read_artifact(run: RunFolder, stage: str) -> Artifact:
+    """The artifact of a stage; ConfigError where the stage is not done, or its artifact is not the one that was proven."""
+    file = run.stage(stage).result
+    if not file.exists():
+        raise ConfigError(f"{stage} is not done: there is no {file}; run the stages before this one first")
+    result = read_json(file)
+    told = result["artifact"]
+    path = Path(told["path"])
+    manifest = path / MANIFEST
+    if not manifest.is_file() or file_digest(manifest) != told["manifest_sha256"]:
+        raise ConfigError(f"{path} is not the artifact that {stage} proved; remove {file} to make it anew")
+    return Artifact(
+        stage=stage,
+        path=path,
+        kind=told["kind"],
+        digest=told["manifest_sha256"],
+        base=result["base"]["name"],
+        report=result.get("reward_report"),
+    )
+
+
+def check_artifacts(config: RunConfig, name: str, artifacts: Mapping[str, Artifact]) -> None:
+    """ConfigError with a sentence for every artifact that does not fit the stage that wants to read it."""
+    problems = [problem for artifact in artifacts.values() for problem in _problems(config, artifact)]
+    stage = config.stages[name]
+    if isinstance(stage, PolicyStage) and not stage.accept_weak_reward:
+        problems += [problem for artifact in artifacts.values() for problem in _weakness(name, artifact)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _weakness(name: str, artifact: Artifact) -> Iterator[str]:
+    report = artifact.report
+    if report is not None and not report["beats_chance"]:
+        interval = f"{report['accuracy']:.2f} ({report['accuracy_low']:.2f} to {report['accuracy_high']:.2f})"
+        yield (
+            f"{artifact.stage}: its accuracy on {report['pairs']} held-out pairs is {interval}, which does not beat chance; train "
+            f"it longer or on more pairs, or type stages.{name}.accept_weak_reward=true"
+        )
+
+
+def _problems(config: RunConfig, artifact: Artifact) -> Iterator[str]:
+    if artifact.base != config.model.base:
+        yield f"{artifact.stage}: its artifact was trained on {artifact.base}, this run's base is {config.model.base}"
+    is_full = isinstance(config.tuning, FullTuning)
+    if is_full != artifact.kind.endswith("model"):
+        wanted = "a full model" if is_full else "an adapter"
+        yield f"{artifact.stage}: its artifact is of kind {artifact.kind}, tuning={config.tuning.method} expects {wanted}"

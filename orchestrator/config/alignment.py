@@ -1,0 +1,122 @@
+"""The stages that learn from preferences and rewards: types and ranges; no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.config.base import (
+    Fraction,
+    NaturalFloat,
+    NaturalInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Text,
+)
+from orchestrator.config.stages import TrainingStage
+
+
+class RewardStage(TrainingStage):
+    """A reward model: a scalar head, trained on pairs by the Bradley-Terry loss."""
+
+    kind: Literal["reward"]
+    use_margin: bool
+    """Ask for a difference of at least the row's `margin` (2307.09288, section 3.2.2)."""
+    centring: NaturalFloat
+    """Weight of (r_chosen + r_rejected)^2, which keeps the scores around zero (2312.09244); 0 leaves it out."""
+    report_pairs: PositiveInt
+    """Train pairs that the baselines of the report learn from, at most."""
+
+
+class DpoStage(TrainingStage):
+    """Preference optimisation without a reward model."""
+
+    kind: Literal["dpo"]
+    loss: Literal["dpo", "ipo", "hinge", "kto", "orpo", "simpo"]
+    """DPO 2305.18290, IPO 2310.12036, hinge (SLiC-HF 2305.10425), KTO 2402.01306, ORPO 2403.07691, SimPO 2405.14734."""
+    beta: PositiveFloat
+    """Strength of the pull to the reference policy; the weight of the odds ratio in ORPO."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+    """Share of the pairs that may be labelled the wrong way round (cDPO); only with loss=dpo."""
+    target_margin: NaturalFloat
+    """Gamma of SimPO: the margin between the length-normalised rewards."""
+    desirable_weight: PositiveFloat
+    """Weight of good rows in KTO."""
+    undesirable_weight: PositiveFloat
+    """Weight of bad rows in KTO."""
+
+
+class RewardSource(Section):
+    """One reward of a policy stage."""
+
+    source: Text
+    """`stage:NAME` (a reward stage before it), `model:FOLDER` (a sequence-classification folder with one label), a
+    built-in function, or `FILE.py:function`."""
+    weight: float
+    """The rewards are added with these weights."""
+    options: dict[str, bool | int | float | str]
+    """Keyword arguments of a function."""
+
+
+class RolloutConfig(Section):
+    """How completions are made."""
+
+    prompts: PositiveInt
+    """Prompts of a rollout, over all ranks."""
+    group_size: PositiveInt
+    """Completions of each prompt."""
+    passes: PositiveInt
+    """Passes over a rollout; each takes prompts x group_size / batch.global_size optimizer steps."""
+    max_new_tokens: PositiveInt
+    """At most so many tokens of a completion."""
+    temperature: NaturalFloat
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    """Smallest set of tokens with this probability; 1 keeps all."""
+    top_k: NaturalInt
+    """So many likeliest tokens; 0 keeps all."""
+    generate_size: PositiveInt
+    """Completions that one rank generates at a time."""
+
+
+class PolicyLimits(Section):
+    """Where a limit is passed for `patience` rollouts in a row, the stage ends red, with its best checkpoint kept."""
+
+    patience: PositiveInt
+    """Rollouts in a row."""
+    kl: PositiveFloat | None
+    """Mean over completions of the summed log-ratio to the reference policy, in nats."""
+    length_growth: Annotated[float, Field(gt=1)] | None
+    """Mean completion length over that of the first rollout, while the reward rises."""
+    entropy: PositiveFloat | None
+    """Mean entropy of a sampled token's distribution, in nats: less is a collapse."""
+    logprob_difference: PositiveFloat | None
+    """Mean absolute difference of a token's log-probability between generator and trainer; judged at once."""
+
+
+class PolicyStage(TrainingStage):
+    """Policy optimisation on sampled completions."""
+
+    kind: Literal["grpo"]
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce"]
+    """GRPO 2402.03300, Dr. GRPO 2503.20783, RLOO 2402.14740, REINFORCE with the batch mean as baseline."""
+    aggregation: Literal["token", "sequence", "constant"]
+    """Mean over all tokens (DAPO), over the tokens of a sequence and then over sequences (GRPO), or sum over max_new_tokens."""
+    clip_low: Fraction
+    """The ratio is clipped to 1 - clip_low ... 1 + clip_high."""
+    clip_high: PositiveFloat
+    """More room above than below keeps unlikely tokens alive (DAPO, 2503.14476)."""
+    kl_coefficient: NaturalFloat
+    """Weight of the KL divergence to the reference policy in the loss; 0 leaves it out."""
+    kl_estimator: Literal["k1", "k2", "k3"]
+    """k2 and k3 stand in the loss, k1 (which has no gradient there) is taken from the rewards."""
+    rollout: RolloutConfig
+    """How completions are made."""
+    rewards: tuple[RewardSource, ...]
+    """What completions are judged by."""
+    accept_weak_reward: bool
+    """Use a reward model whose report does not show that it beats chance."""
+    limits: PolicyLimits
+    """Where the stage ends red."""

@@ -1,0 +1,152 @@
+"""Which stage goes on from which: the graph of a pipeline, its problems, and the digest of what decides a stage's result. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from orchestrator.config.alignment import PolicyStage, RewardSource
+from orchestrator.config.base import JsonValue
+from orchestrator.config.ends import EvaluateStage, MergeStage
+from orchestrator.config.run import POLICY_KINDS, RunConfig
+from orchestrator.resume import settings_that_matter
+from orchestrator.rewards.load import problems_of
+from orchestrator.rundir import RunFolder, read_json
+
+STAGE_PREFIX = "stage:"
+MODEL_PREFIX = "model:"
+
+
+def resolve_starts(config: RunConfig) -> RunConfig:
+    """The same configuration with the name of a stage (or null) in the place of every `start_from: auto`."""
+    stages = {
+        name: stage.model_copy(update={"start_from": _nearest_policy(config, name)})
+        if stage.start_from == "auto"
+        else stage
+        for name, stage in config.stages.items()
+    }
+    return config.model_copy(update={"stages": stages})
+
+
+def inputs_of(config: RunConfig, name: str) -> tuple[str, ...]:
+    """The stages whose artifacts a stage of a resolved configuration reads."""
+    stage = config.stages[name]
+    start = [stage.start_from] if stage.start_from is not None else []
+    rewards = [source.source for source in rewards_of(config, name)]
+    scored = [reward.removeprefix(STAGE_PREFIX) for reward in rewards if reward.startswith(STAGE_PREFIX)]
+    return tuple(dict.fromkeys([*start, *scored]))
+
+
+def rewards_of(config: RunConfig, name: str) -> tuple[RewardSource, ...]:
+    """What scores completions in a stage."""
+    stage = config.stages[name]
+    return stage.rewards if isinstance(stage, PolicyStage | EvaluateStage) else ()
+
+
+def descendants(config: RunConfig, changed: set[str]) -> tuple[str, ...]:
+    """The changed stages and all that depend on them, in the pipeline's order."""
+    found: list[str] = []
+    for name in config.pipeline:
+        if name in changed or any(source in found for source in inputs_of(config, name)):
+            found.append(name)
+    return tuple(found)
+
+
+def pipeline_problems(config: RunConfig) -> list[str]:
+    """What is wrong with the graph, one sentence each; the stages' own settings are judged elsewhere."""
+    return [problem for name in config.pipeline if name in config.stages for problem in _stage_problems(config, name)]
+
+
+def stage_digest(config: RunConfig, name: str, inputs: Mapping[str, str]) -> str:
+    """What decides a stage's result: its settings with the base, and the digests of the artifacts that it reads."""
+    settings: dict[str, JsonValue] = settings_that_matter(config, name)
+    facts: dict[str, Any] = {"settings": settings, "inputs": dict(inputs)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def fresh_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
+    """The stages that are done and would come out the same: their settings and what they read are unchanged."""
+    artifacts: dict[str, str] = {}
+    for name in config.pipeline:
+        inputs = inputs_of(config, name)
+        file = run.stage(name).result
+        if not file.exists() or any(source not in artifacts for source in inputs):
+            continue
+        result = read_json(file)
+        wanted = stage_digest(config, name, {source: artifacts[source] for source in inputs})
+        if result.get("digest") in (None, wanted):
+            artifacts[name] = result["artifact"]["manifest_sha256"]
+    return tuple(artifacts)
+
+
+def may_be_made_anew(config: RunConfig, run: RunFolder) -> frozenset[str]:
+    """Keys of stages whose change makes a pipeline run them again: those that are done, or have nothing to lose yet."""
+    if len(config.pipeline) < 2:
+        return frozenset()
+    stages = {name: run.stage(name) for name in config.stages}
+    return frozenset(
+        f"stages.{name}"
+        for name, files in stages.items()
+        if files.result.exists() or not (files.checkpoints.is_dir() and any(files.checkpoints.iterdir()))
+    )
+
+
+def set_aside(run: RunFolder, names: Sequence[str]) -> list[str]:
+    """Moves the folders of stages that are run anew below superseded/; a sentence for each."""
+    told: list[str] = []
+    for name in names:
+        folder = run.stage(name).root
+        if not folder.is_dir():
+            continue
+        taken = len(list(run.superseded.glob(f"{name}-*"))) if run.superseded.is_dir() else 0
+        target = run.superseded / f"{name}-{taken + 1}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+        told.append(f"{name}: is run anew; what was there is in {target}")
+    return told
+
+
+def _nearest_policy(config: RunConfig, name: str) -> str | None:
+    if name not in config.pipeline:
+        return None
+    before = config.pipeline[: config.pipeline.index(name)]
+    makers = [earlier for earlier in before if _makes_policy(config, earlier)]
+    return makers[-1] if makers else None
+
+
+def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
+    before = config.pipeline[: config.pipeline.index(name)]
+    stage = config.stages[name]
+    start = stage.start_from
+    if start not in (None, "auto"):
+        yield from _input_problems(config, f"stages.{name}.start_from", start, before, POLICY_KINDS)
+    if (
+        isinstance(stage, EvaluateStage | MergeStage)
+        and start in (None, "auto")
+        and not any(_makes_policy(config, name) for name in before)
+    ):
+        yield f"stages.{name}.start_from: no stage before {name} makes a policy; put one into the pipeline, such as sft"
+    if isinstance(stage, PolicyStage) and not stage.rewards:
+        yield f"stages.{name}.rewards: there is none; add for example {{source: exact_match, weight: 1.0, options: {{}}}}"
+    for number, reward in enumerate(rewards_of(config, name)):
+        field = f"stages.{name}.rewards.{number}"
+        if reward.source.startswith(STAGE_PREFIX):
+            wanted = reward.source.removeprefix(STAGE_PREFIX)
+            yield from _input_problems(config, f"{field}.source", wanted, before, ("reward",))
+        elif not reward.source.startswith(MODEL_PREFIX):
+            yield from (f"{field}: {problem}" for problem in problems_of(reward.source, reward.options))
+
+
+def _makes_policy(config: RunConfig, name: str) -> bool:
+    return name in config.stages and config.stages[name].kind in POLICY_KINDS
+
+
+def _input_problems(
+    config: RunConfig, field: str, wanted: str | None, before: tuple[str, ...], kinds: tuple[str, ...]
+) -> Iterator[str]:
+    fitting = [name for name in before if name in config.stages and config.stages[name].kind in kinds]
+    if wanted not in fitting:
+        there = f"there are {', '.join(fitting)}" if fitting else "there is none in the pipeline"
+        yield f"{field}: {wanted} is no stage of kind {' or '.join(kinds)} before this one; {there}"

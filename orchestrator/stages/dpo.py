@@ -1,0 +1,48 @@
+"""Preference optimisation without a reward model: DPO, IPO, hinge, ORPO and SimPO over pairs, KTO over labelled rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+from orchestrator.config.alignment import DpoStage
+from orchestrator.errors import DataError
+from orchestrator.training.context import Context
+from orchestrator.training.divergence import Divergence
+from orchestrator.training.objectives import Objective, kto_objective, preference_objective
+from orchestrator.training.reference import make_reference, no_reference
+from orchestrator.training.session import Course, Session, run_training, supervised_course
+
+REFERENCE_FREE = ("orpo", "simpo")
+
+
+def plan_course(session: Session) -> Course:
+    """The stage's loss over prepared pairs or labelled rows, against the policy that it starts from."""
+    stage = cast("DpoStage", session.context.stage)
+    wanted, data_format = ("feedback", "feedback") if stage.loss == "kto" else ("pair", "preference")
+    if session.rows.meta.kind != wanted:
+        raise DataError(
+            f"stages.{session.context.name}.data: loss={stage.loss} needs rows of format {data_format}, "
+            f"these are of format {session.rows.meta.format}"
+        )
+    if stage.loss == "kto":
+        return _kto(session, stage)
+    return supervised_course(session, _paired(session, stage))
+
+
+def _paired(session: Session, stage: DpoStage) -> Objective:
+    reference_of = no_reference if stage.loss in REFERENCE_FREE else make_reference(session).of
+    return preference_objective(session.runtime, stage, reference_of)
+
+
+def _kto(session: Session, stage: DpoStage) -> Course:
+    """Before every step the KL is estimated from answers that stand beside other prompts."""
+    divergence = Divergence(session)
+    objective = kto_objective(session.runtime, stage, make_reference(session).of, divergence.value)
+    course = supervised_course(session, objective)
+    return replace(course, begin=lambda step: divergence.measure(course.order.global_batch(step - 1)))
+
+
+def run(context: Context) -> int:
+    """Trains, writes and proves; the exit code of the rank."""
+    return run_training(context, plan_course)

@@ -1,0 +1,64 @@
+"""Policy optimisation on sampled completions: GRPO, Dr. GRPO, RLOO and REINFORCE against rewards."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from orchestrator.config.alignment import PolicyStage
+from orchestrator.errors import DataError
+from orchestrator.training.context import Context
+from orchestrator.training.evaluation import evaluate
+from orchestrator.training.judging import score_held_out
+from orchestrator.training.objectives import prompt_objective
+from orchestrator.training.policy import RolloutOrder, RolloutRows, policy_objective
+from orchestrator.training.reference_policy import build_policy_with_reference, reference_policy
+from orchestrator.training.rollout import end_ids_of, make_generate
+from orchestrator.training.sampling import Sampler
+from orchestrator.training.scoring import make_rewards
+from orchestrator.training.session import Course, Session, proof_of, run_training
+
+
+def plan_course(session: Session) -> Course:
+    """Rollouts as rows, and the clipped surrogate over them."""
+    context, runtime, rows = session.context, session.runtime, session.rows
+    stage = cast("PolicyStage", context.stage)
+    if rows.meta.kind != "prompt":
+        raise DataError(
+            f"stages.{context.name}.data: rows of format {rows.meta.format} are no prompts; set data.train.format=prompts"
+        )
+    module = runtime.accelerator.unwrap_model(session.model)
+    end_ids = end_ids_of(module, context.base_folder)
+    sampler = Sampler(
+        session=session,
+        stage=stage,
+        order=RolloutOrder(stage, prompts=rows.rows, seed=context.config.seeds.data),
+        rows=RolloutRows(pad_id=rows.meta.pad_id),
+        generate=make_generate(runtime, session.model, end_ids=end_ids, pad_id=rows.meta.pad_id),
+        rewards=make_rewards(context, runtime, stage.rewards),
+        reference=reference_policy(session, stage),
+    )
+    probe = prompt_objective(runtime)
+    micro_size, count = stage.batch.micro_size, stage.checkpoint.probe_rows
+    return Course(
+        objective=policy_objective(runtime, stage),
+        rows=sampler.rows,
+        order=sampler.order,
+        score=lambda: score_held_out(sampler),
+        probe=(lambda: evaluate(runtime, session.model, probe, rows, micro_size=micro_size, limit=count).loss)
+        if count
+        else None,
+        proof=lambda: proof_of(session),
+        begin=sampler.begin,
+    )
+
+
+def build_model(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
+    stage = cast("PolicyStage", context.stage)
+    return build_policy_with_reference(context, stage, dtype, packed)
+
+
+def run(context: Context) -> int:
+    """Trains, writes and proves; the exit code of the rank."""
+    return run_training(context, plan_course, build_model=build_model)

@@ -1,0 +1,67 @@
+"""Merges the adapter of an earlier stage into its base, measures the change, and proves the folder in a fresh process."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import cast
+
+from orchestrator.config.ends import MergeStage
+from orchestrator.errors import CheckpointError
+from orchestrator.rundir import RunFolder, read_json, write_json
+from orchestrator.training.card import write_card
+from orchestrator.training.context import Context, Record
+from orchestrator.training.data.rows import PreparedRows
+from orchestrator.training.finish import finish_scoring, prove_in_fresh_process
+from orchestrator.training.merging import Source, merge, write_merged
+from orchestrator.training.runtime import start_single_runtime
+
+
+def run(context: Context) -> int:
+    """Merges, measures, writes, proves; refuses a merge that changed the model by more than `max_kl`."""
+    stage = cast("MergeStage", context.stage)
+    start = context.start
+    assert start is not None, "the pipeline's rules ask for a policy before it"
+    record = Record(context, rank=0)
+    record.event("start", world_size=1)
+    started = time.time()
+    runtime = start_single_runtime(context.config, autocast=False)
+    source = Source(config=context.config, base_folder=context.base_folder, artifact=start.folder, kind=start.kind)
+    rows = PreparedRows.open(context.train_data)
+    model, best, ways = merge(source, rows, runtime, limit=stage.rows, micro_size=stage.micro_size, say=record.say)
+    if best.kl > stage.max_kl:
+        raise CheckpointError(
+            f"merged into the {best.name}, the model differs from the trained one by {best.kl:.3g} nats a token, "
+            f"max_kl={stage.max_kl:g}: keep the adapter apart, or raise stages.{context.name}.max_kl if that is acceptable"
+        )
+    run_folder = RunFolder(context.run_file.parent)
+    results = {
+        name: read_json(run_folder.stage(name).result)
+        for name in context.config.pipeline
+        if name != context.name and run_folder.stage(name).result.exists()
+    }
+    told = [asdict(way) for way in ways]
+    card = write_card(context.config, results, ways=told, price_per_hour=stage.price_per_hour)
+    facts = {"run": context.config.name, "stage": context.name, "kind": "merge", "base": context.config.model.base}
+    write_merged(model, context.folder.artifact, source=source, card=card, facts=facts)
+    write_json(
+        context.folder.proof,
+        {
+            "data": str(context.train_data),
+            "rows": min(stage.rows, rows.rows),
+            "loss": best.loss,
+            "micro_size": stage.micro_size,
+            "autocast": False,
+            "base_folder": str(context.base_folder),
+        },
+    )
+    del model
+    prove_in_fresh_process(context)
+    summary = {
+        "kl": best.kl,
+        "agreement": best.agreement,
+        "way": best.name,
+        "ways": told,
+        "seconds": time.time() - started,
+    }
+    return finish_scoring(context, record, summary, kind="merged")

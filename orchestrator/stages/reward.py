@@ -1,0 +1,41 @@
+"""A reward model: a scalar head trained on pairs, and a report of what it knows beyond length and single words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+
+from orchestrator.config.alignment import RewardStage
+from orchestrator.errors import DataError
+from orchestrator.training.context import Context
+from orchestrator.training.evaluation import Evaluation
+from orchestrator.training.objectives import reward_objective
+from orchestrator.training.pair_report import held_out_scores, make_report, told
+from orchestrator.training.session import Course, Session, run_training, supervised_course
+from orchestrator.training.tuning import build_reward_model
+
+
+def plan_course(session: Session) -> Course:
+    """Bradley-Terry loss over prepared pairs, and the report on held-out ones."""
+    stage = cast("RewardStage", session.context.stage)
+    if session.rows.meta.kind != "pair":
+        raise DataError(
+            f"stages.{session.context.name}.data: rows of format {session.rows.meta.format} are no pairs; a reward model "
+            "needs format=preference (chosen, rejected)"
+        )
+    course = supervised_course(session, reward_objective(session.runtime, stage))
+
+    def proof() -> Evaluation:
+        """After the last step every rank is here: the time to score all held-out pairs."""
+        scores.append(held_out_scores(session))
+        return course.proof()
+
+    scores: list[np.ndarray] = []
+    return replace(course, proof=proof, summary=lambda: told(make_report(session, stage, scores[-1])))
+
+
+def run(context: Context) -> int:
+    """Trains, writes, proves and reports; the exit code of the rank."""
+    return run_training(context, plan_course, build_model=build_reward_model)

@@ -1,0 +1,90 @@
+"""Makes a publishable folder of a finished stage: `python -m orchestrator.training.export RUN/run.json --stage S --to FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from orchestrator.artifacts import read_artifact
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, CheckpointError, OrchestratorError
+from orchestrator.rundir import RunFolder, read_json, read_manifest
+from orchestrator.training.artifact import open_model
+from orchestrator.training.card import write_card
+from orchestrator.training.data.rows import PreparedRows
+from orchestrator.training.evaluation import evaluate
+from orchestrator.training.merging import Source, Way, merge, write_merged
+from orchestrator.training.model import DTYPES, quiet
+from orchestrator.training.objectives import prompt_objective
+from orchestrator.training.prove import LOSS_TOLERANCE
+from orchestrator.training.runtime import Runtime, start_single_runtime
+
+ROWS = 32
+MICRO_SIZE = 4
+
+
+def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_kl: float) -> Way:
+    """Merges, measures, writes and proves; CheckpointError where the merge changed the model by more than `max_kl`."""
+    artifact = read_artifact(run, stage)
+    result = read_json(run.stage(stage).result)
+    prepared = read_json(run.stage(stage).prepared)
+    rows = PreparedRows.open(Path(prepared["evaluation"] or prepared["train"]))
+    runtime = start_single_runtime(config, autocast=False)
+    source = Source(
+        config=config, base_folder=Path(result["base"]["folder"]), artifact=artifact.path, kind=artifact.kind
+    )
+    model, best, ways = merge(source, rows, runtime, limit=ROWS, micro_size=MICRO_SIZE, say=print)
+    if best.kl > max_kl:
+        raise CheckpointError(
+            f"merged into the {best.name}, the model differs from the trained one by {best.kl:.3g} nats a token, "
+            f"{max_kl:g} is allowed: publish the adapter itself ({artifact.path}), or type --max-kl {best.kl * 1.1:.2g}"
+        )
+    results = {
+        name: read_json(run.stage(name).result)
+        for name in config.pipeline[: config.pipeline.index(stage) + 1]
+        if run.stage(name).result.exists()
+    }
+    card = write_card(config, results, ways=[asdict(way) for way in ways], price_per_hour=None)
+    facts = {"run": config.name, "stage": stage, "kind": "export", "base": config.model.base}
+    write_merged(model, target, source=source, card=card, facts=facts)
+    del model
+    _prove(config, target, rows, runtime, best)
+    return best
+
+
+def _prove(config: RunConfig, target: Path, rows: PreparedRows, runtime: Runtime, way: Way) -> None:
+    """Reads the folder back from the disk and scores it again."""
+    read_manifest(target)
+    model = open_model(target, config, DTYPES[config.model.dtype], packed=False).to(runtime.device)  # type: ignore[arg-type]
+    scored = evaluate(runtime, model, prompt_objective(runtime), rows, micro_size=MICRO_SIZE, limit=ROWS)
+    if not abs(scored.loss - way.loss) <= LOSS_TOLERANCE:
+        raise CheckpointError(f"{target}: re-opened, it scores {scored.loss:.5f}, {way.loss:.5f} was measured before")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="orchestrator export")
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--max-kl", type=float, default=0.02)
+    options = parser.parse_args()
+    quiet()
+    config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False)
+    try:
+        with torch.no_grad():
+            way = export(config, RunFolder(options.run_file.parent), options.stage, options.to, max_kl=options.max_kl)
+    except OrchestratorError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return EXIT_DO_NOT_RESTART
+    except KeyboardInterrupt:
+        return 130
+    print(f"exported to {options.to}: merged into the {way.name}, {way.kl:.2e} nats a token from the trained model")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

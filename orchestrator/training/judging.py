@@ -1,0 +1,90 @@
+"""A policy on held-out prompts: one greedy completion each, scored by the stage's rewards."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+
+from orchestrator.config.ends import EvaluateStage
+from orchestrator.training.context import Context
+from orchestrator.training.data.rows import PreparedRows
+from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
+from orchestrator.training.evaluation import Evaluation
+from orchestrator.training.rollout import Request, end_ids_of, make_generate, seed_of
+from orchestrator.training.runtime import Runtime
+from orchestrator.training.sampling import Sampler, as_scored
+from orchestrator.training.scoring import Rewards
+
+HELD_OUT_PROMPTS = 32
+
+
+def score_held_out(sampler: Sampler) -> Evaluation | None:
+    """Mean reward (as a loss: its negative) and length; every rank calls it. None where nothing is held out."""
+    session = sampler.session
+    held, runtime = session.held, session.runtime
+    if held is None:
+        return None
+    count = min(held.rows, HELD_OUT_PROMPTS)
+    mine = [held.prompt(index) for index in range(runtime.rank, count, runtime.world_size)]
+    requests = [Request(prompt=prompt.ids, seed=0) for prompt in mine]
+    greedy = sampler.stage.rollout.model_copy(update={"temperature": 0.0})
+    completions = sampler.generate(requests, greedy)
+    scored = [
+        as_scored(session.context, request, completion, prompt.extra)
+        for request, completion, prompt in zip(requests, completions, mine, strict=True)
+    ]
+    sums, _ = sampler.rewards.of(scored) if scored else ([], {})
+    tokens = sum(one.sample.tokens for one in scored)
+    reward, length = (total / count for total in runtime.sum_over_ranks([sum(sums), float(tokens)]))
+    return Evaluation(
+        loss=-reward,
+        trained_tokens=int(length * count),
+        rows=count,
+        measures={"reward": reward, "completion_tokens": length},
+    )
+
+
+def generated_rewards(
+    context: Context,
+    runtime: Runtime,
+    model: torch.nn.Module,
+    rows: PreparedRows,
+    rewards: Rewards,
+    stage: EvaluateStage,
+) -> dict[str, float]:
+    """Mean of every reward, and of the length, over what a model answers to the rows' prompts."""
+    module: Any = model
+    generate = make_generate(runtime, model, end_ids=end_ids_of(module, context.base_folder), pad_id=rows.meta.pad_id)
+    seed = context.config.seeds.data
+    prompts = [prompt_of(context, rows, index) for index in range(min(stage.rows, rows.rows))]
+    asked = [
+        (Request(prompt=ids, seed=seed_of(seed, "evaluate", place, turn)), row)
+        for place, (ids, row) in enumerate(prompts)
+        for turn in range(stage.rollout.group_size)
+    ]
+    completions = generate([request for request, _ in asked], stage.rollout)
+    scored = [
+        as_scored(context, request, completion, row)
+        for (request, row), completion in zip(asked, completions, strict=True)
+    ]
+    sums, apart = rewards.of(scored)
+    means = {f"reward_{name}": statistics.fmean(values) for name, values in apart.items()}
+    return {
+        "reward": statistics.fmean(sums),
+        **means,
+        "completion_tokens": statistics.fmean(float(one.sample.tokens) for one in scored),
+    }
+
+
+def prompt_of(context: Context, rows: PreparedRows, index: int) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """(prompt ids, the row for rewards): of a set of prompts, or of a row with its answer, which is the reference then."""
+    if rows.meta.kind == "prompt":
+        prompt = rows.prompt(index)
+        return prompt.ids, prompt.extra
+    ids, trained = rows.document(rows.document_of(index))
+    first = int(trained.argmax())
+    tokenizer = core_tokenizer(load_facts(context.base_folder).core)
+    answer = tokenizer.decode(ids[first:].tolist(), skip_special_tokens=True).strip()
+    return tuple(ids[:first].tolist()), {"answer": answer}

@@ -1,0 +1,179 @@
+"""What each kind of stage minimises, over micro-batches: sums that add up whatever the split. Must not know files or stages' loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from orchestrator.config.alignment import DpoStage, RewardStage
+from orchestrator.config.ends import MergeStage
+from orchestrator.config.run import Stage
+from orchestrator.dataset.prepared import Kind
+from orchestrator.training import preference_losses as losses
+from orchestrator.training.data.rows import Batch
+from orchestrator.training.logprobs import sums_by_document, token_logprobs_BT
+from orchestrator.training.losses import IGNORED, token_cross_entropy_sum
+from orchestrator.training.preference_losses import PairLogprobs, pairs_of_documents
+from orchestrator.training.runtime import Runtime
+
+
+class Rows(Protocol):
+    """What a loop takes batches from."""
+
+    @property
+    def trained_tokens(self) -> Any: ...
+    @property
+    def lengths(self) -> Any: ...
+    def documents_in(self, indices: Sequence[int]) -> int: ...
+    def batch(self, indices: Sequence[int]) -> Any: ...
+    def row_ids(self, index: int) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The loss of a stage: sum over the units of the global batch / number of units."""
+
+    terms: Callable[[torch.nn.Module, Any], tuple[torch.Tensor, ...]]
+    """Of a micro-batch: the sum of its units' losses, then the sums of the `measures`; fp32 scalars."""
+    weight: Callable[[Rows, Sequence[int]], float]
+    """Units of the rows of a global batch: trained tokens, pairs, or what the loss is a mean over."""
+    measures: tuple[str, ...] = ()
+    """What is told beside the loss, as means over the units too."""
+
+
+ReferenceOf = Callable[[Batch], torch.Tensor]
+"""The reference policy's summed log-probabilities of a batch's documents, D of them."""
+
+
+def sft_objective(runtime: Runtime) -> Objective:
+    """Next-token cross-entropy of the trained tokens."""
+
+    def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+        with runtime.forward_context():
+            logits_BTV = model(**batch.model_inputs()).logits
+        return (token_cross_entropy_sum(logits_BTV, batch.labels_BT),)
+
+    return Objective(terms=terms, weight=trained_tokens)
+
+
+def prompt_objective(runtime: Runtime) -> Objective:
+    """Next-token cross-entropy of every token of rows that have no labels: it tells two policies apart."""
+
+    def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+        labels_BT = batch.input_ids_BT
+        if batch.attention_mask_BT is not None:
+            labels_BT = labels_BT.masked_fill(batch.attention_mask_BT == 0, IGNORED)
+        with runtime.forward_context():
+            logits_BTV = model(**batch.model_inputs()).logits
+        return (token_cross_entropy_sum(logits_BTV, labels_BT),)
+
+    def weight(rows: Rows, indices: Sequence[int]) -> float:
+        return float((rows.lengths[np.asarray(indices)] - 1).sum())
+
+    return Objective(terms=terms, weight=weight)
+
+
+def proof_objective(runtime: Runtime, stage: Stage, rows_kind: Kind) -> Objective:
+    """What a re-opened artifact is scored by: files alone must do, so that no reference policy is asked for."""
+    if isinstance(stage, RewardStage):
+        return reward_objective(runtime, stage)
+    takes_all = rows_kind == "prompt" or isinstance(stage, MergeStage)
+    return prompt_objective(runtime) if takes_all else sft_objective(runtime)
+
+
+def reward_objective(runtime: Runtime, stage: RewardStage) -> Objective:
+    """Bradley-Terry over the pairs, each scored at its last token."""
+
+    def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+        scores_D = document_scores(runtime, model, batch)
+        chosen_N, rejected_N = scores_D[0::2], scores_D[1::2]
+        margin_N = torch.nan_to_num(batch.values_D[0::2]) if stage.use_margin else None
+        loss_N = losses.bradley_terry_N(chosen_N, rejected_N, margin_N=margin_N)
+        loss_N = loss_N + stage.centring * losses.centring_N(chosen_N, rejected_N)
+        correct = (chosen_N > rejected_N).sum().float()
+        return loss_N.sum() + 0.0 * scores_D.sum(), correct, (chosen_N - rejected_N).detach().sum()
+
+    return Objective(terms=terms, weight=pairs, measures=("accuracy", "score_difference"))
+
+
+def preference_objective(runtime: Runtime, stage: DpoStage, reference_of: ReferenceOf) -> Objective:
+    """DPO and its family over the pairs; ORPO and SimPO do not ask for the reference."""
+
+    def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+        logprobs_D, tokens_D = document_logprobs(runtime, model, batch)
+        policy = pairs_of_documents(logprobs_D, tokens_D)
+        reference = pairs_of_documents(reference_of(batch).to(logprobs_D.device), tokens_D)
+        loss_N = preference_losses_N(stage, policy, reference)
+        implicit = losses.implicit_rewards(policy, reference, beta=stage.beta)
+        accuracy = implicit.correct_N.sum().float()
+        return loss_N.sum() + 0.0 * logprobs_D.sum(), accuracy, implicit.chosen_N.sum(), implicit.rejected_N.sum()
+
+    return Objective(terms=terms, weight=pairs, measures=("accuracy", "reward_chosen", "reward_rejected"))
+
+
+def kto_objective(
+    runtime: Runtime, stage: DpoStage, reference_of: ReferenceOf, divergence: Callable[[], float]
+) -> Objective:
+    """KTO over single answers with a label; `divergence` is the step's estimate of the KL, the same on every rank."""
+
+    def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+        logprobs_D, _ = document_logprobs(runtime, model, batch)
+        ratios_D = logprobs_D - reference_of(batch).to(logprobs_D.device)
+        desirable_D = batch.values_D > 0.5
+        weights = (stage.desirable_weight, stage.undesirable_weight)
+        kl = torch.tensor(divergence(), device=logprobs_D.device)
+        loss_D = losses.kto_N(ratios_D, desirable_D, kl=kl, beta=stage.beta, weights=weights)
+        right = ((ratios_D > kl) == desirable_D).sum().float()
+        return loss_D.sum() + 0.0 * logprobs_D.sum(), right, (stage.beta * ratios_D.detach() * desirable_D).sum()
+
+    return Objective(terms=terms, weight=documents, measures=("accuracy", "reward_desirable"))
+
+
+def preference_losses_N(stage: DpoStage, policy: PairLogprobs, reference: PairLogprobs) -> torch.Tensor:
+    """The loss of every pair under the stage's choice."""
+    match stage.loss:
+        case "dpo":
+            return losses.dpo_N(policy, reference, beta=stage.beta, label_smoothing=stage.label_smoothing)
+        case "ipo":
+            return losses.ipo_N(policy, reference, beta=stage.beta)
+        case "hinge":
+            return losses.hinge_N(policy, reference, beta=stage.beta)
+        case "orpo":
+            return losses.orpo_N(policy, weight=stage.beta)
+        case "simpo":
+            return losses.simpo_N(policy, beta=stage.beta, gamma=stage.target_margin)
+        case "kto":
+            raise AssertionError("KTO has rows, not pairs")
+
+
+def document_scores(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """A reward model's score of each document, D of them: read at its last token, wherever padding is."""
+    with runtime.forward_context():
+        scores_BT = model(**batch.model_inputs())[..., 0].float()
+    if not batch.documents:
+        return scores_BT.reshape(-1)[:0]
+    return torch.stack([scores_BT[place.sequence, place.stop - 1] for place in batch.documents])
+
+
+def document_logprobs(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(summed log-probability of each document's trained tokens, how many these are), D each."""
+    with runtime.forward_context():
+        logits_BTV = model(**batch.model_inputs()).logits
+    logprobs_D = sums_by_document(token_logprobs_BT(logits_BTV, batch.labels_BT), batch.documents)
+    return logprobs_D, sums_by_document((batch.labels_BT != IGNORED).float(), batch.documents)
+
+
+def trained_tokens(rows: Rows, indices: Sequence[int]) -> float:
+    return float(rows.trained_tokens[np.asarray(indices, dtype=np.int64)].sum())
+
+
+def documents(rows: Rows, indices: Sequence[int]) -> float:
+    return float(rows.documents_in(indices))
+
+
+def pairs(rows: Rows, indices: Sequence[int]) -> float:
+    return rows.documents_in(indices) / 2

@@ -1,0 +1,103 @@
+"""Advantages, KL estimates and clipped losses of a policy; knows tensors only: must not import the rest of the orchestrator.
+
+B sequences, T positions; P prompts with G completions each.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Baseline = Literal["grpo", "dr_grpo", "rloo", "reinforce"]
+"""What a completion's reward is compared with; see `advantages_PG`."""
+
+KlEstimator = Literal["k1", "k2", "k3"]
+"""See `kl_BT`."""
+
+Aggregation = Literal["token", "sequence", "constant"]
+"""How the losses of tokens make one loss; see `aggregate_sum`."""
+
+EPSILON = 1e-4
+"""Added to a group's standard deviation (TRL's value), so that a group of equal rewards has advantages of 0."""
+
+
+def advantages_PG(rewards_PG: torch.Tensor, *, kind: Baseline) -> torch.Tensor:
+    """How much better each completion did than its baseline. rewards_PG: those of the *global* batch.
+
+    grpo: (r - mean) / (std + 1e-4) in the prompt's group, std with G - 1 as TRL has it (GRPO, 2402.03300, 4.1.2).
+    dr_grpo: r - mean of the group (2503.20783). rloo: r - mean of the *others* in the group, which is
+    G / (G - 1) (r - mean) (2402.14740). reinforce: r - mean of the whole batch, the completion itself included.
+    All but reinforce need two completions a prompt.
+    """
+    _, num_completions = rewards_PG.shape
+    assert kind == "reinforce" or num_completions > 1, f"{kind} compares completions of a prompt: {rewards_PG.shape}"
+    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    if kind == "grpo":
+        return centred_PG / (rewards_PG.std(dim=1, keepdim=True) + EPSILON)
+    if kind == "dr_grpo":
+        return centred_PG
+    if kind == "rloo":
+        return centred_PG * (num_completions / (num_completions - 1))
+    return rewards_PG - rewards_PG.mean()
+
+
+def kl_BT(logprobs_BT: torch.Tensor, reference_BT: torch.Tensor, *, kind: KlEstimator) -> torch.Tensor:
+    """Estimates of KL(policy || reference) in nats from tokens that the policy sampled (joschu.net/blog/kl-approx.html).
+
+    With x = log p_ref - log p: k1 = -x (unbiased), k2 = x^2 / 2 (biased, low variance), k3 = e^x - x - 1 (unbiased, never
+    below 0; GRPO, 2402.03300, eq. 4). k1 is for rewards: as a loss its expected gradient is 0.
+    """
+    log_ratio_BT = reference_BT - logprobs_BT
+    if kind == "k1":
+        return -log_ratio_BT
+    if kind == "k2":
+        return log_ratio_BT.square() / 2
+    return torch.expm1(log_ratio_BT) - log_ratio_BT
+
+
+def policy_token_losses_BT(
+    logprobs_BT: torch.Tensor,
+    old_logprobs_BT: torch.Tensor,
+    advantages_B: torch.Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), and a mask of the tokens that are clipped.
+
+    PPO (1707.06347, eq. 7), with two bounds as in DAPO (2503.14476, eq. 8); ratio = p / p_old of the token. A clipped
+    token has no gradient: the ratio has already left the bounds in the direction that the advantage asks for.
+    """
+    ratio_BT = torch.exp(logprobs_BT - old_logprobs_BT)
+    advantages_B1 = advantages_B.unsqueeze(1)
+    bounded_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high)
+    losses_BT = -torch.minimum(ratio_BT * advantages_B1, bounded_BT * advantages_B1)
+    too_low_BT = (ratio_BT < 1 - clip_low) & (advantages_B1 < 0)
+    too_high_BT = (ratio_BT > 1 + clip_high) & (advantages_B1 > 0)
+    return losses_BT, too_low_BT | too_high_BT
+
+
+def aggregate_sum(
+    losses_BT: torch.Tensor, mask_BT: torch.Tensor, *, kind: Aggregation, max_new_tokens: int
+) -> torch.Tensor:
+    """A micro-batch's part of the loss, before its division by `weight`: parts of any split add up to the same sum.
+
+    mask_BT: true on completion tokens. token: sum over tokens (DAPO, 2503.14476, eq. 8). sequence: sum over sequences
+    of the mean over their tokens (GRPO, 2402.03300, eq. 3). constant: sum over tokens / max_new_tokens (Dr. GRPO,
+    2503.20783), which only this kind reads. A sequence without tokens adds 0.
+    """
+    losses_B = losses_BT.masked_fill(~mask_BT, 0.0).sum(dim=1)
+    if kind == "sequence":
+        losses_B = losses_B / mask_BT.sum(dim=1).clamp(min=1)
+    if kind == "constant":
+        losses_B = losses_B / max_new_tokens
+    return losses_B.sum()
+
+
+def weight(kind: Aggregation, *, num_tokens: int, num_sequences: int) -> int:
+    """What the sum of `aggregate_sum` over all micro-batches and ranks is divided by; at least 1.
+
+    Both numbers are of the *global* batch: true places of the masks, and sequences without the fillers.
+    """
+    return max(num_tokens if kind == "token" else num_sequences, 1)

@@ -1,0 +1,239 @@
+"""The one way in which a stage trains: assemble, evaluate, loop, finish. What differs between stages comes in as a recipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from orchestrator.architecture import read_architecture
+from orchestrator.dataset.ledger import Ledger, ledger_path
+from orchestrator.dataset.order import Order, make_order
+from orchestrator.errors import EXIT_SAVED
+from orchestrator.flops import flops_per_token
+from orchestrator.schedule import total_steps
+from orchestrator.training.checkpoint import Checkpointer, Subject
+from orchestrator.training.context import Context, Record
+from orchestrator.training.data.rows import PreparedRows
+from orchestrator.training.evaluation import Evaluation, evaluate
+from orchestrator.training.finish import finish_stage
+from orchestrator.training.loop import Hooks, Job, Progress, train
+from orchestrator.training.model import weights_dtype
+from orchestrator.training.objectives import Objective, Rows, proof_objective
+from orchestrator.training.optimizers import build_optimizer
+from orchestrator.training.runtime import Runtime, start_runtime
+from orchestrator.training.tuning import build_policy, count_trainable
+
+PROOF_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A stage whose model and optimizer are with Accelerate, before its first step."""
+
+    context: Context
+    runtime: Runtime
+    record: Record
+    model: torch.nn.Module
+    optimizer: Any
+    rows: PreparedRows
+    held: PreparedRows | None
+    """Held-out rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What the loop trains on, and how it is judged."""
+
+    objective: Objective
+    rows: Rows
+    order: Order
+    score: Callable[[], Evaluation | None]
+    """The model on held-out rows; every rank calls it."""
+    probe: Callable[[], float] | None
+    """The model's loss on rows that never change; every rank calls it."""
+    proof: Callable[[], Evaluation]
+    """What the re-opened artifact must score again."""
+    begin: Callable[[int], Mapping[str, Any]] = lambda _step: {}
+    summary: Callable[[], Mapping[str, Any]] = dict
+    """What result.json tells beside the usual; rank 0 calls it after the last step."""
+
+
+BuildModel = Callable[[Context, torch.dtype, bool], torch.nn.Module]
+"""(context, dtype of the weights, whether rows are packed) -> the module to train, its tuning applied."""
+PlanCourse = Callable[[Session], Course]
+"""Every rank calls it, before a checkpoint is put back: the model is the one that the stage starts from."""
+
+
+def run_training(context: Context, plan_course: PlanCourse, *, build_model: BuildModel = build_policy) -> int:
+    """Trains, writes and proves; the exit code of the rank."""
+    runtime = start_runtime(context.config, context.stage)
+    record = Record(context, rank=runtime.rank)
+    record.event("start", world_size=runtime.world_size, device=str(runtime.device))
+    started = time.time()
+    session = open_session(context, runtime, record, build_model)
+    job, course, checkpointer, progress = assemble(session, plan_course)
+    before = None if progress.step else _scored(course, record, 0)
+    record.event("train", step=progress.step, steps=job.steps)
+    progress = train(job, progress, hooks_of(session, course, checkpointer))
+    checkpointer.close()
+    if progress.step < job.steps:
+        return _stopped(record, runtime, progress, context.stop.reason() or "another rank was asked to stop")
+    after = _scored(course, record, progress.step)
+    return finish_stage(session, course, record, progress, before=before, after=after, seconds=time.time() - started)
+
+
+def open_session(context: Context, runtime: Runtime, record: Record, build_model: BuildModel) -> Session:
+    """Model and optimizer, prepared."""
+    config, stage = context.config, context.stage
+    rows = PreparedRows.open(context.train_data, pad_to_multiple_of=stage.data.pad_to_multiple_of)
+    held = None if context.evaluation_data is None else PreparedRows.open(context.evaluation_data)
+    set_seed(config.seeds.weights)
+    dtype = weights_dtype(config, uses_deepspeed=runtime.uses_deepspeed)
+    model = build_model(context, dtype, rows.is_packed)
+    _tell_size(record, model)
+    optimizer = build_optimizer(model, stage.optimizer)
+    prepared_model, prepared_optimizer = runtime.accelerator.prepare(model, optimizer)
+    set_seed(config.seeds.weights + runtime.rank)
+    return Session(
+        context=context,
+        runtime=runtime,
+        record=record,
+        model=prepared_model,
+        optimizer=prepared_optimizer,
+        rows=rows,
+        held=held,
+    )
+
+
+def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Checkpointer, Progress]:
+    """The job, and where it goes on."""
+    context, runtime, record = session.context, session.runtime, session.record
+    stage = context.stage
+    course = plan_course(session)
+    steps = total_steps(max_steps=stage.max_steps, epochs=stage.epochs, steps_per_epoch=course.order.steps_per_epoch)
+    record.total_steps = steps
+    job = Job(
+        runtime=runtime,
+        model=session.model,
+        optimizer=session.optimizer,
+        objective=course.objective,
+        stage=stage,
+        rows=course.rows,
+        order=course.order,
+        steps=steps,
+        flops_per_token=_flops_per_token(context),
+        peak_flops=_peak_flops(context),
+    )
+    subject = Subject(
+        runtime=runtime,
+        model=session.model,
+        optimizer=session.optimizer,
+        data_digest=session.rows.digest,
+        probe=course.probe,
+    )
+    checkpointer = Checkpointer(context, subject, record)
+    progress = checkpointer.resume()
+    if progress is not None:
+        record.say(f"going on from step {progress.step} of {steps}")
+    return job, course, checkpointer, progress or Progress(step=0, tokens=0, trained_tokens=0)
+
+
+def supervised_course(session: Session, objective: Objective) -> Course:
+    """A course over the prepared rows themselves: every kind of stage but those that make their rows."""
+    context, rows, held = session.context, session.rows, session.held
+    stage = context.stage
+    micro_size, count = stage.batch.micro_size, stage.checkpoint.probe_rows
+
+    def score_on(chosen: PreparedRows, limit: int | None) -> Evaluation:
+        return evaluate(session.runtime, session.model, objective, chosen, micro_size=micro_size, limit=limit)
+
+    return Course(
+        objective=objective,
+        rows=rows,
+        order=make_order(
+            stage.data, lengths=rows.lengths, global_size=stage.batch.global_size, seed=context.config.seeds.data
+        ),
+        score=lambda: None if held is None else score_on(held, None),
+        probe=(lambda: score_on(rows, count).loss) if count else None,
+        proof=lambda: proof_of(session),
+    )
+
+
+def proof_of(session: Session) -> Evaluation:
+    """The trainer's own score of what the re-opened artifact is scored on: held-out rows, or the first train rows."""
+    stage, rows = session.context.stage, session.held or session.rows
+    objective = proof_objective(session.runtime, stage, rows.meta.kind)
+    return evaluate(
+        session.runtime, session.model, objective, rows, micro_size=stage.batch.micro_size, limit=PROOF_ROWS
+    )
+
+
+def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Hooks:
+    """The effects of the loop."""
+    context, record = session.context, session.record
+
+    def judge(at: Progress) -> None:
+        scored = _scored(course, record, at.step)
+        if scored is not None:
+            checkpointer.note_evaluation(at.step, scored.loss)
+
+    return Hooks(
+        record=record.metrics,
+        evaluate=judge,
+        save=checkpointer.save,
+        roll_back=checkpointer.roll_back,
+        fault=record.skipped_update,
+        stop_reason=context.stop.reason,
+        begin=course.begin,
+        took=_ledger(context, session.runtime),
+    )
+
+
+def _scored(course: Course, record: Record, step: int) -> Evaluation | None:
+    scored = course.score()
+    if scored is not None:
+        measures = {f"eval_{name}": value for name, value in scored.measures.items()}
+        record.metrics(
+            {"step": step, "eval_loss": scored.loss, "eval_trained_tokens": scored.trained_tokens, **measures}
+        )
+    return scored
+
+
+def _ledger(context: Context, runtime: Runtime) -> Callable[[int, Sequence[int]], None]:
+    """Writes down the rows of every step where the stage asks for it."""
+    if not context.stage.ledger:
+        return lambda _step, _rows: None
+    path = ledger_path(context.folder.samples, runtime.rank)
+    return Ledger(path, attempt=context.attempt, rank=runtime.rank, world_size=runtime.world_size).record
+
+
+def _stopped(record: Record, runtime: Runtime, progress: Progress, why: str) -> int:
+    record.event("stop", step=progress.step, why=why)
+    record.say(f"stopped after step {progress.step} ({why}); the same command goes on from here")
+    record.finish({}, outcome="stopped")
+    record.close_attempt("stopped", why, exit_code=EXIT_SAVED)
+    runtime.end()
+    return EXIT_SAVED
+
+
+def _tell_size(record: Record, model: torch.nn.Module) -> None:
+    trainable, total = count_trainable(model)
+    record.event("model", trainable_parameters=trainable, parameters=total)
+    record.say(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+
+
+def _flops_per_token(context: Context) -> float | None:
+    architecture = read_architecture(context.base_folder)
+    if architecture is None:
+        return None
+    return flops_per_token(architecture, context.config, length=context.stage.data.max_length)
+
+
+def _peak_flops(context: Context) -> float | None:
+    peak = context.config.cluster.peak_tflops
+    return None if peak is None else peak * 1e12 * context.config.world_size
