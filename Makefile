@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -14,8 +15,8 @@ demo: $(VENV)/.base ## the main job on this machine: LoRA on a small model, abou
 	@$(BIN)/python -m orchestrator +experiment=llama_lora name=demo
 	@$(BIN)/python -m orchestrator generate runs/demo --examples 3
 
-test: $(VENV)/.dev ## every test, real parts; GROUP=unit|training|slurm|end_to_end runs one group
-	@$(BIN)/python -m pytest $(if $(GROUP),tests/$(GROUP),tests) $(ARGS)
+test: $(VENV)/.dev ## every test, real parts; GROUP=unit|training|slurm|end_to_end runs one group, WORKERS=1 one file at a time
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(GROUP),tests/$(GROUP),tests) $(ARGS)
 
 check: $(VENV)/.dev ## ruff, pyright, import-linter, shellcheck
 	@.ci/need shellcheck

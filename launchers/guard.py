@@ -6,6 +6,7 @@ a preemption: it becomes the stop file, so that the ranks save. Guards beat, so 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -212,11 +213,17 @@ def _end_group() -> None:
 
 
 def _touch_stop_file(path: Path) -> None:
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write("signal TERM\n")
-    except OSError:
-        pass  # there already, or no disk: the worker has its own handler
+    """Whole or not at all where the file system has links: the ranks read why they should stop."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # there already, or no disk: the worker has its own handler
+        temporary.write_text("signal TERM\n", encoding="utf-8")
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:
+            temporary.replace(path)
+        temporary.unlink(missing_ok=True)
 
 
 def _read_message(path: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.architecture import adapter_problems
@@ -30,6 +31,11 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
         for named in sources.values()
         for key, source in named.items()
     }
+    problems += [
+        f"stages.{name}.data.chat_template: {stage.data.chat_template} is no file; give a Jinja file, or null for the tokenizer's own"
+        for name, stage in config.stages.items()
+        if name in config.pipeline and stage.data.chat_template and not Path(stage.data.chat_template).is_file()
+    ]
     if problems:
         raise DataError(problems)
     assert base is not None

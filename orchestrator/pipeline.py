@@ -17,6 +17,7 @@ from orchestrator.rundir import RunFolder, read_json
 
 STAGE_PREFIX = "stage:"
 MODEL_PREFIX = "model:"
+THE_TOKENIZERS = "the tokenizer's own"
 
 
 def resolve_starts(config: RunConfig) -> RunConfig:
@@ -56,7 +57,8 @@ def descendants(config: RunConfig, changed: set[str]) -> tuple[str, ...]:
 
 def pipeline_problems(config: RunConfig) -> list[str]:
     """What is wrong with the graph, one sentence each; the stages' own settings are judged elsewhere."""
-    return [problem for name in config.pipeline if name in config.stages for problem in _stage_problems(config, name)]
+    resolved = resolve_starts(config)
+    return [problem for name in config.pipeline if name in config.stages for problem in _stage_problems(resolved, name)]
 
 
 def stage_digest(config: RunConfig, name: str, inputs: Mapping[str, str]) -> str:
@@ -122,6 +124,9 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
     start = stage.start_from
     if start not in (None, "auto"):
         yield from _input_problems(config, f"stages.{name}.start_from", start, before, POLICY_KINDS)
+    for source in inputs_of(config, name):
+        if source in before and source in config.stages:
+            yield from _template_problems(config, name, source)
     if (
         isinstance(stage, EvaluateStage | MergeStage)
         and start in (None, "auto")
@@ -137,6 +142,15 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
             yield from _input_problems(config, f"{field}.source", wanted, before, ("reward",))
         elif not reward.source.startswith(MODEL_PREFIX):
             yield from (f"{field}: {problem}" for problem in problems_of(reward.source, reward.options))
+
+
+def _template_problems(config: RunConfig, name: str, source: str) -> Iterator[str]:
+    ours, theirs = config.stages[name].data.chat_template, config.stages[source].data.chat_template
+    if ours != theirs:
+        yield (
+            f"stages.{name}.data.chat_template: {ours or THE_TOKENIZERS}, but it reads {source}, which uses "
+            f"{theirs or THE_TOKENIZERS}; give both the same"
+        )
 
 
 def _makes_policy(config: RunConfig, name: str) -> bool:

@@ -54,7 +54,8 @@ def show_progress(view: StageView, is_running: Callable[[], bool], *, console: C
     if console.is_terminal:
         _show_live(view, is_running, console)
     else:
-        _follow(view, is_running, lambda row: _print(console, line(row, view.total_steps)))
+        seen = Progressed(total_steps=view.total_steps)
+        _follow(view, is_running, lambda row: _print(console, line(row, seen.total_steps)), seen=seen)
 
 
 def line(row: Row, total_steps: int) -> str:
@@ -85,6 +86,8 @@ def line(row: Row, total_steps: int) -> str:
 class Progressed:
     """What the bar shows, gathered from the rows so far."""
 
+    total_steps: int = 0
+    """As the plan has it; the stage itself knows better where rows are packed or left out."""
     step: int = 0
     loss: float | None = None
     eval_loss: float | None = None
@@ -96,6 +99,9 @@ class Progressed:
         """Take in one row. A replayed step moves the bar back, because that work is done again."""
         if "loss" in row and "step" in row:
             self.step = step_of(row)
+        steps = number_of(row, "steps")
+        if row.get("event") == "train" and steps is not None:
+            self.total_steps = int(steps)
         self.loss = _newer(row, "loss", self.loss)
         self.eval_loss = _newer(row, "eval_loss", self.eval_loss)
         self.lr = _newer(row, "lr", self.lr)
@@ -104,9 +110,10 @@ class Progressed:
         if seconds is not None:
             self.step_seconds.append(seconds)
 
-    def eta_seconds(self, total_steps: int) -> float | None:
+    def eta_seconds(self, total_steps: int | None = None) -> float | None:
         """Steps left times the median of the last step times; None before the first step."""
-        return max(0, total_steps - self.step) * median(self.step_seconds) if self.step_seconds else None
+        total = self.total_steps if total_steps is None else total_steps
+        return max(0, total - self.step) * median(self.step_seconds) if self.step_seconds else None
 
 
 def duration(seconds: float) -> str:
@@ -127,26 +134,28 @@ def _show_live(view: StageView, is_running: Callable[[], bool], console: Console
     ]
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         task = progress.add_task(view.stage, total=view.total_steps, numbers="", eta="")
-        seen = Progressed()
-        _draw(progress, task, view, seen)
+        seen = Progressed(total_steps=view.total_steps)
+        _draw(progress, task, seen)
 
         def tell(row: Row) -> None:
             if "event" in row or "eval_loss" in row:
-                _print(progress.console, line(row, view.total_steps))
+                _print(progress.console, line(row, seen.total_steps))
 
-        _follow(view, is_running, tell, seen=seen, draw=lambda: _draw(progress, task, view, seen))
+        _follow(view, is_running, tell, seen=seen, draw=lambda: _draw(progress, task, seen))
 
 
-def _draw(progress: Progress, task: TaskID, view: StageView, seen: Progressed) -> None:
+def _draw(progress: Progress, task: TaskID, seen: Progressed) -> None:
     numbers = [
         _shown("loss", seen.loss, ".4f", ""),
         _shown("eval_loss", seen.eval_loss, ".4f", ""),
         _shown("lr", seen.lr, ".2e", ""),
         _shown("tokens_per_second", seen.tokens_per_second, ",.0f", " tokens/s"),
     ]
-    left = seen.eta_seconds(view.total_steps)
+    left = seen.eta_seconds()
     eta = "" if left is None else f"ETA {duration(left)}"
-    progress.update(task, completed=seen.step, numbers="  ".join(filter(None, numbers)), eta=eta)
+    progress.update(
+        task, total=seen.total_steps, completed=seen.step, numbers="  ".join(filter(None, numbers)), eta=eta
+    )
 
 
 def _follow(
@@ -154,11 +163,10 @@ def _follow(
     is_running: Callable[[], bool],
     tell: Callable[[Row], None],
     *,
-    seen: Progressed | None = None,
+    seen: Progressed,
     draw: Callable[[], None] = lambda: None,
 ) -> None:
     """Read both files until the job has ended and all its rows are read."""
-    seen = seen or Progressed()
     metrics, events = Tail(view.metrics_file), Tail(view.events_file)
     for row in [*events.poll(until=view.events_offset), *metrics.poll(until=view.metrics_offset)]:
         seen.take(row)

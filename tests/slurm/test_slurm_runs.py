@@ -1,12 +1,16 @@
 """`launcher=slurm` as a user types it, on a real Slurm with the real worker: data prepared first, arrays of a multirun."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from aligning import words_of, write_sets
 from lab import Cluster, run
+from launching import wait_until
 from running import Bench, Done, make_bench
 
+from orchestrator.metrics.jsonl import read_rows
 from orchestrator.rundir import read_json
 
 SLURM = ("launcher=slurm", "cluster=minicluster", "cluster.nodes=1")
@@ -110,3 +114,36 @@ def test_a_multirun_becomes_one_array(cluster: Cluster, bench: Bench) -> None:
     assert sum(line.startswith("sweep-lr") and "finished" in line for line in told.out.splitlines()) == 4
     again = bench.run("sweep", *sweep, "cluster.prepare.over_mib=0", "stages.sft.data.max_length=300")
     assert again.code == 0 and "finished or with Slurm already" in again.out, again.told
+
+
+def test_a_pipeline_is_a_chain_that_survives_a_preemption(cluster: Cluster, bench: Bench) -> None:
+    write_sets(bench.root)
+    words = [
+        *words_of(bench, "grpo", "chain", *SLURM, "cluster.partition=low"),
+        "pipeline=[sft,reward,grpo]",
+        f"stages.sft.data.train.path={bench.root / 'rows.jsonl'}",
+        f"stages.sft.data.eval.path={bench.root / 'held_out.jsonl'}",
+        "stages.sft.max_steps=2",
+        f"stages.reward.data.train.path={bench.root / 'pairs.jsonl'}",
+        f"stages.reward.data.eval.path={bench.root / 'pairs_held_out.jsonl'}",
+        "stages.reward.max_steps=300",
+        "stages.reward.checkpoint.every_steps=1000",
+        "stages.grpo.accept_weak_reward=true",
+        "stages.grpo.rewards=[{source: 'stage:reward', weight: 1.0, options: {}}]",
+        "stages.grpo.max_steps=2",
+    ]
+    done = bench.run("chain", words=words)
+    assert done.code == 0, done.told
+    jobs = [job_of(done, stage) for stage in ("sft", "reward", "grpo")]
+    assert [f"Dependency=afterok:{before}" in facts_of(job) for before, job in pairwise(jobs)] == [True, True]
+    reward = done.folder.stage("reward")
+    wait_until(lambda: sum("loss" in row for row in read_rows(reward.metrics)) > 2, seconds=180, what="reward's steps")
+    run("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 1")
+    assert cluster.wait(jobs[2], seconds=300) == "COMPLETED"
+    assert [cluster.state(job) for job in jobs] == ["COMPLETED"] * 3
+    states = [read_json(file)["state"] for file in sorted(reward.attempts.glob("[0-9].json"))]
+    assert states == ["stopped", "finished"]
+    written = [int(str(row["step"])) for row in read_rows(reward.metrics) if "loss" in row]
+    assert written == list(range(1, 301))
+    assert read_json(done.folder.stage("grpo").result)["inputs"].keys() == {"sft", "reward"}
+    assert run("squeue", "--noheader") == ""

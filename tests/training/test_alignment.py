@@ -67,15 +67,15 @@ def test_two_ranks_do_what_one_does(bench: Bench, kind: str, cells: list[tuple[s
             assert values(rows, key) == pytest.approx(expected, rel=1e-4, abs=1e-5), (key, sharding)
 
 
-def test_qlora_trains_in_every_kind_of_stage(bench: Bench) -> None:
-    for kind in ("reward", "dpo", "grpo"):
+def test_qlora_trains_a_reward_model_and_a_policy(bench: Bench) -> None:
+    for kind in ("reward", "grpo"):
         done = run(bench, kind, f"qlora-{kind}", "quantization=nf4", "launcher=local", f"stages.{kind}.max_steps=2")
         assert done.code == 0, done.told
         assert all(map(math.isfinite, values(rows_of(done, kind), "loss")))
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge", "orpo", "simpo", "kto"])
-def test_every_preference_loss_falls(bench: Bench, loss: str) -> None:
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "kto"])  # with a reference, without one, over single rows
+def test_a_preference_loss_falls(bench: Bench, loss: str) -> None:
     kind = "kto" if loss == "kto" else "dpo"
     choice = () if loss == "kto" else (f"stages.dpo.loss={loss}",)
     done = run(bench, kind, f"loss-{loss}", "launcher=local", "stages.dpo.max_steps=12", *choice)

@@ -88,3 +88,13 @@ def test_every_experiment_says_purpose_command_hardware_and_time(experiment: str
 def test_every_file_says_its_purpose(file: Path) -> None:
     header = [line for line in file.read_text().splitlines()[:2] if line.startswith("# Purpose: ")]
     assert len(header) == 1
+
+
+def test_stages_that_read_each_other_share_a_chat_template(ask: Asker) -> None:
+    told, missing = ask.refused(
+        "plan", "+experiment=llama_rlhf", "stages.reward.data.chat_template=/x/other.jinja", "pipeline=[sft,reward]"
+    )
+    assert told.startswith(
+        "stages.reward.data.chat_template: /x/other.jinja, but it reads sft, which uses the tokenizer's own"
+    )
+    assert missing.startswith("stages.reward.data.chat_template: /x/other.jinja is no file")
