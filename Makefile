@@ -16,7 +16,7 @@ demo: $(VENV)/.base ## the main job on this machine: LoRA on a small model, abou
 	@$(BIN)/python -m orchestrator generate runs/demo --examples 3
 
 test: $(VENV)/.dev ## every test, real parts; GROUP=unit|training|slurm|end_to_end runs one group, WORKERS=1 one file at a time
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(GROUP),tests/$(GROUP),tests) $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(GROUP),tests/$(GROUP),tests) $(ARGS)
 
 check: $(VENV)/.dev ## ruff, pyright, import-linter, shellcheck
 	@.ci/need shellcheck

@@ -118,9 +118,13 @@ def write(script: Script) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.chmod(script.mode)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.chmod(script.mode)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return path
 
 

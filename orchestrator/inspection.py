@@ -47,15 +47,10 @@ def cancel(arguments: Sequence[str]) -> int:
 
 def generate(arguments: Sequence[str]) -> int:
     """Answers of the tuned model beside those of its base."""
-    from orchestrator.status import pipeline_of
-
     wanted = ("--prompt", "--stage", "--examples", "--max-new-tokens")
     options, folders = split_options(arguments, with_value=wanted)
     folder = RunFolder(run_folder_argument(folders, "generate"))
-    pipeline = pipeline_of(folder)
-    stage = options.get("--stage", pipeline[-1])
-    if stage not in pipeline:
-        raise ConfigError(f"--stage {stage}: the run has {', '.join(pipeline)}")
+    stage = _policy_stage(folder, options.get("--stage"))
     for name in ("--examples", "--max-new-tokens"):
         if not options.get(name, "1").isdigit():
             raise ConfigError(f"{name} {options[name]}: a number is needed")
@@ -68,16 +63,9 @@ def generate(arguments: Sequence[str]) -> int:
 
 def export(arguments: Sequence[str]) -> int:
     """A folder that can be published: adapter merged, measured, with a card, opened again."""
-    from orchestrator.commands import load_config
-    from orchestrator.config.run import POLICY_KINDS
-
     options, folders = split_options(arguments, with_value=("--stage", "--to", "--max-kl"))
     folder = RunFolder(run_folder_argument(folders, "export"))
-    config = load_config(folder)
-    policies = [name for name in config.pipeline if config.stages[name].kind in POLICY_KINDS]
-    stage = options.get("--stage", policies[-1] if policies else "")
-    if stage not in policies:
-        raise ConfigError(f"--stage {stage}: the stages that make a policy are {', '.join(policies) or 'none'}")
+    stage = _policy_stage(folder, options.get("--stage"))
     if not folder.stage(stage).result.exists():
         raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")
     target = Path(options.get("--to", str(folder.root / "export"))).expanduser().resolve()
@@ -96,6 +84,19 @@ def export(arguments: Sequence[str]) -> int:
         *words,
     ]
     return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False).returncode
+
+
+def _policy_stage(folder: RunFolder, chosen: str | None) -> str:
+    """The stage asked for, or the last one that makes a policy."""
+    from orchestrator.commands import load_config
+    from orchestrator.config.run import POLICY_KINDS
+
+    config = load_config(folder)
+    policies = [name for name in config.pipeline if config.stages[name].kind in POLICY_KINDS]
+    stage = chosen or (policies[-1] if policies else "")
+    if stage not in policies:
+        raise ConfigError(f"--stage {stage}: the stages that make a policy are {', '.join(policies) or 'none'}")
+    return stage
 
 
 def doctor(arguments: Sequence[str]) -> int:

@@ -137,7 +137,8 @@ def _stage_rows(stage: StagePlan, config: RunConfig) -> list[tuple[str, str]]:
         ("steps", _steps(stage)),
         (
             "learning rate",
-            ", ".join(f"{rate:.3g} at {point}" for point, rate in stage.learning_rates.items()) or UNKNOWN,
+            ", ".join(f"{rate:.3g} at {point}" for point, rate in stage.learning_rates.items())
+            or (UNKNOWN if stage.global_size is not None else "none"),
         ),
         ("parameters", _parameters(stage)),
         ("memory per device", _memory(stage, config)),
@@ -158,6 +159,8 @@ def _steps(stage: StagePlan) -> str:
 
 
 def _parameters(stage: StagePlan) -> str:
+    if stage.parameters is not None and stage.global_size is None:
+        return f"{stage.parameters:,}; none is trained"
     if stage.parameters is None or stage.trainable_parameters is None:
         return "known after the base was fetched"
     share = stage.trainable_parameters / stage.parameters

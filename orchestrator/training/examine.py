@@ -11,6 +11,7 @@ from rich.console import Console
 
 from orchestrator.cache import cache_folder
 from orchestrator.config.run import RunConfig, Stage
+from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.faults import told
 from orchestrator.errors import EXIT_DONE, EXIT_USER, OrchestratorError
 from orchestrator.rundir import read_json, write_json
@@ -31,11 +32,13 @@ def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Con
         tokenizer_folder=base_folder,
         cache=cache,
         seed=config.seeds.data,
-        global_size=stage.batch.global_size,
+        global_size=stage.batch.global_size if isinstance(stage, TrainingStage) else stage.micro_size,
         say=console.print,
     )
     print_report(report, console)
     problems = told(report.faults, dict(report.fault_counts))
+    if not isinstance(stage, TrainingStage):
+        return problems
     rows = PreparedRows.open(prepared.train)
     batch = rows.batch([int(rows.lengths.argmin())])
     try:

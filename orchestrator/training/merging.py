@@ -165,7 +165,9 @@ def _with_adapter(base: Any, source: Source) -> Any:
     load_adapter(model, source.artifact)
     merged = model.merge_and_unload(safe_merge=True)
     merged.config.dtype = DTYPES[source.config.model.dtype]
-    return merged.to(DTYPES[source.config.model.dtype]).eval()
+    for parameter in merged.parameters():  # the parameters alone: 16-bit rotary frequencies are another model
+        parameter.data = parameter.data.to(DTYPES[source.config.model.dtype])
+    return merged.eval()
 
 
 @torch.no_grad()

@@ -98,15 +98,26 @@ def _with_lora(model: PreTrainedModel, tuning: LoraTuning, task: str) -> torch.n
     from peft import get_peft_model
 
     model.requires_grad_(False)
+    unknown = _unmatched(model, tuning)
+    if unknown:  # PEFT trains the others without a word
+        raise ConfigError(f"tuning.target_modules: {', '.join(unknown)}: no such layer; {_linear_layers(model)}")
     try:
         return get_peft_model(model, lora_settings(tuning, task))
     except ValueError as error:
-        names = sorted(
-            {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        )
-        raise ConfigError(
-            f"tuning.target_modules: {error}; the linear layers of this model are {', '.join(names)}"
-        ) from None
+        raise ConfigError(f"tuning.target_modules: {error}; {_linear_layers(model)}") from None
+
+
+def _unmatched(model: PreTrainedModel, tuning: LoraTuning) -> list[str]:
+    """Names among the target modules that meet no module of the model."""
+    if isinstance(tuning.target_modules, str):
+        return []
+    there = [f".{name}" for name, _ in model.named_modules()]
+    return [wanted for wanted in tuning.target_modules if not any(name.endswith(f".{wanted}") for name in there)]
+
+
+def _linear_layers(model: PreTrainedModel) -> str:
+    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return f"the linear layers of this model are {', '.join(sorted(linear))}"
 
 
 def count_trainable(model: torch.nn.Module) -> tuple[int, int]:

@@ -164,3 +164,17 @@ def test_export_writes_a_folder_to_publish(pipeline: Done, bench: Bench) -> None
     refused = bench.run("pipeline", verb="export", words=[root, "--to", str(foreign)])
     assert refused.code == 2 and "was not made by export" in refused.error
     assert Path(foreign, "notes.txt").read_text() == "mine"
+
+
+def test_check_looks_at_the_data_of_every_stage(pipeline: Done, bench: Bench) -> None:
+    done = run(bench, verb="check")
+    assert done.code == 0, done.told
+    assert [line for line in done.out.splitlines() if line.startswith("stage ")] == [f"stage {name}" for name in STAGES]
+    assert done.out.count("of a two-layer copy of the model get one") == 3
+
+
+def test_generate_answers_with_the_last_policy(pipeline: Done, bench: Bench) -> None:
+    done = bench.run(
+        "pipeline", verb="generate", words=[str(pipeline.folder.root), "--prompt", "Say red", "--max-new-tokens", "4"]
+    )
+    assert done.code == 0 and "base" in done.out and "tuned" in done.out, done.told

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from orchestrator.architecture import count_lora_parameters, count_parameters
 from orchestrator.compose import CONF, compose
 from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.errors import ConfigError
 from orchestrator.training.tuning import apply_tuning
 
 PRESETS = ("smollm2_135m", "llama3_8b", "qwen3_8b", "mixtral_8x7b", "llama3_70b")
@@ -58,3 +59,12 @@ def test_the_adapter_has_as_many_parameters_as_the_plan_says(name: str, tuning: 
     with torch.device("meta"):
         adapted = apply_tuning(real_model(model), config)
     assert count(adapted, trained=True) == count_lora_parameters(model, settings)
+
+
+def test_a_target_module_that_meets_no_layer_is_refused() -> None:
+    config = compose(["+experiment=llama_lora", "tuning.target_modules=[q_proj,query_proj]"])
+    settings = AutoConfig.for_model(
+        "llama", vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(ConfigError, match="query_proj: no such layer; the linear layers of this model are down_proj"):
+        apply_tuning(AutoModelForCausalLM.from_config(settings), config)

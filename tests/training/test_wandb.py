@@ -188,7 +188,7 @@ def test_a_worker_that_is_killed_ends_the_run_as_failed(tmp_path: Path, server: 
         "import sys, time; from pathlib import Path; import test_wandb as t\n"
         "t.begin(Path(sys.argv[1])); t.append(Path(sys.argv[1]), 1, 20, attempt=1); time.sleep(60)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))}
     with subprocess.Popen([sys.executable, "-c", code, str(stage)], env=environment) as worker:
         wait_for(lambda: (stage / "wandb" / "state.json").exists() and read_state(stage / "wandb").last_step == 19)
         worker.kill()

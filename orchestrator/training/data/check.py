@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.config.data import DataConfig
-from orchestrator.dataset.examples import Chat, Example, Plain
+from orchestrator.dataset.examples import Chat, Example, Plain, Prompt
 from orchestrator.dataset.faults import Fault, FaultList
 from orchestrator.dataset.formats import parse_row
 from orchestrator.dataset.order import permutation, steps_per_epoch
@@ -155,6 +155,8 @@ def document_faults(
     is_cut = len(tokens) >= config.max_length
     if facts.bos_id is not None and list(tokens[:2]) == [facts.bos_id] * 2:
         yield "double_bos", "starts with two beginning-of-text tokens"
+    if isinstance(document, Prompt):
+        return  # answers are sampled, or a class is learnt: no token is
     if not learnt:
         yield "zero_trained_tokens", "has no token to train"
         return
