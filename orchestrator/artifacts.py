@@ -11,6 +11,7 @@ from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.model import FullTuning
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
+from orchestrator.identity import SHARED
 from orchestrator.rundir import MANIFEST, RunFolder, file_digest, read_json
 
 
@@ -27,6 +28,8 @@ class Artifact:
     base: str
     report: Mapping[str, Any] | None
     """A reward model's report on held-out pairs."""
+    content: Mapping[str, str]
+    """Digests of what it was made from; empty where an older version made it."""
 
     @property
     def is_reward(self) -> bool:
@@ -51,17 +54,36 @@ def read_artifact(run: RunFolder, stage: str) -> Artifact:
         digest=told["manifest_sha256"],
         base=result["base"]["name"],
         report=result.get("reward_report"),
+        content=result.get("digests", {}),
     )
 
 
-def check_artifacts(config: RunConfig, name: str, artifacts: Mapping[str, Artifact]) -> None:
-    """ConfigError with a sentence for every artifact that does not fit the stage that wants to read it."""
+def check_artifacts(
+    config: RunConfig, name: str, artifacts: Mapping[str, Artifact], *, content: Mapping[str, str] | None = None
+) -> None:
+    """ConfigError with a sentence for every artifact that does not fit the stage that wants to read it.
+
+    `content` are the digests of what the stage itself will be made from, where its base is on this machine.
+    """
     problems = [problem for artifact in artifacts.values() for problem in _problems(config, artifact)]
+    problems += [
+        problem for artifact in artifacts.values() for problem in _other_content(name, artifact, content or {})
+    ]
     stage = config.stages[name]
     if isinstance(stage, PolicyStage) and not stage.accept_weak_reward:
         problems += [problem for artifact in artifacts.values() for problem in _weakness(name, artifact)]
     if problems:
         raise ConfigError(problems)
+
+
+def _other_content(name: str, artifact: Artifact, content: Mapping[str, str]) -> Iterator[str]:
+    for what in SHARED:
+        there, here = artifact.content.get(what), content.get(what)
+        if there is not None and here is not None and there != here:
+            yield (
+                f"{artifact.stage}: its artifact was made with another {what} ({there[:12]}) than {name} has ({here[:12]}); "
+                f"put the old {what} back, or type --from {artifact.stage}"
+            )
 
 
 def _weakness(name: str, artifact: Artifact) -> Iterator[str]:

@@ -26,6 +26,7 @@ from orchestrator.errors import (
 )
 from orchestrator.facts import validate_data
 from orchestrator.freezing import all_or_nothing, freeze
+from orchestrator.identity import changed_content
 from orchestrator.jobs import job_spec
 from orchestrator.jobs import render as render_script
 from orchestrator.metrics.console import show_progress, view_of_stage
@@ -94,6 +95,8 @@ def _to_do(config: RunConfig, folder: RunFolder, part: Part) -> tuple[list[str],
             raise ConfigError(f"{name}: no stage of this pipeline; there are {', '.join(config.pipeline)}")
     fresh = fresh_stages(config, folder)
     changed = {name for name in config.pipeline if name not in fresh and folder.stage(name).result.exists()}
+    if len(config.pipeline) == 1 and part.anew_from is None:
+        _refuse_changed_content(config, folder, changed)
     if part.anew_from is not None:
         changed.add(part.anew_from)
     anew = list(descendants(config, changed))
@@ -105,10 +108,23 @@ def _to_do(config: RunConfig, folder: RunFolder, part: Part) -> tuple[list[str],
         anew = [name for name in anew if name == part.only]
     missing = {source for name in unfinished for source in inputs_of(config, name)} - set(fresh) - set(unfinished)
     if missing:
+        old = [name for name in sorted(missing) if folder.stage(name).result.exists()]
+        why = f" (what {', '.join(old)} was made from changed since)" if old else ""
         raise ConfigError(
-            f"{', '.join(sorted(missing))}: not done yet, and needed by {', '.join(unfinished)}; run it first"
+            f"{', '.join(sorted(missing))}: not done yet, and needed by {', '.join(unfinished)}; run it first{why}"
         )
     return unfinished, anew
+
+
+def _refuse_changed_content(config: RunConfig, folder: RunFolder, changed: set[str]) -> None:
+    """A run of a single stage is done: other rows or another base are another run."""
+    for name in changed:
+        contents = changed_content(config, folder, name)
+        if contents:
+            raise ConfigError(
+                f"{name} is done, and its {' and '.join(contents)} changed since; start another run with name=, or type "
+                f"--from {name} to make it anew"
+            )
 
 
 def execute_all(runs: Sequence[tuple[RunConfig, Plan]]) -> int:

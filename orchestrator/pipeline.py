@@ -11,6 +11,7 @@ from orchestrator.config.alignment import PolicyStage, RewardSource
 from orchestrator.config.base import JsonValue
 from orchestrator.config.ends import EvaluateStage, MergeStage
 from orchestrator.config.run import POLICY_KINDS, RunConfig
+from orchestrator.identity import changed_content
 from orchestrator.resume import settings_that_matter
 from orchestrator.rewards.load import problems_of
 from orchestrator.rundir import RunFolder, read_json
@@ -69,7 +70,7 @@ def stage_digest(config: RunConfig, name: str, inputs: Mapping[str, str]) -> str
 
 
 def fresh_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
-    """The stages that are done and would come out the same: their settings and what they read are unchanged."""
+    """The stages that are done and would come out the same: settings, base, data files and what they read are unchanged."""
     artifacts: dict[str, str] = {}
     for name in config.pipeline:
         inputs = inputs_of(config, name)
@@ -78,7 +79,7 @@ def fresh_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
             continue
         result = read_json(file)
         wanted = stage_digest(config, name, {source: artifacts[source] for source in inputs})
-        if result.get("digest") in (None, wanted):
+        if result.get("digest") in (None, wanted) and not changed_content(config, run, name):
             artifacts[name] = result["artifact"]["manifest_sha256"]
     return tuple(artifacts)
 

@@ -18,6 +18,7 @@ from orchestrator.attempts import next_attempt, write_fault
 from orchestrator.cache import cache_folder
 from orchestrator.config.run import RunConfig, Stage
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, OrchestratorError
+from orchestrator.identity import content_digests
 from orchestrator.pipeline import inputs_of, stage_digest
 from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
 from orchestrator.stages import STAGES
@@ -61,6 +62,8 @@ def _run_stage(
     artifacts = {source: read_artifact(RunFolder(run_file.parent), source) for source in inputs_of(config, name)}
     check_artifacts(config, name, artifacts)
     inputs = _inputs(config, name, folder, attempt)
+    content: dict[str, str] = inputs["content"]
+    check_artifacts(config, name, artifacts, content=content)
     module = importlib.import_module(STAGES[stage.kind])
     from orchestrator.training.context import Context
     from orchestrator.training.model import quiet
@@ -80,6 +83,7 @@ def _run_stage(
         start=_start(stage, artifacts),
         rewards={source: artifact.path for source, artifact in artifacts.items() if artifact.is_reward},
         input_digests={source: artifact.digest for source, artifact in artifacts.items()},
+        content_digests=content,
         digest=stage_digest(config, name, {source: artifact.digest for source, artifact in artifacts.items()}),
     )
     return module.run(context)
@@ -128,6 +132,7 @@ def _bring_inputs(config: RunConfig, name: str, *, run_directory: Path) -> dict[
         prepare_command=f"python -m orchestrator prepare {shlex.quote(str(run_directory))}",
     )
     return {
+        "content": content_digests(config, name, base_folder=base_folder),
         "base_folder": str(base_folder),
         "train": str(prepared.train),
         "evaluation": None if prepared.evaluation is None else str(prepared.evaluation),

@@ -63,6 +63,35 @@ def words_of(bench: Bench, kind: str, name: str, *more: str) -> list[str]:
     return [*words, *more]
 
 
+def pipeline_words(bench: Bench, *more: str) -> list[str]:
+    """The overrides of a whole fp32 pipeline of few steps."""
+    pairs = "/pairs{}.jsonl"
+    return [
+        "+experiment=llama_rlhf",
+        "name=pipeline",
+        f"output_dir={bench.runs}",
+        f"model.base={bench.model}",
+        "model.dtype=float32",
+        "tracking=none",
+        "launcher=local",
+        f"stages.sft.data.train.path={bench.root / 'rows.jsonl'}",
+        f"stages.sft.data.eval.path={bench.root / 'held_out.jsonl'}",
+        "stages.sft.max_steps=4",
+        f"stages.reward.data.train.path={bench.root}{pairs.format('')}",
+        f"stages.reward.data.eval.path={bench.root}{pairs.format('_held_out')}",
+        "stages.reward.max_steps=4",
+        f"stages.grpo.data.train.path={bench.root / 'prompts.jsonl'}",
+        f"stages.grpo.data.eval.path={bench.root / 'prompts_held_out.jsonl'}",
+        "stages.grpo.max_steps=2",
+        "stages.grpo.accept_weak_reward=true",
+        "stages.grpo.rollout={prompts: 4, group_size: 4, max_new_tokens: 12}",
+        f"stages.evaluate.data.train.path={bench.root / 'held_out.jsonl'}",
+        f"stages.merge.data.train.path={bench.root / 'held_out.jsonl'}",
+        "stages.evaluate.rollout.max_new_tokens=12",
+        *more,
+    ]
+
+
 def _write(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

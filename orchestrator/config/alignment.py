@@ -79,6 +79,8 @@ class RolloutConfig(Section):
     """So many likeliest tokens; 0 keeps all."""
     generate_size: PositiveInt
     """Completions that one rank generates at a time."""
+    engine: Literal["batch", "continuous"]
+    """`batch` waits for the longest of a batch; `continuous` (transformers' continuous batching) fills freed places at once."""
 
 
 class PolicyLimits(Section):

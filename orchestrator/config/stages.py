@@ -52,6 +52,8 @@ class CheckpointConfig(Section):
     """Keep the checkpoint with the lowest held-out loss of those that were evaluated at their own step."""
     background: bool
     """Write beside training from a copy in host memory (as large as this rank's part of the checkpoint)."""
+    rehearse: bool
+    """Write, prove and remove a checkpoint after the very first step, so that a disk that refuses it is known at once."""
     retries: NaturalInt
     """How often a save that the disk refused is tried again."""
     retry_seconds: PositiveFloat

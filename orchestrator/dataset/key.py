@@ -61,8 +61,8 @@ def prepared_key(
             "mixture": [[source.rows, source.weight] for source, _, _ in sources],
             "split": {"fraction": config.eval.fraction, "max_rows": config.eval.max_rows} if splits else None,
             "seed": seed if splits or is_drawn else None,
-            "tokenizer": _tokenizer_digest(tokenizer_folder, hashes),
-            "template": _template_digest(config, tokenizer_folder),
+            "tokenizer": tokenizer_digest(tokenizer_folder, hashes),
+            "template": template_digest(config, tokenizer_folder),
             "template_date": config.template_date,
             "max_length": config.max_length,
             "loss_on": config.loss_on,
@@ -145,7 +145,8 @@ class FileHashes:
         self._is_new = False
 
 
-def _tokenizer_digest(folder: Path, hashes: FileHashes) -> str:
+def tokenizer_digest(folder: Path, hashes: FileHashes) -> str:
+    """sha256 over a tokenizer's files and settings, without its chat template."""
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
@@ -156,7 +157,8 @@ def _tokenizer_digest(folder: Path, hashes: FileHashes) -> str:
     return digest.hexdigest()
 
 
-def _template_digest(config: DataConfig, folder: Path) -> str:
+def template_digest(config: DataConfig, folder: Path) -> str:
+    """sha256 of the chat template in use. Raises DataError where a configured one is no file."""
     if config.chat_template is not None:
         path = Path(config.chat_template).expanduser()
         if not path.is_file():

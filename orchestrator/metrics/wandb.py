@@ -59,6 +59,8 @@ class WandbSettings:
     """Shown beside the run; without secrets."""
     metrics_file: str
     """The record that is followed."""
+    samples_file: str
+    """Completions that become tables; it need not be there."""
     directory: str
     """Folder of the SDK's files and of ours; one for each stage; must be called `wandb`, as the SDK calls its own."""
     init_timeout_seconds: float

@@ -33,6 +33,7 @@ from orchestrator.metrics.wandb import (
     say,
     write_state,
 )
+from orchestrator.metrics.wandb_samples import Samples
 
 if TYPE_CHECKING:
     import wandb
@@ -109,6 +110,7 @@ class Session:
     directory: Path
     state: WandbState
     next_step: int
+    samples: Samples
     state_written: float = 0.0
 
     def send(self, rows: list[Row], *, hold_newest: bool) -> list[Row]:
@@ -120,15 +122,23 @@ class Session:
         held = max(by_step, default=0) if hold_newest else None
         for step, row in by_step.items():
             if step != held:
-                self.run.log(
-                    {key: value for key, value in row.items() if value is not None and key != "step"},
-                    step=step,
-                    commit=True,
-                )
+                told = {key: value for key, value in row.items() if value is not None and key != "step"}
+                self._show_samples(step)
+                self.run.log(told, step=step, commit=True)
                 self.next_step = step + 1
         if self.next_step - 1 != self.state.last_step and time.monotonic() - self.state_written > _STATE_EVERY_SECONDS:
             self._keep(replace(self.state, last_step=self.next_step - 1))
         return [row for row in rows if step_of(row) == held]
+
+    def _show_samples(self, step: int) -> None:
+        """Adds the table of a step to its row; a server that takes no tables loses no step for it."""
+        table = self.samples.take(step)
+        if not table:
+            return
+        try:
+            self.run.log(table, step=step, commit=False)
+        except Exception as error:
+            say(f"the table of step {step} was not taken: {_first_line(error)}")
 
     def close(self, ending: Ending) -> None:
         """End the run at W&B, then say in the state file that everything is safe. How it ended is noted first: W&B may not answer."""
@@ -179,7 +189,7 @@ def open_session(settings: WandbSettings, mode: Mode, *, worker_pid: int | None)
     state = replace(state, is_open=True, server_uncertain=online or state.server_uncertain)
     write_state(directory, state)
     say(f"online, {run.url}" if online else f"offline, in {directory}")
-    return Session(run, directory, state, next_step)
+    return Session(run, directory, state, next_step, Samples(Tail(Path(settings.samples_file))))
 
 
 def _init(settings: WandbSettings, state: WandbState, mode: Mode, worker_pid: int | None) -> wandb.Run:

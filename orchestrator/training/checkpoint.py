@@ -86,8 +86,11 @@ class Checkpointer:
             self._record.say(f"warning: step {progress.step} is not saved: the loss on the probe's rows is {probe}")
             return
         probe_seconds = time.perf_counter() - start
+        self._writer.start(self._pending(progress, probe=probe, start=start, probe_seconds=probe_seconds))
+
+    def _pending(self, progress: Progress, *, probe: float | None, start: float, probe_seconds: float) -> Pending:
         state = collect(self._subject.runtime, self._subject.model, self._subject.optimizer)
-        pending = Pending(
+        return Pending(
             step=progress.step,
             tensors=self._snapshot(state.tensors),
             metadata={INDEX: json.dumps(state.index)},
@@ -96,7 +99,11 @@ class Checkpointer:
             stall_seconds=time.perf_counter() - start,
             probe_seconds=probe_seconds,
         )
-        self._writer.start(pending)
+
+    def rehearse(self, progress: Progress) -> None:
+        """Writes a checkpoint, reads it back and removes it: CheckpointError where the disk would refuse the real ones."""
+        if self._context.stage.checkpoint.rehearse:
+            self._writer.rehearse(self._pending(progress, probe=None, start=time.perf_counter(), probe_seconds=0.0))
 
     def resume(self) -> Progress | None:
         """Puts everything back from the newest proven checkpoint; None where there is none.

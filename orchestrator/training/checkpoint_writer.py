@@ -81,6 +81,20 @@ class CheckpointWriter:
         if not self._settings.background:
             self.wait()
 
+    def rehearse(self, pending: Pending) -> None:
+        """A save whose files are proven and removed; CheckpointError, alike on every rank, where it fails."""
+        start = time.perf_counter()
+        partial = self._folder.checkpoint_partial(pending.step)
+        problem, _ = self._write_all(partial, pending)
+        self._as_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        if problem is not None:
+            raise CheckpointError(
+                f"the checkpoint that is tried after the first step could not be written: {problem}; free some space or set "
+                "output_dir to another disk (checkpoint.rehearse=false leaves the trial out)"
+            )
+        size = sum(tensor.numel() * tensor.element_size() for tensor in pending.tensors.values())
+        self._record.event("rehearsal", step=pending.step, seconds=time.perf_counter() - start, rank_0_bytes=size)
+
     def wait(self, *, for_newer: bool = False) -> None:
         """Returns when nothing is in flight; `for_newer` calls off the retries of a save that failed."""
         if for_newer:
@@ -125,16 +139,20 @@ class CheckpointWriter:
     def _try(self, pending: Pending) -> str | None:
         """Writes, proves and names a checkpoint; or tells, alike on every rank, what went wrong."""
         partial = self._folder.checkpoint_partial(pending.step)
-        problem = _problem(self._exchange(self._as_main(lambda: _make_anew(partial))))
-        reports: list[Report] = []
-        if problem is None:
-            reports = self._exchange(_tried(lambda: self._write_own_file(partial, pending)))
-            problem = _problem(reports)
+        problem, reports = self._write_all(partial, pending)
         if problem is None:
             problem = _problem(self._exchange(self._as_main(lambda: self._commit(partial, pending, reports))))
         if problem is not None:
             self._as_main(lambda: shutil.rmtree(partial, ignore_errors=True))
         return problem
+
+    def _write_all(self, partial: Path, pending: Pending) -> tuple[str | None, list[Report]]:
+        """(what went wrong, alike on every rank, or None; the reports of all ranks) of writing and proving every rank's file."""
+        problem = _problem(self._exchange(self._as_main(lambda: _make_anew(partial))))
+        if problem is not None:
+            return problem, []
+        reports = self._exchange(_tried(lambda: self._write_own_file(partial, pending)))
+        return _problem(reports), reports
 
     def _write_own_file(self, partial: Path, pending: Pending) -> Written:
         path = partial / checkpoints.rank_file(self._rank)

@@ -56,6 +56,8 @@ class Context:
     """Of all that decides the stage's result."""
     input_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of the artifacts that the stage reads, by stage."""
+    content_digests: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of base, tokenizer, template, data files and code."""
 
 
 class Record:
@@ -155,6 +157,7 @@ def _wandb_settings(context: Context) -> wandb.WandbSettings | None:
         job_type=context.name,
         config=context.config.model_dump(mode="json"),
         metrics_file=str(context.folder.metrics),
+        samples_file=str(context.folder.generated),
         directory=str(context.folder.wandb),
         init_timeout_seconds=tracking.init_timeout_seconds,
         finish_timeout_seconds=tracking.finish_timeout_seconds,

@@ -59,6 +59,8 @@ class Hooks:
     """Takes a row of metrics; called on every rank, acts on rank 0."""
     evaluate: Callable[[Progress], None]
     save: Callable[[Progress], None]
+    rehearse: Callable[[Progress], None]
+    """Tries a save after the very first step, so that what would fail later fails now."""
     roll_back: Callable[[Progress], Progress | None]
     """Puts the model back to the last proven checkpoint before the streak of faults; None where there is none."""
     fault: Callable[[int, str, list[int]], None]
@@ -113,6 +115,8 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
             if must_go_back(progress.health, job.stage.faults):
                 progress, window, save_is_owed = _gone_back(job, progress, hooks, result.fault), [], False
                 continue
+        if step == 1 and result.fault is None and not _is_due(job.stage.checkpoint.every_steps, step):
+            hooks.rehearse(progress)
         if _is_due(job.stage.evaluate_every_steps, step) and step < job.steps:
             hooks.evaluate(progress)
             stop = _agree_to_stop(job, hooks) or stop

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from orchestrator.config.alignment import RolloutConfig
 from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
+from orchestrator.training.draws import SeededDraws
 from orchestrator.training.runtime import Runtime
 
 
@@ -68,13 +69,28 @@ def make_generate(runtime: Runtime, model: torch.nn.Module, *, end_ids: Sequence
         was_training = model.training
         with whole_weights(runtime, model) as module, torch.no_grad(), runtime.forward_context():
             module.eval()
-            for first in range(0, len(requests), settings.generate_size):
-                part = requests[first : first + settings.generate_size]
-                found += _generate(module, part, settings, end_ids=end_ids, pad_id=pad_id, device=runtime.device)
+            if settings.engine == "continuous" and requests:
+                found = _continuously(module, requests, settings, runtime=runtime, end_ids=end_ids)
+            else:
+                for first in range(0, len(requests), settings.generate_size):
+                    part = requests[first : first + settings.generate_size]
+                    found += _generate(module, part, settings, end_ids=end_ids, pad_id=pad_id, device=runtime.device)
         model.train(was_training)
         return found
 
     return generate
+
+
+def _continuously(
+    module: Any, requests: Sequence[Request], settings: RolloutConfig, *, runtime: Runtime, end_ids: Sequence[int]
+) -> list[Completion]:
+    from orchestrator.training.continuous import generate_continuously
+
+    inner = module.get_base_model() if hasattr(module, "get_base_model") else module
+    draws = SeededDraws([request.seed for request in requests], settings)
+    prompts = [request.prompt for request in requests]
+    found = generate_continuously(inner, prompts, draws, settings, runtime=runtime, end_ids=end_ids)
+    return [_completion(ids, logprobs, end_ids) for ids, logprobs in found]
 
 
 def _generate(
@@ -92,7 +108,7 @@ def _generate(
     for b, request in enumerate(requests):
         ids_BT[b, width - len(request.prompt) :] = torch.tensor(request.prompt)
         mask_BT[b, width - len(request.prompt) :] = 1
-    sampler = SeededSampler([request.seed for request in requests], settings)
+    sampler = SeededSampler(SeededDraws([request.seed for request in requests], settings))
     out_BT = module.generate(
         input_ids=ids_BT,
         attention_mask=mask_BT,
@@ -123,35 +139,17 @@ def _completion(new: list[int], logprobs: list[float], end_ids: Sequence[int]) -
 
 
 class SeededSampler(LogitsProcessor):
-    """Chooses the next token of each sequence by a noise of its own (Gumbel-max), so that it does not depend on the batch.
+    """Leaves only the drawn token of each sequence possible, and keeps its log-probability."""
 
-    Leaves only the chosen token possible, and keeps its log-probability at the temperature, before top-p and top-k.
-    """
-
-    def __init__(self, seeds: Sequence[int], settings: RolloutConfig) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._temperature = settings.temperature
-        self._warpers = LogitsProcessorList()
-        if settings.top_k:
-            self._warpers.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(settings.top_p))
+    def __init__(self, draws: SeededDraws) -> None:
+        self._draws = draws
         self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        logits_BV = scores.float() / (self._temperature or 1.0)
-        kept_BV = self._warpers(input_ids, logits_BV) if self._temperature else logits_BV
-        if self._temperature:
-            kept_BV = kept_BV + self._noise(logits_BV.shape[1]).to(logits_BV.device)
-        chosen_B = kept_BV.argmax(dim=-1)
-        self.logprobs.append(logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0])
+        chosen_B, logprobs_B = self._draws.draw(scores, range(len(scores)))
+        self.logprobs.append(logprobs_B)
         only_BV = torch.full_like(scores, -torch.inf)
         return only_BV.scatter(1, chosen_B[:, None], 0.0)  # type: ignore[return-value]
-
-    def _noise(self, size: int) -> torch.Tensor:
-        """-log(-log(u)): the largest of logits + noise is a draw from their softmax."""
-        uniform_BV = torch.stack([torch.rand(size, generator=generator) for generator in self._generators])
-        return -torch.log(-torch.log(uniform_BV.clamp(min=1e-20, max=1 - 1e-7)))
 
 
 @contextmanager

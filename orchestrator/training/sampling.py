@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from orchestrator.checkpoints import saved_steps
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.errors import TrainingFailed
+from orchestrator.metrics.jsonl import RecordFile
 from orchestrator.rewards.builtin import Sample
 from orchestrator.training.context import Context
 from orchestrator.training.data.rows import batch_of
@@ -164,7 +164,7 @@ class Sampler:
     def _write_samples(self, sequences: Sequence[Sampled], step: int) -> None:
         context = self.session.context
         tokenizer = core_tokenizer(load_facts(context.base_folder).core)
-        with open(context.folder.generated, "a", encoding="utf-8") as file:
+        with RecordFile(context.folder.generated) as file:
             for one in sequences[:SHOWN_SAMPLES]:
                 row = {
                     "step": step,
@@ -175,7 +175,7 @@ class Sampler:
                     "rewards": dict(one.rewards),
                     "advantage": one.advantage,
                 }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.append(row)
 
 
 def as_scored(context: Context, request: Request, completion: Completion, row: Mapping[str, Any]) -> Scored:

@@ -186,6 +186,7 @@ def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Ho
         record=record.metrics,
         evaluate=judge,
         save=checkpointer.save,
+        rehearse=checkpointer.rehearse,
         roll_back=checkpointer.roll_back,
         fault=record.skipped_update,
         stop_reason=context.stop.reason,

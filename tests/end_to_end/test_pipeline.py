@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from aligning import write_sets
+from aligning import pipeline_words, write_sets
 from running import Bench, Done
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.rundir import RunFolder, read_json, read_manifest
+from orchestrator.metrics.jsonl import read_rows
+from orchestrator.rundir import RunFolder, StageFolder, read_json, read_manifest
 
 STAGES = ("sft", "reward", "grpo", "evaluate", "merge")
-
-
-def words(bench: Bench, *more: str) -> list[str]:
-    pairs = "/pairs{}.jsonl"
-    return [
-        "+experiment=llama_rlhf",
-        "name=pipeline",
-        f"output_dir={bench.runs}",
-        f"model.base={bench.model}",
-        "model.dtype=float32",
-        "tracking=none",
-        "launcher=local",
-        f"stages.sft.data.train.path={bench.root / 'rows.jsonl'}",
-        f"stages.sft.data.eval.path={bench.root / 'held_out.jsonl'}",
-        "stages.sft.max_steps=4",
-        f"stages.reward.data.train.path={bench.root}{pairs.format('')}",
-        f"stages.reward.data.eval.path={bench.root}{pairs.format('_held_out')}",
-        "stages.reward.max_steps=4",
-        f"stages.grpo.data.train.path={bench.root / 'prompts.jsonl'}",
-        f"stages.grpo.data.eval.path={bench.root / 'prompts_held_out.jsonl'}",
-        "stages.grpo.max_steps=2",
-        "stages.grpo.accept_weak_reward=true",
-        "stages.grpo.rollout={prompts: 4, group_size: 4, max_new_tokens: 12}",
-        f"stages.evaluate.data.train.path={bench.root / 'held_out.jsonl'}",
-        f"stages.merge.data.train.path={bench.root / 'held_out.jsonl'}",
-        "stages.evaluate.rollout.max_new_tokens=12",
-        *more,
-    ]
+SAVES = tuple(f"stages.{name}.checkpoint.every_steps=1" for name in ("sft", "reward", "grpo"))
 
 
 def run(bench: Bench, *more: str, verb: str = "run") -> Done:
-    return bench.run("pipeline", verb=verb, words=words(bench, *more))
+    return bench.run("pipeline", verb=verb, words=pipeline_words(bench, *more))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +62,14 @@ def test_every_stage_is_proven_and_names_what_it_read(pipeline: Done) -> None:
         read_manifest(pipeline.folder.stage(name).artifact)
 
 
+def test_results_carry_the_digests_of_their_content(pipeline: Done) -> None:
+    told = [found["digests"] for found in results(pipeline.folder).values()]
+    for one in told:
+        assert one.keys() == {"base", "tokenizer", "template", "data", "code"}  # type: ignore[attr-defined]
+    for what in ("base", "tokenizer", "template", "code"):
+        assert len({one[what] for one in told}) == 1, what  # type: ignore[index]
+
+
 def test_the_merged_model_is_the_trained_one_and_stands_alone(pipeline: Done, bench: Bench) -> None:
     from peft import PeftModel
 
@@ -96,6 +84,60 @@ def test_the_merged_model_is_the_trained_one_and_stands_alone(pipeline: Done, be
     card = (folder / "README.md").read_text()
     assert "base_model:" in card and "| sft | sft | 4 |" in card and "device hours" in card and "KL" in card
     assert read_json(pipeline.folder.stage("merge").result)["kl"] < 1e-6
+
+
+def is_in_its_middle(files: StageFolder) -> bool:
+    """After the first step of a stage that trains; after the start of one that does not."""
+    if files.root.name in ("evaluate", "merge"):
+        return any(row["event"] == "start" for row in read_rows(files.events))
+    return any(row.get("step") == 1 for row in read_rows(files.metrics))
+
+
+def workers_of(folder: Path) -> list[int]:
+    """Processes of the ranks: those that have run.json in their command line."""
+    found: list[int] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(folder / "run.json").encode() in words and b"orchestrator.worker" in words:
+            found.append(int(process.name))
+    return found
+
+
+def test_killed_in_each_stage_it_ends_as_if_nothing_had_happened(pipeline: Done, bench: Bench) -> None:
+    argv = [sys.executable, "-m", "orchestrator", *pipeline_words(bench), *SAVES, "name=killed"]
+    folder = RunFolder(bench.runs / "killed")
+    for stage in STAGES:
+        files = folder.stage(stage)
+        with subprocess.Popen(
+            argv, cwd=bench.root, env=bench.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as running:
+            while not is_in_its_middle(files):
+                assert running.poll() is None, running.stderr and running.stderr.read()
+                time.sleep(0.01)
+            for worker in workers_of(folder.root):
+                os.kill(worker, signal.SIGKILL)
+            assert running.wait() != 0
+        assert not files.result.exists(), stage
+        assert read_json(files.attempt(1))["state"] == "failed"
+    last = bench.run("killed", words=[*pipeline_words(bench), *SAVES, "name=killed"])
+    assert last.code == 0 and last.out.count("done already") == 4, last.told
+    for stage in ("sft", "reward", "grpo", "merge"):
+        assert_same(pipeline.folder.stage(stage).artifact, folder.stage(stage).artifact)
+    scores = [read_json(run.stage("evaluate").result)["scores"] for run in (pipeline.folder, folder)]
+    assert scores[0] == scores[1]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Every tensor of two artifacts, to the last bit."""
+    files = sorted(one.glob("*.safetensors"))
+    assert files
+    for file in files:
+        expected, found = load_file(file), load_file(other / file.name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_a_rerun_runs_nothing(pipeline: Done, bench: Bench) -> None:
@@ -120,6 +162,27 @@ def test_a_change_reruns_only_what_depends_on_it(pipeline: Done, bench: Bench) -
     assert last.code == 0 and last.out.count("done already") == 4, last.told
 
 
+def test_other_rows_in_the_same_file_rerun_their_stage_alone(pipeline: Done, bench: Bench) -> None:
+    """The evaluation's rows change, which nothing else reads; --only says why an input is missing."""
+    same = ("stages.reward.optimizer.lr=1e-3", "stages.merge.rows=4")
+    file = bench.root / "scored.jsonl"
+    shutil.copy(bench.root / "held_out.jsonl", file)
+    other = (*same, f"stages.evaluate.data.train.path={file}")
+    assert run(bench, *other).code == 0
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    again = run(bench, *other)
+    assert again.code == 0 and again.out.count("done already") == 4, again.told
+    assert "evaluate: is run anew" in again.out
+    template = bench.model / "chat_template.jinja"
+    was = template.read_text() if template.exists() else None
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}{{ eos_token }}")
+    try:
+        refused = run(bench, *other, "--only", "evaluate")
+    finally:
+        template.unlink() if was is None else template.write_text(was)
+    assert refused.code == 2 and "was made from changed since" in refused.error, refused.told
+
+
 def test_one_stage_and_from_a_stage(pipeline: Done, bench: Bench) -> None:
     same = ("stages.reward.optimizer.lr=1e-3", "stages.merge.rows=4")
     only = run(bench, *same, "--only", "merge")
@@ -127,7 +190,7 @@ def test_one_stage_and_from_a_stage(pipeline: Done, bench: Bench) -> None:
     anew = run(bench, *same, "--from", "evaluate")
     assert anew.code == 0, anew.told
     assert "evaluate: is run anew" in anew.out and "merge" not in anew.out.split("is run anew", 1)[1].split("\n")[0]
-    early = bench.run("early", words=[*words(bench, *same, "--only", "grpo"), "name=early"])
+    early = bench.run("early", words=[*pipeline_words(bench, *same, "--only", "grpo"), "name=early"])
     assert early.code == 2 and "not done yet, and needed by grpo" in early.error, early.told
     unknown = run(bench, *same, "--from", "polish")
     assert unknown.code == 2 and "no stage of this pipeline" in unknown.error
@@ -145,7 +208,7 @@ def test_a_weak_reward_model_is_refused_before_the_policy_is_trained(pipeline: D
     told = json.loads(result.read_text())
     told["reward_report"] |= {"accuracy": 0.5, "accuracy_low": 0.2, "accuracy_high": 0.8, "beats_chance": False}
     result.write_text(json.dumps(told))
-    done = bench.run(name, words=[*words(bench, *same), "stages.grpo.accept_weak_reward=false"])
+    done = bench.run(name, words=[*pipeline_words(bench, *same), "stages.grpo.accept_weak_reward=false"])
     assert done.code == 2 and "does not beat chance" in done.told, done.told
 
 

@@ -144,6 +144,17 @@ def test_killed_between_two_steps_of_a_rollout_it_ends_as_if_nothing_had_happene
     assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
 
 
+def test_continuous_batching_trains_the_same_policy(bench: Bench) -> None:
+    more = ("launcher=local", "stages.grpo.max_steps=2", "stages.grpo.rollout.generate_size=3")
+    batch = run(bench, "grpo", "batch", *more)
+    continuous = run(bench, "grpo", "continuous", *more, "stages.grpo.rollout.engine=continuous")
+    for done in (batch, continuous):
+        assert done.code == 0, done.told
+    for key in ("loss", "reward", "kl", "entropy"):
+        expected = values(rows_of(batch, "grpo"), key)
+        assert values(rows_of(continuous, "grpo"), key) == pytest.approx(expected, abs=1e-4), key
+
+
 def test_samples_and_health_are_recorded(bench: Bench) -> None:
     done = run(bench, "grpo", "health", "launcher=local", "stages.grpo.rollout.passes=2")
     assert done.code == 0, done.told

@@ -10,12 +10,21 @@ import torch
 
 from orchestrator.compose import compose
 from orchestrator.config.alignment import RolloutConfig
+from orchestrator.training.draws import SeededDraws
 from orchestrator.training.model import load_model
 from orchestrator.training.rollout import Completion, Request, SeededSampler, end_ids_of, make_generate, seed_of
 from orchestrator.training.runtime import Runtime, start_single_runtime
 
 SETTINGS = RolloutConfig(
-    prompts=4, group_size=2, passes=1, max_new_tokens=12, temperature=1.0, top_p=1.0, top_k=0, generate_size=4
+    prompts=4,
+    group_size=2,
+    passes=1,
+    max_new_tokens=12,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    generate_size=4,
+    engine="batch",
 )
 
 
@@ -48,6 +57,26 @@ def test_a_completion_depends_on_its_prompt_and_seed_alone(policy: tuple[Runtime
     other = generated(policy, [Request(prompt=one.prompt, seed=one.seed + 1) for one in asked])
     assert sum(a.ids != b.ids for a, b in zip(together, other, strict=True)) == 6
     assert all(len(one.ids) == len(one.logprobs) <= 12 for one in together)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_continuous_batching_answers_as_a_batch_does(
+    policy: tuple[Runtime, torch.nn.Module, Path], temperature: float
+) -> None:
+    """Fewer places than requests, unequal prompts, answers that end early."""
+    runtime, model, _ = policy
+    asked = requests(7)
+    probe = generated(policy, asked, temperature=temperature)
+    ends = [probe[0].ids[1], probe[3].ids[2]]
+    generate = make_generate(runtime, model, end_ids=ends, pad_id=0)
+    settings = SETTINGS.model_copy(update={"temperature": temperature, "generate_size": 3})
+    batch = generate(asked, settings)
+    continuous = generate(asked, settings.model_copy(update={"engine": "continuous"}))
+    assert len({len(one.ids) for one in batch}) > 1
+    assert [one.ids for one in continuous] == [one.ids for one in batch]
+    assert [one.is_finished for one in continuous] == [one.is_finished for one in batch]
+    for one, other in zip(continuous, batch, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 def test_greedy_is_transformers_own_greedy(policy: tuple[Runtime, torch.nn.Module, Path]) -> None:
@@ -84,7 +113,7 @@ def test_draws_follow_the_softmax(temperature: float, top_k: int) -> None:
     draws = 4000
     settings = SETTINGS.model_copy(update={"temperature": temperature, "top_k": top_k})
     logits_V = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    sampler = SeededSampler([seed_of(7, i) for i in range(draws)], settings)
+    sampler = SeededSampler(SeededDraws([seed_of(7, i) for i in range(draws)], settings))
     only_BV = sampler(torch.zeros(draws, 1, dtype=torch.long), logits_V.expand(draws, 4))  # type: ignore[arg-type]
     shares_V = torch.bincount(only_BV.argmax(-1), minlength=4) / draws
     expected_V = (logits_V / temperature).softmax(-1)

@@ -59,7 +59,7 @@ def settings_of(stage: Path, *, mode: Any = "auto") -> WandbSettings:
     stage.mkdir(parents=True, exist_ok=True)
     return WandbSettings(
         project="tests", entity="tester", mode=mode, name="tiny-sft", group="tiny", job_type="sft",
-        config={"model": {"base": "tiny"}, "lr": 1e-4}, metrics_file=str(stage / "metrics.jsonl"),
+        config={"model": {"base": "tiny"}, "lr": 1e-4}, metrics_file=str(stage / "metrics.jsonl"), samples_file=str(stage / "samples.jsonl"),
         directory=str(stage / "wandb"), init_timeout_seconds=3, finish_timeout_seconds=15,
     )  # fmt: skip
 
@@ -102,6 +102,23 @@ def assert_history(rows: list[dict[str, Any]]) -> None:
     assert all(row["eval_loss"] == 2 / row["_step"] for row in rows if "eval_loss" in row)
     assert [row["_step"] for row in rows if math.isnan(float(row["loss"]))] == [7]
     assert not any("mfu" in row for row in rows)
+
+
+def write_samples(stage: Path, step: int, *, attempt: int, completion: str) -> None:
+    with RecordFile(stage / "samples.jsonl") as record:
+        for reward in (0.25, 0.75):
+            row = {"prompt": "Say red", "completion": completion, "reward": reward, "rewards": {"exact": reward}}
+            record.append({"step": step, "attempt": attempt, **row})
+
+
+def tables(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """What history tells of the tables, by step: as an object, or key by key."""
+    told = {row["_step"]: row.get("samples", {}) | _below(row, "samples.") for row in rows}
+    return {step: table for step, table in told.items() if table}
+
+
+def _below(row: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
 
 
 # ---- offline -------------------------------------------------------------------------------------------
@@ -149,6 +166,22 @@ def test_an_offline_attempt_that_was_killed_is_written_anew(tmp_path: Path) -> N
     attempt(stage, 16, 30, number=2)
     assert not torn[0].exists()
     assert_history(offline_history(stage / "wandb"))
+
+
+def test_completions_become_a_table_of_their_step(tmp_path: Path) -> None:
+    """A step that is done again by the next attempt has the completions of that attempt."""
+    stage = tmp_path / "run" / "grpo"
+    run = begin(stage)
+    write_samples(stage, 2, attempt=1, completion="old")
+    write_samples(stage, 2, attempt=2, completion="red")
+    append(stage, 1, 4, attempt=2)
+    finish(run, {}, outcome="finished", timeout_seconds=60)
+    found = tables(offline_history(stage / "wandb"))
+    assert list(found) == [2] and found[2]["_type"] == "table-file" and found[2]["nrows"] == 2
+    (file,) = (stage / "wandb").glob("offline-run-*/files/media/table/*.table.json")
+    content = json.loads(file.read_text())
+    assert content["columns"] == ["prompt", "completion", "reward", "reward_exact"]
+    assert content["data"] == [["Say red", "red", 0.25, 0.25], ["Say red", "red", 0.75, 0.75]]
 
 
 # ---- online --------------------------------------------------------------------------------------------
@@ -242,6 +275,19 @@ def descendants(pid: int) -> list[int]:
 def send_signal(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def test_a_server_that_takes_no_tables_loses_no_step(
+    tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """This server knows no artifacts, which tables ask for."""
+    stage = tmp_path / "run" / "grpo"
+    run = begin(stage)
+    write_samples(stage, 7, attempt=1, completion="red")
+    append(stage, 1, 30, attempt=1)
+    finish(run, {}, outcome="finished", timeout_seconds=60)
+    assert_history(server.only_run().history())
+    assert "the table of step 7 was not taken" in capfd.readouterr().err
 
 
 # ---- a server that is dead, or takes everything and answers nothing --------------------------------------

@@ -1,0 +1,86 @@
+"""Digests of the content that a stage is made from: base, tokenizer, template, data files and code. Must not import torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from orchestrator import __version__
+from orchestrator.bases import local_folder
+from orchestrator.cache import cache_folder
+from orchestrator.config.data import DataConfig, SourceConfig
+from orchestrator.config.run import RunConfig
+from orchestrator.dataset.key import FileHashes, template_digest, tokenizer_digest
+from orchestrator.dataset.sources import held_out_source, locate
+from orchestrator.rundir import RunFolder, read_json
+
+SAMPLES = 64
+SAMPLE_BYTES = 4096
+"""Weights are too large to be hashed at each start: both ends and so many places between them are read."""
+SHARED = ("base", "tokenizer", "template")
+"""What a stage and those that it reads must have in common."""
+
+
+def content_digests(config: RunConfig, name: str, *, base_folder: Path) -> dict[str, str]:
+    """What decides a stage's result beside its settings, by name; `data` is missing where its files are not on this machine."""
+    data = config.stages[name].data
+    hashes = FileHashes(cache_folder(config.cluster.scratch) / "data")
+    found = {
+        "base": base_digest(base_folder),
+        "tokenizer": tokenizer_digest(base_folder, hashes),
+        "template": template_digest(data, base_folder),
+        "code": f"{__version__}+{_code_digest()}",
+    }
+    files = _data_digest(data, hashes)
+    hashes.save()
+    return found if files is None else {**found, "data": files}
+
+
+def changed_content(config: RunConfig, run: RunFolder, name: str) -> list[str]:
+    """Which content of a finished stage is not what it was: a newer code alone makes nothing anew."""
+    base_folder = local_folder(config.model, cache_folder(config.cluster.scratch))
+    told: Mapping[str, str] = read_json(run.stage(name).result).get("digests", {})
+    if base_folder is None or not told:
+        return []
+    now = content_digests(config, name, base_folder=base_folder)
+    return [key for key in (*SHARED, "data") if key in now and key in told and now[key] != told[key]]
+
+
+def base_digest(folder: Path) -> str:
+    """sha256 over config.json, and over name, size and samples of every file of weights."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}\n".encode())
+        with open(file, "rb") as handle:
+            for place in range(SAMPLES + 1):
+                handle.seek(max(0, size - SAMPLE_BYTES) * place // SAMPLES)
+                digest.update(handle.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _data_digest(data: DataConfig, hashes: FileHashes) -> str | None:
+    digest = hashlib.sha256()
+    for source in _sources(data):
+        files = locate(source, field="data")
+        if files is None:
+            return None
+        for file in files:
+            digest.update(f"{hashes.of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sources(data: DataConfig) -> list[SourceConfig]:
+    held_out = held_out_source(data)
+    return [data.train, *data.mix, *([] if held_out is None else [held_out])]
+
+
+@lru_cache(maxsize=1)
+def _code_digest() -> str:
+    root = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
