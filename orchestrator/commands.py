@@ -77,7 +77,8 @@ def _runs(arguments: Sequence[str]) -> list[tuple[RunConfig, Plan]]:
 def planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
     """Configuration and plan; one error with every problem of words, keys, rules, base, data and scripts."""
     words, config_directory = _take_config_directory(arguments)
-    config, problems = examine(words, config_directory=config_directory)
+    composed = examine(words, config_directory=config_directory)
+    config, problems = composed.config, composed.problems
     config = resolve(config, Path.cwd())
     try:
         base, data = gather(config)
@@ -92,13 +93,14 @@ def planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
 def planned_runs(arguments: Sequence[str]) -> list[tuple[RunConfig, Plan]]:
     """Every run of a multirun; one error with the problems of all of them before anything is written."""
     words, config_directory = _take_config_directory([word for word in arguments if word not in FLAGS])
-    first, problems = examine(first_words(words), config_directory=config_directory)
+    first = examine(first_words(words), config_directory=config_directory)
+    problems = first.problems
     if problems:
         raise ConfigError(problems)
     folder = [] if config_directory is None else ["--config-dir", str(config_directory)]
     found: list[tuple[RunConfig, Plan]] = []
     told: dict[str, None] = {}
-    for combination in combinations(words, name=first.name):
+    for combination in combinations(words, name=first.config.name):
         try:
             found.append(planned_run([*folder, *combination]))
         except OrchestratorError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,32 @@ from orchestrator.words import (
     parse_word,
 )
 
+AUTO = "auto"
 CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """The configuration of the words that can be obeyed."""
+
+    config: RunConfig
+    problems: list[str]
+    """Every problem of words, keys and rules."""
+    autos: tuple[str, ...]
+    """Keys whose value is to be chosen by the plan; the configuration holds the smallest one in their place."""
 
 
 def compose(overrides: Sequence[str], *, config_directory: Path | None = None) -> RunConfig:
     """The validated configuration; raises ConfigError with every problem of words, keys, types and rules."""
-    config, problems = examine(overrides, config_directory=config_directory)
-    if problems:
-        raise ConfigError(problems)
-    return config
+    composed = examine(overrides, config_directory=config_directory)
+    unsettled = [f"{key}: auto is settled by a plan alone; give a value" for key in composed.autos]
+    if composed.problems or unsettled:
+        raise ConfigError([*composed.problems, *unsettled])
+    return composed.config
 
 
-def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -> tuple[RunConfig, list[str]]:
-    """The configuration of the words that can be obeyed, and every problem of words, keys and rules.
+def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -> Composed:
+    """The configuration of the words that can be obeyed, with every problem.
 
     Raises ConfigError, with these and all others, where keys or types allow no configuration.
     """
@@ -58,13 +72,33 @@ def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -
         accepted = [word for word in values if word.text not in unknown]
         for word in accepted:
             _set(tree, word)
+        autos = take_autos(tree)
         plain: Any = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     try:
         config = parse_types(plain)
     except ConfigError as error:
         places = _places(choices, accepted, roots)
         raise ConfigError([*problems, *(_with_place(problem, places) for problem in error.problems)]) from None
-    return config, problems + rule_problems(config) + pipeline_problems(config)
+    problems += rule_problems(config) + pipeline_problems(config)
+    return Composed(config=config, problems=problems, autos=autos)
+
+
+def take_autos(tree: DictConfig) -> tuple[str, ...]:
+    """Puts the smallest value in the place of every `auto` that a plan can settle; their keys."""
+    stages: Any = OmegaConf.select(tree, "stages", default={})
+    smallest: dict[str, object] = {"sharding.strategy": "none", "model.gradient_checkpointing": False}
+    smallest |= {f"stages.{name}.batch.micro_size": 1 for name in stages}
+    autos = [key for key in smallest if OmegaConf.select(tree, key, default=None) == AUTO]
+    for key in autos:
+        OmegaConf.update(tree, key, smallest[key], force_add=True)
+    return tuple(key.removesuffix(".strategy") for key in autos)
+
+
+def presets(group: str, config_directory: Path | None = None) -> dict[str, Any]:
+    """The plain content of every file of a group, by its name."""
+    roots = _roots(config_directory)
+    files = {name: _file_of(f"{group}/{name}", roots) for name in choices_of(group, roots)}
+    return {name: OmegaConf.to_container(OmegaConf.load(file)) for name, file in files.items() if file is not None}
 
 
 def experiments(config_directory: Path | None = None) -> list[str]:

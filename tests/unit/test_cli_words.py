@@ -18,7 +18,7 @@ TOLD_TOGETHER = {
     ],
     "groups": [
         ("tuning=lorra", "tuning=lorra: there is no such tuning; did you mean lora? There are: full, lora"),
-        ("sharding=", "sharding=: there is no such sharding; there are: none, zero1, zero2, zero3, zero3_offload"),
+        ("sharding=", "sharding=: there is no such sharding; there are: auto, none, zero1, zero2, zero3, zero3_offload"),
         ("tracking=3", "tracking=3: there is no such tracking; there are: none, wandb"),
         ("quantization=null", "quantization=null: there is no such quantization; did you mean none? There are: nf4, none"),
         ("~tuning", "~tuning: a group cannot be removed; choose one of full, lora"),
