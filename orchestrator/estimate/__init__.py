@@ -1,0 +1,1 @@
+"""Forecasts of memory, time, cost and goodput: pure arithmetic, no torch."""
