@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -12,6 +11,7 @@ from typing import Literal
 
 from orchestrator.architecture import read_architecture
 from orchestrator.config.model import Architecture, ModelConfig
+from orchestrator.dataset.key import FileHashes
 from orchestrator.errors import ModelError
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -86,9 +86,10 @@ def package_gguf(package: str) -> Path | None:
 
 
 def dequantised_folder(gguf: Path, cache: Path) -> Path:
-    """Where a GGUF file's weights lie, or will lie, as safetensors: named by the hash of the file."""
-    with open(gguf, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    """Where a GGUF file's weights lie, or will lie, as safetensors: named by the hash of the file, which the cache remembers."""
+    hashes = FileHashes(cache / "data")
+    digest = hashes.of(gguf)
+    hashes.save()
     return cache / "models" / f"{gguf.stem}-{digest[:16]}"
 
 
@@ -100,6 +101,8 @@ def local_folder(model: ModelConfig, cache: Path) -> Path | None:
     if base.source == "package":
         gguf = package_gguf(base.place)
         assert gguf is not None, "find_base saw it"
+        if not (cache / "models").is_dir():
+            return None
         folder = dequantised_folder(gguf, cache)
         return folder if folder.is_dir() else None
     return next(iter(_snapshots(model)), None)

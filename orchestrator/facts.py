@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.architecture import adapter_problems
-from orchestrator.bases import Base, find_base
+from orchestrator.bases import Base, find_base, local_folder
+from orchestrator.cache import cache_folder
 from orchestrator.config.data import DataConfig, SourceConfig
 from orchestrator.config.run import RunConfig, Stage
+from orchestrator.config.stages import TrainingStage
+from orchestrator.dataset.lengths import prepared_facts
+from orchestrator.dataset.parts import find_prepared
 from orchestrator.dataset.sources import SourceFacts, held_out_source, inspect, splits_train, validate_rows
 from orchestrator.dataset.splits import held_out_rows
 from orchestrator.errors import DataError, OrchestratorError
+from orchestrator.estimate.rows import PreparedFacts
+from orchestrator.measured import find_measured
 from orchestrator.plan import DataFacts
 
 Result = TypeVar("Result")
@@ -40,7 +47,34 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
         raise DataError(problems)
     assert base is not None
     found = {key: look for key, look in looks.items() if look is not None}
-    return base, {name: _data_facts(name, config.stages[name], found) for name in sources}
+    facts = {name: _data_facts(name, config.stages[name], found) for name in sources}
+    return base, {name: _with_preparation(config, name, base, data) for name, data in facts.items()}
+
+
+def _with_preparation(config: RunConfig, name: str, base: Base, data: DataFacts) -> DataFacts:
+    """What the cache knows of the rows, and what earlier runs know of the speed."""
+    stage = config.stages[name]
+    if not isinstance(stage, TrainingStage):
+        return data
+    if base.architecture is not None:
+        data = replace(data, measured=find_measured(config, name, base.architecture))
+    prepared = _prepared(config, stage)
+    if prepared is None:
+        return data
+    return replace(data, prepared=prepared, train_rows=prepared.units, evaluation_rows=prepared.evaluation_rows)
+
+
+def _prepared(config: RunConfig, stage: TrainingStage) -> PreparedFacts | None:
+    """None where the rows are not prepared yet, or the cache is damaged: preparing will tell."""
+    cache, seed = cache_folder(config.cluster.scratch), config.seeds.data
+    try:
+        folder = local_folder(config.model, cache)
+        if folder is None:
+            return None
+        found = find_prepared(stage.data, tokenizer_folder=folder, cache=cache, seed=seed)
+        return found and prepared_facts(*found, data=stage.data, global_size=stage.batch.global_size, seed=seed)
+    except (DataError, OSError):
+        return None
 
 
 def validate_data(config: RunConfig) -> None:

@@ -17,9 +17,6 @@ from orchestrator.commands import load_config, planned_run
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.run import RunConfig, training_stages
 from orchestrator.config.stages import TrainingStage
-from orchestrator.dataset.ledger import audit as audit_ledger
-from orchestrator.dataset.order import make_order
-from orchestrator.dataset.prepared import PreparedFolder
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, ConfigError
 from orchestrator.execution import freeze_run
 from orchestrator.facts import gather, validate_data
@@ -96,6 +93,10 @@ def _audited(config: RunConfig) -> dict[str, TrainingStage]:
 
 
 def _audit_stage(config: RunConfig, name: str, stage: TrainingStage, files: StageFolder) -> int:
+    from orchestrator.dataset.ledger import audit as audit_ledger
+    from orchestrator.dataset.order import make_order
+    from orchestrator.dataset.prepared import PreparedFolder
+
     if not files.samples.is_dir():
         raise ConfigError(f"{files.root}: no {files.samples.name}/ to audit; stages.{name}.ledger=true writes it")
     rows = PreparedFolder(Path(read_json(files.prepared)["train"]))

@@ -15,12 +15,16 @@ from orchestrator.config.data import DataConfig, SourceConfig
 from orchestrator.config.ends import EvaluateStage, MergeStage
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps
 from orchestrator.config.stages import TrainingStage
-from orchestrator.dataset.order import steps_per_epoch
 from orchestrator.dataset.sources import DEMONSTRATIONS
-from orchestrator.flops import flops_per_token
+from orchestrator.estimate.cost import CostPlan
+from orchestrator.estimate.flops import flops_per_token
+from orchestrator.estimate.forecast import CheckpointPlan, TimePlan
+from orchestrator.estimate.rows import PreparedFacts
+from orchestrator.forecasting import NOTHING, epoch_steps, forecast_fields, shape_for
+from orchestrator.measured import Measured
 from orchestrator.memory import GIB, state_memory, trainable_parameters
 from orchestrator.pipeline import MODEL_PREFIX, inputs_of, resolve_starts
-from orchestrator.schedule import learning_rate_factor, rollout_steps_per_epoch, total_steps, warmup_steps
+from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
 from orchestrator.zero import deepspeed_dict
 
 KEYWORDS = (*DEMONSTRATIONS, "auto", "none")
@@ -28,12 +32,16 @@ KEYWORDS = (*DEMONSTRATIONS, "auto", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
-    """What a look at a stage's data found; rows are None where only a download can tell."""
+    """What a look at a stage's data, and at runs beside it, found; rows are None where only a download can tell."""
 
     train_rows: int | None
     evaluation_rows: int | None
     format: str | None
     bytes: int
+    prepared: PreparedFacts | None = None
+    """None where the rows are not prepared yet."""
+    measured: tuple[Measured, str] | None = None
+    """The newest measurement that holds for the stage, and the run that made it."""
 
 
 class MemoryPlan(Section):
@@ -72,6 +80,13 @@ class StagePlan(Section):
     parameters: int | None
     memory: MemoryPlan | None
     flops_per_token: float | None
+    """Useful ones, at the documents' lengths."""
+    tokens: int | None
+    """Of one epoch, as is `trained_tokens`; None before the data is prepared."""
+    trained_tokens: int | None
+    time: TimePlan | None
+    cost: CostPlan | None
+    checkpointing: CheckpointPlan | None
     deepspeed: dict[str, Any] | None
     script: str
     outputs: tuple[str, ...]
@@ -161,12 +176,12 @@ def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_d
 def _scoring_plan(stage: EvaluateStage | MergeStage) -> dict[str, Any]:
     """A stage without an optimizer runs in one process."""
     names = ("global_size", "accumulation_steps", "steps_per_epoch", "steps", "warmup_steps", "trainable_parameters")
-    unknown = dict.fromkeys([*names, "memory", "flops_per_token", "deepspeed"])
+    unknown = dict.fromkeys([*names, "memory", "flops_per_token", "deepspeed", *NOTHING])
     return {**unknown, "micro_size": stage.micro_size, "world_size": 1, "learning_rates": {}}
 
 
 def _training_plan(config: RunConfig, stage: TrainingStage, base: Base, data: DataFacts) -> dict[str, Any]:
-    per_epoch = _steps_per_epoch(stage, data)
+    per_epoch = epoch_steps(stage, data)
     steps = (
         stage.max_steps
         if per_epoch is None
@@ -184,17 +199,12 @@ def _training_plan(config: RunConfig, stage: TrainingStage, base: Base, data: Da
         "learning_rates": {} if steps is None else _learning_rates(stage, steps),
         "trainable_parameters": None if model is None else trainable_parameters(model, config),
         "memory": _memory_plan(config, stage, base),
-        "flops_per_token": None if model is None else flops_per_token(model, config, length=stage.data.max_length),
+        "flops_per_token": None
+        if model is None
+        else flops_per_token(model, config, length=shape_for(stage, data).attended),
+        **forecast_fields(config, stage, model, data, steps=steps),
         "deepspeed": deepspeed_dict(config, stage),
     }
-
-
-def _steps_per_epoch(stage: TrainingStage, data: DataFacts) -> int | None:
-    if isinstance(stage, PolicyStage):
-        return None if data.train_rows is None else rollout_steps_per_epoch(stage, data.train_rows)
-    if data.train_rows is None or stage.data.packing != "none" or stage.data.tokens_per_batch is not None:
-        return None
-    return steps_per_epoch(data.train_rows, stage.batch.global_size)
 
 
 def _learning_rates(stage: TrainingStage, steps: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ from orchestrator.config.base import JsonValue
 from orchestrator.errors import CheckpointError, RunFolderError
 
 MANIFEST = "MANIFEST.json"
+MEASURED = "measured.json"
 PREPARATION = "prepare"
 """Name of the job that prepares the data of a run; no stage may have it."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -65,6 +66,11 @@ class StageFolder:
     @property
     def result(self) -> Path:
         return self.root / "result.json"
+
+    @property
+    def measured(self) -> Path:
+        """How fast the stage was, for the next plan."""
+        return self.root / MEASURED
 
     @property
     def stop(self) -> Path:

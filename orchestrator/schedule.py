@@ -16,6 +16,11 @@ def total_steps(*, max_steps: int | None, epochs: float | None, steps_per_epoch:
     return min(choices)
 
 
+def steps_per_epoch(rows: int, global_size: int) -> int:
+    """Optimizer steps of one pass: the last batch is filled up, no row is dropped."""
+    return -(-rows // global_size)
+
+
 def rollout_steps(stage: PolicyStage) -> int:
     """Optimizer steps on one rollout: its completions, `passes` times, in global batches."""
     return stage.rollout.prompts * stage.rollout.group_size * stage.rollout.passes // stage.batch.global_size

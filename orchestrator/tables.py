@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.table import Table
 from orchestrator.config.run import RunConfig
 from orchestrator.plan import Plan, StagePlan
 from orchestrator.rundir import StageFolder, read_json
+from orchestrator.time_table import finish_line, forecast_rows
 
 UNKNOWN = "known after prepare"
 
@@ -23,6 +25,9 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     for stage in plan.stages:
         console.print(_pairs(f"stage {stage.name}", _stage_rows(stage, config)))
     warn_lines(plan)
+    finish = finish_line(plan, datetime.now())
+    if finish is not None:
+        console.print(finish)
     console.print("nothing was written or submitted; the same words without `plan` run it", style="dim")
 
 
@@ -142,6 +147,7 @@ def _stage_rows(stage: StagePlan, config: RunConfig) -> list[tuple[str, str]]:
         ),
         ("parameters", _parameters(stage)),
         ("memory per device", _memory(stage, config)),
+        *forecast_rows(stage),
         ("script", stage.script),
         ("makes", ", ".join(stage.outputs)),
     ]
@@ -171,7 +177,7 @@ def _memory(stage: StagePlan, config: RunConfig) -> str:
     if stage.memory is None:
         return "known after the base was fetched" if stage.global_size is not None else "the weights, whole"
     memory = stage.memory
-    room = "" if config.cluster.memory_gib is None else f" of {config.cluster.memory_gib:g}"
+    room = "" if config.cluster.hardware.memory_gib is None else f" of {config.cluster.hardware.memory_gib:g}"
     return (
         f"{memory.total:.2f}{room} GiB of states: weights {memory.weights:.2f}, gradients {memory.gradients:.2f}, "
         f"optimizer {memory.optimizer:.2f}; activations on top"

@@ -81,6 +81,8 @@ def group_problems(word: Override, roots: Sequence[Path]) -> list[str]:
     if group == "experiment" and not word.adds:
         return [f"{word.text}: an experiment is added; type +{word.text}"]
     if "@" not in word.key and group not in TOP_GROUPS and group != "experiment":
+        if group == "hardware":
+            return [f"{word.text}: hardware belongs to the cluster; type hardware@cluster.hardware={word.value}"]
         return [f"{word.text}: {group} belongs to a stage; type {group}@stages.sft.{group}={word.value}"]
     if word.adds and group in TOP_GROUPS:
         return [f"{word.text}: {group} is chosen already; type {word.text.lstrip('+')}"]

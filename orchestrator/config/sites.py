@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from orchestrator.config.base import NaturalInt, PositiveFloat, PositiveInt, Section
+from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section, Text
 
 
 class PrepareJob(Section):
@@ -22,6 +22,40 @@ class PrepareJob(Section):
     """Data files of more MiB than this, and hub data sets, are prepared by such a job where they are not prepared yet."""
 
 
+class Achieved(Section):
+    """Share of the peak that the executed operations reach, communication and dequantisation left out; null where unknown."""
+
+    full: Fraction | None
+    """When every weight gets a gradient."""
+    lora: Fraction | None
+    """With adapters on a frozen base."""
+    qlora: Fraction | None
+    """With adapters on a 4-bit base."""
+
+
+class HardwareConfig(Section):
+    """One device (a GPU, or the cores of one rank); null is unknown. The files of conf/hardware/ name the sources."""
+
+    name: Text
+    """Runs on hardware of the same name share what was measured."""
+    peak_tflops: PositiveFloat | None
+    """Dense bf16 peak in TFLOP/s."""
+    memory_gib: PositiveFloat | None
+    """Memory in GiB."""
+    memory_gbytes_per_second: PositiveFloat | None
+    """Memory bandwidth."""
+    link_gbytes_per_second: PositiveFloat | None
+    """To the other devices of its node, one direction."""
+    host_gbytes_per_second: PositiveFloat | None
+    """To the host's memory, one direction: what offloading costs."""
+    watts: PositiveFloat | None
+    """Board power under load, without host and cooling."""
+    dollars_per_hour: NaturalFloat | None
+    """Price of one device; null leaves money out of the plan."""
+    achieved: Achieved
+    """What training makes of the peak."""
+
+
 class ClusterConfig(Section):
     """A site: how many ranks, and what the scheduler wants to know."""
 
@@ -30,10 +64,18 @@ class ClusterConfig(Section):
     """Ranks of a node: one per GPU, or gloo ranks on a CPU machine."""
     device: Literal["auto", "cpu", "cuda"]
     """`auto` takes the GPU where there is one."""
-    peak_tflops: PositiveFloat | None
-    """Dense bf16 peak of one device in TFLOP/s, for MFU; null where unknown."""
-    memory_gib: PositiveFloat | None
-    """Memory of one device in GiB; null where unknown."""
+    hardware: HardwareConfig
+    """The device of a rank; `hardware@cluster.hardware=NAME` chooses another."""
+    interconnect_gbytes_per_second: PositiveFloat | None
+    """Between nodes: all network cards of a node together, one direction; null where there is one node."""
+    communication_overlap: Fraction
+    """Share of the compute time behind which communication can hide; an assumption of the forecast."""
+    disk_gbytes_per_second: PositiveFloat
+    """What one job writes to the disk of the run folder; a measured save takes its place in the forecast."""
+    mean_time_to_failure_hours: PositiveFloat | None
+    """Of one device, everything around it included; a job of n devices fails n times as often. Null: no failures."""
+    restart_seconds: NaturalFloat
+    """From a failure to the first step after it, the queue included."""
     interface: str | None
     """Network interface for NCCL and gloo; null leaves the choice to them."""
     environment: dict[str, str]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
-from orchestrator.dataset.prepared import DATA_VERSION, META
+from orchestrator.dataset.meta import DATA_VERSION, META
 from orchestrator.errors import DataError
 
 TOKENIZER_FILES = (

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.config.data import DataConfig
+from orchestrator.schedule import steps_per_epoch
 
 Indices = npt.NDArray[np.int64]
 FILLER = -1
@@ -41,11 +42,6 @@ def make_order(config: DataConfig, *, lengths: Indices, global_size: int, seed: 
     if config.tokens_per_batch is not None:
         return TokenBudgetOrder(lengths, global_size, seed, tokens_per_batch=config.tokens_per_batch)
     return BatchOrder(len(lengths), global_size, seed, lengths=lengths, group_by_length=config.group_by_length)
-
-
-def steps_per_epoch(rows: int, global_size: int) -> int:
-    """Optimizer steps of one pass: the last batch is filled up, no row is dropped."""
-    return -(-rows // global_size)
 
 
 def permutation(rows: int, seed: int, stream: str) -> Indices:

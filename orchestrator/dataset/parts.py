@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
 from orchestrator.dataset.key import FileHashes, PreparedKey, prepared_key
-from orchestrator.dataset.prepared import EVALUATION, is_prepared
+from orchestrator.dataset.meta import EVALUATION, is_prepared
 from orchestrator.dataset.sources import held_out_source, locate, settle_format, splits_train
 from orchestrator.errors import DataError
 

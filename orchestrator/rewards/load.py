@@ -17,8 +17,6 @@ from traceback import extract_tb
 from types import ModuleType
 from typing import Any, cast
 
-import numpy as np
-
 from orchestrator.errors import ConfigError, nearest
 from orchestrator.rewards.builtin import BUILT_INS, Reward, Sample
 
@@ -263,8 +261,13 @@ def _checked(name: str, function: Reward, *, path: Path | None = None) -> Reward
     return reward
 
 
+def _is_numpy_bool(value: object) -> bool:
+    """numpy's truth values count as numbers here; numpy itself is slow to import, and the plan comes through this module."""
+    return type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+
+
 def _finite(value: object) -> float | None:
-    if not isinstance(value, Real) and not isinstance(value, np.bool_):
+    if not isinstance(value, Real) and not _is_numpy_bool(value):
         return None
     try:
         number = float(cast("float", value))

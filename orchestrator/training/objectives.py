@@ -12,7 +12,7 @@ import torch
 from orchestrator.config.alignment import DpoStage, RewardStage
 from orchestrator.config.ends import MergeStage
 from orchestrator.config.run import Stage
-from orchestrator.dataset.prepared import Kind
+from orchestrator.dataset.meta import Kind
 from orchestrator.training import preference_losses as losses
 from orchestrator.training.data.rows import Batch
 from orchestrator.training.logprobs import sums_by_document, token_logprobs_BT

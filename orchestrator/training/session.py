@@ -14,7 +14,7 @@ from orchestrator.architecture import read_architecture
 from orchestrator.dataset.ledger import Ledger, ledger_path
 from orchestrator.dataset.order import Order, make_order
 from orchestrator.errors import EXIT_SAVED
-from orchestrator.flops import flops_per_token
+from orchestrator.estimate.flops import flops_per_token
 from orchestrator.schedule import total_steps
 from orchestrator.training.checkpoint import Checkpointer, Subject
 from orchestrator.training.context import Context, Record
@@ -236,5 +236,5 @@ def _flops_per_token(context: Context) -> float | None:
 
 
 def _peak_flops(context: Context) -> float | None:
-    peak = context.config.cluster.peak_tflops
+    peak = context.config.cluster.hardware.peak_tflops
     return None if peak is None else peak * 1e12 * context.config.world_size

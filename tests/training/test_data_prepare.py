@@ -19,8 +19,9 @@ from data_parts import FAMILIES, ROOT, data_config, write_jsonl, write_tokenizer
 
 from orchestrator.config.data import DataConfig
 from orchestrator.dataset import key as key_module
+from orchestrator.dataset.meta import DATA_VERSION
 from orchestrator.dataset.parts import find_prepared
-from orchestrator.dataset.prepared import DATA_VERSION, PreparedFolder
+from orchestrator.dataset.prepared import PreparedFolder
 from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.training.data import build as build_module
 from orchestrator.training.data.prepare import Prepared, ensure_prepared, estimate_seconds

@@ -11,7 +11,7 @@ from orchestrator.architecture import adapter_problems, count_lora_parameters, c
 from orchestrator.compose import CONF, compose
 from orchestrator.config.model import Architecture, LoraTuning
 from orchestrator.config.run import RunConfig
-from orchestrator.flops import flops_per_token
+from orchestrator.estimate.flops import flops_per_token
 from orchestrator.memory import NF4_BYTES, StateMemory, state_memory
 from orchestrator.zero import deepspeed_dict
 

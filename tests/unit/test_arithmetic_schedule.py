@@ -13,9 +13,8 @@ from orchestrator.bases import Base
 from orchestrator.compose import CONF, compose
 from orchestrator.config.run import accumulation_steps, rule_problems
 from orchestrator.config.stages import ScheduleConfig
-from orchestrator.dataset.order import steps_per_epoch
 from orchestrator.plan import DataFacts, make_plan, resolve
-from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
+from orchestrator.schedule import learning_rate_factor, steps_per_epoch, total_steps, warmup_steps
 
 SHAPES = [
     ScheduleConfig(name=name, warmup_ratio=warmup, final_ratio=final)

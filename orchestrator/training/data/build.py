@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from orchestrator.config.data import DataConfig
 from orchestrator.dataset.faults import FaultList
+from orchestrator.dataset.meta import EVALUATION, Kind
 from orchestrator.dataset.parts import KINDS, Part
-from orchestrator.dataset.prepared import EVALUATION, Kind
 from orchestrator.dataset.reading import count_rows
 from orchestrator.dataset.selection import first_occurrences, held_out, mixture
 from orchestrator.dataset.sources import known_kind

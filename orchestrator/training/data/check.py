@@ -17,10 +17,11 @@ from orchestrator.config.data import DataConfig
 from orchestrator.dataset.examples import Chat, Example, Plain, Prompt
 from orchestrator.dataset.faults import Fault, FaultList
 from orchestrator.dataset.formats import parse_row
-from orchestrator.dataset.order import permutation, steps_per_epoch
+from orchestrator.dataset.meta import Statistics
+from orchestrator.dataset.order import permutation
 from orchestrator.dataset.parts import Part, plan_parts
-from orchestrator.dataset.prepared import Statistics
 from orchestrator.dataset.sources import source_rows
+from orchestrator.schedule import steps_per_epoch
 from orchestrator.training.data.prepare import Prepared, ensure_prepared
 from orchestrator.training.data.rows import IGNORED, PreparedRows
 from orchestrator.training.data.tokenizer import TokenizerFacts, core_tokenizer, load_facts

@@ -19,8 +19,9 @@ from orchestrator.cache import locked
 from orchestrator.config.data import DataConfig
 from orchestrator.dataset.faults import SHOWN_FAULTS, Fault, told
 from orchestrator.dataset.key import PreparedKey, changed_components
+from orchestrator.dataset.meta import Statistics, is_prepared, read_meta
 from orchestrator.dataset.parts import Part, plan_parts, prepared_folders
-from orchestrator.dataset.prepared import PreparedFolder, Statistics, is_prepared, read_meta
+from orchestrator.dataset.prepared import PreparedFolder
 from orchestrator.errors import DataError
 
 Say = Callable[[str], None]

@@ -14,8 +14,8 @@ import numpy.lib.format as npy
 import numpy.typing as npt
 
 from orchestrator.config.data import DataConfig
+from orchestrator.dataset.meta import META, Kind, Meta, Statistics
 from orchestrator.dataset.packing import Segments, efficiency, pack, single_rows, split_rows, whole_rows
-from orchestrator.dataset.prepared import META, Kind, Meta, Statistics
 from orchestrator.errors import DataError
 from orchestrator.training.data.encode import Encoder
 

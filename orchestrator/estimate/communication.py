@@ -1,0 +1,81 @@
+"""Bytes that the ranks exchange in an optimizer step, and their time; must not import torch.
+
+Ring collectives (1910.02054, section 7): all-gather and reduce-scatter of S bytes move S (n - 1) / n through every rank, an
+all-reduce twice that. Between nodes the rings share the node's network cards, so the slower of link and network decides.
+"""
+
+from __future__ import annotations
+
+from orchestrator.config.model import Architecture, Nf4Quantization, NoSharding, ZeroSharding
+from orchestrator.config.run import RunConfig
+from orchestrator.estimate.trained import frozen_bytes, trained_parameters
+
+CPU_ADAM_PARAMETERS_PER_SECOND = 4e9
+"""Of one node (ZeRO-Offload, 2101.06840, table 4: 8 B in 2.4 s, 2 B in 0.5 s; rounded)."""
+
+
+def exchanged_bytes(model: Architecture, config: RunConfig, *, micro_batches: int) -> float:
+    """Bytes through one rank in one optimizer step."""
+    world, sharding = config.world_size, config.sharding
+    share = (world - 1) / world
+    trained = trained_parameters(model, config)
+    if isinstance(sharding, NoSharding):
+        return 2 * share * 4 * trained  # DDP: fp32 gradients, once a step
+    width = _width(config)
+    gradients, parameters = share * width * trained, share * width * trained
+    match sharding.strategy:
+        case "zero1":
+            return gradients + parameters
+        case "zero2":
+            return micro_batches * gradients + parameters
+        case "zero3":
+            passes = gathering_passes(config)
+            gathered = share * (frozen_bytes(model, config) + width * trained)
+            return micro_batches * (passes * gathered + gradients)
+
+
+def exchange_seconds(config: RunConfig, exchanged: float) -> float | None:
+    """Time of the exchange, nothing hidden; None where a bandwidth is unknown."""
+    if config.world_size == 1:
+        return 0.0
+    cluster = config.cluster
+    rates = [cluster.hardware.link_gbytes_per_second] if cluster.processes_per_node > 1 else []
+    if cluster.nodes > 1:
+        rates.append(cluster.interconnect_gbytes_per_second)
+    known = [rate for rate in rates if rate is not None]
+    return None if len(known) < len(rates) else exchanged / (min(known) * 1e9)
+
+
+def offload_seconds(model: Architecture, config: RunConfig, *, micro_batches: int) -> float | None:
+    """Time of what goes to the host and back, and of Adam there; None where the bandwidth is unknown."""
+    sharding, host = config.sharding, config.cluster.hardware.host_gbytes_per_second
+    if not isinstance(sharding, ZeroSharding):
+        return 0.0
+    moved, adam = 0.0, 0.0
+    trained, width = trained_parameters(model, config) / config.world_size, _width(config)
+    if sharding.offload_optimizer == "cpu":
+        moved += 2 * width * trained  # gradients down, weights up
+        adam = trained * config.cluster.processes_per_node / CPU_ADAM_PARAMETERS_PER_SECOND
+    if sharding.offload_parameters == "cpu":
+        shard = frozen_bytes(model, config) / config.world_size + width * trained
+        moved += micro_batches * gathering_passes(config) * shard
+    if not moved:
+        return 0.0
+    return None if host is None else adam + moved / (host * 1e9)
+
+
+def gathering_passes(config: RunConfig) -> int:
+    """Times that a micro-batch walks through the weights: forward, backward, and the recomputation."""
+    return 3 if config.model.gradient_checkpointing else 2
+
+
+def dequantised_bytes(model: Architecture, config: RunConfig, *, micro_batches: int) -> float:
+    """Memory traffic of one step for making 16-bit weights of 4-bit ones: about 2.5 bytes a parameter and pass."""
+    if not isinstance(config.quantization, Nf4Quantization):
+        return 0.0
+    linear = frozen_bytes(model, config, per_linear=2.5, per_embedding=0.0)
+    return micro_batches * gathering_passes(config) * linear
+
+
+def _width(config: RunConfig) -> int:
+    return 2 if config.model.dtype == "bfloat16" else 4

@@ -1,0 +1,71 @@
+"""Floating-point operations of training, by method; must not import torch.
+
+N = matrix parameters that a token meets (without the input embedding), split into layers and head. F = attention of one token
+forward: 2 matmuls x 2 FLOPs x (length / 2) keys on average under the causal mask x query width x layers. `length` is the row's
+length, or with packed documents sum(l^2) / sum(l) over the documents' lengths l.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.architecture import count_lora_parameters, count_parameters
+from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.config.run import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrices:
+    """Matrix parameters that one token meets."""
+
+    layers: int
+    """With the norms, which are next to nothing."""
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.layers + self.head
+
+
+def matrices_of(model: Architecture) -> Matrices:
+    """Of a mixture only the experts that a token meets are counted."""
+    untied = 0 if model.tie_word_embeddings else 1
+    head = model.vocab_size * model.hidden_size
+    return Matrices(layers=count_parameters(model).active - head - untied * head, head=head)
+
+
+def attention_flops(model: Architecture, *, length: float) -> float:
+    """F: attention of one token forward, in all layers."""
+    return 2.0 * length * model.num_attention_heads * model.head_dim * model.num_hidden_layers
+
+
+def flops_per_token(model: Architecture, config: RunConfig, *, length: float) -> float:
+    """Useful FLOPs of one token, forward and backward: what MFU counts.
+
+    Full fine-tuning: 6N + 3F. LoRA: 4N + 3F + 6 N_lora, since the frozen base needs no weight gradient. Recomputation is not
+    useful work and is not counted.
+    """
+    matrices, attention = matrices_of(model).total, attention_flops(model, length=length)
+    if isinstance(config.tuning, LoraTuning):
+        return 4.0 * matrices + 3.0 * attention + 6.0 * count_lora_parameters(model, config.tuning)
+    return 6.0 * matrices + 3.0 * attention
+
+
+def executed_flops_per_token(model: Architecture, config: RunConfig, *, length: float) -> float:
+    """FLOPs that the device really does for one token: with gradient checkpointing the layers' forward twice.
+
+    Then full fine-tuning takes 8N + 4F and LoRA 6N + 4F + 8 N_lora; the head is not recomputed.
+    """
+    useful = flops_per_token(model, config, length=length)
+    if not config.model.gradient_checkpointing:
+        return useful
+    again = 2.0 * matrices_of(model).layers + attention_flops(model, length=length)
+    if isinstance(config.tuning, LoraTuning):
+        again += 2.0 * count_lora_parameters(model, config.tuning)
+    return useful + again
+
+
+def forward_flops_per_token(model: Architecture, config: RunConfig, *, length: float) -> float:
+    """FLOPs of one token that is only scored: 2N + F, and the adapter."""
+    adapter = count_lora_parameters(model, config.tuning) if isinstance(config.tuning, LoraTuning) else 0
+    return 2.0 * (matrices_of(model).total + adapter) + attention_flops(model, length=length)

@@ -1,0 +1,86 @@
+"""How long the rows of a stage are: read from prepared data, or guessed from the size of its files; must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+BYTES_PER_TOKEN = 4.0
+"""Of English text under today's tokenizers; JSON around it makes the guess a little too high."""
+PACKED_SHARE = 0.98
+"""Share of a packed row that is real, where nothing was packed yet (docs/data.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedFacts:
+    """What the cache tells of prepared train rows; the lengths are an even sample of at most some thousands."""
+
+    rows: int
+    """Trainable ones: packed rows where packing is on."""
+    units: int
+    """Source rows that are used."""
+    tokens: int
+    trained_tokens: int
+    evaluation_rows: int
+    steps_per_epoch: int
+    row_lengths: tuple[int, ...]
+    document_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowShape:
+    """The rows of a stage on average."""
+
+    tokens: float
+    """Real tokens of a row."""
+    computed_tokens: float
+    """Tokens that a forward pass computes for a row, padding included."""
+    attended: float
+    """sum(l^2) / sum(l) over what attention sees as one document."""
+    source: Literal["prepared", "guessed", "longest"]
+
+
+def shape_of(facts: PreparedFacts, *, micro_size: int, grouped: bool) -> RowShape:
+    """From prepared lengths. Rows of a micro-batch are padded to its longest, unless like lengths stand together."""
+    tokens = facts.tokens / facts.rows
+    padding = 1.0 if grouped else expected_longest(facts.row_lengths, micro_size) / _mean(facts.row_lengths)
+    squares = sum(length * length for length in facts.document_lengths)
+    return RowShape(
+        tokens=tokens,
+        computed_tokens=tokens * padding,
+        attended=squares / sum(facts.document_lengths),
+        source="prepared",
+    )
+
+
+def guessed_shape(*, file_bytes: int, rows: int | None, max_length: int, packed: bool) -> RowShape:
+    """From the size of the files, four bytes a token; the longest rows where not even that is known."""
+    if packed:
+        return RowShape(
+            tokens=PACKED_SHARE * max_length,
+            computed_tokens=max_length,
+            attended=min(max_length, file_bytes / BYTES_PER_TOKEN / rows) if rows and file_bytes else max_length,
+            source="guessed" if rows and file_bytes else "longest",
+        )
+    if not rows or not file_bytes:
+        return RowShape(tokens=max_length, computed_tokens=max_length, attended=max_length, source="longest")
+    tokens = min(float(max_length), file_bytes / BYTES_PER_TOKEN / rows)
+    return RowShape(tokens=tokens, computed_tokens=tokens, attended=tokens, source="guessed")
+
+
+def guessed_packed_rows(file_bytes: int, max_length: int) -> int:
+    """Packed rows that files of this size will make."""
+    return max(1, round(file_bytes / BYTES_PER_TOKEN / (PACKED_SHARE * max_length)))
+
+
+def expected_longest(lengths: Sequence[int], count: int) -> float:
+    """Mean of the longest of `count` lengths drawn from these: sum of l_(i) x ((i/n)^count - ((i-1)/n)^count)."""
+    n = len(lengths)
+    return sum(
+        length * ((i / n) ** count - ((i - 1) / n) ** count) for i, length in enumerate(sorted(lengths), start=1)
+    )
+
+
+def _mean(lengths: Sequence[int]) -> float:
+    return sum(lengths) / len(lengths)

@@ -1,0 +1,27 @@
+"""Numbers of trained and frozen parameters, and the bytes of the frozen ones; must not import torch."""
+
+from __future__ import annotations
+
+from orchestrator.architecture import count_parameters
+from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization
+from orchestrator.config.run import RunConfig
+from orchestrator.memory import NF4_BYTES, trainable_parameters
+
+
+def trained_parameters(model: Architecture, config: RunConfig) -> int:
+    """Parameters that get a gradient."""
+    return trainable_parameters(model, config)
+
+
+def frozen_bytes(
+    model: Architecture, config: RunConfig, *, per_linear: float | None = None, per_embedding: float | None = None
+) -> float:
+    """Bytes of the frozen base at its real width (or at the given widths); 0 where everything is trained."""
+    if not isinstance(config.tuning, LoraTuning):
+        return 0.0
+    counts = count_parameters(model)
+    width = 2.0 if config.model.dtype == "bfloat16" else 4.0
+    linear = NF4_BYTES if isinstance(config.quantization, Nf4Quantization) else width
+    return (counts.total - counts.embedding) * (linear if per_linear is None else per_linear) + counts.embedding * (
+        width if per_embedding is None else per_embedding
+    )
