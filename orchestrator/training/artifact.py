@@ -17,6 +17,7 @@ from orchestrator.config.model import FullTuning
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.rundir import publish, write_manifest
+from orchestrator.training.causal import attach_adapted_head, attach_head
 from orchestrator.training.model import DTYPES, attention_of, load_model, load_scorer
 from orchestrator.training.tuning import load_adapter
 
@@ -129,6 +130,7 @@ def open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype, *, p
         raise CheckpointError(
             [f"{folder}: {kind.replace('_', ' ')}: {', '.join(names[:5])}" for kind, names in faults.items()]
         )
+    attach_head(model)
     return model
 
 
@@ -138,6 +140,8 @@ def _open_adapter(base: PreTrainedModel, folder: Path) -> torch.nn.Module:
     settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = True
     model = get_peft_model(base, settings)  # type: ignore[arg-type]
+    if settings.task_type == "CAUSAL_LM":
+        attach_adapted_head(base)
     load_adapter(model, folder)
     return model
 

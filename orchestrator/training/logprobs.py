@@ -18,6 +18,16 @@ ENTROPY_ROWS = 512
 """Rows of the vocabulary's size whose softmax is held at a time."""
 
 
+def places_of(labels_BT: torch.Tensor) -> torch.Tensor:
+    """places_K of the labelled tokens in the flattened labels, first positions left out.
+
+    On a GPU this waits for the device: batches make it before they go there.
+    """
+    labelled_BT = labels_BT != IGNORED
+    labelled_BT[:, 0] = False
+    return labelled_BT.flatten().nonzero().squeeze(1)
+
+
 class Place(Protocol):
     """Tokens start..stop of sequence `sequence`, as `Span` in data/rows.py has them."""
 

@@ -17,8 +17,8 @@ from orchestrator.config.run import RunConfig
 from orchestrator.errors import ModelError
 from orchestrator.rundir import file_digest, publish, write_manifest
 from orchestrator.training import attention
+from orchestrator.training.causal import NOT_FOR_A_BACKBONE, attach_head
 
-NOT_FOR_A_BACKBONE = ("labels", "return_dict", "output_attentions", "output_hidden_states")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,6 +65,7 @@ def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, p
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.base: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     _keep_weights_in_place(model)
+    attach_head(model)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,9 +14,10 @@ from orchestrator.config.ends import MergeStage
 from orchestrator.config.run import Stage
 from orchestrator.dataset.meta import Kind
 from orchestrator.training import preference_losses as losses
+from orchestrator.training.causal import Query
 from orchestrator.training.data.rows import Batch
-from orchestrator.training.logprobs import sums_by_document, token_logprobs_BT
-from orchestrator.training.losses import IGNORED, token_cross_entropy_sum
+from orchestrator.training.logprobs import places_of, sums_by_document
+from orchestrator.training.losses import IGNORED
 from orchestrator.training.preference_losses import PairLogprobs, pairs_of_documents
 from orchestrator.training.runtime import Runtime
 
@@ -53,9 +54,7 @@ def sft_objective(runtime: Runtime) -> Objective:
     """Next-token cross-entropy of the trained tokens."""
 
     def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
-        with runtime.forward_context():
-            logits_BTV = model(**batch.model_inputs()).logits
-        return (token_cross_entropy_sum(logits_BTV, batch.labels_BT),)
+        return (-token_scores_BT(runtime, model, batch)[0].sum(),)
 
     return Objective(terms=terms, weight=trained_tokens)
 
@@ -67,9 +66,8 @@ def prompt_objective(runtime: Runtime) -> Objective:
         labels_BT = batch.input_ids_BT
         if batch.attention_mask_BT is not None:
             labels_BT = labels_BT.masked_fill(batch.attention_mask_BT == 0, IGNORED)
-        with runtime.forward_context():
-            logits_BTV = model(**batch.model_inputs()).logits
-        return (token_cross_entropy_sum(logits_BTV, labels_BT),)
+        whole = replace(batch, labels_BT=labels_BT, places_K=places_of(labels_BT))
+        return (-token_scores_BT(runtime, model, whole)[0].sum(),)
 
     def weight(rows: Rows, indices: Sequence[int]) -> float:
         return float((rows.lengths[np.asarray(indices)] - 1).sum())
@@ -150,6 +148,18 @@ def preference_losses_N(stage: DpoStage, policy: PairLogprobs, reference: PairLo
             raise AssertionError("KTO has rows, not pairs")
 
 
+def token_scores_BT(
+    runtime: Runtime, model: torch.nn.Module, batch: Batch, *, temperature: float = 1.0, entropies: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(log-probability of each labelled token in nats, entropy where asked for), fp32; 0 where there is no label.
+
+    By the model's loss head, in its own forward pass; entropies carry no gradient.
+    """
+    query = Query(labels_BT=batch.labels_BT, places_K=batch.places_K, temperature=temperature, entropies=entropies)
+    with runtime.forward_context():
+        return model(**batch.model_inputs(), query=query)
+
+
 def document_scores(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """A reward model's score of each document, D of them: read at its last token, wherever padding is."""
     with runtime.forward_context():
@@ -161,9 +171,8 @@ def document_scores(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> t
 
 def document_logprobs(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(summed log-probability of each document's trained tokens, how many these are), D each."""
-    with runtime.forward_context():
-        logits_BTV = model(**batch.model_inputs()).logits
-    logprobs_D = sums_by_document(token_logprobs_BT(logits_BTV, batch.labels_BT), batch.documents)
+    logprobs_BT, _ = token_scores_BT(runtime, model, batch)
+    logprobs_D = sums_by_document(logprobs_BT, batch.documents)
     return logprobs_D, sums_by_document((batch.labels_BT != IGNORED).float(), batch.documents)
 
 

@@ -20,9 +20,8 @@ from orchestrator.errors import CheckpointError
 from orchestrator.rundir import sync_folder
 from orchestrator.schedule import rollout_steps, rollout_steps_per_epoch
 from orchestrator.training.data.rows import Batch, PreparedRows, batch_of
-from orchestrator.training.logprobs import token_logprobs_BT
 from orchestrator.training.losses import IGNORED
-from orchestrator.training.objectives import Objective, Rows
+from orchestrator.training.objectives import Objective, Rows, token_scores_BT
 from orchestrator.training.policy_losses import aggregate_sum, kl_BT, policy_token_losses_BT
 from orchestrator.training.policy_losses import weight as weight_of
 from orchestrator.training.runtime import Runtime
@@ -163,10 +162,8 @@ def policy_objective(runtime: Runtime, stage: PolicyStage) -> Objective:
 
     def terms(model: torch.nn.Module, policy: PolicyBatch) -> tuple[torch.Tensor, ...]:
         batch = policy.batch
-        with runtime.forward_context():
-            logits_BTV = model(**batch.model_inputs()).logits
         mask_BT = batch.labels_BT != IGNORED
-        logprobs_BT = token_logprobs_BT(logits_BTV, batch.labels_BT, temperature=temperature)
+        logprobs_BT, _ = token_scores_BT(runtime, model, batch, temperature=temperature)
         losses_BT, clipped_BT = policy_token_losses_BT(
             logprobs_BT, policy.old_BT, policy.advantages_B, clip_low=stage.clip_low, clip_high=stage.clip_high
         )

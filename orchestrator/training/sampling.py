@@ -17,8 +17,8 @@ from orchestrator.rewards.builtin import Sample
 from orchestrator.training.context import Context
 from orchestrator.training.data.rows import batch_of
 from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
-from orchestrator.training.logprobs import token_entropies_BT, token_logprobs_BT
 from orchestrator.training.losses import IGNORED
+from orchestrator.training.objectives import token_scores_BT
 from orchestrator.training.policy import (
     RolloutOrder,
     RolloutRows,
@@ -151,10 +151,8 @@ class Sampler:
         for first in range(0, len(scored), micro_size):
             part = scored[first : first + micro_size]
             batch = batch_of([_with_mask(one) for one in part], list(range(len(part)))).to(runtime.device)
-            with runtime.forward_context():
-                logits_BTV = model(**batch.model_inputs()).logits
-            logprobs_BT = token_logprobs_BT(logits_BTV, batch.labels_BT, temperature=temperature)
-            entropies_BT = token_entropies_BT(logits_BTV, batch.labels_BT, temperature=temperature)
+            logprobs_BT, entropies_BT = token_scores_BT(runtime, model, batch, temperature=temperature, entropies=True)
+            assert entropies_BT is not None
             for b in range(len(part)):
                 found.append(tuple(logprobs_BT[b, batch.labels_BT[b] != IGNORED].tolist()))
             entropies += entropies_BT.sum(dim=1).tolist()

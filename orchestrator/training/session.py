@@ -16,6 +16,7 @@ from orchestrator.dataset.order import Order, make_order
 from orchestrator.errors import EXIT_SAVED
 from orchestrator.estimate.flops import flops_per_token
 from orchestrator.schedule import total_steps
+from orchestrator.training.causal import head_of
 from orchestrator.training.checkpoint import Checkpointer, Subject
 from orchestrator.training.context import Context, Record
 from orchestrator.training.data.rows import PreparedRows
@@ -96,6 +97,7 @@ def open_session(context: Context, runtime: Runtime, record: Record, build_model
     dtype = weights_dtype(config, uses_deepspeed=runtime.uses_deepspeed)
     model = build_model(context, dtype, rows.is_packed)
     _tell_size(record, model)
+    _tell_head(record, model)
     optimizer = build_optimizer(model, stage.optimizer)
     prepared_model, prepared_optimizer = runtime.accelerator.prepare(model, optimizer)
     set_seed(config.seeds.weights + runtime.rank)
@@ -226,6 +228,12 @@ def _tell_size(record: Record, model: torch.nn.Module) -> None:
     trainable, total = count_trainable(model)
     record.event("model", trainable_parameters=trainable, parameters=total)
     record.say(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+
+
+def _tell_head(record: Record, model: torch.nn.Module) -> None:
+    head = head_of(model)
+    record.event("head", head=head)
+    record.say(f"loss head: {head}")
 
 
 def _flops_per_token(context: Context) -> float | None:

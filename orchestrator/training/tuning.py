@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from orchestrator.config.model import FullTuning, LoraTuning
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.training.causal import attach_adapted_head
 from orchestrator.training.context import Context
 from orchestrator.training.model import load_model, load_scorer
 
@@ -102,9 +103,12 @@ def _with_lora(model: PreTrainedModel, tuning: LoraTuning, task: str) -> torch.n
     if unknown:  # PEFT trains the others without a word
         raise ConfigError(f"tuning.target_modules: {', '.join(unknown)}: no such layer; {_linear_layers(model)}")
     try:
-        return get_peft_model(model, lora_settings(tuning, task))
+        adapted = get_peft_model(model, lora_settings(tuning, task))
     except ValueError as error:
         raise ConfigError(f"tuning.target_modules: {error}; {_linear_layers(model)}") from None
+    if task == "CAUSAL_LM":
+        attach_adapted_head(model)
+    return adapted
 
 
 def _unmatched(model: PreTrainedModel, tuning: LoraTuning) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from orchestrator.dataset.prepared import PreparedFolder
+from orchestrator.training.logprobs import places_of
 
 IGNORED = -100
 """Label of a position that is not a target."""
@@ -33,6 +34,8 @@ class Batch:
     input_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
     """-100 where nothing is learnt, else the token of the same position: the loss shifts by one, as in transformers."""
+    places_K: torch.Tensor
+    """Of the trained tokens in the flattened labels: made here, so that nobody has to ask a GPU for it."""
     attention_mask_BT: torch.Tensor | None
     """1 on real tokens; None where nothing is padded, or rows are packed. A causal model does not need it (`model_inputs`)."""
     position_ids_BT: torch.Tensor | None
@@ -84,6 +87,7 @@ class Batch:
             self,
             input_ids_BT=move(self.input_ids_BT),
             labels_BT=move(self.labels_BT),
+            places_K=move(self.places_K),
             attention_mask_BT=None if self.attention_mask_BT is None else move(self.attention_mask_BT),
             position_ids_BT=None if self.position_ids_BT is None else move(self.position_ids_BT),
             boundaries=move(self.boundaries),
@@ -155,6 +159,7 @@ class PreparedRows(PreparedFolder):
         return Batch(
             input_ids_BT=torch.from_numpy(ids),
             labels_BT=torch.from_numpy(labels),
+            places_K=places_of(torch.from_numpy(labels)),
             attention_mask_BT=torch.from_numpy(mask) if not self.is_packed and bool((mask == 0).any()) else None,
             position_ids_BT=torch.from_numpy(positions) if self.is_packed else None,
             boundaries=torch.tensor(edges, dtype=torch.int32),
@@ -234,6 +239,7 @@ def batch_of(
     return Batch(
         input_ids_BT=ids_BT,
         labels_BT=labels_BT,
+        places_K=places_of(labels_BT),
         attention_mask_BT=mask_BT if bool((mask_BT == 0).any()) else None,
         position_ids_BT=None,
         boundaries=torch.tensor(edges, dtype=torch.int32),

@@ -1,0 +1,273 @@
+"""The loss head equals whole logits in loss, log-probabilities, entropies and gradients, and never makes whole logits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from orchestrator.training.causal import Query, attach_adapted_head, attach_head, head_of
+from orchestrator.training.head import LEAST_ROWS, Shape, Term, chunk_rows, chunked_logprobs_K
+from orchestrator.training.logprobs import places_of, token_entropies_BT, token_logprobs_BT
+
+VOCABULARY = 331
+WIDTHS = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+TOLERANCE = 1e-6
+
+
+def _model(kind: str) -> Any:
+    torch.manual_seed(0)
+    match kind:
+        case "tied":
+            return LlamaForCausalLM(LlamaConfig(**WIDTHS, tie_word_embeddings=True))
+        case "untied":
+            return LlamaForCausalLM(LlamaConfig(**WIDTHS, tie_word_embeddings=False))
+        case "softcap":
+            return Gemma2ForCausalLM(Gemma2Config(**WIDTHS, final_logit_softcapping=3.0, attention_dropout=0.0))
+        case "bias":
+            model = PhiForCausalLM(PhiConfig(**WIDTHS, resid_pdrop=0.0))
+            torch.nn.init.normal_(model.lm_head.bias)
+            return model
+        case "gpt2":
+            sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes))
+        case _:
+            raise AssertionError(kind)
+
+
+def _tuned(model: Any, tuning: str) -> Any:
+    attach_head(model)
+    if tuning == "full":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["c_attn"] if isinstance(model, GPT2LMHeadModel) else ["q_proj", "v_proj"]
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=4,
+            target_modules=[*targets, "lm_head"] if tuning in ("lora-head", "dora-head") else targets,
+            modules_to_save=["lm_head"] if tuning == "saved-head" else None,
+            use_dora=tuning == "dora-head",
+            init_lora_weights=False,
+        ),
+    )
+    attach_adapted_head(model)
+    return adapted
+
+
+def _inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids, and labels of about half of them: more than two chunks of `LEAST_ROWS`, and a rest."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(1, VOCABULARY, (4, 41), generator=generator)
+    labels_BT = ids_BT.where(torch.rand(4, 41, generator=generator) < 0.5, -100)
+    assert bool((labels_BT[:, 0] != -100).any()), "a label at the first position must be left out"
+    return ids_BT, labels_BT
+
+
+def _query(labels_BT: torch.Tensor, **more: Any) -> Query:
+    return Query(labels_BT=labels_BT, places_K=places_of(labels_BT), **more)
+
+
+def _gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {
+        name: one.grad.clone() for name, one in model.named_parameters() if one.requires_grad and one.grad is not None
+    }
+
+
+def _assert_near(one: torch.Tensor, other: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    assert one.shape == other.shape
+    assert float((one - other).detach().norm()) <= tolerance * max(1.0, float(other.detach().norm()))
+
+
+CASES = [
+    *[(kind, tuning) for kind in ("tied", "untied", "softcap", "bias") for tuning in ("full", "lora")],
+    ("gpt2", "lora"),
+    *[("untied", tuning) for tuning in ("lora-head", "saved-head", "dora-head")],
+    ("softcap", "lora-head"),
+]
+
+
+@pytest.mark.parametrize(("kind", "tuning"), CASES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_it_equals_whole_logits(kind: str, tuning: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.training.head.CPU_CHUNK_BYTES", 4 * VOCABULARY)
+    model = _tuned(_model(kind), tuning)
+    assert head_of(model).startswith("chunked") == (tuning != "dora-head")
+    ids_BT, labels_BT = _inputs()
+    assert len(places_of(labels_BT)) % LEAST_ROWS and len(places_of(labels_BT)) > 2 * LEAST_ROWS
+    ours_BT, entropies_BT = model(input_ids=ids_BT, query=_query(labels_BT, temperature=temperature, entropies=True))
+    logits_BTV = model(input_ids=ids_BT).logits
+    plain_BT = token_logprobs_BT(logits_BTV, labels_BT, temperature=temperature)
+    _assert_near(ours_BT, plain_BT)
+    _assert_near(entropies_BT, token_entropies_BT(logits_BTV, labels_BT, temperature=temperature))
+    assert not entropies_BT.requires_grad
+    weights_BT = torch.randn(ours_BT.shape, generator=torch.Generator().manual_seed(1))
+    plain = _gradients(model, (plain_BT * weights_BT).sum())
+    ours = _gradients(model, (ours_BT * weights_BT).sum())
+    assert ours.keys() == plain.keys() and len(ours) >= 2
+    for name, gradient in ours.items():
+        _assert_near(gradient, plain[name], 2e-6)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_in_bfloat16_it_is_as_near_to_fp32_as_whole_logits_are(tuning: str, autocast: bool) -> None:
+    model = _tuned(_model("tied"), tuning)
+    ids_BT, labels_BT = _inputs()
+    exact_BT = token_logprobs_BT(model(input_ids=ids_BT).logits, labels_BT)
+    exact = _gradients(model, exact_BT.sum())
+    if not autocast:
+        model = model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours_BT, _ = model(input_ids=ids_BT, query=_query(labels_BT))
+        logits_BTV = model(input_ids=ids_BT).logits
+    plain_BT = token_logprobs_BT(logits_BTV, labels_BT)
+    assert ours_BT.dtype == torch.float32
+    assert (ours_BT - exact_BT).norm() <= 1.1 * (plain_BT - exact_BT).norm() + 1e-6
+    plain, ours = _gradients(model, plain_BT.sum()), _gradients(model, ours_BT.sum())
+    assert ours.keys() == plain.keys() == exact.keys()
+
+    def error(found: dict[str, torch.Tensor]) -> float:
+        return float(sum((found[name] - exact[name]).square().sum() for name in exact) ** 0.5)
+
+    assert error(ours) <= 1.2 * error(plain)
+
+
+def test_a_micro_batch_without_a_trained_token_is_part_of_the_graph() -> None:
+    ids_BT, labels_BT = _inputs()
+    for tuning in ("full", "lora", "lora-head"):
+        model = _tuned(_model("untied"), tuning)
+        logprobs_BT, entropies_BT = model(
+            input_ids=ids_BT, query=_query(torch.full_like(labels_BT, -100), entropies=True)
+        )
+        assert logprobs_BT.shape == entropies_BT.shape == ids_BT.shape and not bool(logprobs_BT.any())
+        gradients = _gradients(model, logprobs_BT.sum())
+        trained = [name for name, one in model.named_parameters() if one.requires_grad]
+        assert gradients.keys() == set(trained) and not any(bool(one.any()) for one in gradients.values())
+
+
+def test_untrained_positions_have_no_gradient_of_their_own() -> None:
+    """What stands after the last label does not change anything."""
+    model = _tuned(_model("untied"), "full")
+    ids_BT, labels_BT = _inputs()
+    labels_BT[:, 20:] = -100
+    other_BT = torch.cat([ids_BT[:, :20], ids_BT[:, 20:].flip(1)], dim=1)
+    one_BT, _ = model(input_ids=ids_BT, query=_query(labels_BT))
+    two_BT, _ = model(input_ids=other_BT, query=_query(labels_BT))
+    assert torch.equal(one_BT, two_BT)
+
+
+class _Largest(TorchDispatchMode):
+    """Records the most elements of any tensor whose last width is the vocabulary's."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if isinstance(one, torch.Tensor) and one.ndim and one.shape[-1] == VOCABULARY:
+                self.elements = max(self.elements, one.numel())
+        return result
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "lora-head"])
+def test_no_tensor_holds_whole_logits(tuning: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.training.head.CPU_CHUNK_BYTES", 4 * VOCABULARY)
+    model = _tuned(_model("untied"), tuning)
+    ids_BT, labels_BT = _inputs()
+    trained = len(places_of(labels_BT))
+    with _Largest() as ours:
+        model(input_ids=ids_BT, query=_query(labels_BT))[0].sum().backward()
+    assert 0 < ours.elements <= LEAST_ROWS * VOCABULARY < trained * VOCABULARY
+    with _Largest() as plain:
+        token_logprobs_BT(model(input_ids=ids_BT).logits, labels_BT).sum().backward()
+    assert plain.elements >= ids_BT.numel() * VOCABULARY
+
+
+def test_the_kernel_agrees_with_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden_KW, weight_VW, low_KR, up_VR = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((7, 5), (11, 5), (7, 2), (11, 2))
+    )
+    bias_V = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets_K = torch.randint(11, (7,), generator=generator)
+    shape = Shape(softcap=2.0, temperature=0.8, rows=3)
+
+    def score(*tensors: torch.Tensor) -> torch.Tensor:
+        hidden, weight, low, up, bias = tensors
+        terms = [Term(hidden_KW=hidden, weight_VW=weight), Term(hidden_KW=low, weight_VW=up)]
+        return chunked_logprobs_K(terms, bias, targets_K, shape)[0]
+
+    assert torch.autograd.gradcheck(score, (hidden_KW, weight_VW, low_KR, up_VR, bias_V))
+    frozen = (weight_VW.detach(), up_VR.detach(), bias_V.detach())
+    assert torch.autograd.gradcheck(
+        lambda hidden, low: score(hidden, frozen[0], low, frozen[1], frozen[2]), (hidden_KW, low_KR)
+    )
+
+
+def test_a_model_that_scales_its_logits_makes_its_own() -> None:
+    torch.manual_seed(0)
+    model = CohereForCausalLM(CohereConfig(**WIDTHS, logit_scale=0.0625))
+    attach_head(model)
+    assert "whole logits: CohereForCausalLM" in head_of(model)
+    ids_BT, labels_BT = _inputs()
+    ours_BT, entropies_BT = model(input_ids=ids_BT, query=_query(labels_BT, temperature=0.7, entropies=True))
+    logits_BTV = model(input_ids=ids_BT).logits
+    _assert_near(ours_BT, token_logprobs_BT(logits_BTV, labels_BT, temperature=0.7))
+    _assert_near(entropies_BT, token_entropies_BT(logits_BTV, labels_BT, temperature=0.7))
+
+
+def test_the_head_in_words_and_the_rows_of_a_chunk() -> None:
+    for tuning, words in {
+        "full": "chunked cross-entropy in plain torch (cpu), on trained tokens alone",
+        "lora-head": "chunked cross-entropy",
+        "saved-head": "chunked cross-entropy",
+        "dora-head": "logits of the trained tokens: the head is a Linear",
+    }.items():
+        assert words in head_of(_tuned(_model("untied"), tuning)), tuning
+    assert chunk_rows(128_256, "cpu") == 49 and chunk_rows(10**7, "cpu") == LEAST_ROWS
+
+
+def test_the_model_is_still_the_one_that_transformers_made(tmp_path: Any) -> None:
+    """It generates, is saved, loaded and copied as before, and attaching again changes nothing."""
+    model = _tuned(_model("tied"), "full")
+    kind = type(model)
+    attach_head(model)
+    assert type(model) is kind and isinstance(model, LlamaForCausalLM)
+    ids_BT, labels_BT = _inputs()
+    fresh = _model("tied")
+    greedy = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(ids_BT[:, :7], **greedy), fresh.generate(ids_BT[:, :7], **greedy))
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert again.config.architectures == ["LlamaForCausalLM"]
+    assert torch.equal(again(input_ids=ids_BT).logits, model(input_ids=ids_BT).logits)
+    copied_BT, _ = copy.deepcopy(model)(input_ids=ids_BT, query=_query(labels_BT))
+    assert torch.equal(copied_BT, model(input_ids=ids_BT, query=_query(labels_BT))[0])
