@@ -121,7 +121,7 @@ class Session:
         for step, row in by_step.items():
             if step != held:
                 self.run.log(
-                    {key: value for key, value in row.items() if value is not None and key != "step"},
+                    {key: value for key, value in row.items() if value is not None and key not in ("step", "time")},
                     step=step,
                     commit=True,
                 )
