@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,18 +21,43 @@ from orchestrator.jobs import render as render_script
 from orchestrator.jobs import render_scripts
 from orchestrator.plan import Plan, make_plan, resolve
 from orchestrator.rundir import RunFolder
+from orchestrator.scaling import scaling_rows, take_node_counts
 from orchestrator.sweep import FLAGS, combinations, first_words, is_sweep
-from orchestrator.tables import print_plan
+from orchestrator.tables import print_plan, print_scaling
+
+
+SHARED = (".batch: global_size", ".rollout.prompts:")
+"""Rules on sharing rows among ranks: the scaling table tells them row by row."""
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Prints what would happen; writes nothing."""
+    """Prints what would happen; writes nothing. A list of numbers of nodes makes it a scaling table."""
     words, form = _take_format(arguments)
+    words, counts = take_node_counts(words)
+    if counts is not None:
+        return _scaling(words, counts, form)
     for config, planned in _runs(words):
         if form == "json":
             print(planned.model_dump_json(indent=2))
         else:
             print_plan(planned, config)
+    return EXIT_DONE
+
+
+def _scaling(arguments: Sequence[str], counts: Sequence[int], form: str) -> int:
+    """Plans for several numbers of nodes, side by side; on paper, so no launcher has to be able to start them."""
+    words, config_directory = _take_config_directory(arguments)
+    composed = examine([*words, f"cluster.nodes={counts[0]}"], config_directory=config_directory)
+    problems = [problem for problem in composed.problems if not any(rule in problem for rule in SHARED)]
+    if problems:
+        raise ConfigError(problems)
+    config = resolve(composed.config, Path.cwd())
+    base, data = gather(config)
+    rows = scaling_rows(config, counts, base=base, data=data)
+    if form == "json":
+        print(json.dumps([row.model_dump(mode="json") for row in rows], indent=2))
+    else:
+        print_scaling(rows, config)
     return EXIT_DONE
 
 

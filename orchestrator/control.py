@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from launchers.cancellation import cancel_jobs
+from orchestrator.comparing import comparison_table, comparisons
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import EXIT_DONE, ConfigError
 from orchestrator.jobs import job_spec
@@ -35,6 +36,10 @@ def show_status(folder: Path, *, watch: bool) -> int:
     statuses = stage_statuses(runs)
     if not watch:
         console.print(table_of(statuses))
+        found = comparisons(runs)
+        if found:
+            console.print("")
+            console.print(comparison_table(found))
         return EXIT_DONE
     with Live(table_of(statuses), console=console, auto_refresh=False) as live:
         while not all(status.state in ENDED for status in statuses):

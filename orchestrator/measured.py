@@ -61,7 +61,7 @@ class Measured(Section):
     rollout_seconds: float
     """Per optimizer step."""
     startup_seconds: float | None
-    """From the start of the rank to its first step, the first evaluation included."""
+    """From the start of the rank to its first step, without the first evaluation."""
     save_seconds: float | None
     save_pause_seconds: float | None
     time: float
@@ -123,7 +123,7 @@ def measure(folder: StageFolder, config: RunConfig, known: Basis) -> Measured | 
         executed_mfu=None if peak is None else executed / peak,
         peak_memory_gib=max(_numbers(rows, "memory_gib"), default=0.0),
         rollout_seconds=sum(_numbers(rows, "rollout_seconds")) / max(1.0, sum(_numbers(rows, "num_steps"))),
-        startup_seconds=_startup_seconds(events),
+        startup_seconds=_startup_seconds(events, read_rows(folder.metrics)),
         save_seconds=_middle(_numbers(saves, "save_seconds")),
         save_pause_seconds=_middle(_numbers(saves, "save_stall_seconds")),
         time=known.time,
@@ -192,7 +192,7 @@ def _rows_of_newest_attempt(folder: StageFolder) -> list[Row]:
     return own[WARM_UP_ROWS:] or own[-1:]
 
 
-def _startup_seconds(events: Sequence[Row]) -> float | None:
+def _startup_seconds(events: Sequence[Row], rows: Sequence[Row]) -> float | None:
     """Of the newest attempt that came to train."""
     began: float | None = None
     seconds: float | None = None
@@ -201,7 +201,8 @@ def _startup_seconds(events: Sequence[Row]) -> float | None:
             began = number_of(row, "began")
         time = number_of(row, "time")
         if row.get("event") == "train" and began is not None and time is not None:
-            seconds = time - began
+            scored = [one for one in rows if began <= (number_of(one, "time") or 0.0) <= time]
+            seconds = time - began - sum(_numbers(scored, "eval_seconds"))
     return seconds
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -13,8 +13,11 @@ from rich.table import Table
 from orchestrator.config.run import RunConfig
 from orchestrator.plan import Plan, StagePlan
 from orchestrator.rundir import StageFolder, read_json
+from orchestrator.scaling import ScalingRow, problems_of, scaling_table
 from orchestrator.time_table import finish_line, forecast_rows
 
+PIPED_WIDTH = 120
+"""Characters of a line of a table that goes to a file or another program."""
 UNKNOWN = "known after prepare"
 
 
@@ -29,6 +32,16 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     if finish is not None:
         console.print(finish)
     console.print("nothing was written or submitted; the same words without `plan` run it", style="dim")
+
+
+def print_scaling(rows: Sequence[ScalingRow], config: RunConfig) -> None:
+    """A table for every training stage, and why rows are empty."""
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    for name in dict.fromkeys(row.stage for row in rows):
+        own = [row for row in rows if row.stage == name]
+        console.print(scaling_table(own, f"stage {name} of {config.name}, sharding {config.sharding.strategy}"))
+        known = next((row.time for row in own if row.time is not None and row.time.step_seconds is not None), None)
+        console.print("\n".join([*problems_of(own), *([] if known is None else [f"estimate from {known.basis}"])]))
 
 
 def warn_lines(plan: Plan) -> None:

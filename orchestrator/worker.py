@@ -30,6 +30,7 @@ PREPARE_AT_MOST_SECONDS = 60.0
 
 
 def main(argv: list[str] | None = None) -> int:
+    began = time.time()
     options = _options(argv)
     run_file: Path = options.run_file.resolve()
     config = RunConfig.model_validate(read_json(run_file)["config"], strict=False)
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     stop = StopRequest(folder.stop, deadline=job_deadline(os.environ, lead_seconds=config.cluster.stop_lead_seconds))
     try:
-        return _run_stage(config, options.stage, folder, run_file, attempt, stop)
+        return _run_stage(config, options.stage, run_file, attempt=attempt, stop=stop, began=began)
     except BaseException as error:
         return _die(folder, attempt, rank, error)
 
@@ -55,9 +56,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _run_stage(
-    config: RunConfig, name: str, folder: StageFolder, run_file: Path, attempt: int, stop: StopRequest
-) -> int:
+def _run_stage(config: RunConfig, name: str, run_file: Path, *, attempt: int, stop: StopRequest, began: float) -> int:
+    folder = RunFolder(run_file.parent).stage(name)
     stage = config.stages[name]
     artifacts = {source: read_artifact(RunFolder(run_file.parent), source) for source in inputs_of(config, name)}
     check_artifacts(config, name, artifacts)
@@ -77,6 +77,7 @@ def _run_stage(
         run_file=run_file,
         attempt=attempt,
         stop=stop,
+        began=began,
         base_folder=Path(inputs["base_folder"]),
         train_data=Path(inputs["train"]),
         evaluation_data=Path(inputs["evaluation"]) if inputs["evaluation"] is not None else None,

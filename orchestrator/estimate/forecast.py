@@ -95,7 +95,7 @@ def forecast(
     config: RunConfig, stage: TrainingStage, known: Known
 ) -> tuple[TimePlan, CheckpointPlan | None, CostPlan | None]:
     """Time, checkpoints and cost of a stage; no checkpoints without a step time, no cost without hours."""
-    shape = _with_completions(known.shape, stage)
+    shape = with_completions(known.shape, stage)
     step = None if known.rate is None else step_time(known.model, config, stage, shape=shape, rate=known.rate)
     if known.rate is None or step is None:
         why = known.why_no_rate if known.rate is None else "a bandwidth of the cluster is null: set it for a forecast"
@@ -146,7 +146,7 @@ def _failures(config: RunConfig, stage: TrainingStage, known: Known, size: int) 
     )
 
 
-def _with_completions(shape: RowShape, stage: TrainingStage) -> RowShape:
+def with_completions(shape: RowShape, stage: TrainingStage) -> RowShape:
     """A policy stage trains on prompts with completions; each is reckoned with at its greatest length."""
     if not isinstance(stage, PolicyStage):
         return shape
@@ -173,7 +173,7 @@ def _time_plan(
     config: RunConfig, stage: TrainingStage, known: Known, *, step: StepTime, scoring: float, hours: float | None
 ) -> TimePlan:
     assert known.rate is not None
-    tokens = stage.batch.global_size * _with_completions(known.shape, stage).tokens / step.total
+    tokens = stage.batch.global_size * with_completions(known.shape, stage).tokens / step.total
     return TimePlan(
         steps=known.steps,
         steps_are_guessed=known.steps_are_guessed,

@@ -122,7 +122,7 @@ class Session:
         held = max(by_step, default=0) if hold_newest else None
         for step, row in by_step.items():
             if step != held:
-                told = {key: value for key, value in row.items() if value is not None and key != "step"}
+                told = {key: value for key, value in row.items() if value is not None and key not in ("step", "time")}
                 self._show_samples(step)
                 self.run.log(told, step=step, commit=True)
                 self.next_step = step + 1

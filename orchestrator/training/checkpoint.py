@@ -123,6 +123,7 @@ class Checkpointer:
 
     def roll_back(self, progress: Progress) -> Progress | None:
         """Goes back to before the streak of faults and leaves its data out; None where no checkpoint is that old."""
+        start = time.perf_counter()
         self._writer.wait(for_newer=True)
         streak = progress.health.streak
         found = newest_proven(self._subject.runtime, self._context.folder, self._tell, before=streak[0])
@@ -134,7 +135,13 @@ class Checkpointer:
         if self._subject.runtime.is_main:
             self._forget_after(found.step)
             write_json(self._context.folder.rollbacks, {"omitted": list(omitted), "rollbacks": health.rollbacks})
-        self._record.event("roll_back", from_step=progress.step, to_step=found.step, omitted_steps=list(streak))
+        self._record.event(
+            "roll_back",
+            from_step=progress.step,
+            to_step=found.step,
+            omitted_steps=list(streak),
+            seconds=time.perf_counter() - start,
+        )
         self._record.say(
             f"went back from step {progress.step} to {found.step}; the data of steps {list(streak)} is left out"
         )

@@ -54,6 +54,8 @@ class Context:
     """Folders of the reward stages that this one reads, by the stage's name."""
     digest: str = ""
     """Of all that decides the stage's result."""
+    began: float = field(default_factory=time.time)
+    """When this process began: imports and the bringing of inputs count as start-up."""
     input_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of the artifacts that the stage reads, by stage."""
     content_digests: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -85,14 +87,14 @@ class Record:
         """Appends a row of metrics.jsonl and prints it."""
         self.last_step = int(row["step"])
         if self._is_main:
-            full = {"step": row["step"], "attempt": self._context.attempt, **row}
+            full = {"step": row["step"], "attempt": self._context.attempt, "time": time.time(), **row}
             if self.rollbacks:
                 full["rollbacks"] = self.rollbacks
             self._append(self._metrics, full)
             _print(line(full, self.total_steps))
 
     def event(self, event: str, **facts: Any) -> None:
-        """Appends to events.jsonl: start, save, stop, resume, skip, fault."""
+        """Appends to events.jsonl: start, train, save, stop, resume, skip, fault, trained, finish."""
         if self._is_main:
             self._append(self._events, {"event": event, "attempt": self._context.attempt, "time": time.time(), **facts})
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from orchestrator.errors import EXIT_DONE, CheckpointError
+from orchestrator.goodput import time_spent
 from orchestrator.metrics.jsonl import read_rows
 from orchestrator.rundir import MANIFEST, file_digest, read_json, write_json
 from orchestrator.training.artifact import adapter_names, check_tensors, write_artifact
@@ -164,6 +165,12 @@ def _recorded_first_loss(context: Context) -> float | None:
     return losses[0] if losses and isinstance(losses[0], float) else None
 
 
+def _goodput(context: Context) -> dict[str, Any] | None:
+    """How the wall-clock of all attempts was spent."""
+    spent = time_spent(context.folder)
+    return None if spent is None else spent.to_json()
+
+
 def _report(context: Context, record: Record, summary: dict[str, Any]) -> None:
     proof = read_json(context.folder.proof)
     rates = [
@@ -173,11 +180,13 @@ def _report(context: Context, record: Record, summary: dict[str, Any]) -> None:
     ]
     told = record.finish({key: value for key, value in summary.items() if value is not None}, outcome="finished")
     manifest = context.folder.artifact / MANIFEST
+    record.event("finish", step=summary["steps"])
     result = {
         "stage": context.name,
         "kind": context.stage.kind,
         "attempt": context.attempt,
         **summary,
+        "goodput": _goodput(context),
         "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
         "digest": context.digest,
         "digests": dict(context.content_digests),
@@ -191,7 +200,6 @@ def _report(context: Context, record: Record, summary: dict[str, Any]) -> None:
         "proof": {"loss": proof["loss"], "reopened_loss": proof["reopened_loss"], "rows": proof["rows"]},
         "wandb": told,
     }
-    record.event("finish", step=summary["steps"])
     record.close_attempt("finished", "the artifact was proven", exit_code=EXIT_DONE)
     write_json(context.folder.result, result)
     record.say(json.dumps(result, indent=2, ensure_ascii=False))

@@ -87,6 +87,8 @@ class StepResult:
     trained_tokens: int
     data_seconds: float
     seconds: float
+    rollout_seconds: float
+    """What it took to make the step's rows ready, before `seconds`; next to nothing where they were prepared."""
     stop: bool
     fault: str | None
     """Why nothing was updated."""
@@ -100,9 +102,11 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
     stop = _agree_to_stop(job, hooks)
     while progress.step < job.steps and not stop:
         step = progress.step + 1
+        start = time.perf_counter()
         told = hooks.begin(step)
+        seconds = time.perf_counter() - start
         result = optimizer_step(job, step, progress.health, stop_wish=hooks.stop_reason() is not None)
-        result = replace(result, told=told)
+        result = replace(result, told=told, rollout_seconds=seconds)
         hooks.took(step, [int(row) for indices in _micro_batches(job, step) for row in indices])
         progress = _advanced(job, progress, result)
         window.append(result)
@@ -150,6 +154,7 @@ def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> S
         trained_tokens=int(job.rows.trained_tokens[real].sum()),
         data_seconds=sums.data_seconds,
         seconds=time.perf_counter() - start,
+        rollout_seconds=0.0,
         stop=sums.stop,
         fault=fault,
     )
@@ -255,6 +260,8 @@ def _metrics_row(job: Job, progress: Progress, window: Sequence[StepResult]) -> 
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds / len(window),
         "data_seconds": sum(result.data_seconds for result in window) / len(window),
+        "num_steps": len(window),
+        "rollout_seconds": sum(result.rollout_seconds for result in window),
         "memory_gib": job.runtime.peak_memory_gib(),
         "mfu": (job.flops_per_token or 0.0) * tokens / seconds / (job.peak_flops or 1.0) if known else None,
         "skipped_updates": progress.health.skipped + len(progress.health.omitted),

@@ -23,6 +23,7 @@ from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.evaluation import Evaluation, evaluate
 from orchestrator.training.finish import finish_stage
 from orchestrator.training.loop import Hooks, Job, Progress, train
+from orchestrator.training.measuring import attended_tokens, keep_measured, measuring
 from orchestrator.training.model import weights_dtype
 from orchestrator.training.objectives import Objective, Rows, proof_objective
 from orchestrator.training.optimizers import build_optimizer
@@ -74,14 +75,17 @@ def run_training(context: Context, plan_course: PlanCourse, *, build_model: Buil
     """Trains, writes and proves; the exit code of the rank."""
     runtime = start_runtime(context.config, context.stage)
     record = Record(context, rank=runtime.rank)
-    record.event("start", world_size=runtime.world_size, device=str(runtime.device))
+    record.event("start", world_size=runtime.world_size, device=str(runtime.device), began=context.began)
     started = time.time()
     session = open_session(context, runtime, record, build_model)
     job, course, checkpointer, progress = assemble(session, plan_course)
     before = None if progress.step else _scored(course, record, 0)
     record.event("train", step=progress.step, steps=job.steps)
     progress = train(job, progress, hooks_of(session, course, checkpointer))
+    waited = time.perf_counter()
     checkpointer.close()
+    record.event("trained", step=progress.step, close_seconds=time.perf_counter() - waited)
+    keep_measured(session)
     if progress.step < job.steps:
         return _stopped(record, runtime, progress, context.stop.reason() or "another rank was asked to stop")
     after = _scored(course, record, progress.step)
@@ -185,7 +189,7 @@ def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Ho
             checkpointer.note_evaluation(at.step, scored.loss)
 
     return Hooks(
-        record=record.metrics,
+        record=measuring(session),
         evaluate=judge,
         save=checkpointer.save,
         rehearse=checkpointer.rehearse,
@@ -198,11 +202,18 @@ def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Ho
 
 
 def _scored(course: Course, record: Record, step: int) -> Evaluation | None:
+    start = time.perf_counter()
     scored = course.score()
     if scored is not None:
         measures = {f"eval_{name}": value for name, value in scored.measures.items()}
         record.metrics(
-            {"step": step, "eval_loss": scored.loss, "eval_trained_tokens": scored.trained_tokens, **measures}
+            {
+                "step": step,
+                "eval_loss": scored.loss,
+                "eval_trained_tokens": scored.trained_tokens,
+                "eval_seconds": time.perf_counter() - start,
+                **measures,
+            }
         )
     return scored
 
@@ -240,7 +251,7 @@ def _flops_per_token(context: Context) -> float | None:
     architecture = read_architecture(context.base_folder)
     if architecture is None:
         return None
-    return flops_per_token(architecture, context.config, length=context.stage.data.max_length)
+    return flops_per_token(architecture, context.config, length=attended_tokens(context))
 
 
 def _peak_flops(context: Context) -> float | None:

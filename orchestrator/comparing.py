@@ -1,0 +1,98 @@
+"""Plan beside real, of runs that have trained: speed, memory, goodput; must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from orchestrator.errors import RunFolderError
+from orchestrator.goodput import TimeSpent, time_spent
+from orchestrator.measured import Measured, read_measured
+from orchestrator.rundir import RunFolder, read_json
+from orchestrator.time_table import duration_words, seconds_words
+
+SHOWN_PARTS = (
+    "training", "rollout", "startup", "evaluation", "saving", "replayed", "proof", "gaps", "other",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a stage was planned to need, and what it needed."""
+
+    run: str
+    stage: str
+    measured: Measured
+    planned_tokens_per_second: float | None
+    planned_step_seconds: float | None
+    planned_state_gib: float | None
+    spent: TimeSpent | None
+
+
+def comparisons(runs: Sequence[RunFolder]) -> list[Comparison]:
+    """One for every stage that has measured itself."""
+    return [found for run in runs for found in _of_run(run)]
+
+
+def comparison_table(found: Sequence[Comparison]) -> Table:
+    """Planned / real for a person."""
+    table = Table(box=None, pad_edge=False, title="plan / real", title_justify="left", title_style="bold")
+    for name in ("run", "stage", "tokens/s", "step", "memory GiB", "of the peak", "goodput", "time went to"):
+        table.add_column(name, no_wrap=name != "time went to")
+    for one in found:
+        real = one.measured
+        mfu = "" if real.executed_mfu is None else f"{real.executed_mfu:.1%}"
+        table.add_row(
+            one.run,
+            one.stage,
+            f"{_planned(one.planned_tokens_per_second, ',.0f')} / {real.tokens_per_second:,.0f}",
+            f"{'?' if one.planned_step_seconds is None else seconds_words(one.planned_step_seconds)} / "
+            f"{seconds_words(real.step_seconds)}",
+            f"{_planned(one.planned_state_gib, '.2f')} / {real.peak_memory_gib:.2f}",
+            mfu,
+            "" if one.spent is None else f"{one.spent.goodput:.1%}",
+            "" if one.spent is None else spent_words(one.spent),
+        )
+    return table
+
+
+def spent_words(spent: TimeSpent) -> str:
+    """The parts of the wall-clock that make a percent or more, largest first."""
+    wall = spent.wall_seconds
+    parts = sorted(((getattr(spent, name), name) for name in SHOWN_PARTS), reverse=True)
+    shares = [f"{name} {seconds / wall:.0%}" for seconds, name in parts if wall and seconds / wall >= 0.01]
+    return f"{duration_words(wall / 3600)}: {', '.join(shares)}"
+
+
+def _of_run(run: RunFolder) -> list[Comparison]:
+    try:
+        plan: Any = read_json(run.plan)
+        stages: list[dict[str, Any]] = list(plan["stages"])
+    except (RunFolderError, KeyError, TypeError):
+        return []
+    return [found for stage in stages if (found := _of_stage(run, stage)) is not None]
+
+
+def _of_stage(run: RunFolder, planned: dict[str, Any]) -> Comparison | None:
+    folder = run.stage(str(planned["name"]))
+    measured = read_measured(folder)
+    if measured is None:
+        return None
+    time: dict[str, Any] = planned.get("time") or {}
+    memory: dict[str, Any] = planned.get("memory") or {}
+    return Comparison(
+        run=run.root.name,
+        stage=str(planned["name"]),
+        measured=measured,
+        planned_tokens_per_second=time.get("tokens_per_second"),
+        planned_step_seconds=time.get("step_seconds"),
+        planned_state_gib=memory.get("total"),
+        spent=time_spent(folder),
+    )
+
+
+def _planned(value: float | None, form: str) -> str:
+    return "?" if value is None else format(value, form)
