@@ -252,7 +252,11 @@ def test_the_head_in_words_and_the_rows_of_a_chunk() -> None:
         "dora-head": "logits of the trained tokens: the head is a Linear",
     }.items():
         assert words in head_of(_tuned(_model("untied"), tuning)), tuning
-    assert chunk_rows(128_256, "cpu") == 49 and chunk_rows(10**7, "cpu") == LEAST_ROWS
+    assert (
+        chunk_rows(128_256, "cpu") == 98
+        and chunk_rows(10**7, "cpu") == LEAST_ROWS
+        and chunk_rows(10**7, "cpu", trained_width=4096) == 1024
+    )
 
 
 def test_the_model_is_still_the_one_that_transformers_made(tmp_path: Any) -> None:
