@@ -50,7 +50,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_llama(folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0) -> Path:
+def write_llama(folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0, tied: bool = False) -> Path:
     """A random Llama of two small layers as a complete model folder, fp32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,7 +65,7 @@ def write_llama(folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 
         num_key_value_heads=2,
         head_dim=hidden // 4,
         max_position_embeddings=512,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,

@@ -2,25 +2,26 @@
 
 K trained tokens, C of them in a chunk, W hidden size, V vocabulary entries. What it costs, for a forecast of memory:
 
-- a chunk has `chunk_rows` rows: as many as fit `CPU_CHUNK_BYTES` or `GPU_CHUNK_BYTES` of fp32 logits, and at least `LEAST_ROWS`;
+- a chunk has `chunk_rows` rows: as many as fit `CPU_CHUNK_BYTES` or `GPU_CHUNK_BYTES` of fp32 logits; at least `LEAST_ROWS`, and
+  where the head's weight is trained at least a quarter of the hidden size, because each chunk adds to a gradient of V x W;
 - kept from forward to backward: `kept_bytes_per_token` a trained token (a gradient where the head's weights are frozen, the
   hidden state where they are trained; never logits);
 - for the time of the call: `TEMPORARY_LOGITS` times a chunk's fp32 logits; where the weights are trained, in the backward
-  pass also one fp32 gradient of them (V x W x 4 bytes) beside the one that it becomes; where autocast runs them in 16 bits, a
-  copy of that type (V x W x 2 bytes), once in the forward and once in the backward pass.
+  pass also V x W x (4 bytes + 2 x those of the compute type) at the end of it, of which the last part is the gradient that
+  stays; where autocast runs fp32 weights in 16 bits, a 16-bit copy (V x W x 2 bytes) in each of the two passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-CPU_CHUNK_BYTES = 24 * 2**20
+CPU_CHUNK_BYTES = 48 * 2**20
 GPU_CHUNK_BYTES = 256 * 2**20
-"""Of a chunk's fp32 logits. On a CPU below the 32 MiB from which glibc gives memory back and faults it in anew at every chunk."""
+"""Of a chunk's fp32 logits. Below about 64 rows the products slow down; above, more rows win nothing (`benchmarks/head.py`)."""
 LEAST_ROWS = 32
 """Of a chunk: fewer make a matrix product slow."""
 TEMPORARY_LOGITS = 3.5
@@ -28,10 +29,10 @@ TEMPORARY_LOGITS = 3.5
 TARGET_BYTES = 8
 
 
-def chunk_rows(vocabulary: int, device_type: str) -> int:
-    """C: how many tokens are scored at a time."""
+def chunk_rows(vocabulary: int, device_type: str, *, trained_width: int = 0) -> int:
+    """C: how many tokens are scored at a time; `trained_width` is the hidden size where the head's weight is trained."""
     allowed = CPU_CHUNK_BYTES if device_type == "cpu" else GPU_CHUNK_BYTES
-    return max(LEAST_ROWS, allowed // (4 * vocabulary))
+    return max(LEAST_ROWS, trained_width // 4, allowed // (4 * vocabulary))
 
 
 def kept_bytes_per_token(hidden_size: int, compute_bytes: int) -> int:
@@ -85,6 +86,9 @@ class _ChunkedHead(torch.autograd.Function):
         _, _, needs_bias, *needs = ctx.needs_input_grad
         trains_head = needs_bias or any(needs[len(hiddens) :])
         keeps_gradients = any(needs[: len(hiddens)]) and not trains_head
+        vocabulary, width = weights[0].shape
+        rows = chunk_rows(vocabulary, targets_K.device.type, trained_width=width if trains_head else 0)
+        shape = shape if shape.rows else replace(shape, rows=rows)
         with torch.autocast(targets_K.device.type, enabled=False):
             run = _Run(shape, targets_K, bias_V, hiddens, weights)
             logprobs_K, entropies_K, gradients = run.forward(keeps_gradients)
@@ -157,6 +161,10 @@ class _Run:
             torch.zeros_like(weight, dtype=self._precise) if wanted else None
             for weight, wanted in zip(self._weights, wants_weight, strict=True)
         ]
+        scratch = [
+            None if one is None or one.dtype == self._compute else torch.empty_like(one, dtype=self._compute)
+            for one in by_weight
+        ]
         for chunk in self._chunks():
             logprobs_CV, slope_CV = self._logprobs_CV(chunk)
             by_logits_CV = self._by_logits_CV(logprobs_CV, slope_CV, self._targets_K[chunk].unsqueeze(1))
@@ -168,14 +176,14 @@ class _Run:
                 if (gradient_KW := by_hidden[place]) is not None:
                     torch.mm(by_logits_CV, self._weights[place], out=gradient_KW[chunk])
                 if (gradient_VW := by_weight[place]) is not None:
-                    _add_product(gradient_VW, by_logits_CV.t(), hidden_KW[chunk])
+                    _add_product(gradient_VW, by_logits_CV.t(), hidden_KW[chunk], scratch[place])
         types = [None if self._bias_V is None else self._bias_V.dtype, *[self._compute] * number, *self._types]
         found = [by_bias_V, *by_hidden, *by_weight]
         return [None if one is None else one.to(dtype) for one, dtype in zip(found, types, strict=True)]
 
     def _chunks(self) -> Iterator[slice]:
-        tokens, vocabulary = len(self._targets_K), len(self._weights[0])
-        rows = self._shape.rows or chunk_rows(vocabulary, self._targets_K.device.type)
+        tokens, rows = len(self._targets_K), self._shape.rows
+        assert rows is not None, "it is settled before"
         return (slice(first, min(first + rows, tokens)) for first in range(0, tokens, rows))
 
     def _logprobs_CV(self, chunk: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -205,9 +213,11 @@ class _Run:
         return by_logits_CV if slope_CV is None else by_logits_CV.mul_(slope_CV)
 
 
-def _add_product(sum_VW: torch.Tensor, left_VC: torch.Tensor, right_CW: torch.Tensor) -> None:
-    """sum_VW += left_VC @ right_CW, whatever the types."""
-    if sum_VW.dtype == right_CW.dtype:
+def _add_product(
+    sum_VW: torch.Tensor, left_VC: torch.Tensor, right_CW: torch.Tensor, scratch_VW: torch.Tensor | None
+) -> None:
+    """sum_VW += left_VC @ right_CW, through a scratch of the factors' type where that is not the sum's."""
+    if scratch_VW is None:
         sum_VW.addmm_(left_VC, right_CW)
     else:
-        sum_VW += left_VC @ right_CW
+        sum_VW += torch.mm(left_VC, right_CW, out=scratch_VW)

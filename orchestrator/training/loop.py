@@ -202,12 +202,13 @@ def update(job: Job, *, fault: str | None) -> float:
     DeepSpeed has stepped in its backward, or skipped the step where the norm was not finite.
     """
     limit = job.stage.optimizer.max_grad_norm
-    norm = job.runtime.accelerator.clip_grad_norm_(job.model.parameters(), math.inf if limit is None else limit)
-    assert norm is not None
+    clipped = job.runtime.accelerator.clip_grad_norm_(job.model.parameters(), math.inf if limit is None else limit)
+    assert clipped is not None
+    norm = float(clipped)
     if fault is None and math.isfinite(norm):
         job.optimizer.step()
     job.optimizer.zero_grad()
-    return float(norm)
+    return norm
 
 
 def _fault(job: Job, step: int, health: Health, loss: float) -> str | None:

@@ -28,7 +28,7 @@ from orchestrator.training.model import weights_dtype
 from orchestrator.training.objectives import Objective, Rows, proof_objective
 from orchestrator.training.optimizers import build_optimizer
 from orchestrator.training.runtime import Runtime, start_runtime
-from orchestrator.training.tuning import build_policy, count_trainable
+from orchestrator.training.tuning import build_policy, count_trainable, keep_input_types
 
 PROOF_ROWS = 64
 
@@ -100,6 +100,8 @@ def open_session(context: Context, runtime: Runtime, record: Record, build_model
     set_seed(config.seeds.weights)
     dtype = weights_dtype(config, uses_deepspeed=runtime.uses_deepspeed)
     model = build_model(context, dtype, rows.is_packed)
+    if runtime.autocast_dtype is not None:
+        keep_input_types(model)
     _tell_size(record, model)
     _tell_head(record, model)
     optimizer = build_optimizer(model, stage.optimizer)

@@ -111,6 +111,19 @@ def _with_lora(model: PreTrainedModel, tuning: LoraTuning, task: str) -> torch.n
     return adapted
 
 
+def keep_input_types(model: torch.nn.Module) -> None:
+    """Under autocast: LoRA layers take 16-bit inputs as they are.
+
+    PEFT makes them fp32 because the adapters are, and autocast makes them 16 bits again: the same numbers, two copies of
+    every layer's input. The adapters stay fp32; autocast makes their 16-bit copies, which are small.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not module.lora_variant:
+            module.cast_input_dtype_enabled = False
+
+
 def _unmatched(model: PreTrainedModel, tuning: LoraTuning) -> list[str]:
     """Names among the target modules that meet no module of the model."""
     if isinstance(tuning.target_modules, str):

@@ -25,6 +25,7 @@ from transformers import (
 from orchestrator.training.causal import Query, attach_adapted_head, attach_head, head_of
 from orchestrator.training.head import LEAST_ROWS, Shape, Term, chunk_rows, chunked_logprobs_K
 from orchestrator.training.logprobs import places_of, token_entropies_BT, token_logprobs_BT
+from orchestrator.training.tuning import keep_input_types
 
 VOCABULARY = 331
 WIDTHS = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2} | {
@@ -159,6 +160,21 @@ def test_in_bfloat16_it_is_as_near_to_fp32_as_whole_logits_are(tuning: str, auto
     assert error(ours) <= 1.2 * error(plain)
 
 
+def test_lora_layers_that_take_inputs_as_they_are_compute_the_same() -> None:
+    """PEFT's detour of every 16-bit input through fp32 changes no bit of losses and gradients under autocast."""
+    model = _tuned(_model("untied").to(torch.bfloat16), "lora")
+    ids_BT, labels_BT = _inputs()
+    found: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+    for prepare in (lambda _: None, keep_input_types):
+        prepare(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            logprobs_BT, _ = model(input_ids=ids_BT, query=_query(labels_BT))
+        found.append((logprobs_BT, _gradients(model, logprobs_BT.sum())))
+    (one_BT, ones), (other_BT, others) = found
+    assert torch.equal(one_BT, other_BT) and ones.keys() == others.keys() and len(ones) == 8
+    assert all(one.dtype == torch.float32 and torch.equal(one, others[name]) for name, one in ones.items())
+
+
 def test_a_micro_batch_without_a_trained_token_is_part_of_the_graph() -> None:
     ids_BT, labels_BT = _inputs()
     for tuning in ("full", "lora", "lora-head"):
@@ -252,7 +268,11 @@ def test_the_head_in_words_and_the_rows_of_a_chunk() -> None:
         "dora-head": "logits of the trained tokens: the head is a Linear",
     }.items():
         assert words in head_of(_tuned(_model("untied"), tuning)), tuning
-    assert chunk_rows(128_256, "cpu") == 49 and chunk_rows(10**7, "cpu") == LEAST_ROWS
+    assert (
+        chunk_rows(128_256, "cpu") == 98
+        and chunk_rows(10**7, "cpu") == LEAST_ROWS
+        and chunk_rows(10**7, "cpu", trained_width=4096) == 1024
+    )
 
 
 def test_the_model_is_still_the_one_that_transformers_made(tmp_path: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from running import Bench, Done, make_bench
 
 from orchestrator.config.run import RunConfig
+from orchestrator.metrics.jsonl import read_rows
 from orchestrator.rundir import read_json
 
 METHODS = {"full": ("tuning=full",), "lora": ("tuning=lora",), "qlora": ("tuning=lora", "quantization=nf4")}
@@ -44,6 +46,22 @@ def test_two_ranks_train_as_one(bench: Bench, alone: dict[str, list[float]], met
     assert result["eval_loss_after"] < result["eval_loss_before"]
     assert result["proof"]["reopened_loss"] == pytest.approx(result["eval_loss_after"], abs=1e-3)
     _assert_others_load_it(bench, done, method)
+
+
+@pytest.mark.parametrize("head", ["adapted", "tied"])
+def test_a_gathered_head_under_zero3_is_the_one_of_one_process(bench: Bench, head: str) -> None:
+    """The loss head reads its weight, and an adapter's on it, inside the module whose call gathers them."""
+    if head == "tied":
+        words = ("tuning=full", f"model.base={tiny.write_llama(bench.root / 'tied', tied=True)}")
+    else:
+        words = ("tuning=lora", "tuning.target_modules=[q_proj, lm_head]")
+    short = (*words, "stages.sft.max_steps=3")
+    alone = bench.run(f"{head}-alone", *short, "launcher=local")
+    sharded = bench.run(f"{head}-zero3", *short, "launcher=torchrun", "cluster.processes_per_node=2", "sharding=zero3")
+    assert alone.code == sharded.code == 0, alone.told + sharded.told
+    assert sharded.losses() == pytest.approx(alone.losses(), rel=1e-4) and len(alone.losses()) == 3
+    told = [str(row["head"]) for row in read_rows(sharded.sft.events) if row["event"] == "head"]
+    assert len(told) == 1 and told[0].startswith("chunked")
 
 
 def _assert_others_load_it(bench: Bench, done: Done, method: str) -> None:
