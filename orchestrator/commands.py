@@ -25,7 +25,6 @@ from orchestrator.scaling import scaling_rows, take_node_counts
 from orchestrator.sweep import FLAGS, combinations, first_words, is_sweep
 from orchestrator.tables import print_plan, print_scaling
 
-
 SHARED = (".batch: global_size", ".rollout.prompts:")
 """Rules on sharing rows among ranks: the scaling table tells them row by row."""
 

@@ -54,6 +54,7 @@ def known_of(
 ) -> Known:
     """All that the forecast starts from; a measurement of this machine takes the place of the hardware table."""
     measured, run = data.measured if data.measured is not None else (None, "")
+    startup = None if measured is None else measured.startup_seconds
     guess = _guessed_steps(stage, data) if epoch_steps(stage, data) is None else None
     return Known(
         model=model,
@@ -64,7 +65,7 @@ def known_of(
         steps_are_guessed=guess is not None,
         evaluation_rows=data.evaluation_rows or 0,
         train_rows=data.train_rows or 0,
-        startup_seconds=(None if measured is None else measured.startup_seconds) or config.cluster.restart_seconds,
+        startup_seconds=config.cluster.restart_seconds if startup is None else startup,
         save_seconds=None if measured is None else measured.save_seconds,
         pause_seconds=None if measured is None else measured.save_pause_seconds,
     )

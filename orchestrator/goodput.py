@@ -81,7 +81,8 @@ def _attempt(number: int, events: Sequence[Row], rows: Sequence[Row]) -> _Attemp
     times = [
         time for row in [*own, *rows] if attempt_of(row) == number and (time := number_of(row, "time")) is not None
     ]
-    began = number_of(_of(own, "start")[0], "began") or times[0]
+    told = number_of(_of(own, "start")[0], "began")
+    began = min(times) if told is None else told
     ended = max(times)
     train, trained, finish = (_time_of(own, name) for name in ("train", "trained", "finish"))
     startup = (ended if train is None else train) - began - _seconds_between(scored, began, train)

@@ -134,12 +134,12 @@ def checkpoint_plan(config: RunConfig, stage: TrainingStage, known: Known, *, st
 def _failures(config: RunConfig, stage: TrainingStage, known: Known, size: int) -> Failures:
     """A save in the background pauses training for a copy to host memory, else for its whole writing."""
     cluster = config.cluster
-    written = known.save_seconds or size / (cluster.disk_gbytes_per_second * 1e9)
+    written = size / (cluster.disk_gbytes_per_second * 1e9) if known.save_seconds is None else known.save_seconds
     host = cluster.hardware.host_gbytes_per_second
     copied = 0.0 if host is None else size / config.world_size / (host * 1e9)
     pause = copied if stage.checkpoint.background else written
     return Failures(
-        pause=known.pause_seconds or pause,
+        pause=pause if known.pause_seconds is None else known.pause_seconds,
         writing=written if stage.checkpoint.background else 0.0,
         restart=cluster.restart_seconds,
         between=job_seconds_between_failures(cluster.mean_time_to_failure_hours, config.world_size),
