@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.config.run import RunConfig
+from orchestrator.memory_table import memory_line, memory_table
 from orchestrator.plan import Plan, StagePlan
 from orchestrator.rundir import StageFolder, read_json
 
@@ -21,7 +22,9 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     console = Console()
     console.print(_pairs(f"run {plan.name}", _run_rows(plan, config)))
     for stage in plan.stages:
-        console.print(_pairs(f"stage {stage.name}", _stage_rows(stage, config)))
+        console.print(_pairs(f"stage {stage.name}", _stage_rows(stage)))
+        if stage.memory is not None:
+            console.print(memory_table(stage.memory))
     warn_lines(plan)
     console.print("nothing was written or submitted; the same words without `plan` run it", style="dim")
 
@@ -118,7 +121,7 @@ def _run_rows(plan: Plan, config: RunConfig) -> list[tuple[str, str]]:
     ]
 
 
-def _stage_rows(stage: StagePlan, config: RunConfig) -> list[tuple[str, str]]:
+def _stage_rows(stage: StagePlan) -> list[tuple[str, str]]:
     rows = (
         UNKNOWN if stage.train_rows is None else f"{stage.train_rows:,} train, {stage.evaluation_rows or 0:,} held out"
     )
@@ -141,7 +144,7 @@ def _stage_rows(stage: StagePlan, config: RunConfig) -> list[tuple[str, str]]:
             or (UNKNOWN if stage.global_size is not None else "none"),
         ),
         ("parameters", _parameters(stage)),
-        ("memory per device", _memory(stage, config)),
+        ("memory per device", memory_line(stage.memory)),
         ("script", stage.script),
         ("makes", ", ".join(stage.outputs)),
     ]
@@ -165,14 +168,3 @@ def _parameters(stage: StagePlan) -> str:
         return "known after the base was fetched"
     share = stage.trainable_parameters / stage.parameters
     return f"{stage.parameters:,}; {stage.trainable_parameters:,} trained ({share:.2%})"
-
-
-def _memory(stage: StagePlan, config: RunConfig) -> str:
-    if stage.memory is None:
-        return "known after the base was fetched" if stage.global_size is not None else "the weights, whole"
-    memory = stage.memory
-    room = "" if config.cluster.memory_gib is None else f" of {config.cluster.memory_gib:g}"
-    return (
-        f"{memory.total:.2f}{room} GiB of states: weights {memory.weights:.2f}, gradients {memory.gradients:.2f}, "
-        f"optimizer {memory.optimizer:.2f}; activations on top"
-    )
