@@ -28,7 +28,7 @@ class Comparison:
     measured: Measured
     planned_tokens_per_second: float | None
     planned_step_seconds: float | None
-    planned_state_gib: float | None
+    planned_memory_gib: float | None
     spent: TimeSpent | None
 
 
@@ -51,7 +51,7 @@ def comparison_table(found: Sequence[Comparison]) -> Table:
             f"{_planned(one.planned_tokens_per_second, ',.0f')} / {real.tokens_per_second:,.0f}",
             f"{'?' if one.planned_step_seconds is None else seconds_words(one.planned_step_seconds)} / "
             f"{seconds_words(real.step_seconds)}",
-            f"{_planned(one.planned_state_gib, '.2f')} / {real.peak_memory_gib:.2f}",
+            f"{_planned(one.planned_memory_gib, '.2f')} / {real.peak_memory_gib:.2f}",
             mfu,
             "" if one.spent is None else f"{one.spent.goodput:.1%}",
             "" if one.spent is None else spent_words(one.spent),
@@ -89,7 +89,7 @@ def _of_stage(run: RunFolder, planned: dict[str, Any]) -> Comparison | None:
         measured=measured,
         planned_tokens_per_second=time.get("tokens_per_second"),
         planned_step_seconds=time.get("step_seconds"),
-        planned_state_gib=memory.get("total"),
+        planned_memory_gib=memory.get("expected"),
         spent=time_spent(folder),
     )
 

@@ -19,10 +19,12 @@ from orchestrator.dataset.sources import DEMONSTRATIONS
 from orchestrator.estimate.cost import CostPlan
 from orchestrator.estimate.flops import flops_per_token
 from orchestrator.estimate.forecast import CheckpointPlan, TimePlan
+from orchestrator.estimate.phases import memory_forecast
+from orchestrator.estimate.records import MemoryForecast
 from orchestrator.estimate.rows import PreparedFacts
+from orchestrator.estimate.states import trainable_parameters
 from orchestrator.forecasting import NOTHING, epoch_steps, forecast_fields, shape_for
 from orchestrator.measured import Measured
-from orchestrator.memory import GIB, state_memory, trainable_parameters
 from orchestrator.pipeline import MODEL_PREFIX, inputs_of, resolve_starts
 from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
 from orchestrator.zero import deepspeed_dict
@@ -42,15 +44,6 @@ class DataFacts:
     """None where the rows are not prepared yet."""
     measured: tuple[Measured, str] | None = None
     """The newest measurement that holds for the stage, and the run that made it."""
-
-
-class MemoryPlan(Section):
-    """GiB on one device between steps; activations come on top."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    total: float
 
 
 class StagePlan(Section):
@@ -78,7 +71,8 @@ class StagePlan(Section):
     """Rate at 0, 25, 50 and 100 % of the steps."""
     trainable_parameters: int | None
     parameters: int | None
-    memory: MemoryPlan | None
+    memory: MemoryForecast | None
+    """None where the base's facts can be known only after a download."""
     flops_per_token: float | None
     """Useful ones, at the documents' lengths."""
     tokens: int | None
@@ -168,6 +162,7 @@ def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_d
         max_length=stage.data.max_length,
         parameters=None if base.architecture is None else count_parameters(base.architecture).total,
         script=str(script_path(config, name)),
+        memory=_memory_forecast(config, stage, base),
         outputs=(str(run_directory / name / "artifact"), str(run_directory / name / "result.json")),
         **facts,
     )
@@ -176,7 +171,7 @@ def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_d
 def _scoring_plan(stage: EvaluateStage | MergeStage) -> dict[str, Any]:
     """A stage without an optimizer runs in one process."""
     names = ("global_size", "accumulation_steps", "steps_per_epoch", "steps", "warmup_steps", "trainable_parameters")
-    unknown = dict.fromkeys([*names, "memory", "flops_per_token", "deepspeed", *NOTHING])
+    unknown = dict.fromkeys([*names, "flops_per_token", "deepspeed", *NOTHING])
     return {**unknown, "micro_size": stage.micro_size, "world_size": 1, "learning_rates": {}}
 
 
@@ -198,7 +193,6 @@ def _training_plan(config: RunConfig, stage: TrainingStage, base: Base, data: Da
         "warmup_steps": None if steps is None else warmup_steps(stage.schedule, steps),
         "learning_rates": {} if steps is None else _learning_rates(stage, steps),
         "trainable_parameters": None if model is None else trainable_parameters(model, config),
-        "memory": _memory_plan(config, stage, base),
         "flops_per_token": None
         if model is None
         else flops_per_token(model, config, length=shape_for(stage, data).attended),
@@ -214,16 +208,10 @@ def _learning_rates(stage: TrainingStage, steps: int) -> dict[str, float]:
     }
 
 
-def _memory_plan(config: RunConfig, stage: TrainingStage, base: Base) -> MemoryPlan | None:
+def _memory_forecast(config: RunConfig, stage: Stage, base: Base) -> MemoryForecast | None:
     if base.architecture is None:
         return None
-    states = state_memory(base.architecture, config, stage)
-    return MemoryPlan(
-        weights=states.weights / GIB,
-        gradients=states.gradients / GIB,
-        optimizer=states.optimizer / GIB,
-        total=states.total / GIB,
-    )
+    return memory_forecast(base.architecture, config, stage, memory_gib=config.cluster.hardware.memory_gib)
 
 
 def _warnings(config: RunConfig, base: Base) -> list[str]:

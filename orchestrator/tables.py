@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.config.run import RunConfig
+from orchestrator.memory_table import memory_line, memory_table
 from orchestrator.plan import Plan, StagePlan
 from orchestrator.rundir import StageFolder, read_json
 from orchestrator.scaling import ScalingRow, problems_of, scaling_table
@@ -26,7 +27,9 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     console = Console()
     console.print(_pairs(f"run {plan.name}", _run_rows(plan, config)))
     for stage in plan.stages:
-        console.print(_pairs(f"stage {stage.name}", _stage_rows(stage, config)))
+        console.print(_pairs(f"stage {stage.name}", _stage_rows(stage)))
+        if stage.memory is not None:
+            console.print(memory_table(stage.memory))
     warn_lines(plan)
     finish = finish_line(plan, datetime.now())
     if finish is not None:
@@ -136,7 +139,7 @@ def _run_rows(plan: Plan, config: RunConfig) -> list[tuple[str, str]]:
     ]
 
 
-def _stage_rows(stage: StagePlan, config: RunConfig) -> list[tuple[str, str]]:
+def _stage_rows(stage: StagePlan) -> list[tuple[str, str]]:
     rows = (
         UNKNOWN if stage.train_rows is None else f"{stage.train_rows:,} train, {stage.evaluation_rows or 0:,} held out"
     )
@@ -159,7 +162,7 @@ def _stage_rows(stage: StagePlan, config: RunConfig) -> list[tuple[str, str]]:
             or (UNKNOWN if stage.global_size is not None else "none"),
         ),
         ("parameters", _parameters(stage)),
-        ("memory per device", _memory(stage, config)),
+        ("memory per device", memory_line(stage.memory)),
         *forecast_rows(stage),
         ("script", stage.script),
         ("makes", ", ".join(stage.outputs)),
@@ -184,14 +187,3 @@ def _parameters(stage: StagePlan) -> str:
         return "known after the base was fetched"
     share = stage.trainable_parameters / stage.parameters
     return f"{stage.parameters:,}; {stage.trainable_parameters:,} trained ({share:.2%})"
-
-
-def _memory(stage: StagePlan, config: RunConfig) -> str:
-    if stage.memory is None:
-        return "known after the base was fetched" if stage.global_size is not None else "the weights, whole"
-    memory = stage.memory
-    room = "" if config.cluster.hardware.memory_gib is None else f" of {config.cluster.hardware.memory_gib:g}"
-    return (
-        f"{memory.total:.2f}{room} GiB of states: weights {memory.weights:.2f}, gradients {memory.gradients:.2f}, "
-        f"optimizer {memory.optimizer:.2f}; activations on top"
-    )

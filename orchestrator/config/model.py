@@ -15,6 +15,7 @@ class Architecture(Section):
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
+    """Inner width of the feed-forward; of one expert in a mixture."""
     num_hidden_layers: PositiveInt
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt
@@ -23,6 +24,14 @@ class Architecture(Section):
     num_experts: NaturalInt
     """Experts of a layer; 0 for a dense model."""
     num_experts_per_token: NaturalInt
+    attention_bias: bool
+    """Biases in attention, where the family leaves it to the model (Llama, Qwen3, Gemma)."""
+    feed_forward_bias: bool
+    """The same for the feed-forward."""
+    num_positions: NaturalInt
+    """Learned positions; 0 for rotary ones."""
+    sliding_window: PositiveInt | None
+    """Tokens that a layer with local attention sees; null where every layer sees all."""
 
 
 class ModelPreset(Section):

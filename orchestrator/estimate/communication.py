@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from orchestrator.config.model import Architecture, Nf4Quantization, NoSharding, ZeroSharding
 from orchestrator.config.run import RunConfig
-from orchestrator.estimate.trained import frozen_bytes, trained_parameters
+from orchestrator.estimate.frozen import frozen_bytes
+from orchestrator.estimate.states import trainable_parameters
 
 CPU_ADAM_PARAMETERS_PER_SECOND = 4e9
 """Of one node (ZeRO-Offload, 2101.06840, table 4: 8 B in 2.4 s, 2 B in 0.5 s; rounded)."""
@@ -18,7 +19,7 @@ def exchanged_bytes(model: Architecture, config: RunConfig, *, micro_batches: in
     """Bytes through one rank in one optimizer step."""
     world, sharding = config.world_size, config.sharding
     share = (world - 1) / world
-    trained = trained_parameters(model, config)
+    trained = trainable_parameters(model, config)
     if isinstance(sharding, NoSharding):
         return 2 * share * 4 * trained  # DDP: fp32 gradients, once a step
     width = _width(config)
@@ -52,7 +53,7 @@ def offload_seconds(model: Architecture, config: RunConfig, *, micro_batches: in
     if not isinstance(sharding, ZeroSharding):
         return 0.0
     moved, adam = 0.0, 0.0
-    trained, width = trained_parameters(model, config) / config.world_size, _width(config)
+    trained, width = trainable_parameters(model, config) / config.world_size, _width(config)
     if sharding.offload_optimizer == "cpu":
         moved += 2 * width * trained  # gradients down, weights up
         adam = trained * config.cluster.processes_per_node / CPU_ADAM_PARAMETERS_PER_SECOND

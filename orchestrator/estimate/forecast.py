@@ -21,7 +21,7 @@ from orchestrator.estimate.goodput import (
 )
 from orchestrator.estimate.rows import RowShape
 from orchestrator.estimate.speed import Rate, StepTime, step_time
-from orchestrator.estimate.trained import trained_parameters
+from orchestrator.estimate.states import trainable_parameters
 
 WITHOUT_REFERENCE = ("orpo", "simpo")
 """Losses of the DPO family that score nothing before the first step."""
@@ -112,7 +112,7 @@ def forecast(
 
 def checkpoint_plan(config: RunConfig, stage: TrainingStage, known: Known, *, step_seconds: float) -> CheckpointPlan:
     """The interval as set, beside the best one."""
-    size = bytes_of_one(trained_parameters(known.model, config), stage.optimizer)
+    size = bytes_of_one(trainable_parameters(known.model, config), stage.optimizer)
     failures = _failures(config, stage, known, size)
     every = stage.checkpoint.every_steps
     best = best_every_steps(failures, step_seconds=step_seconds, steps=known.steps)

@@ -10,7 +10,8 @@ from orchestrator.config.model import Architecture, LoraTuning
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.communication import exchange_seconds
 from orchestrator.estimate.flops import forward_flops_per_token
-from orchestrator.estimate.trained import frozen_bytes, trained_parameters
+from orchestrator.estimate.frozen import frozen_bytes
+from orchestrator.estimate.states import trainable_parameters
 from orchestrator.schedule import rollout_steps
 
 HOST_SECONDS_PER_LAYER = 3e-4
@@ -42,7 +43,7 @@ def rollout_seconds(
 def _weight_bytes(model: Architecture, config: RunConfig) -> float:
     """Read for every token: of a mixture too, since a batch meets all experts."""
     if isinstance(config.tuning, LoraTuning):
-        return frozen_bytes(model, config) + 2.0 * trained_parameters(model, config)
+        return frozen_bytes(model, config) + 2.0 * trainable_parameters(model, config)
     return (2.0 if config.model.dtype == "bfloat16" else 4.0) * count_parameters(model).total
 
 

@@ -16,9 +16,10 @@ from orchestrator.estimate.communication import (
     offload_seconds,
 )
 from orchestrator.estimate.flops import executed_flops_per_token
+from orchestrator.estimate.frozen import frozen_bytes
 from orchestrator.estimate.rollout import rollout_seconds
 from orchestrator.estimate.rows import RowShape
-from orchestrator.estimate.trained import frozen_bytes, trained_parameters
+from orchestrator.estimate.states import trainable_parameters
 
 ADAM_BYTES = 28
 """Memory traffic of fp32 Adam for a parameter: weight, two moments and gradient read, weight and moments written."""
@@ -131,7 +132,7 @@ def _overlap(config: RunConfig) -> float:
 def _weight_reading_seconds(model: Architecture, config: RunConfig) -> float:
     """Least time of a micro-batch, however few tokens it has: every pass reads the weights."""
     width = 2.0 if config.model.dtype == "bfloat16" else 4.0
-    weights = frozen_bytes(model, config) + width * trained_parameters(model, config)
+    weights = frozen_bytes(model, config) + width * trainable_parameters(model, config)
     return _memory_seconds(config, gathering_passes(config) * weights)
 
 
@@ -140,7 +141,7 @@ def _update_seconds(model: Architecture, config: RunConfig) -> float:
     if isinstance(sharding, ZeroSharding) and sharding.offload_optimizer == "cpu":
         return 0.0
     owners = 1 if config.sharding.strategy == "none" else config.world_size
-    return _memory_seconds(config, ADAM_BYTES * trained_parameters(model, config) / owners)
+    return _memory_seconds(config, ADAM_BYTES * trainable_parameters(model, config) / owners)
 
 
 def _memory_seconds(config: RunConfig, traffic_bytes: float) -> float:

@@ -22,8 +22,9 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from orchestrator.estimate.loss_head import LEAST_ROWS, chunk_rows
 from orchestrator.training.causal import Query, attach_adapted_head, attach_head, head_of
-from orchestrator.training.head import LEAST_ROWS, Shape, Term, chunk_rows, chunked_logprobs_K
+from orchestrator.training.head import Shape, Term, chunked_logprobs_K
 from orchestrator.training.logprobs import places_of, token_entropies_BT, token_logprobs_BT
 from orchestrator.training.tuning import keep_input_types
 

@@ -12,7 +12,7 @@ from orchestrator.compose import CONF, compose
 from orchestrator.config.model import Architecture, LoraTuning
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.flops import flops_per_token
-from orchestrator.memory import NF4_BYTES, StateMemory, state_memory
+from orchestrator.estimate.states import NF4_BYTES, StateMemory, state_memory
 from orchestrator.zero import deepspeed_dict
 
 PUBLISHED = {
@@ -106,10 +106,10 @@ def test_the_papers_example(sharding: str, gigabytes: float) -> None:
         (("sharding=zero1",), 2, 2, 12 / 64),
         (("sharding=zero2",), 2, 2 / 64, 12 / 64),
         (("sharding=zero3",), 2 / 64, 2 / 64, 12 / 64),
-        (("sharding=zero3_offload",), 0, 2 / 64, 0),
-        (("sharding=zero2", "sharding.offload_optimizer=cpu"), 2, 2 / 64, 0),
+        (("sharding=zero3_offload",), 0, 0, 0),
+        (("sharding=zero2", "sharding.offload_optimizer=cpu"), 2, 0, 0),
         (("sharding=zero2", "model.dtype=float32"), 4, 4 / 64, 12 / 64),
-        (("sharding=zero3", "optimizer@stages.sft.optimizer=adamw_8bit"), 2 / 64, 2 / 64, 6 / 64),
+        (("sharding=zero3", "optimizer@stages.sft.optimizer=adamw_8bit"), 2 / 64, 2 / 64, (4 + 2 * (1 + 4 / 256)) / 64),
     ],
 )
 def test_bytes_of_a_parameter(words: tuple[str, ...], weights: float, gradients: float, optimizer: float) -> None:
@@ -130,8 +130,11 @@ def test_four_bits_hold_the_linear_layers_and_not_the_embeddings() -> None:
     model, embeddings = preset("llama3_8b"), 2 * 128256 * 4096
     config = compose(["+experiment=llama3_8b_lora", "quantization=nf4"])
     states = state_memory(model, config, config.stages["sft"])
-    linear = 8_030_261_248 - embeddings
-    assert states.weights == pytest.approx(2 * embeddings + NF4_BYTES * linear + 4 * 41_943_040)
+    norms = 32 * 2 * 4096 + 4096
+    linear = 8_030_261_248 - embeddings - norms
+    tables = 32 * 7 * (64 + 1024 + 4)
+    assert states.weights == pytest.approx(2 * (embeddings + norms) + NF4_BYTES * linear + tables + 4 * 41_943_040)
+    assert pytest.approx(4.127, abs=5e-4) == 8 * NF4_BYTES
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------

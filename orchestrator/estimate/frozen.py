@@ -1,16 +1,11 @@
-"""Numbers of trained and frozen parameters, and the bytes of the frozen ones; must not import torch."""
+"""Bytes of the frozen parameters; must not import torch."""
 
 from __future__ import annotations
 
 from orchestrator.architecture import count_parameters
 from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization
 from orchestrator.config.run import RunConfig
-from orchestrator.memory import NF4_BYTES, trainable_parameters
-
-
-def trained_parameters(model: Architecture, config: RunConfig) -> int:
-    """Parameters that get a gradient."""
-    return trainable_parameters(model, config)
+from orchestrator.estimate.states import NF4_BYTES
 
 
 def frozen_bytes(

@@ -1,0 +1,118 @@
+"""Memory of generating and scoring: KV cache, prefill, the models that stand beside the policy; must not import torch."""
+
+from __future__ import annotations
+
+from orchestrator.architecture import count_parameters
+from orchestrator.config.alignment import PolicyStage, RolloutConfig
+from orchestrator.config.ends import EvaluateStage, MergeStage
+from orchestrator.config.model import Architecture, LoraTuning, ZeroSharding
+from orchestrator.config.run import RunConfig
+from orchestrator.config.stages import TrainingStage
+from orchestrator.estimate.activations import Load, activation_memory
+from orchestrator.estimate.parts import Parts, Phase
+from orchestrator.estimate.sharding import whole_bytes
+from orchestrator.estimate.states import base_bytes, compute_width, trainable_parameters
+
+SAMPLER_COPIES = 6
+"""fp32 rows of the vocabulary per sequence: the model's scores, scaled, log-softmax, noise, their sum, what is left possible."""
+
+
+def kv_cache_bytes(model: Architecture, *, sequences: int, length: int, width: int) -> float:
+    """Keys and values of every layer: 2 x layers x key heads x head width, for every token."""
+    per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * width
+    return float(per_token * sequences * length)
+
+
+def rollout_parts(model: Architecture, config: RunConfig, stage: PolicyStage) -> Parts:
+    """Generating with transformers: whole weights on every rank, the cache and its growth, prefill or a step."""
+    sequences = min(stage.rollout.generate_size, stage.rollout.prompts * stage.rollout.group_size // config.world_size)
+    gathers = isinstance(config.sharding, ZeroSharding) and config.sharding.strategy == "zero3"
+    return {
+        **_generation(model, config, stage.rollout, prompt=stage.data.max_length, sequences=max(1, sequences)),
+        "gathered": whole_bytes(model, config) if gathers else 0.0,
+    }
+
+
+def reference_bytes(model: Architecture, config: RunConfig, stage: TrainingStage) -> float:
+    """Models beside the policy: a reference under full fine-tuning (LoRA needs at most a second adapter), reward models.
+
+    A reward model is taken to be as large as the base.
+    """
+    if not isinstance(stage, PolicyStage):
+        return 0.0
+    base = base_bytes(model, config)
+    wants_reference = bool(stage.kl_coefficient) or stage.limits.kl is not None
+    reference = trainable_parameters(model, config) * 4.0 if isinstance(config.tuning, LoraTuning) else base
+    judges = sum(1 for reward in stage.rewards if reward.source.startswith(("stage:", "model:")))
+    return (reference if wants_reference else 0.0) + judges * base
+
+
+def scoring_phases(model: Architecture, config: RunConfig, stage: EvaluateStage | MergeStage) -> list[Phase]:
+    """A stage without an optimizer: one process, whole weights."""
+    alone = config.model_copy(
+        update={"cluster": config.cluster.model_copy(update={"nodes": 1, "processes_per_node": 1})}
+    )
+    width = compute_width(config)
+    whole = count_parameters(model).total * width
+    load = Load(
+        rows=stage.micro_size,
+        length=stage.data.max_length,
+        trained_share=1.0,
+        logits="whole",
+        on_cpu=config.cluster.device == "cpu",
+        is_packed=False,
+    )
+    scoring = {"activations": activation_memory(model, alone, load).evaluation}
+    if isinstance(stage, MergeStage):
+        merging: Parts = {"weights": count_parameters(model).total * 4.0, "merged": float(whole)}
+        return [
+            Phase(
+                name="load", static={"weights": merging["weights"]}, changing={}, host={"loading": merging["weights"]}
+            ),
+            Phase(name="evaluation", static=merging, changing=scoring, host={}),
+            Phase(name="save", static=merging, changing={}, host={"artifact": float(whole)}),
+        ]
+    held: Parts = {"weights": base_bytes(model, config)}
+    if isinstance(config.tuning, LoraTuning):
+        held["weights"] += trainable_parameters(model, config) * 4.0
+    else:
+        held["base beside"] = float(whole)
+    judges = sum(1 for reward in stage.rewards if reward.source.startswith(("stage:", "model:")))
+    beside: Parts = {"models beside": judges * base_bytes(model, config)}
+    phases = [
+        Phase(name="load", static=held, changing={}, host={"loading": float(whole)}),
+        Phase(name="evaluation", static=held, changing=scoring, host={}),
+    ]
+    if stage.rewards:
+        answers = stage.rollout.prompts * stage.rollout.group_size
+        made = _generation(
+            model,
+            config,
+            stage.rollout,
+            prompt=stage.data.max_length,
+            sequences=min(stage.rollout.generate_size, answers),
+        )
+        phases.append(Phase(name="rollout", static={**held, **beside}, changing=made, host={}))
+    return phases
+
+
+def _generation(
+    model: Architecture, config: RunConfig, rollout: RolloutConfig, *, prompt: int, sequences: int
+) -> Parts:
+    """The cache; its largest layer twice while it grows; prefill of the prompts, whose last logits alone are made."""
+    full_autocast = not isinstance(config.tuning, LoraTuning) and not isinstance(config.sharding, ZeroSharding)
+    width = 4 if full_autocast else compute_width(config)
+    cache = kv_cache_bytes(model, sequences=sequences, length=prompt + rollout.max_new_tokens, width=width)
+    load = Load(
+        rows=sequences,
+        length=prompt,
+        trained_share=0.0,
+        logits="none",
+        is_packed=False,
+        on_cpu=config.cluster.device == "cpu",
+    )
+    return {
+        "KV cache": cache,
+        "temporaries": 2 * cache / model.num_hidden_layers + sequences * model.vocab_size * 4.0 * SAMPLER_COPIES,
+        "activations": activation_memory(model, config, load).evaluation,
+    }

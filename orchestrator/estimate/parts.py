@@ -1,0 +1,24 @@
+"""A phase in bytes; must not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Parts = dict[str, float]
+"""Name -> bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """The largest moment of a phase."""
+
+    name: str
+    static: Parts
+    """What lies still between the phases."""
+    changing: Parts
+    """What comes and goes within a step, which leaves holes in the allocator's blocks."""
+    host: Parts
+
+    @property
+    def device_total(self) -> float:
+        return sum(self.static.values()) + sum(self.changing.values())

@@ -1,0 +1,72 @@
+"""What DeepSpeed and DDP hold beside the states: buckets, gathered parameters, small ones that stay; must not import torch."""
+
+from __future__ import annotations
+
+from orchestrator.architecture import count_parameters
+from orchestrator.architecture_families import linear_layers
+from orchestrator.config.model import Architecture, LoraTuning, ZeroSharding
+from orchestrator.config.run import RunConfig
+from orchestrator.estimate.activations import layer_parameters
+from orchestrator.estimate.constants import LIVE_ELEMENTS, SUB_GROUP_ELEMENTS
+from orchestrator.estimate.states import base_bytes, compute_width, shards_of, trainable_parameters
+
+
+def bucket_bytes(model: Architecture, config: RunConfig) -> float:
+    """Flat buffers in which gradients travel; DDP's hold all of them (accelerate leaves gradient_as_bucket_view off)."""
+    trained = trainable_parameters(model, config)
+    if not isinstance(config.sharding, ZeroSharding):
+        return 4.0 * trained if config.world_size > 1 else 0.0
+    buffers = 2 if config.sharding.overlap_communication and config.sharding.strategy != "zero3" else 1
+    return float(min(config.sharding.bucket_elements, trained) * buffers * compute_width(config))
+
+
+def gathered_bytes(model: Architecture, config: RunConfig, *, least: bool = False) -> float:
+    """Whole parameters on a rank under ZeRO-3: DeepSpeed keeps what it meets again within a thousand million elements.
+
+    `least`: only the largest layer and the next one are there.
+    """
+    if not _is_zero3(config) or not isinstance(config.sharding, ZeroSharding):
+        return 0.0
+    whole = whole_bytes(model, config)
+    width = whole / count_parameters(model).total
+    largest = layer_parameters(model) * width
+    if least:
+        return min(whole, 2 * largest)
+    return min(whole, (LIVE_ELEMENTS + config.sharding.prefetch_elements) * compute_width(config) + largest)
+
+
+def persistent_bytes(model: Architecture, config: RunConfig) -> float:
+    """Parameters too small to be sharded away: under ZeRO-3 they also stay whole on every rank."""
+    if not _is_zero3(config) or not isinstance(config.sharding, ZeroSharding):
+        return 0.0
+    limit, rank = config.sharding.persistence_elements, _rank(config)
+    sizes = [linear.inputs * linear.outputs for linear in linear_layers(model)]
+    sizes += [size * rank for linear in linear_layers(model) for size in (linear.inputs, linear.outputs)]
+    vectors = 4 * model.hidden_size
+    small = vectors + sum(size for size in sizes if size < limit)
+    return float(small * model.num_hidden_layers * compute_width(config))
+
+
+def whole_bytes(model: Architecture, config: RunConfig) -> float:
+    """Every parameter, unsharded, as this run holds it."""
+    adapters = trainable_parameters(model, config) if isinstance(config.tuning, LoraTuning) else 0
+    width = compute_width(config) if isinstance(config.sharding, ZeroSharding) else 4
+    if isinstance(config.tuning, LoraTuning):
+        return base_bytes(model, config) + adapters * width
+    return float(count_parameters(model).total * width)
+
+
+def step_bytes(model: Architecture, config: RunConfig) -> float:
+    """fp32 copies of gradients that DeepSpeed makes for its step: of the partition, or of a sub-group under ZeRO-3."""
+    if not isinstance(config.sharding, ZeroSharding):
+        return 0.0
+    own = trainable_parameters(model, config) / shards_of(config).optimizer
+    return 4.0 * (min(own, SUB_GROUP_ELEMENTS) if _is_zero3(config) else own)
+
+
+def _is_zero3(config: RunConfig) -> bool:
+    return config.sharding.strategy == "zero3"
+
+
+def _rank(config: RunConfig) -> int:
+    return config.tuning.rank if isinstance(config.tuning, LoraTuning) else 0

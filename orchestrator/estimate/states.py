@@ -1,0 +1,141 @@
+"""Bytes of weights, gradients and optimizer states on one rank, by ZeRO stage; pure arithmetic, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.architecture import count_lora_parameters, count_parameters
+from orchestrator.architecture_families import linear_layers
+from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization, ZeroSharding
+from orchestrator.config.run import RunConfig
+from orchestrator.config.stages import TrainingStage
+from orchestrator.estimate.constants import (
+    MOMENTS_8BIT_BYTES,
+    NF4_BLOCK,
+    NF4_NESTED_BLOCK,
+    NF4_TABLES_BYTES,
+)
+
+NF4_BYTES = (4 + 8 / NF4_BLOCK + 32 / (NF4_BLOCK * NF4_NESTED_BLOCK)) / 8
+"""Of a parameter with double quantisation: 4.127 bit (2305.14314)."""
+NF4_SINGLE_BYTES = (4 + 32 / NF4_BLOCK) / 8
+"""Of a parameter without: 4.5 bit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateMemory:
+    """Bytes that one rank holds between steps: on its device, and in the host's memory where they are offloaded."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """Optimizer states and, under DeepSpeed, the fp32 master weights."""
+    host_weights: float
+    host_optimizer: float
+    host_gradients: float
+
+    @property
+    def total(self) -> float:
+        """On the device."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def host_total(self) -> float:
+        return self.host_weights + self.host_optimizer + self.host_gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """Over how many ranks each kind is divided."""
+
+    optimizer: int
+    gradients: int
+    parameters: int
+
+
+def trainable_parameters(model: Architecture, config: RunConfig) -> int:
+    if isinstance(config.tuning, LoraTuning):
+        return count_lora_parameters(model, config.tuning)
+    return count_parameters(model).total
+
+
+def compute_width(config: RunConfig) -> int:
+    """Bytes of a number in `model.dtype`."""
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def trained_width(config: RunConfig) -> int:
+    """Bytes of a trained weight and its gradient: without DeepSpeed they are fp32 and run under autocast."""
+    return compute_width(config) if isinstance(config.sharding, ZeroSharding) else 4
+
+
+def shards_of(config: RunConfig) -> Shards:
+    stage = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}[config.sharding.strategy]
+    world = config.world_size
+    return Shards(
+        optimizer=world if stage >= 1 else 1,
+        gradients=world if stage >= 2 else 1,
+        parameters=world if stage >= 3 else 1,
+    )
+
+
+def frozen_bytes(model: Architecture, config: RunConfig) -> float:
+    """The base that is not trained, whole; nothing under full fine-tuning."""
+    return base_bytes(model, config) if isinstance(config.tuning, LoraTuning) else 0.0
+
+
+def base_bytes(model: Architecture, config: RunConfig) -> float:
+    """The base at its true width: linear layers in 4 bits where they are quantised, all else in `model.dtype`."""
+    total, width = count_parameters(model).total, compute_width(config)
+    if not isinstance(config.quantization, Nf4Quantization):
+        return total * width
+    quantised = quantised_parameters(model)
+    double = config.quantization.double_quantization
+    tables = sum(NF4_TABLES_BYTES) if double else NF4_TABLES_BYTES[0]
+    return (
+        (total - quantised) * width
+        + quantised * (NF4_BYTES if double else NF4_SINGLE_BYTES)
+        + len(_quantised_layers(model)) * model.num_hidden_layers * tables
+    )
+
+
+def quantised_parameters(model: Architecture) -> int:
+    """Weights of linear layers; embeddings, head, norms, biases and a mixture's fused experts stay as they are."""
+    return sum(_quantised_layers(model)) * model.num_hidden_layers
+
+
+def _quantised_layers(model: Architecture) -> list[int]:
+    """Elements of each quantised matrix of one layer."""
+    layers = [linear for linear in linear_layers(model) if linear.is_attention or not model.num_experts]
+    return [linear.inputs * linear.outputs for linear in layers]
+
+
+def optimizer_bytes(config: RunConfig, stage: TrainingStage) -> float:
+    """Of one trained parameter; with the fp32 master under DeepSpeed."""
+    states = MOMENTS_8BIT_BYTES if stage.optimizer.name == "adamw_8bit" else 8.0
+    return states + (4.0 if isinstance(config.sharding, ZeroSharding) else 0.0)
+
+
+def state_memory(model: Architecture, config: RunConfig, stage: TrainingStage) -> StateMemory:
+    """States of mixed-precision Adam (1910.02054, section 3), over the *trainable* parameters for gradients and optimizer."""
+    trained = trainable_parameters(model, config)
+    shards = shards_of(config)
+    weights = (frozen_bytes(model, config) + trained * trained_width(config)) / shards.parameters
+    gradients = trained * trained_width(config) / shards.gradients
+    optimizer = trained * optimizer_bytes(config, stage) / shards.optimizer
+    optimizer_away, weights_away = _offloaded(config)
+    return StateMemory(
+        weights=0.0 if weights_away else weights,
+        gradients=0.0 if optimizer_away else gradients,
+        optimizer=0.0 if optimizer_away else optimizer,
+        host_weights=weights if weights_away else 0.0,
+        host_gradients=trained * 4.0 / shards.gradients if optimizer_away else 0.0,
+        host_optimizer=optimizer if optimizer_away else 0.0,
+    )
+
+
+def _offloaded(config: RunConfig) -> tuple[bool, bool]:
+    """Whether optimizer and parameters lie in the host's memory."""
+    if not isinstance(config.sharding, ZeroSharding):
+        return False, False
+    return config.sharding.offload_optimizer == "cpu", config.sharding.offload_parameters == "cpu"

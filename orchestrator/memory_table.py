@@ -1,0 +1,56 @@
+"""The memory forecast as a person reads it; must not import torch."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from orchestrator.estimate.records import MemoryForecast, PhaseForecast
+
+MEANINGS = {
+    "FIT": "the high estimate fits",
+    "TIGHT": "it may fit: the low estimate does, the high one does not",
+    "NO": "not even the low estimate fits",
+}
+NEGLIGIBLE_GIB = 0.005
+
+
+def memory_line(memory: MemoryForecast | None) -> str:
+    """The forecast in a sentence."""
+    if memory is None:
+        return "known after the base was fetched"
+    told = f"{memory.expected:.2f} GiB ({memory.low:.2f} to {memory.high:.2f}) in phase {memory.binding}; states {memory.total:.2f}"
+    if memory.verdict is None:
+        return f"{told}; set cluster.hardware.memory_gib to have it judged"
+    return f"{memory.verdict} of {memory.memory_gib:g} GiB: {told}"
+
+
+def memory_table(memory: MemoryForecast) -> Table:
+    """Phases and their parts, GiB of one rank; the binding phase is marked."""
+    table = Table(
+        box=None, pad_edge=False, title_justify="left", title="memory by phase, GiB of one rank", title_style="dim"
+    )
+    table.add_column("phase", style="cyan", no_wrap=True)
+    table.add_column("expected", justify="right", no_wrap=True)
+    table.add_column("low-high", justify="right", no_wrap=True)
+    table.add_column("host", justify="right", no_wrap=True)
+    table.add_column("parts on the device", overflow="fold")
+    for phase in memory.phases:
+        is_binding = phase.name == memory.binding
+        table.add_row(
+            f"{phase.name} <" if is_binding else phase.name,
+            f"{phase.expected:.2f}",
+            f"{phase.low:.2f}-{phase.high:.2f}",
+            f"{phase.host_expected:.1f}",
+            _parts(phase),
+            style="bold" if is_binding else None,
+        )
+    if memory.verdict is not None:
+        table.caption = f"{memory.verdict}: {MEANINGS[memory.verdict]}"
+        table.caption_justify = "left"
+    return table
+
+
+def _parts(phase: PhaseForecast) -> str:
+    """The parts, largest first."""
+    parts = sorted(phase.device.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {size:.2f}" for name, size in parts if size >= NEGLIGIBLE_GIB)
