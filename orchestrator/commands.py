@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers.spec import InvalidValueError
-from orchestrator.compose import examine
+from orchestrator.advising import print_advice, settled_words
+from orchestrator.compose import Composed, examine
 from orchestrator.config.run import RunConfig, parse
 from orchestrator.errors import (
     EXIT_DONE,
@@ -27,11 +28,16 @@ from orchestrator.tables import print_plan, print_scaling
 
 SHARED = (".batch: global_size", ".rollout.prompts:")
 """Rules on sharing rows among ranks: the scaling table tells them row by row."""
+ADVISE = "advise=true"
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Prints what would happen; writes nothing. A list of numbers of nodes makes it a scaling table."""
+    """Prints what would happen, or what else would fit (advise=true), or a list of numbers of nodes side by side; writes nothing."""
     words, form = _take_format(arguments)
+    if ADVISE in words:
+        words, config_directory = _take_config_directory([word for word in words if word != ADVISE])
+        print_advice(composed_words(words, config_directory), config_directory)
+        return EXIT_DONE
     words, counts = take_node_counts(words)
     if counts is not None:
         return _scaling(words, counts, form)
@@ -103,6 +109,9 @@ def planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
     """Configuration and plan; one error with every problem of words, keys, rules, base, data and scripts."""
     words, config_directory = _take_config_directory(arguments)
     composed = examine(words, config_directory=config_directory)
+    if composed.autos and not composed.problems:
+        kept = [word for word in words if word != "sharding=auto"]
+        composed = examine([*kept, *settled_words(composed, config_directory)], config_directory=config_directory)
     config, problems = composed.config, composed.problems
     config = resolve(config, Path.cwd())
     try:
@@ -113,6 +122,14 @@ def planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
     if problems:
         raise ConfigError(problems)
     return config, make_plan(config, base=base, data=data)
+
+
+def composed_words(words: Sequence[str], config_directory: Path | None) -> Composed:
+    """The composed words; ConfigError with every problem."""
+    composed = examine(words, config_directory=config_directory)
+    if composed.problems:
+        raise ConfigError(composed.problems)
+    return composed
 
 
 def planned_runs(arguments: Sequence[str]) -> list[tuple[RunConfig, Plan]]:

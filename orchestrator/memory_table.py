@@ -21,7 +21,12 @@ def memory_line(memory: MemoryForecast | None) -> str:
     told = f"{memory.expected:.2f} GiB ({memory.low:.2f} to {memory.high:.2f}) in phase {memory.binding}; states {memory.total:.2f}"
     if memory.verdict is None:
         return f"{told}; set cluster.hardware.memory_gib to have it judged"
-    return f"{memory.verdict} of {memory.memory_gib:g} GiB: {told}"
+    host = (
+        ""
+        if memory.node_memory_gib is None
+        else f"; host of a node {memory.node_gib:.0f} of {memory.node_memory_gib:g}"
+    )
+    return f"{memory.verdict} of {memory.memory_gib:g} GiB: {told}{host}"
 
 
 def memory_table(memory: MemoryForecast) -> Table:

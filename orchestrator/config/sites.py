@@ -93,6 +93,8 @@ class ClusterConfig(Section):
     gpus_per_node: NaturalInt
     gpu_type: str | None
     cpus_per_task: PositiveInt | None
+    node_memory_gib: PositiveFloat | None
+    """Host memory of a node in GiB; null where unknown, and then what the host needs is shown and not judged."""
     memory: str | None
     """Host memory of a node in Slurm's words, such as 480G; `0` is all of it."""
     time_limit: str | None

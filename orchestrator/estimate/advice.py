@@ -25,6 +25,8 @@ class Judgement:
     low_gib: float
     high_gib: float
     """Of the binding phase, on the device."""
+    node_gib: float
+    """Of all ranks of a node, in its host's memory."""
     step_seconds: float
     steps: int
     """1 where the number is not known yet."""
@@ -58,6 +60,7 @@ class Option:
     """The worst of its stages."""
     high_gib: float
     """The highest of its stages."""
+    node_gib: float
     seconds: float
     """Of all steps of all stages."""
     step_seconds: Mapping[str, float]
@@ -187,6 +190,7 @@ def _option(variant: _Variant, sizes: Mapping[str, int], judged: Mapping[str, Ju
         micro_sizes=dict(sizes),
         verdict=max((one.verdict for one in judged.values()), key=RANK.__getitem__),
         high_gib=max(one.high_gib for one in judged.values()),
+        node_gib=max(one.node_gib for one in judged.values()),
         seconds=sum(one.step_seconds * one.steps for one in judged.values()),
         step_seconds={name: one.step_seconds for name, one in judged.items()},
     )

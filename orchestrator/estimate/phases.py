@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,10 +24,13 @@ from orchestrator.estimate.constants import (
 )
 from orchestrator.estimate.generation import reference_bytes, rollout_parts, scoring_phases
 from orchestrator.estimate.parts import Parts, Phase
-from orchestrator.estimate.records import MemoryForecast, PhaseForecast, verdict_of
+from orchestrator.estimate.records import HOST_UNCERTAINTY, MemoryForecast, PhaseForecast, verdict_of, worse_of
 from orchestrator.estimate.sharding import bucket_bytes, gathered_bytes, persistent_bytes, step_bytes, whole_bytes
 from orchestrator.estimate.states import StateMemory, optimizer_bytes, shards_of, state_memory, trainable_parameters
 
+MEMORY = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
+UNITS_GIB = {"K": 2.0**-20, "": 2.0**-10, "M": 2.0**-10, "G": 1.0, "T": 1024.0}
+"""Slurm counts in MiB where no unit stands."""
 Level = Literal["low", "expected", "high"]
 
 
@@ -40,13 +44,17 @@ class Loss:
 def memory_forecast(
     model: Architecture, config: RunConfig, stage: Stage, *, memory_gib: float | None = None, loss: Loss | None = None
 ) -> MemoryForecast:
-    """What one rank of a stage needs in every phase, against the `memory_gib` of its device where that is given."""
+    """What one rank of a stage needs in every phase, against the `memory_gib` of its device, and a node's, where they are known."""
     low, expected, high = (
         _phases(model, config, stage, loss or Loss(), level) for level in ("low", "expected", "high")
     )
     phases = tuple(_told(*same) for same in zip(low, expected, high, strict=True))
     binding = max(phases, key=lambda phase: phase.expected)
     states = _states(model, config, stage)
+    ranks = config.cluster.processes_per_node if isinstance(stage, TrainingStage) else 1
+    host, room = ranks * max(phase.host_expected for phase in phases), node_memory_gib(config)
+    host_verdict = verdict_of(host * (1 - HOST_UNCERTAINTY), host * (1 + HOST_UNCERTAINTY), room)
+    device = verdict_of(max(phase.low for phase in phases), max(phase.high for phase in phases), memory_gib)
     return MemoryForecast(
         weights=states.weights / GIB,
         gradients=states.gradients / GIB,
@@ -59,8 +67,18 @@ def memory_forecast(
         high=max(phase.high for phase in phases),
         host=max(phase.host_expected for phase in phases),
         memory_gib=memory_gib,
-        verdict=verdict_of(max(phase.low for phase in phases), max(phase.high for phase in phases), memory_gib),
+        node_gib=host,
+        node_memory_gib=room,
+        verdict=worse_of(device, host_verdict),
     )
+
+
+def node_memory_gib(config: RunConfig) -> float | None:
+    """Host memory of a node that the job may use: what the node has, or less where Slurm is asked for less."""
+    found = MEMORY.fullmatch((config.cluster.memory or "").strip())
+    asked = float(found["number"]) * UNITS_GIB[found["unit"].upper()] if found is not None else 0.0
+    known = [amount for amount in (config.cluster.node_memory_gib, asked) if amount]
+    return min(known, default=None)
 
 
 def micro_batch(config: RunConfig, stage: TrainingStage, loss: Loss, trained_share: float) -> Load:

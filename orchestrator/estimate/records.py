@@ -42,7 +42,22 @@ class MemoryForecast(Section):
     """Of one rank, in the phase that needs most."""
     memory_gib: float | None
     """What the device has; null where unknown."""
+    node_gib: float
+    """All ranks of a node in the host's memory, in the phase that needs most."""
+    node_memory_gib: float | None
+    """What a node's host has for the job; null where unknown, and then not judged."""
     verdict: Verdict | None
+    """The worse of device and host."""
+
+
+HOST_UNCERTAINTY = 0.15
+"""Of the host's share, on either side: libraries, page cache and pinned buffers differ by machine."""
+
+
+def worse_of(device: Verdict | None, host: Verdict | None) -> Verdict | None:
+    """The verdict of a rank: none where the device's memory is unknown."""
+    order: list[Verdict] = ["FIT", "TIGHT", "NO"]
+    return device if device is None or host is None else max(device, host, key=order.index)
 
 
 def verdict_of(low: float, high: float, memory_gib: float | None) -> Verdict | None:

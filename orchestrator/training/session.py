@@ -16,6 +16,7 @@ from orchestrator.dataset.order import Order, make_order
 from orchestrator.errors import EXIT_SAVED
 from orchestrator.estimate.flops import flops_per_token
 from orchestrator.schedule import total_steps
+from orchestrator.training.autopsy import autopsy, ran_out_of_memory
 from orchestrator.training.causal import head_of
 from orchestrator.training.checkpoint import Checkpointer, Subject
 from orchestrator.training.context import Context, Record
@@ -72,9 +73,18 @@ PlanCourse = Callable[[Session], Course]
 
 
 def run_training(context: Context, plan_course: PlanCourse, *, build_model: BuildModel = build_policy) -> int:
-    """Trains, writes and proves; the exit code of the rank."""
+    """Trains, writes and proves; the exit code of the rank. TrainingFailed with an autopsy where memory ran out."""
     runtime = start_runtime(context.config, context.stage)
     record = Record(context, rank=runtime.rank)
+    try:
+        return _train(context, runtime, record, plan_course, build_model)
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise autopsy(context, error, rank=runtime.rank, step=record.last_step + 1, device=runtime.device) from error
+
+
+def _train(context: Context, runtime: Runtime, record: Record, plan_course: PlanCourse, build_model: BuildModel) -> int:
     record.event("start", world_size=runtime.world_size, device=str(runtime.device), began=context.began)
     started = time.time()
     session = open_session(context, runtime, record, build_model)

@@ -1,0 +1,48 @@
+"""Memory that runs out, for real: an address space too small for the attention matrix of long rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from running import make_bench
+
+from orchestrator.rundir import RunFolder, read_json
+
+GIB = 2**30
+TOKENS = 9000
+"""Eager attention over 4 rows x 4 heads of so many tokens: 4.8 GiB a matrix."""
+
+
+def test_an_autopsy_says_phase_plan_and_change(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path / "bench")
+    rows = bench.root / "long.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": "Say", "output": "a " * TOKENS}) + "\n" for _ in range(8)))
+    words = bench.words(
+        "starved",
+        f"stages.sft.data.train.path={rows}",
+        "stages.sft.data.eval.path=none",
+        f"stages.sft.data.max_length={TOKENS}",
+        "stages.sft.data.packing=none",
+        "stages.sft.data.truncation=accept",
+        "stages.sft.batch.micro_size=4",
+        "stages.sft.checkpoint.probe_rows=0",
+        "model.attention=eager",
+        "launcher=local",
+    )
+    command = f'ulimit -v {7 * GIB // 1024}; exec "$0" "$@"'
+    argv = ["bash", "-c", command, sys.executable, "-m", "orchestrator", "run", *words]
+    environment = bench.environment({"OMP_NUM_THREADS": "1"})
+    ended = subprocess.run(argv, cwd=bench.root, env=environment, capture_output=True, text=True, timeout=300)
+    files = RunFolder(bench.runs / "starved").stage("sft")
+    assert ended.returncode == 93, ended.stdout + ended.stderr
+    attempt = read_json(files.attempt(1))
+    assert attempt["state"] == "failed" and "out of memory in the" in attempt["why"]
+    log = "".join(file.read_text() for file in files.logs.glob("*.log"))
+    assert "out of memory in the forward of step 1, rank 0" in log
+    assert "address space limited to 7.0 GiB" in log
+    assert "planned: forward" in log and "<- here" in log
+    assert "this needs less at the same global batch: " in log and "stages.sft.batch.micro_size=" in log
+    assert not files.result.exists()
