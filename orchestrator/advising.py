@@ -15,6 +15,7 @@ from rich.table import Table
 
 from orchestrator.bases import Base
 from orchestrator.compose import AUTO, Composed, presets
+from orchestrator.config.model import ZeroSharding
 from orchestrator.config.run import Quantization, RunConfig, Sharding
 from orchestrator.config.sites import HardwareConfig
 from orchestrator.errors import ConfigError, RunFolderError
@@ -140,6 +141,8 @@ def choices_of(config: RunConfig, config_directory: Path | None) -> Choices:
     names = sorted(
         found, key=lambda name: (SIMPLE_FIRST.index(name) if name in SIMPLE_FIRST else len(SIMPLE_FIRST), name)
     )
+    if config.world_size == 1:  # there is nobody to share with
+        names = [name for name in names if found[name].strategy == "none" or _offloads(found[name])]
     ours = {name: config.sharding if _alike(found[name], config.sharding) else found[name] for name in names}
     quantization = TypeAdapter[Any](Quantization)
     quantizations = {
@@ -166,7 +169,7 @@ def known_machine(config: RunConfig, config_directory: Path | None) -> RunConfig
 def nearest_sentences(advice: Advice, config: RunConfig) -> list[str]:
     least = min((option.high_gib for option in advice.options), default=None)
     room = config.cluster.hardware.memory_gib
-    told = [] if least is None else [f"the least that any setting needs is {least:.1f} GiB of {room:g} GiB a device"]
+    told = [] if least is None else [f"the least that any setting needs is {least:.1f} GiB of {room:.1f} GiB a device"]
     hosts = min((option.node_gib for option in advice.options), default=0.0)
     if config.cluster.node_memory_gib is not None and hosts > config.cluster.node_memory_gib:
         told.append(f"a node's host needs {hosts:.0f} GiB at least, it has {config.cluster.node_memory_gib:g}")
@@ -208,7 +211,7 @@ def _difference(best: Option, other: Option) -> str:
 def _table(advice: Advice, config: RunConfig) -> Table:
     room = config.cluster.hardware.memory_gib
     table = Table(title="settings that fit, fastest first", title_justify="left", box=None, pad_edge=False)
-    for name in ("sharding", "checkpointing", "micro sizes", "verdict", f"GiB of {room:g}", "seconds a step"):
+    for name in ("sharding", "checkpointing", "micro sizes", "verdict", f"GiB of {room:.1f}", "seconds a step"):
         table.add_column(name, justify="right" if name[0] in "Gs" and name != "sharding" else "left")
     for option in advice.fitting[:SHOWN]:
         table.add_row(
@@ -265,10 +268,10 @@ def _sharding_word(leaves: Mapping[str, Any]) -> str:
     return f"sharding={leaves['sharding.strategy']}{'_offload' if is_offloaded else ''}"
 
 
+def _offloads(sharding: Sharding) -> bool:
+    return isinstance(sharding, ZeroSharding) and sharding.offload_optimizer != "none"
+
+
 def _alike(one: Sharding, other: Sharding) -> bool:
     """Whether two shardings are of one preset: what is tuned below that counts as the configuration's own."""
-    kinds = [
-        (known.strategy, getattr(known, "offload_optimizer", "none"), getattr(known, "offload_parameters", "none"))
-        for known in (one, other)
-    ]
-    return kinds[0] == kinds[1]
+    return one.strategy == other.strategy and _offloads(one) == _offloads(other)
