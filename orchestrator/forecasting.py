@@ -82,7 +82,7 @@ def shape_for(stage: TrainingStage, data: DataFacts) -> RowShape:
 
 def _guessed_steps(stage: TrainingStage, data: DataFacts) -> int | None:
     """Steps from the size of the files, where packing decides; None where not even that is known."""
-    if not data.bytes or stage.data.packing == "none":
+    if not data.bytes or stage.epochs is None or stage.data.packing == "none":
         return None
     rows = guessed_packed_rows(data.bytes, stage.data.max_length)
     per_epoch = steps_per_epoch(rows, stage.batch.global_size)

@@ -132,12 +132,13 @@ def checkpoint_plan(config: RunConfig, stage: TrainingStage, known: Known, *, st
 
 
 def _failures(config: RunConfig, stage: TrainingStage, known: Known, size: int) -> Failures:
-    """A save in the background pauses training for a copy to host memory, else for its whole writing."""
+    """A save in the background pauses training for the probe and a copy to host memory, else for its writing too."""
     cluster = config.cluster
     written = size / (cluster.disk_gbytes_per_second * 1e9) if known.save_seconds is None else known.save_seconds
     host = cluster.hardware.host_gbytes_per_second
     copied = 0.0 if host is None else size / config.world_size / (host * 1e9)
-    pause = copied if stage.checkpoint.background else written
+    probe = stage.checkpoint.probe_rows * _row_seconds(config, known, with_completions(known.shape, stage))
+    pause = probe + (copied if stage.checkpoint.background else written)
     return Failures(
         pause=pause if known.pause_seconds is None else known.pause_seconds,
         writing=written if stage.checkpoint.background else 0.0,
@@ -158,15 +159,19 @@ def with_completions(shape: RowShape, stage: TrainingStage) -> RowShape:
 
 def _scoring_seconds(config: RunConfig, stage: TrainingStage, known: Known, shape: RowShape) -> float:
     """Evaluations before, after and on the way, and the one scoring of all rows under a reference policy."""
-    assert known.rate is not None
-    forward = forward_flops_per_token(known.model, config, length=shape.attended)
-    row_seconds = shape.computed_tokens * forward / known.rate.flops_per_second / config.world_size
     every, steps = stage.evaluate_every_steps, known.steps or 0
     evaluations = 2 + (max(0, steps - 1) // every if every else 0)
     rows = known.evaluation_rows * evaluations
     if isinstance(stage, DpoStage) and stage.loss not in WITHOUT_REFERENCE:
         rows += known.train_rows + known.evaluation_rows
-    return rows * row_seconds
+    return rows * _row_seconds(config, known, shape)
+
+
+def _row_seconds(config: RunConfig, known: Known, shape: RowShape) -> float:
+    """Time of scoring a row, with all ranks at work."""
+    assert known.rate is not None
+    forward = forward_flops_per_token(known.model, config, length=shape.attended)
+    return shape.computed_tokens * forward / known.rate.flops_per_second / config.world_size
 
 
 def _time_plan(
