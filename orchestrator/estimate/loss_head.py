@@ -17,7 +17,7 @@ GPU_CHUNK_BYTES = 256 * 2**20
 LEAST_ROWS = 32
 """Of a chunk: fewer make a matrix product slow."""
 TEMPORARY_LOGITS = 3.5
-"""fp32 logits, their log-probabilities, and 16-bit copies on both sides of the products."""
+"""fp32 logits, their log-probabilities, those of the chunk before, and 16-bit copies; 2 more with a soft cap or entropies."""
 TARGET_BYTES = 8
 
 

@@ -113,7 +113,7 @@ def open_session(context: Context, runtime: Runtime, record: Record, build_model
     if runtime.autocast_dtype is not None:
         keep_input_types(model)
     _tell_size(record, model)
-    _tell_head(record, model)
+    _tell_head(record, model, runtime.device)
     optimizer = build_optimizer(model, stage.optimizer)
     prepared_model, prepared_optimizer = runtime.accelerator.prepare(model, optimizer)
     set_seed(config.seeds.weights + runtime.rank)
@@ -253,8 +253,8 @@ def _tell_size(record: Record, model: torch.nn.Module) -> None:
     record.say(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
 
 
-def _tell_head(record: Record, model: torch.nn.Module) -> None:
-    head = head_of(model)
+def _tell_head(record: Record, model: torch.nn.Module, device: torch.device) -> None:
+    head = head_of(model, device)
     record.event("head", head=head)
     record.say(f"loss head: {head}")
 

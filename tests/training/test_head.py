@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from orchestrator.estimate.loss_head import LEAST_ROWS, chunk_rows
-from orchestrator.training.causal import Query, attach_adapted_head, attach_head, head_of
+from orchestrator.training.causal import Query, _known_head, attach_adapted_head, attach_head, head_of
 from orchestrator.training.head import Shape, Term, chunked_logprobs_K
 from orchestrator.training.logprobs import places_of, token_entropies_BT, token_logprobs_BT
 from orchestrator.training.tuning import keep_input_types
@@ -37,6 +37,7 @@ WIDTHS = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, 
     "pad_token_id": 0,
 }
 TOLERANCE = 1e-6
+CPU = torch.device("cpu")
 
 
 def _model(kind: str) -> Any:
@@ -120,7 +121,7 @@ CASES = [
 def test_it_equals_whole_logits(kind: str, tuning: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.training.head.CPU_CHUNK_BYTES", 4 * VOCABULARY)
     model = _tuned(_model(kind), tuning)
-    assert head_of(model).startswith("chunked") == (tuning != "dora-head")
+    assert head_of(model, CPU).startswith("chunked") == (tuning != "dora-head")
     ids_BT, labels_BT = _inputs()
     assert len(places_of(labels_BT)) % LEAST_ROWS and len(places_of(labels_BT)) > 2 * LEAST_ROWS
     ours_BT, entropies_BT = model(input_ids=ids_BT, query=_query(labels_BT, temperature=temperature, entropies=True))
@@ -253,7 +254,7 @@ def test_a_model_that_scales_its_logits_makes_its_own() -> None:
     torch.manual_seed(0)
     model = CohereForCausalLM(CohereConfig(**WIDTHS, logit_scale=0.0625))
     attach_head(model)
-    assert "whole logits: CohereForCausalLM" in head_of(model)
+    assert head_of(model, CPU).startswith("whole logits: a small copy of CohereForCausalLM")
     ids_BT, labels_BT = _inputs()
     ours_BT, entropies_BT = model(input_ids=ids_BT, query=_query(labels_BT, temperature=0.7, entropies=True))
     logits_BTV = model(input_ids=ids_BT).logits
@@ -268,7 +269,7 @@ def test_the_head_in_words_and_the_rows_of_a_chunk() -> None:
         "saved-head": "chunked cross-entropy",
         "dora-head": "logits of the trained tokens: the head is a Linear",
     }.items():
-        assert words in head_of(_tuned(_model("untied"), tuning)), tuning
+        assert words in head_of(_tuned(_model("untied"), tuning), CPU), tuning
     assert (
         chunk_rows(128_256, "cpu") == 98
         and chunk_rows(10**7, "cpu") == LEAST_ROWS
@@ -280,6 +281,11 @@ def test_the_model_is_still_the_one_that_transformers_made(tmp_path: Any) -> Non
     """It generates, is saved, loaded and copied as before, and attaching again changes nothing."""
     model = _tuned(_model("tied"), "full")
     kind = type(model)
+    model.config._attn_implementation_internal = (
+        "flash_attention_2"  # no kernel of the model's own is needed to know it
+    )
+    assert _known_head(model)
+    model.config._attn_implementation_internal = "sdpa"
     attach_head(model)
     assert type(model) is kind and isinstance(model, LlamaForCausalLM)
     ids_BT, labels_BT = _inputs()
