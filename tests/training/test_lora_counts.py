@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from orchestrator.architecture import count_lora_parameters, count_parameters
+from orchestrator.architecture import count_lora_parameters, count_parameters, read_architecture
+from orchestrator.architecture_families import FAMILIES
 from orchestrator.compose import CONF, compose
 from orchestrator.config.model import Architecture, LoraTuning
 from orchestrator.errors import ConfigError
+from orchestrator.training.memory_models import transformers_config
 from orchestrator.training.tuning import apply_tuning
 
 PRESETS = ("smollm2_135m", "llama3_8b", "qwen3_8b", "mixtral_8x7b", "llama3_70b")
@@ -27,16 +32,33 @@ def preset(name: str) -> Architecture:
     )
 
 
-def transformers_config(model: Architecture) -> PretrainedConfig:
-    facts = model.model_dump(exclude={"model_type", "num_experts", "num_experts_per_token"})
-    if model.num_experts:
-        facts |= {"num_local_experts": model.num_experts, "num_experts_per_tok": model.num_experts_per_token}
-    return AutoConfig.for_model(model.model_type, **facts)
-
-
 def real_model(model: Architecture) -> PreTrainedModel:
+    kind = AutoModelForMaskedLM if model.model_type == "bert" else AutoModelForCausalLM
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(transformers_config(model))
+        return kind.from_config(transformers_config(model))
+
+
+def relative(family: str) -> Architecture:
+    """A small model of a family, with what the family allows."""
+    is_older = family in ("gpt2", "gpt_neox", "bert")
+    is_mixture = family in ("mixtral", "qwen3_moe")
+    return Architecture(
+        model_type=family,
+        vocab_size=1019,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=6 if is_older else 3,
+        head_dim=16,
+        tie_word_embeddings=family in ("gpt2", "bert", "gemma", "gemma2", "gemma3_text"),
+        num_experts=4 if is_mixture else 0,
+        num_experts_per_token=2 if is_mixture else 0,
+        attention_bias=family == "qwen3",
+        feed_forward_bias=family == "llama",
+        num_positions=64 if family in ("gpt2", "bert") else 0,
+        sliding_window=None,
+    )
 
 
 def count(module: torch.nn.Module, *, trained: bool) -> int:
@@ -46,6 +68,32 @@ def count(module: torch.nn.Module, *, trained: bool) -> int:
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_base_has_as_many_parameters_as_the_plan_says(name: str) -> None:
     assert count(real_model(preset(name)), trained=False) == count_parameters(preset(name)).total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_counted_as_transformers_builds_it(family: str, tmp_path: Path) -> None:
+    model = relative(family)
+    real = real_model(model)
+    assert count(real, trained=False) == count_parameters(model).total
+    settings = LoraTuning.model_validate(yaml.safe_load((CONF / "tuning" / "lora.yaml").read_text()))
+    with torch.device("meta"):
+        task = None if family == "bert" else "CAUSAL_LM"
+        adapted = get_peft_model(real, LoraConfig(r=settings.rank, target_modules="all-linear", task_type=task))
+    assert count(adapted, trained=True) == count_lora_parameters(model, settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_facts_of_every_family_are_read_from_its_config(family: str, tmp_path: Path) -> None:
+    model = relative(family)
+    transformers_config(model).save_pretrained(tmp_path)
+    read = read_architecture(tmp_path)
+    assert read is not None
+    assert read.model_copy(update={"sliding_window": None}) == model.model_copy(update=_silent(family))
+
+
+def _silent(family: str) -> dict[str, bool]:
+    """What is true of a family whatever its config says, which the reader need not know."""
+    return {"attention_bias": True} if family == "gpt_neox" else {}
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
