@@ -25,7 +25,7 @@ python -m orchestrator [VERB] [overrides | RUN_DIR]     takes a pretrained langu
 
   run       check, plan, launch; continues an unfinished run (the default verb)
   plan      print stages, data, steps, memory, time, cost; format=json for machines; nothing is submitted;
-            cluster.nodes=1,2,4,...,512 makes it a scaling table
+            cluster.nodes=1,2,4,...,512 makes it a scaling table; advise=true: what else would fit, the fastest first
   check     the whole look before the spend, through the code that trains: rows, masks, one tiny backward
   prepare   tokenise and pack the data as a CPU job of its own (RUN_DIR, or overrides)
   render    write the scripts into the run folder and print them; nothing is submitted

@@ -68,7 +68,7 @@ def whole_loss(logits_BTV: torch.Tensor) -> torch.Tensor:
 
 def error_of(model: Architecture, config: RunConfig, length: int) -> tuple[float, float]:
     """(traced, forecast) peak bytes of a micro-batch."""
-    load = Load(rows=1, length=length, trained_share=1.0, logits="whole", chunk_tokens=0, is_packed=False)
+    load = Load(rows=1, length=length, trained_share=1.0, logits="whole", is_packed=False, on_cpu=False)
     precision = cast("Precision", mode_of(model, config, load).split("/")[1])
     mode = Mode(
         precision=precision,

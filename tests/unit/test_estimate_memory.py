@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ from test_arithmetic_memory import preset
 
 from orchestrator.architecture_families import FAMILIES
 from orchestrator.compose import compose
-from orchestrator.estimate.activations import Load, activation_memory, attention_path, loss_bytes
+from orchestrator.estimate.activations import Load, activation_memory, attention_path, chunked_head_bytes, loss_bytes
 from orchestrator.estimate.constants import GIB
 from orchestrator.estimate.generation import kv_cache_bytes
 from orchestrator.estimate.phases import Loss, memory_forecast
@@ -17,7 +18,7 @@ from orchestrator.estimate.polynomials import FOLDER, moments_of, traced
 from orchestrator.estimate.records import MemoryForecast, PhaseForecast, verdict_of
 from orchestrator.estimate.sharding import bucket_bytes, gathered_bytes, persistent_bytes, step_bytes
 
-ROW = Load(rows=1, length=4096, trained_share=1.0, logits="whole", chunk_tokens=512, is_packed=False)
+ROW = Load(rows=1, length=4096, trained_share=1.0, logits="whole", is_packed=False, on_cpu=False)
 EIGHT = ("launcher=torchrun", "cluster.processes_per_node=8", "stages.sft.batch.global_size=64")
 
 
@@ -101,7 +102,7 @@ def test_dense_masks_and_scores_grow_with_the_square() -> None:
 )
 def test_the_path_of_attention(words: tuple[str, ...], window: int | None, packed: bool, path: str) -> None:
     model = preset("llama3_8b").model_copy(update={"sliding_window": window})
-    load = Load(rows=1, length=4096, trained_share=1.0, logits="whole", chunk_tokens=0, is_packed=packed)
+    load = Load(rows=1, length=4096, trained_share=1.0, logits="whole", is_packed=packed, on_cpu=False)
     assert attention_path(model, compose(["+experiment=llama3_8b_lora", *words]), load) == path
 
 
@@ -110,12 +111,19 @@ def test_logits_by_hand() -> None:
     forward, backward = loss_bytes(preset("llama3_8b"), ROW, 2)
     assert forward == 4096 * 128256 * (2 + 4 + 4)
     assert backward == 4096 * 128256 * 12
-    chunked = loss_bytes(
-        preset("llama3_8b"),
-        Load(rows=1, length=4096, trained_share=1.0, logits="chunked", chunk_tokens=512, is_packed=False),
-        2,
-    )
-    assert chunked == (forward / 8, backward / 8)
+
+
+def test_the_chunked_head_by_hand() -> None:
+    """4096 tokens of Llama-3.1-8B on a GPU: 256 MiB of fp32 logits are 523 rows; a hidden state and a target stay for each token."""
+    model, row = preset("llama3_8b"), replace(ROW, logits="chunked")
+    rows = 256 * 2**20 // (4 * 128256)
+    frozen = chunked_head_bytes(model, compose(["+experiment=llama3_8b_lora"]), row)
+    assert frozen.kept == 4096 * (4096 * 2 + 8)
+    assert frozen.forward == 3.5 * 4 * rows * 128256 and frozen.backward == 0
+    trained = chunked_head_bytes(model, compose(["+experiment=llama3_8b_lora", "tuning=full"]), row)
+    rows = max(rows, 4096 // 4)
+    assert trained.forward == 3.5 * 4 * rows * 128256 + 2 * 128256 * 4096
+    assert trained.backward == trained.forward + 128256 * 4096 * (4 + 2)
 
 
 # ---- generation ----------------------------------------------------------------------------------
@@ -185,10 +193,10 @@ def test_estimates_stand_in_order_everywhere() -> None:
 
 def test_what_saves_memory_saves_it() -> None:
     words = ("model.gradient_checkpointing=false", "stages.sft.batch.micro_size=1")
-    plain = forecast(*words)
+    plain = forecast(*words, loss=Loss(logits="whole"))
     assert forecast("model.gradient_checkpointing=true").expected < plain.expected
     assert forecast(*words, "quantization=nf4").weights < plain.weights
-    assert forecast(*words, loss=Loss(logits="chunked", chunk_tokens=256)).expected < plain.expected
+    assert forecast(*words, loss=Loss(logits="chunked")).expected < plain.expected
     assert forecast(*words, "stages.sft.data.max_length=512").expected < plain.expected
 
 
