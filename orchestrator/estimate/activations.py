@@ -10,7 +10,7 @@ from orchestrator.architecture_families import linear_layers
 from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization, ZeroSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.polynomials import Dimensions, Polynomial, moments_of, peak, value
-from orchestrator.estimate.states import compute_width, trained_width
+from orchestrator.estimate.states import adapter_width, compute_width, trained_width
 
 Logits = Literal["whole", "chunked", "none"]
 """The loss has all logits at once, some rows at a time, or none (a reward model's scores)."""
@@ -83,8 +83,9 @@ def activation_memory(model: Architecture, config: RunConfig, load: Load) -> Act
 def mode_of(model: Architecture, config: RunConfig, load: Load) -> str:
     """The name of the trace."""
     tuning = "lora" if isinstance(config.tuning, LoraTuning) else "full"
-    under_deepspeed = isinstance(config.sharding, ZeroSharding)
-    half = "bfloat16" if under_deepspeed else "autocast"
+    half = "bfloat16" if isinstance(config.sharding, ZeroSharding) else "autocast"
+    if half == "bfloat16" and tuning == "lora" and adapter_width(config) == 4:
+        half = "adapters32"
     precision = half if config.model.dtype == "bfloat16" else "float32"
     checkpointing = "checkpointed" if config.model.gradient_checkpointing else "kept"
     return f"{tuning}/{precision}/{attention_path(model, config, load)}/{checkpointing}"
