@@ -274,7 +274,9 @@ def modes(family: str) -> Iterator[tuple[str, Mode]]:
     )
     mixture = dimensions(family, 2).num_experts > 0
     for tuning, settings in (("full", None), ("lora", lora)):
-        for precision in ("autocast", "bfloat16", "float32"):
+        for precision in ("autocast", "bfloat16", "adapters32", "float32"):
+            if precision == "adapters32" and settings is None:
+                continue
             if mixture and (precision == "float32" or (precision, tuning) == ("autocast", "full")):
                 continue  # grouped matrix products are made for 16 bits
             for attention in ("sdpa", "masked", "eager"):

@@ -11,7 +11,7 @@ from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization,
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.loss_head import TEMPORARY_LOGITS, chunk_rows, kept_bytes_per_token
 from orchestrator.estimate.polynomials import Dimensions, Polynomial, moments_of, peak, value
-from orchestrator.estimate.states import compute_width, trained_width
+from orchestrator.estimate.states import adapter_width, compute_width, trained_width
 
 Logits = Literal["whole", "chunked", "none"]
 """The loss head has some rows of logits at a time (`loss_head.py`), all at once (a head that it does not know), or none (scores)."""
@@ -87,8 +87,9 @@ def activation_memory(model: Architecture, config: RunConfig, load: Load) -> Act
 def mode_of(model: Architecture, config: RunConfig, load: Load) -> str:
     """The name of the trace."""
     tuning = "lora" if isinstance(config.tuning, LoraTuning) else "full"
-    under_deepspeed = isinstance(config.sharding, ZeroSharding)
-    half = "bfloat16" if under_deepspeed else "autocast"
+    half = "bfloat16" if isinstance(config.sharding, ZeroSharding) else "autocast"
+    if half == "bfloat16" and tuning == "lora" and adapter_width(config) == 4:
+        half = "adapters32"
     precision = half if config.model.dtype == "bfloat16" else "float32"
     checkpointing = "checkpointed" if config.model.gradient_checkpointing else "kept"
     return f"{tuning}/{precision}/{attention_path(model, config, load)}/{checkpointing}"

@@ -47,8 +47,10 @@ def reference_bytes(model: Architecture, config: RunConfig, stage: TrainingStage
     return (reference if wants_reference else 0.0) + judges * base
 
 
-def scoring_phases(model: Architecture, config: RunConfig, stage: EvaluateStage | MergeStage) -> list[Phase]:
-    """A stage without an optimizer: one process, whole weights."""
+def scoring_phases(
+    model: Architecture, config: RunConfig, stage: EvaluateStage | MergeStage, *, is_cautious: bool
+) -> list[Phase]:
+    """A stage without an optimizer: one process, whole weights. Cautious: the merged model, too, is there in fp32."""
     alone = config.model_copy(
         update={"cluster": config.cluster.model_copy(update={"nodes": 1, "processes_per_node": 1})}
     )
@@ -62,16 +64,9 @@ def scoring_phases(model: Architecture, config: RunConfig, stage: EvaluateStage 
         on_cpu=config.cluster.device == "cpu",
         is_packed=False,
     )
-    scoring = {"activations": activation_memory(model, alone, load).evaluation}
+    scoring: Parts = {"activations": activation_memory(model, alone, load).evaluation}
     if isinstance(stage, MergeStage):
-        merging: Parts = {"weights": count_parameters(model).total * 4.0, "merged": float(whole)}
-        return [
-            Phase(
-                name="load", static={"weights": merging["weights"]}, changing={}, host={"loading": merging["weights"]}
-            ),
-            Phase(name="evaluation", static=merging, changing=scoring, host={}),
-            Phase(name="save", static=merging, changing={}, host={"artifact": float(whole)}),
-        ]
+        return _merging_phases(model, scoring, merged=count_parameters(model).total * (4.0 if is_cautious else width))
     held: Parts = {"weights": base_bytes(model, config)}
     if isinstance(config.tuning, LoraTuning):
         held["weights"] += trainable_parameters(model, config) * 4.0
@@ -94,6 +89,17 @@ def scoring_phases(model: Architecture, config: RunConfig, stage: EvaluateStage 
         )
         phases.append(Phase(name="rollout", static={**held, **beside}, changing=made, host={}))
     return phases
+
+
+def _merging_phases(model: Architecture, scoring: Parts, *, merged: float) -> list[Phase]:
+    """The trained model in fp32, and the merged one."""
+    whole = count_parameters(model).total * 4.0
+    both: Parts = {"weights": whole, "merged": merged}
+    return [
+        Phase(name="load", static={"weights": whole}, changing={}, host={"loading": whole}),
+        Phase(name="evaluation", static=both, changing=scoring, host={}),
+        Phase(name="save", static=both, changing={}, host={"artifact": merged}),
+    ]
 
 
 def _generation(

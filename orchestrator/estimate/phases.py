@@ -12,7 +12,7 @@ from orchestrator.config.ends import EvaluateStage, MergeStage
 from orchestrator.config.model import Architecture, Nf4Quantization, ZeroSharding
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps
 from orchestrator.config.stages import TrainingStage
-from orchestrator.estimate.activations import Load, Logits, activation_memory, dequantised_bytes
+from orchestrator.estimate.activations import ActivationMemory, Load, Logits, activation_memory, dequantised_bytes
 from orchestrator.estimate.constants import (
     COMMUNICATION_BYTES,
     CONTEXT_BYTES,
@@ -111,7 +111,7 @@ def _states(model: Architecture, config: RunConfig, stage: Stage) -> StateMemory
 def _phases(model: Architecture, config: RunConfig, stage: Stage, loss: Loss, level: Level) -> list[Phase]:
     """The phases at one level, with what the allocator does not see."""
     if isinstance(stage, EvaluateStage | MergeStage):
-        phases, world = scoring_phases(model, config, stage), 1
+        phases, world = scoring_phases(model, config, stage, is_cautious=level == "high"), 1
     else:
         phases, world = _training_phases(model, config, stage, loss, level), config.world_size
     on_cpu = config.cluster.device == "cpu"
@@ -136,73 +136,65 @@ def _training_phases(
     model: Architecture, config: RunConfig, stage: TrainingStage, loss: Loss, level: Level
 ) -> list[Phase]:
     states = state_memory(model, config, stage)
-    load = micro_batch(config, stage, loss, _at(TRAINED_SHARE, level))
-    peaks = activation_memory(model, config, load)
     held: Parts = {
         "weights": states.weights + persistent_bytes(model, config),
         "optimizer": states.optimizer,
         "models beside": reference_bytes(model, config, stage),
+        "buckets": bucket_bytes(model, config),
     }
-    gathered: Parts = {"gathered": gathered_bytes(model, config, least=level == "low")}
-    buckets: Parts = {"buckets": bucket_bytes(model, config)}
-    offloaded: Parts = {
+    host: Parts = {
         "weights": states.host_weights,
         "optimizer": states.host_optimizer,
         "gradients": states.host_gradients,
     }
-    before, early = _early_gradients(model, config, stage, states)
-    through_top = sum((early, peaks.backward)) >= states.gradients + peaks.bottom
-    backward = (early, peaks.backward) if through_top else (states.gradients, peaks.bottom)
-    save = _saved_bytes(model, config, stage)
-    phases = [
-        Phase(
-            name="load",
-            static={"weights": states.weights},
-            changing={"temporaries": dequantised_bytes(model, config)},
-            host={**offloaded, "loading": _loading_bytes(model, config)},
-        ),
-        Phase(
-            name="forward",
-            static={**held, "gradients": before, **buckets},
-            changing={**_activations(peaks.forward, peaks.kept), **gathered},
-            host=offloaded,
-        ),
-        Phase(
-            name="backward",
-            static={**held, "gradients": backward[0], **buckets},
-            changing={**_activations(backward[1], peaks.kept), **gathered},
-            host=offloaded,
-        ),
-        Phase(
-            name="optimizer step",
-            static={**held, "gradients": states.gradients, **buckets},
-            changing={"temporaries": 0.0 if _steps_on_host(config) else step_bytes(model, config)},
-            host=offloaded,
-        ),
-        Phase(
-            name="evaluation",
-            static={**held, **buckets},
-            changing={**_activations(peaks.evaluation, 0.0), **gathered},
-            host=offloaded,
-        ),
-        Phase(
-            name="save",
-            static={**held, **buckets},
-            changing={
-                "gathered": float(model.vocab_size * model.hidden_size * 4)
-                if isinstance(config.sharding, ZeroSharding)
-                else 0.0
-            },
-            host={**offloaded, **save},
-        ),
-        Phase(name="resume", static={**held, **buckets}, changing=gathered, host=offloaded),
+    gathered: Parts = {"gathered": gathered_bytes(model, config, least=level == "low")}
+    load = Phase(
+        name="load",
+        static={"weights": states.weights},
+        changing={"temporaries": dequantised_bytes(model, config)},
+        host={**host, "loading": _loading_bytes(model, config)},
+    )
+    peaks = activation_memory(model, config, micro_batch(config, stage, loss, _at(TRAINED_SHARE, level)))
+    before, (through, peak) = _gradients_in_backward(model, config, stage, states, peaks)
+    moments: list[tuple[str, Parts, Parts]] = [
+        ("forward", {"gradients": before}, {**_activations(peaks.forward, peaks.kept), **gathered}),
+        ("backward", {"gradients": through}, {**_activations(peak, peaks.kept), **gathered}),
+        ("optimizer step", {"gradients": states.gradients}, {"temporaries": _step_bytes(model, config)}),
+        ("evaluation", {}, {**_activations(peaks.evaluation, 0.0), **gathered}),
+        ("save", {}, {"gathered": _gathered_to_save(model, config)}),
+        ("resume", {}, gathered),
     ]
     if isinstance(stage, PolicyStage):
-        rollout = Phase(
-            name="rollout", static={**held, **buckets}, changing=rollout_parts(model, config, stage), host=offloaded
+        moments.insert(0, ("rollout", {}, rollout_parts(model, config, stage)))
+    saved = _saved_bytes(model, config, stage)
+    return [load] + [
+        Phase(
+            name=name,
+            static={**held, **more},
+            changing=changing,
+            host={**host, **saved} if name == "save" else host,
         )
-        phases.insert(1, rollout)
-    return phases
+        for name, more, changing in moments
+    ]
+
+
+def _gradients_in_backward(
+    model: Architecture, config: RunConfig, stage: TrainingStage, states: StateMemory, peaks: ActivationMemory
+) -> tuple[float, tuple[float, float]]:
+    """(gradients in forward, (gradients, activations) at the largest moment of backward)."""
+    before, early = _early_gradients(model, config, stage, states)
+    top, bottom = (early, peaks.backward), (states.gradients, peaks.bottom)
+    return before, max(top, bottom, key=sum)
+
+
+def _step_bytes(model: Architecture, config: RunConfig) -> float:
+    on_host = isinstance(config.sharding, ZeroSharding) and config.sharding.offload_optimizer == "cpu"
+    return 0.0 if on_host else step_bytes(model, config)
+
+
+def _gathered_to_save(model: Architecture, config: RunConfig) -> float:
+    """DeepSpeed gathers one parameter at a time in fp32; the embedding is the largest."""
+    return model.vocab_size * model.hidden_size * 4.0 if isinstance(config.sharding, ZeroSharding) else 0.0
 
 
 def _early_gradients(
@@ -221,10 +213,6 @@ def _early_gradients(
 def _activations(peak: float, kept: float) -> Parts:
     """A peak as what waits for backward, and what comes and goes."""
     return {"activations": min(kept, peak), "temporaries": max(0.0, peak - kept)}
-
-
-def _steps_on_host(config: RunConfig) -> bool:
-    return isinstance(config.sharding, ZeroSharding) and config.sharding.offload_optimizer == "cpu"
 
 
 def _loading_bytes(model: Architecture, config: RunConfig) -> float:

@@ -8,7 +8,14 @@ from orchestrator.config.model import Architecture, LoraTuning, ZeroSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.activations import layer_parameters
 from orchestrator.estimate.constants import LIVE_ELEMENTS, SUB_GROUP_ELEMENTS
-from orchestrator.estimate.states import base_bytes, compute_width, shards_of, trainable_parameters
+from orchestrator.estimate.states import (
+    adapter_width,
+    base_bytes,
+    compute_width,
+    shards_of,
+    trainable_parameters,
+    trained_width,
+)
 
 
 def bucket_bytes(model: Architecture, config: RunConfig) -> float:
@@ -49,11 +56,9 @@ def persistent_bytes(model: Architecture, config: RunConfig) -> float:
 
 def whole_bytes(model: Architecture, config: RunConfig) -> float:
     """Every parameter, unsharded, as this run holds it."""
-    adapters = trainable_parameters(model, config) if isinstance(config.tuning, LoraTuning) else 0
-    width = compute_width(config) if isinstance(config.sharding, ZeroSharding) else 4
     if isinstance(config.tuning, LoraTuning):
-        return base_bytes(model, config) + adapters * width
-    return float(count_parameters(model).total * width)
+        return base_bytes(model, config) + trainable_parameters(model, config) * adapter_width(config)
+    return float(count_parameters(model).total * trained_width(config))
 
 
 def step_bytes(model: Architecture, config: RunConfig) -> float:

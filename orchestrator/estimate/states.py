@@ -79,9 +79,10 @@ def shards_of(config: RunConfig) -> Shards:
     )
 
 
-def frozen_bytes(model: Architecture, config: RunConfig) -> float:
-    """The base that is not trained, whole; nothing under full fine-tuning."""
-    return base_bytes(model, config) if isinstance(config.tuning, LoraTuning) else 0.0
+def adapter_width(config: RunConfig) -> int:
+    """Bytes of an adapter's weight: ZeRO-3, into whose shards the base is loaded, leaves PEFT's adapters in fp32."""
+    keeps_fp32 = config.sharding.strategy == "zero3" and not isinstance(config.quantization, Nf4Quantization)
+    return 4 if keeps_fp32 else trained_width(config)
 
 
 def base_bytes(model: Architecture, config: RunConfig) -> float:
@@ -90,13 +91,17 @@ def base_bytes(model: Architecture, config: RunConfig) -> float:
     if not isinstance(config.quantization, Nf4Quantization):
         return total * width
     quantised = quantised_parameters(model)
+    return (total - quantised) * width + quantised / 2 + constants_bytes(model, config)
+
+
+def constants_bytes(model: Architecture, config: RunConfig) -> float:
+    """Of 4-bit layers: the blocks' constants and bitsandbytes' tables, which no sharding divides."""
+    if not isinstance(config.quantization, Nf4Quantization):
+        return 0.0
     double = config.quantization.double_quantization
     tables = sum(NF4_TABLES_BYTES) if double else NF4_TABLES_BYTES[0]
-    return (
-        (total - quantised) * width
-        + quantised * (NF4_BYTES if double else NF4_SINGLE_BYTES)
-        + len(_quantised_layers(model)) * model.num_hidden_layers * tables
-    )
+    per_element = (NF4_BYTES if double else NF4_SINGLE_BYTES) - 0.5
+    return quantised_parameters(model) * per_element + len(_quantised_layers(model)) * model.num_hidden_layers * tables
 
 
 def quantised_parameters(model: Architecture) -> int:
@@ -120,7 +125,7 @@ def state_memory(model: Architecture, config: RunConfig, stage: TrainingStage) -
     """States of mixed-precision Adam (1910.02054, section 3), over the *trainable* parameters for gradients and optimizer."""
     trained = trainable_parameters(model, config)
     shards = shards_of(config)
-    weights = (frozen_bytes(model, config) + trained * trained_width(config)) / shards.parameters
+    weights = _weights(model, config, trained, shards.parameters)
     gradients = trained * trained_width(config) / shards.gradients
     optimizer = trained * optimizer_bytes(config, stage) / shards.optimizer
     optimizer_away, weights_away = _offloaded(config)
@@ -132,6 +137,14 @@ def state_memory(model: Architecture, config: RunConfig, stage: TrainingStage) -
         host_gradients=trained * 4.0 / shards.gradients if optimizer_away else 0.0,
         host_optimizer=optimizer if optimizer_away else 0.0,
     )
+
+
+def _weights(model: Architecture, config: RunConfig, trained: int, shards: int) -> float:
+    """The base, and adapters where there are any; the constants of 4-bit layers are whole on every rank."""
+    if not isinstance(config.tuning, LoraTuning):
+        return trained * trained_width(config) / shards
+    constants = constants_bytes(model, config)
+    return (base_bytes(model, config) - constants + trained * adapter_width(config)) / shards + constants
 
 
 def _offloaded(config: RunConfig) -> tuple[bool, bool]:

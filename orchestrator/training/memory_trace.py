@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-Precision = Literal["autocast", "bfloat16", "float32"]
-"""fp32 trained weights under bf16 autocast (no DeepSpeed); everything in bf16 (DeepSpeed); everything in fp32."""
+Precision = Literal["autocast", "bfloat16", "adapters32", "float32"]
+"""fp32 trained weights under bf16 autocast (no DeepSpeed); everything in bf16 (DeepSpeed); a bf16 base with fp32 adapters and no
+autocast (ZeRO-3, which leaves PEFT's adapters as they are); everything in fp32."""
 
 FP32_UNDER_CUDA_AUTOCAST = (
     torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.rsqrt, torch.Tensor.rsqrt, torch.layer_norm,

@@ -43,7 +43,7 @@ def facts(
 
 MODELS = {
     "Llama-3.1-8B": (facts("llama", 128256, 4096, 14336, (32, 8, 128)), "none"),
-    "Qwen3-8B": (facts("qwen3", 151936, 4096, 12288, (32, 8, 128)), "zero2"),
+    "Qwen3-8B": (facts("qwen3", 151936, 4096, 12288, (32, 8, 128)), "zero3"),
     "Gemma-2B": (facts("gemma", 256000, 2048, 16384, (8, 1, 256), tie_word_embeddings=True), "none"),
     "Pythia-6.9B": (facts("gpt_neox", 50432, 4096, 16384, (32, 32, 128)), "none"),
     "Mixtral-8x7B": (
