@@ -65,6 +65,19 @@ def write_artifact(
     publish(temporary, folder)
 
 
+@torch.no_grad()
+def round_as_saved(model: torch.nn.Module, config: RunConfig) -> None:
+    """Rounds trained fp32 weights to the type that a full model is saved in: what is scored next is what is written.
+
+    Under DeepSpeed the weights of the forward pass have that type already.
+    """
+    if not isinstance(config.tuning, FullTuning):
+        return
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.copy_(parameter.to(DTYPES[config.model.dtype]))
+
+
 def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Names and shapes are those that were trained, nothing is empty, all is finite, and some lora_B left zero.
 

@@ -16,7 +16,7 @@ from orchestrator.errors import EXIT_DONE, CheckpointError
 from orchestrator.goodput import time_spent
 from orchestrator.metrics.jsonl import read_rows
 from orchestrator.rundir import MANIFEST, file_digest, read_json, write_json
-from orchestrator.training.artifact import adapter_names, check_tensors, write_artifact
+from orchestrator.training.artifact import adapter_names, check_tensors, round_as_saved, write_artifact
 from orchestrator.training.context import Context, Record
 from orchestrator.training.evaluation import Evaluation
 from orchestrator.training.gather import gather_trainable
@@ -49,6 +49,7 @@ def finish_stage(
 ) -> int:
     """All ranks call it; rank 0 writes, proves and reports. Raises CheckpointError where the proof fails."""
     context, runtime = session.context, session.runtime
+    round_as_saved(session.model, context.config)
     scored = course.proof()
     weights = gather_trainable(runtime, session.model)
     if runtime.is_main:

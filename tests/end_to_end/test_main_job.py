@@ -134,3 +134,10 @@ def test_the_configuration_in_the_folder_is_whole_and_absolute(bench: Bench, don
     config = json.loads(done.folder.run.read_text())["config"]
     assert config["model"]["base"] == str(bench.model) and config["output_dir"] == str(bench.runs)
     assert config["stages"]["sft"]["data"]["train"]["path"] == str(bench.root / "rows.jsonl")
+
+
+def test_a_whole_model_is_scored_as_it_is_saved(bench: Bench) -> None:
+    """Masters are fp32 and the file is bfloat16: what is rounded by the save is rounded before the last score."""
+    words = ("tuning=full", "model.dtype=bfloat16", "launcher=local", "stages.sft.optimizer.lr=1e-2")
+    proof = bench.run("rounded", *words).result()["proof"]
+    assert proof["reopened_loss"] == pytest.approx(proof["loss"], abs=2e-6)
