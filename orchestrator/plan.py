@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +122,7 @@ def resolve(config: RunConfig, working_folder: Path) -> RunConfig:
 def make_plan(config: RunConfig, *, base: Base, data: Mapping[str, DataFacts]) -> Plan:
     """The plan of a resolved configuration, from what is known of its base and data. Pure."""
     run_directory = run_directory_of(config)
+    stages = tuple(_stage_plan(config, name, base, data[name], run_directory) for name in config.pipeline)
     return Plan(
         name=config.name,
         run_directory=str(run_directory),
@@ -133,8 +134,8 @@ def make_plan(config: RunConfig, *, base: Base, data: Mapping[str, DataFacts]) -
         sharding=config.sharding.strategy,
         nodes=config.cluster.nodes,
         processes_per_node=config.cluster.processes_per_node,
-        stages=tuple(_stage_plan(config, name, base, data[name], run_directory) for name in config.pipeline),
-        warnings=tuple(_warnings(config, base)),
+        stages=stages,
+        warnings=tuple(_warnings(base, stages)),
     )
 
 
@@ -214,12 +215,24 @@ def _memory_forecast(config: RunConfig, stage: Stage, base: Base) -> MemoryForec
     return memory_forecast(base.architecture, config, stage, memory_gib=config.cluster.hardware.memory_gib)
 
 
-def _warnings(config: RunConfig, base: Base) -> list[str]:
+def _warnings(base: Base, stages: Sequence[StagePlan]) -> list[str]:
     warnings: list[str] = []
     if base.source == "package":
         warnings.append(
             f"the base comes from the package {base.place}: 4-bit weights, dequantised; not the hub's original"
         )
+    for stage in stages:
+        memory = stage.memory
+        if memory is not None and memory.verdict in ("TIGHT", "NO"):
+            host = (
+                ""
+                if memory.node_memory_gib is None
+                else f", a node's host {memory.node_gib:.0f} of {memory.node_memory_gib:g}"
+            )
+            warnings.append(
+                f"stages.{stage.name}: {memory.verdict}: {memory.low:.1f} to {memory.high:.1f} GiB of {memory.memory_gib:g} in phase "
+                f"{memory.binding}{host}; `plan advise=true` with the same words tells what fits"
+            )
     return warnings
 
 

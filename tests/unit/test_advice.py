@@ -15,7 +15,7 @@ from orchestrator.compose import compose
 from orchestrator.config.run import RunConfig, rule_problems, training_stages
 from orchestrator.estimate.advice import Advice, advise, axes_of
 from orchestrator.facts import gather
-from orchestrator.plan import DataFacts, resolve
+from orchestrator.plan import DataFacts, make_plan, resolve
 
 EXPERIMENTS = {
     "llama3_8b_lora": ["cluster=h100x8"],
@@ -83,6 +83,15 @@ def test_no_cheaper_feasible_setting_is_missed(
             assert chosen <= min(seconds) * 1.011, (best, min(seconds))
             return
     assert best is None
+
+
+@pytest.mark.parametrize("experiment", [*EXPERIMENTS, "llama3_8b_rlhf"])
+def test_what_ships_for_real_hardware_fits_it(experiment: str) -> None:
+    config, base, data = case(experiment, *EXPERIMENTS.get(experiment, ["cluster=h100x8"]))
+    planned = make_plan(config, base=base, data=data)
+    verdicts = {stage.name: stage.memory.verdict for stage in planned.stages if stage.memory is not None}
+    assert set(verdicts.values()) == {"FIT"} and len(verdicts) == len(config.pipeline), verdicts
+    assert not any("advise=true" in warning for warning in planned.warnings)
 
 
 def test_checkpointing_is_off_where_memory_allows() -> None:
