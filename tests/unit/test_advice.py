@@ -110,6 +110,20 @@ def test_auto_is_settled_and_shown(ask: Asker) -> None:
     assert json.loads(answer.out)["sharding"] in ("none", "zero1", "zero2", "zero3")
 
 
+def test_a_rerun_keeps_what_was_settled(ask: Asker) -> None:
+    """Also where the search would find something else by now: here the devices have become smaller."""
+    words = ["+experiment=llama3_8b_lora", "cluster=h100x8", "launcher=slurm", "sharding=auto", "name=kept"]
+    words += ["stages.sft.batch.micro_size=auto"]
+    assert ask("render", *words).code == 0
+    frozen = json.loads((ask.folder / "runs" / "kept" / "run.json").read_text())["config"]
+    settled = (frozen["sharding"]["strategy"], frozen["stages"]["sft"]["batch"]["micro_size"])
+    smaller = [*words, "cluster.hardware.memory_gib=18", "format=json"]
+    again = json.loads(ask("plan", *smaller).out)
+    assert (again["sharding"], again["stages"][0]["micro_size"]) == settled
+    other = json.loads(ask("plan", *smaller, "name=new").out)
+    assert (other["sharding"], other["stages"][0]["micro_size"]) != settled
+
+
 def test_where_nothing_fits_the_nearest_changes_are_told(ask: Asker) -> None:
     answer = ask(
         "plan", "+experiment=llama3_70b_qlora_zero3", "cluster=h100x8", "launcher=slurm", "hardware@cluster.hardware=rtx4090",
