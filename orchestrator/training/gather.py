@@ -41,9 +41,9 @@ def gather_frozen(runtime: Runtime, model: torch.nn.Module) -> dict[str, torch.T
 def _made_whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters([parameter])
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def _whole(runtime: Runtime, parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -298,7 +298,8 @@ def _advanced(job: Job, progress: Progress, result: StepResult) -> Progress:
     step = progress.step + 1
     mean = result.sums[0] / result.weight
     health = after_step(progress.health, step, loss=mean, fault=result.fault, settings=job.stage.faults)
-    return Progress(
+    return replace(
+        progress,
         step=step,
         tokens=progress.tokens + result.tokens,
         trained_tokens=progress.trained_tokens + result.trained_tokens,
