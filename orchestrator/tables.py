@@ -66,7 +66,7 @@ def print_result(folder: StageFolder, config: RunConfig) -> None:
         f"proof             re-opened in a fresh process, it scores {result['proof']['reopened_loss']:.5f}; "
         f"the trainer scored {result['proof']['loss']:.5f}",
     ]
-    if result["best_step"] is not None:
+    if "best_step" in result and result["best_step"] is not None:
         end = result["stopped_early_at"]
         ended = "trained to the end" if end is None else f"stopped early at step {end}"
         lines.insert(1, f"early stopping    {ended}; the weights are those of step {result['best_step']}, the best")
