@@ -10,7 +10,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from orchestrator.architecture_families import Linear, family_of, linear_layers
-from orchestrator.config.model import Architecture, FullTuning, LoraTuning
+from orchestrator.config.model import Architecture, FreezeTuning, FullTuning, LoraTuning
 from orchestrator.errors import ModelError
 
 TIED = ("gpt2", "bert", "gemma", "gemma2", "gemma3_text")
@@ -158,7 +158,7 @@ def _head_lora(model: Architecture, tuning: LoraTuning) -> int:
     return (2 * tuning.rank + (1 if tuning.use_dora else 0)) * model.hidden_size
 
 
-def adapter_problems(model: Architecture, tuning: FullTuning | LoraTuning) -> list[str]:
+def adapter_problems(model: Architecture, tuning: FullTuning | FreezeTuning | LoraTuning) -> list[str]:
     """What PEFT cannot do with this model, one sentence each."""
     if not isinstance(tuning, LoraTuning) or not model.num_experts or tuning.target_modules != "all-linear":
         return []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.model import FullTuning
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.identity import SHARED
@@ -99,7 +99,7 @@ def _weakness(name: str, artifact: Artifact) -> Iterator[str]:
 def _problems(config: RunConfig, artifact: Artifact) -> Iterator[str]:
     if artifact.base != config.model.base:
         yield f"{artifact.stage}: its artifact was trained on {artifact.base}, this run's base is {config.model.base}"
-    is_full = isinstance(config.tuning, FullTuning)
+    is_full = isinstance(config.tuning, WHOLE_MODEL_TUNINGS)
     if is_full != artifact.kind.endswith("model"):
         wanted = "a full model" if is_full else "an adapter"
         yield f"{artifact.stage}: its artifact is of kind {artifact.kind}, tuning={config.tuning.method} expects {wanted}"

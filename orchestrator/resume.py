@@ -28,12 +28,20 @@ def may_differ(config: RunConfig) -> frozenset[str]:
     """Dotted keys, with all below them, that may change between attempts: those that leave the result alone, and accepted ones."""
     free = {f"stages.{name}.{key}" for name in config.stages for key in FREE_OF_A_STAGE}
     accepted = {key for stage in training_stages(config).values() for key in stage.checkpoint.accept_changes}
-    return frozenset(FREE) | free | accepted
+    return (frozenset(FREE) | free) - _decisive(config) | accepted
+
+
+def _decisive(config: RunConfig) -> frozenset[str]:
+    """Keys that are free but where early stopping judges by them."""
+    stages = training_stages(config)
+    return frozenset(
+        f"stages.{name}.evaluate_every_steps" for name, stage in stages.items() if stage.early_stopping is not None
+    )
 
 
 def settings_that_matter(config: RunConfig, stage: str) -> dict[str, JsonValue]:
     """The leaves that decide a stage's result, by dotted key."""
-    free = frozenset(FREE) | {f"stages.{stage}.{key}" for key in FREE_OF_A_STAGE}
+    free = (frozenset(FREE) | {f"stages.{stage}.{key}" for key in FREE_OF_A_STAGE}) - _decisive(config)
     others = {f"stages.{name}" for name in config.stages if name != stage}
     leaves = flatten(config.model_dump(mode="json"))
     return {key: value for key, value in leaves.items() if not is_below(key, free | others)}

@@ -7,6 +7,9 @@ import math
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.stages import ScheduleConfig
 
+ROUNDING = 1e-9
+"""Epochs need not be whole steps."""
+
 
 def total_steps(*, max_steps: int | None, epochs: float | None, steps_per_epoch: int) -> int:
     """Optimizer steps of a stage: the smaller of `max_steps` and `epochs`, the last epoch's part rounded up."""
@@ -31,25 +34,50 @@ def rollout_steps_per_epoch(stage: PolicyStage, rows: int) -> int:
     return math.ceil(rows / stage.rollout.prompts) * rollout_steps(stage)
 
 
+def open_levels(step: int, *, every_steps: float, levels: int) -> int:
+    """Levels of gradual unfreezing that are trained at optimizer step `step` (from 1): level k from step 1 + ceil(k x every) on."""
+    return sum(step >= level_opens_at(level, every_steps=every_steps) for level in range(levels))
+
+
+def level_opens_at(level: int, *, every_steps: float) -> int:
+    """The first step of a level."""
+    return 1 + math.ceil(level * every_steps - ROUNDING)
+
+
 def warmup_steps(schedule: ScheduleConfig, steps: int) -> int:
-    """Steps in which the rate rises, rounded up."""
+    """Steps in which the rate rises, rounded up (slanted_triangular: down)."""
+    if schedule.name == "slanted_triangular":
+        return math.floor(schedule.warmup_ratio * steps)
     return math.ceil(schedule.warmup_ratio * steps)
+
+
+def stable_steps(schedule: ScheduleConfig, steps: int) -> int:
+    """Steps at the peak rate between rise and fall."""
+    if schedule.decay_ratio is None:
+        return 0
+    return max(0, steps - warmup_steps(schedule, steps) - math.ceil(schedule.decay_ratio * steps))
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
     """Share of the peak rate at optimizer step `step` (from 1) of `steps`.
 
-    Warm-up: step / warmup. After it, with t = (step - warmup) / (steps - warmup) in (0, 1]: linear falls as 1 - t,
-    cosine as (1 + cos(pi t)) / 2 (1608.03983, equation 5, one cycle), both down to `final_ratio`.
+    Warm-up: step / warmup. After it and the steps at the peak, with t = (step - start) / (steps - start) in (0, 1]: linear
+    falls as 1 - t, cosine as (1 + cos(pi t)) / 2 (1608.03983, equation 5, one cycle), both down to `final_ratio`.
+    Slanted triangle (1801.06146, equation 3): (1 + p (ratio - 1)) / ratio with p rising to 1 and falling to 0.
     """
     warmup = warmup_steps(schedule, steps)
+    start = warmup + stable_steps(schedule, steps)
+    progress = min(1.0, (step - start) / max(1, steps - start))
     if step <= warmup:
-        return step / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        rising = step / warmup
+        lowest = schedule.final_ratio if schedule.name == "slanted_triangular" else 0.0
+        return lowest + (1.0 - lowest) * rising
+    if step <= start:
+        return 1.0
     match schedule.name:
         case "constant":
             return 1.0
-        case "linear":
+        case "linear" | "slanted_triangular":
             falling = 1.0 - progress
         case "cosine":
             falling = 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -61,14 +61,23 @@ def print_result(folder: StageFolder, config: RunConfig) -> None:
     before, after = result["eval_loss_before"], result["eval_loss_after"]
     lines = [
         f"held-out loss     {_loss(before)} before, {_loss(after)} after",
-        f"speed             {result['tokens_per_second']:,.0f} tokens/s (median of the steps), {result['seconds']:.0f} s in all",
+        f"speed             {_speed(result['tokens_per_second'])}, {result['seconds']:.0f} s in all",
         f"{result['artifact']['kind']:<17} {result['artifact']['path']}",
         f"proof             re-opened in a fresh process, it scores {result['proof']['reopened_loss']:.5f}; "
         f"the trainer scored {result['proof']['loss']:.5f}",
     ]
+    if "best_step" in result and result["best_step"] is not None:
+        end = result["stopped_early_at"]
+        ended = "trained to the end" if end is None else f"stopped early at step {end}"
+        lines.insert(1, f"early stopping    {ended}; the weights are those of step {result['best_step']}, the best")
     if result["wandb"]:
         lines.append(f"W&B               {result['wandb']}")
     print("\n".join([f"\nstage {result['stage']} is done and proven", *lines, "load it with", *_loading(result)]))
+
+
+def _speed(tokens_per_second: float | None) -> str:
+    """None where the attempts that trained left no record."""
+    return "unknown" if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s (median of the steps)"
 
 
 def _told(result: dict[str, Any]) -> list[str]:

@@ -196,9 +196,10 @@ def _train_cell(cell: Cell) -> None:
         if cell.stop == (place, step) and runtime.rank == 1:
             asked.append(True)
 
-    def evaluate(at: Progress) -> None:
+    def evaluate(at: Progress) -> Progress:
         _die(cell, "evaluation", at.step)
         passed("evaluation", at.step)
+        return at
 
     def save(at: Progress) -> None:
         checkpointer.save(at)
@@ -212,6 +213,7 @@ def _train_cell(cell: Cell) -> None:
         record=record.metrics,
         evaluate=evaluate,
         save=save,
+        rehearse=checkpointer.rehearse,
         roll_back=checkpointer.roll_back,
         fault=record.skipped_update,
         stop_reason=stop_reason,

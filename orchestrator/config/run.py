@@ -11,6 +11,8 @@ from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.base import Identifier, JsonValue, NaturalInt, Section, Text
 from orchestrator.config.ends import EvaluateStage, MergeStage
 from orchestrator.config.model import (
+    WHOLE_MODEL_TUNINGS,
+    FreezeTuning,
     FullTuning,
     LoraTuning,
     ModelConfig,
@@ -24,7 +26,7 @@ from orchestrator.config.sites import ClusterConfig, LauncherConfig, NoTracking,
 from orchestrator.config.stages import SftStage, TrainingStage
 from orchestrator.errors import ConfigError
 
-Tuning = Annotated[FullTuning | LoraTuning, Field(discriminator="method")]
+Tuning = Annotated[FullTuning | FreezeTuning | LoraTuning, Field(discriminator="method")]
 Quantization = Annotated[NoQuantization | Nf4Quantization, Field(discriminator="scheme")]
 Sharding = NoSharding | ZeroSharding
 Tracking = Annotated[WandbTracking | NoTracking, Field(discriminator="kind")]
@@ -119,6 +121,15 @@ def _pipeline_problems(config: RunConfig) -> list[str]:
     for name, stage in training_stages(config).items():
         if stage.max_steps is None and stage.epochs is None:
             problems.append(f"stages.{name}: both max_steps and epochs are null; set one of them")
+        if stage.early_stopping is not None and stage.evaluate_every_steps is None:
+            problems.append(
+                f"stages.{name}.early_stopping: it judges evaluations on the way, and there are none; type "
+                f"stages.{name}.evaluate_every_steps=50"
+            )
+        if stage.early_stopping is not None and stage.data.eval.path == "none":
+            problems.append(
+                f"stages.{name}.early_stopping: there are no held-out rows; type stages.{name}.data.eval.path=auto"
+            )
     return problems
 
 
@@ -145,10 +156,15 @@ def _batch_problems(config: RunConfig) -> list[str]:
 
 def _method_problems(config: RunConfig) -> list[str]:
     problems: list[str] = []
-    if isinstance(config.quantization, Nf4Quantization) and isinstance(config.tuning, FullTuning):
+    if isinstance(config.quantization, Nf4Quantization) and isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
         problems.append(
-            "quantization: nf4 holds a frozen base and cannot be trained with tuning=full; "
+            f"quantization: nf4 holds a frozen base and cannot be trained with tuning={config.tuning.method}; "
             "type tuning=lora (QLoRA) or quantization=none"
+        )
+    tuning = config.tuning
+    if isinstance(tuning, FreezeTuning) and None not in (tuning.unfreeze_every_steps, tuning.unfreeze_every_epochs):
+        problems.append(
+            "tuning: unfreeze_every_steps and unfreeze_every_epochs say the same thing twice; set one to null"
         )
     planned = {name: stage for name, stage in config.stages.items() if name in config.pipeline}
     problems += [sentence for name, stage in planned.items() for sentence in _stage_problems(config, name, stage)]
@@ -185,6 +201,8 @@ def _stage_problems(config: RunConfig, name: str, stage: Stage) -> list[str]:
             )
         if stage.data.packing != "none":
             problems.append(f"{field}.data.packing: prompts are not packed; set packing=none, not {stage.data.packing}")
-    if isinstance(stage, MergeStage) and isinstance(config.tuning, FullTuning):
-        problems.append(f"{field}: tuning=full leaves no adapter to merge; take {name} out of the pipeline")
+    if isinstance(stage, MergeStage) and isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
+        problems.append(
+            f"{field}: tuning={config.tuning.method} leaves no adapter to merge; take {name} out of the pipeline"
+        )
     return problems

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section
+from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section, Text
 from orchestrator.config.data import DataConfig
 
 
@@ -24,6 +24,9 @@ class OptimizerConfig(Section):
     """adamw_8bit keeps its states in 8 bits through bitsandbytes."""
     lr: PositiveFloat
     """Peak learning rate."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None
+    """Rate of each layer as a share of the one above it; what stands highest of the trained has the whole rate, embeddings the
+    least. ULMFiT (1801.06146, section 3.1) takes 1/2.6; null is one rate for all."""
     weight_decay: NaturalFloat
     """Decoupled; not applied to biases and to vectors such as norms."""
     beta1: Fraction
@@ -34,11 +37,13 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    name: Literal["linear", "cosine", "constant"]
+    name: Literal["linear", "cosine", "constant", "slanted_triangular"]
     warmup_ratio: Fraction
-    """Share of the steps in which the rate rises linearly from 0; rounded up."""
+    """Share of the steps in which the rate rises linearly from 0, rounded up; slanted_triangular's cut_frac, rounded down."""
+    decay_ratio: Fraction | None
+    """Share of the steps in which the rate falls at the end (linear, cosine), rounded up; null falls from the warm-up's end."""
     final_ratio: Fraction
-    """Rate at the last step as a share of the peak (linear, cosine)."""
+    """Rate at the last step as a share of the peak (linear, cosine); slanted_triangular begins there too: 1 / its ratio."""
 
 
 class CheckpointConfig(Section):
@@ -79,6 +84,19 @@ class FaultConfig(Section):
     """Good steps that make mean and deviation."""
 
 
+class EarlyStoppingConfig(Section):
+    """Training ends where evaluations on the way bring no more gain; the artifact is made of the best one's checkpoint."""
+
+    metric: Text
+    """A column of metrics.jsonl that evaluations write, such as `eval_loss`."""
+    mode: Literal["min", "max"]
+    """Which way is better."""
+    patience: PositiveInt
+    """Evaluations in a row without gain after which training ends."""
+    min_delta: NaturalFloat
+    """A gain must be greater than this."""
+
+
 class TrainingStage(Section):
     """What every stage that trains has."""
 
@@ -99,6 +117,8 @@ class TrainingStage(Section):
     log_every_steps: PositiveInt
     evaluate_every_steps: PositiveInt | None
     """Steps between evaluations; null evaluates before the first and after the last step only."""
+    early_stopping: EarlyStoppingConfig | None
+    """A checkpoint is saved at each new best, whatever `checkpoint.every_steps` says; null trains to the last step."""
 
 
 class SftStage(TrainingStage):

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.architecture import count_lora_parameters, count_parameters
-from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.config.model import Architecture, FreezeTuning, LoraTuning
 from orchestrator.config.run import RunConfig
+from orchestrator.layers import count_freeze_parameters, lowest_trained_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,21 @@ def flops_per_token(model: Architecture, config: RunConfig, *, length: float) ->
     matrices, attention = matrices_of(model).total, attention_flops(model, length=length)
     if isinstance(config.tuning, LoraTuning):
         return 4.0 * matrices + 3.0 * attention + 6.0 * count_lora_parameters(model, config.tuning)
+    if isinstance(config.tuning, FreezeTuning):
+        return _freeze_flops(model, config.tuning, attention)
     return 6.0 * matrices + 3.0 * attention
+
+
+def _freeze_flops(model: Architecture, tuning: FreezeTuning, attention: float) -> float:
+    """2N + F forward; backward 2N + 2F through what stands above the lowest trained layer, 2 N_trained for the weights.
+
+    Gradual unfreezing makes gradients for all that is ever trained from the first step.
+    """
+    parts = matrices_of(model)
+    reached = 1.0 - lowest_trained_layer(model, tuning) / model.num_hidden_layers
+    trained = count_freeze_parameters(model, tuning)
+    forward = 2.0 * parts.total + attention
+    return forward + 2.0 * (parts.layers * reached + parts.head) + 2.0 * attention * reached + 2.0 * trained
 
 
 def executed_flops_per_token(model: Architecture, config: RunConfig, *, length: float) -> float:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from orchestrator.architecture import count_parameters
-from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization
+from orchestrator.config.model import Architecture, FreezeTuning, LoraTuning, Nf4Quantization
 from orchestrator.config.run import RunConfig
-from orchestrator.estimate.states import NF4_BYTES
+from orchestrator.estimate.states import NF4_BYTES, trainable_parameters
 
 
 def frozen_bytes(
     model: Architecture, config: RunConfig, *, per_linear: float | None = None, per_embedding: float | None = None
 ) -> float:
     """Bytes of the frozen base at its real width (or at the given widths); 0 where everything is trained."""
+    if isinstance(config.tuning, FreezeTuning):
+        frozen = count_parameters(model).total - trainable_parameters(model, config)
+        return frozen * (2.0 if config.model.dtype == "bfloat16" else 4.0)
     if not isinstance(config.tuning, LoraTuning):
         return 0.0
     counts = count_parameters(model)

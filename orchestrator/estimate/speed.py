@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.model import Architecture, FullTuning, Nf4Quantization, ZeroSharding
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS, Architecture, Nf4Quantization, ZeroSharding
 from orchestrator.config.run import RunConfig, accumulation_steps
 from orchestrator.config.stages import TrainingStage
 from orchestrator.estimate.communication import (
@@ -60,7 +60,7 @@ def table_rate(config: RunConfig) -> Rate | None:
     """The rate that the hardware table promises; None where it is unknown."""
     hardware = config.cluster.hardware
     is_quantized = isinstance(config.quantization, Nf4Quantization)
-    method = "full" if isinstance(config.tuning, FullTuning) else "qlora" if is_quantized else "lora"
+    method = "full" if isinstance(config.tuning, WHOLE_MODEL_TUNINGS) else "qlora" if is_quantized else "lora"
     achieved = {"full": hardware.achieved.full, "lora": hardware.achieved.lora, "qlora": hardware.achieved.qlora}[
         method
     ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from orchestrator.architecture import count_lora_parameters, count_parameters
 from orchestrator.architecture_families import linear_layers
-from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization, ZeroSharding
+from orchestrator.config.model import Architecture, FreezeTuning, LoraTuning, Nf4Quantization, ZeroSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.config.stages import TrainingStage
 from orchestrator.estimate.constants import (
@@ -15,6 +15,7 @@ from orchestrator.estimate.constants import (
     NF4_NESTED_BLOCK,
     NF4_TABLES_BYTES,
 )
+from orchestrator.layers import count_freeze_parameters
 
 NF4_BYTES = (4 + 8 / NF4_BLOCK + 32 / (NF4_BLOCK * NF4_NESTED_BLOCK)) / 8
 """Of a parameter with double quantisation: 4.127 bit (2305.14314)."""
@@ -56,6 +57,8 @@ class Shards:
 def trainable_parameters(model: Architecture, config: RunConfig) -> int:
     if isinstance(config.tuning, LoraTuning):
         return count_lora_parameters(model, config.tuning)
+    if isinstance(config.tuning, FreezeTuning):
+        return count_freeze_parameters(model, config.tuning)
     return count_parameters(model).total
 
 
@@ -142,7 +145,8 @@ def state_memory(model: Architecture, config: RunConfig, stage: TrainingStage) -
 def _weights(model: Architecture, config: RunConfig, trained: int, shards: int) -> float:
     """The base, and adapters where there are any; the constants of 4-bit layers are whole on every rank."""
     if not isinstance(config.tuning, LoraTuning):
-        return trained * trained_width(config) / shards
+        frozen = count_parameters(model).total - trained
+        return (frozen * compute_width(config) + trained * trained_width(config)) / shards
     constants = constants_bytes(model, config)
     return (base_bytes(model, config) - constants + trained * adapter_width(config)) / shards + constants
 

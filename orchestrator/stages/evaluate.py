@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from orchestrator.config.ends import EvaluateStage
-from orchestrator.config.model import FullTuning
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.rundir import publish, write_json, write_manifest
 from orchestrator.training.artifact import open_artifact
 from orchestrator.training.context import Context, Record
@@ -30,7 +30,7 @@ def run(context: Context) -> int:
     started = time.time()
     runtime = start_single_runtime(context.config, autocast=False)
     tuned: Any = _tuned(context).to(runtime.device).eval()
-    is_full = isinstance(context.config.tuning, FullTuning)
+    is_full = isinstance(context.config.tuning, WHOLE_MODEL_TUNINGS)
     if is_full:
         base: Any = load_model(context.base_folder, context.config, weights_dtype=DTYPES[context.config.model.dtype])
         told = {

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from orchestrator.bases import TOKENIZER_FILES
-from orchestrator.config.model import FullTuning
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.rundir import publish, write_manifest
@@ -49,7 +49,7 @@ def write_artifact(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     saved: Any = model
-    if isinstance(config.tuning, FullTuning):
+    if isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
         dtype = DTYPES[config.model.dtype]
         saved.config.dtype = dtype
         saved.config.use_cache = True
@@ -121,7 +121,7 @@ def open_artifact(
     With `scores` it is a reward model, which gives a score a token.
     """
     load = load_scorer if scores else load_model
-    if isinstance(config.tuning, FullTuning):
+    if isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
         if scores:
             return load_scorer(folder, config, weights_dtype=weights_dtype, packed=packed)
         return open_model(folder, config, weights_dtype, packed=packed)
@@ -163,7 +163,7 @@ def adapter_names(
     model: torch.nn.Module, weights: Mapping[str, torch.Tensor], config: RunConfig
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes that the saved folder must hold for these trained parameters."""
-    if isinstance(config.tuning, FullTuning):
+    if isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
         return {name: tuple(tensor.shape) for name, tensor in weights.items()}
     from peft import get_peft_model_state_dict
 

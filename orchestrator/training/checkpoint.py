@@ -23,6 +23,7 @@ from orchestrator.resume import refuse_changes, settings_that_matter
 from orchestrator.rundir import free_bytes, read_json, write_json
 from orchestrator.training.checkpoint_writer import CheckpointWriter, Pending
 from orchestrator.training.context import Context, Record
+from orchestrator.training.early_stopping import Stopping
 from orchestrator.training.fragments import count_trained
 from orchestrator.training.health import health_from_json
 from orchestrator.training.loop import Progress
@@ -148,6 +149,21 @@ class Checkpointer:
         self._record.rollbacks = health.rollbacks
         return replace(earlier, health=health)
 
+    def put_back(self, step: int) -> bool:
+        """Makes the model what it was at a step whose checkpoint was kept; False, and a warning, where that is not proven.
+
+        Call it after `close`: nothing is trained or saved any more.
+        """
+        found = newest_proven(self._subject.runtime, self._context.folder, self._tell, before=step + 1)
+        if found is None or found.step != step:
+            self._record.event("best_lost", step=step)
+            self._record.say(f"warning: the best checkpoint, of step {step}, is not there; the last weights are taken")
+            return False
+        self._restored(found)
+        self._record.event("best", step=step)
+        self._record.say(f"the weights of step {step}, the best, are put back")
+        return True
+
     def close(self) -> int | None:
         """Waits for the last save; the newest step that this attempt proved."""
         self._writer.close()
@@ -183,7 +199,7 @@ class Checkpointer:
         else:
             set_seed(seed_of(self._context.config.seeds.weights, step=found.step, rank=subject.runtime.rank))
         self._best = state["best"]
-        return Progress(**{**state["progress"], "health": health_from_json(state["progress"]["health"])})
+        return _progress_from_json(state["progress"])
 
     def _tell_accepted(self, state: dict[str, Any]) -> None:
         context = self._context
@@ -237,6 +253,7 @@ class Checkpointer:
             "sharding": self._context.config.sharding.strategy,
             "attempt": self._context.attempt,
             "created": time.time(),
+            "best_step": progress.stopping.best_step,
             "eval_loss": self._evaluated[1] if at_this_step and self._evaluated is not None else None,
             "config_digest": checkpoints.digest_of(self._settings()),
             "data_digest": self._subject.data_digest,
@@ -259,6 +276,11 @@ class Checkpointer:
         for newer in checkpoints.saved_steps(folder):
             if newer > step:
                 checkpoints.quarantine(folder, newer, [f"a rollback went back to step {step}"], self._tell)
+
+
+def _progress_from_json(values: dict[str, Any]) -> Progress:
+    health, stopping = health_from_json(values["health"]), Stopping(**values["stopping"])
+    return Progress(**{**values, "health": health, "stopping": stopping})
 
 
 def _is_installed(name: str) -> bool:

@@ -168,12 +168,12 @@ class CheckpointWriter:
         files[checkpoints.STATE] = Written(bytes=state.stat().st_size, sha256=file_digest(state))
         entries = {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in files.items()}
         checkpoints.commit(partial, self._folder.checkpoint(pending.step), pending.facts, entries)
-        self._retain()
+        self._retain(pending.facts["best_step"])
 
-    def _retain(self) -> None:
-        """Deletes what retention lets go; only now that the new checkpoint is proven."""
+    def _retain(self, best_step: int | None) -> None:
+        """Deletes what retention lets go; only now that the new checkpoint is proven. Early stopping names its best itself."""
         settings = self._settings
-        best = checkpoints.best_step(self._folder) if settings.keep_best else None
+        best = checkpoints.best_step(self._folder) if settings.keep_best and best_step is None else best_step
         steps = checkpoints.saved_steps(self._folder)
         leaving = checkpoints.obsolete(steps, keep_last=settings.keep_last, keep_every=settings.keep_every, best=best)
         try:

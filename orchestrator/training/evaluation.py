@@ -21,6 +21,11 @@ class Evaluation:
     """What else the objective tells, as means over the units."""
 
 
+def values_of(scored: Evaluation) -> dict[str, float]:
+    """Loss and measures by their names in metrics.jsonl."""
+    return {"eval_loss": scored.loss} | {f"eval_{name}": value for name, value in scored.measures.items()}
+
+
 @torch.no_grad()
 def evaluate(
     runtime: Runtime,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS, FreezeTuning
 from orchestrator.errors import EXIT_DONE, CheckpointError
 from orchestrator.goodput import time_spent
 from orchestrator.metrics.jsonl import read_rows
@@ -19,7 +20,7 @@ from orchestrator.rundir import MANIFEST, file_digest, read_json, write_json
 from orchestrator.training.artifact import adapter_names, check_tensors, round_as_saved, write_artifact
 from orchestrator.training.context import Context, Record
 from orchestrator.training.evaluation import Evaluation
-from orchestrator.training.gather import gather_trainable
+from orchestrator.training.gather import gather_frozen, gather_trainable
 from orchestrator.training.loop import Progress
 
 if TYPE_CHECKING:
@@ -52,8 +53,10 @@ def finish_stage(
     round_as_saved(session.model, context.config)
     scored = course.proof()
     weights = gather_trainable(runtime, session.model)
+    if isinstance(context.config.tuning, FreezeTuning):  # the artifact is a whole model
+        weights |= gather_frozen(runtime, session.model)
     if runtime.is_main:
-        _write(session, weights, step=progress.step)
+        _write(session, weights, step=progress.stopping.best_step or progress.step)
         _write_expectation(session, scored)
     summary = _summary(context, progress, before, after, seconds) | dict(course.summary() if runtime.is_main else {})
     del session, course, weights
@@ -125,6 +128,8 @@ def _summary(
         "trained_tokens": progress.trained_tokens,
         "eval_loss_before": first,
         "eval_loss_after": after.loss if after is not None else None,
+        "best_step": progress.stopping.best_step,
+        "stopped_early_at": progress.step if progress.stopping.is_over else None,
         "seconds": seconds,
     }
 
@@ -155,7 +160,7 @@ def finish_scoring(context: Context, record: Record, summary: dict[str, Any], *,
 
 def artifact_kind(context: Context) -> str:
     """model, adapter, reward_model or reward_adapter."""
-    what = "model" if context.config.tuning.method == "full" else "adapter"
+    what = "model" if isinstance(context.config.tuning, WHOLE_MODEL_TUNINGS) else "adapter"
     return f"reward_{what}" if context.stage.kind == "reward" else what
 
 

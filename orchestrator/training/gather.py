@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 from orchestrator.training.runtime import Runtime
@@ -20,6 +23,27 @@ def gather_trainable(runtime: Runtime, model: torch.nn.Module) -> dict[str, torc
         if runtime.is_main:
             gathered[name] = whole.detach().to("cpu", torch.float32, copy=True)
     return gathered
+
+
+def gather_frozen(runtime: Runtime, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies on the host of every parameter that is not trained, in its own type; as `gather_trainable`."""
+    module = runtime.accelerator.unwrap_model(model)
+    gathered: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        with _made_whole(parameter):
+            if runtime.is_main:
+                gathered[name] = parameter.detach().to("cpu", copy=True)
+    return gathered
+
+
+def _made_whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def _whole(runtime: Runtime, parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.config.model import FullTuning
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig
 from orchestrator.dataset.formats import Chat, Example, Message, Plain, Prompt, parse_row
 from orchestrator.dataset.sources import held_out_source, locate, settle_format, source_rows
@@ -141,7 +141,7 @@ def _run(options: argparse.Namespace) -> int:
         .to(runtime.device)
         .eval()
     )
-    is_full = isinstance(config.tuning, FullTuning)
+    is_full = isinstance(config.tuning, WHOLE_MODEL_TUNINGS)
     base: Any = load_model(base_folder, config, weights_dtype=dtype).to(runtime.device).eval() if is_full else tuned
     answer_tuned = answer_with(tuned, base_folder, encoder, runtime, max_new_tokens=options.max_new_tokens)
     answer_base = answer_with(base, base_folder, encoder, runtime, max_new_tokens=options.max_new_tokens)

@@ -18,10 +18,12 @@ from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.order import Order
 from orchestrator.errors import TrainingFailed
 from orchestrator.schedule import learning_rate_factor
+from orchestrator.training.early_stopping import NOT_STOPPING, Stopping
 from orchestrator.training.health import HEALTHY, Health, after_step, find_fault, must_go_back, reason_to_give_up
 from orchestrator.training.objectives import Objective, Rows
 from orchestrator.training.optimizers import set_learning_rate
 from orchestrator.training.runtime import Runtime
+from orchestrator.training.unfreezing import Unfreezing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class Job:
     flops_per_token: float | None
     peak_flops: float | None
     """Of all ranks together, per second."""
+    unfreezing: Unfreezing | None = None
+    """Opens trained parameters level by level; None trains all from the first step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,7 @@ class Progress:
     tokens: int
     trained_tokens: int
     health: Health = HEALTHY
+    stopping: Stopping = NOT_STOPPING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,8 @@ class Hooks:
 
     record: Callable[[Mapping[str, Any]], None]
     """Takes a row of metrics; called on every rank, acts on rank 0."""
-    evaluate: Callable[[Progress], None]
+    evaluate: Callable[[Progress], Progress]
+    """Scores the model, and judges whether training goes on."""
     save: Callable[[Progress], None]
     rehearse: Callable[[Progress], None]
     """Tries a save after the very first step, so that what would fail later fails now."""
@@ -100,7 +106,7 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
     window: list[StepResult] = []
     save_is_owed = False
     stop = _agree_to_stop(job, hooks)
-    while progress.step < job.steps and not stop:
+    while not is_over(job, progress) and not stop:
         step = progress.step + 1
         start = time.perf_counter()
         told = hooks.begin(step)
@@ -121,14 +127,20 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
                 continue
         if step == 1 and result.fault is None and not _is_due(job.stage.checkpoint.every_steps, step):
             hooks.rehearse(progress)
-        if _is_due(job.stage.evaluate_every_steps, step) and step < job.steps:
-            hooks.evaluate(progress)
+        if _evaluates(job, step):
+            progress = hooks.evaluate(progress)
+            save_is_owed |= progress.stopping.best_step == step
             stop = _agree_to_stop(job, hooks) or stop
         save_is_owed |= _is_due(job.stage.checkpoint.every_steps, step)
-        if stop or step == job.steps or (save_is_owed and not progress.health.streak):
+        if stop or is_over(job, progress) or (save_is_owed and not progress.health.streak):
             hooks.save(progress)
             save_is_owed = False
     return progress
+
+
+def is_over(job: Job, progress: Progress) -> bool:
+    """Whether nothing is left to train: the last step is done, or early stopping has lost its patience."""
+    return progress.step >= job.steps or progress.stopping.is_over
 
 
 def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> StepResult:
@@ -136,6 +148,8 @@ def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> S
     start = time.perf_counter()
     lr = job.stage.optimizer.lr * learning_rate_factor(job.stage.schedule, step, job.steps)
     set_learning_rate(job.optimizer, lr)
+    if job.unfreezing is not None:
+        job.unfreezing.go_to(step)
     real = _real_indices(job, step)
     weight = job.objective.weight(job.rows, real.tolist())
     if weight == 0:
@@ -284,7 +298,8 @@ def _advanced(job: Job, progress: Progress, result: StepResult) -> Progress:
     step = progress.step + 1
     mean = result.sums[0] / result.weight
     health = after_step(progress.health, step, loss=mean, fault=result.fault, settings=job.stage.faults)
-    return Progress(
+    return replace(
+        progress,
         step=step,
         tokens=progress.tokens + result.tokens,
         trained_tokens=progress.trained_tokens + result.trained_tokens,
@@ -294,6 +309,13 @@ def _advanced(job: Job, progress: Progress, result: StepResult) -> Progress:
 
 def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
+
+
+def _evaluates(job: Job, step: int) -> bool:
+    """After the last step the stage evaluates by itself; early stopping wants to know it before the last save."""
+    if step == job.steps:
+        return job.stage.early_stopping is not None
+    return _is_due(job.stage.evaluate_every_steps, step)
 
 
 def _micro_batches(job: Job, step: int) -> list[npt.NDArray[np.int64]]:

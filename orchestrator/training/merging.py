@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from orchestrator.bases import TOKENIZER_FILES
-from orchestrator.config.model import FullTuning, Nf4Quantization, NoQuantization
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS, Nf4Quantization, NoQuantization
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.rundir import publish, write_manifest, write_text
@@ -129,7 +129,7 @@ def _trained(source: Source) -> torch.nn.Module:
 def _merged_dense(source: Source) -> Any:
     """Into the base as it was published; added in fp32 and rounded once."""
     dense = source.config.model_copy(update={"quantization": NoQuantization(scheme="none")})
-    if isinstance(source.config.tuning, FullTuning):
+    if isinstance(source.config.tuning, WHOLE_MODEL_TUNINGS):
         return open_artifact(
             source.artifact, base_folder=source.base_folder, config=dense, weights_dtype=DTYPES[dense.model.dtype]
         )

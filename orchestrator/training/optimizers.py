@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from orchestrator.config.stages import OptimizerConfig
+from orchestrator.layers import count_layers, levels_of, rates_of
+from orchestrator.training.unfreezing import LEVEL
+
+RATE = "rate"
+"""Key of a parameter group: its share of the step's learning rate."""
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float
-) -> list[dict[str, object]]:
-    """Trainable matrices with decay, vectors (biases, norms) without; an empty group is left out.
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizerConfig, *, is_gradual: bool = False
+) -> list[dict[str, Any]]:
+    """Trainable parameters that are stepped alike: matrices with decay and vectors (biases, norms) without; where rates differ by
+    layer or layers open one after the other, also by these. There is no empty group.
 
     DeepSpeed with LoRA and torch >= 2.10 crashes at the first step where a group is empty.
     """
-    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    matrices = [parameter for _, parameter in trainable if num_dimensions(parameter) >= 2]
-    vectors = [parameter for _, parameter in trainable if num_dimensions(parameter) < 2]
-    groups = [(matrices, weight_decay), (vectors, 0.0)]
-    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+    named = dict(named_parameters)
+    trainable = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    num_layers = count_layers(named)
+    rates = rates_of(trainable, num_layers, settings.layer_decay)
+    levels = levels_of(trainable, num_layers) if is_gradual else dict.fromkeys(trainable, 0)
+    groups: dict[tuple[int, float, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        key = (levels[name], -rates[name], num_dimensions(parameter) < 2)
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": 0.0 if key[2] else settings.weight_decay, RATE: -key[1], LEVEL: key[0]}
+        for key in sorted(groups)
+    ]
 
 
 def num_dimensions(parameter: torch.nn.Parameter) -> int:
@@ -28,9 +43,11 @@ def num_dimensions(parameter: torch.nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def build_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: torch.nn.Module, settings: OptimizerConfig, *, is_gradual: bool = False
+) -> torch.optim.Optimizer:
     """AdamW (1711.05101) over the trainable parameters: fused, or with 8-bit states from bitsandbytes."""
-    groups = parameter_groups(model.named_parameters(), settings.weight_decay)
+    groups = parameter_groups(model.named_parameters(), settings, is_gradual=is_gradual)
     betas = (settings.beta1, settings.beta2)
     if settings.name == "adamw_8bit":
         import bitsandbytes
@@ -42,4 +59,4 @@ def build_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the rate of the coming step; a pure function of the step decides it, so that a resume needs no state."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group[RATE]

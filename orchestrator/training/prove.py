@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from orchestrator.config.alignment import RewardStage
 from orchestrator.config.ends import MergeStage
+from orchestrator.config.model import FreezeTuning
 from orchestrator.config.run import RunConfig, Stage
 from orchestrator.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, CheckpointError, OrchestratorError
 from orchestrator.rundir import RunFolder, StageFolder, read_json, read_manifest, write_json
@@ -20,6 +22,7 @@ from orchestrator.training.evaluation import evaluate
 from orchestrator.training.model import quiet, weights_dtype
 from orchestrator.training.objectives import proof_objective
 from orchestrator.training.runtime import start_single_runtime
+from orchestrator.training.tuning import freeze, hold_masters
 
 LOSS_TOLERANCE = 1e-3
 
@@ -37,6 +40,9 @@ def prove(config: RunConfig, stage: Stage, folder: StageFolder) -> float:
         model = _open(config, stage, folder, rows, dtype, Path(expected["base_folder"])).to(runtime.device)
         if not expected["autocast"] and config.quantization.scheme == "none":
             model.to(dtype)
+        if expected["autocast"] and isinstance(config.tuning, FreezeTuning):  # the types of training
+            freeze(cast("PreTrainedModel", model), config.tuning, has_new_head=isinstance(stage, RewardStage))
+            hold_masters(model)
     objective = proof_objective(runtime, stage, rows.meta.kind)
     scored = evaluate(runtime, model, objective, rows, micro_size=expected["micro_size"], limit=expected["rows"])
     difference = abs(scored.loss - expected["loss"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.model import FullTuning
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.training.context import Context
 from orchestrator.training.model import DTYPES, load_model
 from orchestrator.training.scoring import without_sharding
@@ -30,7 +30,12 @@ def build_policy_with_reference(
     """The module to train; with a frozen copy of the adapter that it starts from, where there is one."""
     model: Any = build_policy(context, dtype, packed)
     start, tuning = context.start, context.config.tuning
-    if start is None or start.kind != "adapter" or isinstance(tuning, FullTuning) or not wants_reference(stage):
+    if (
+        start is None
+        or start.kind != "adapter"
+        or isinstance(tuning, WHOLE_MODEL_TUNINGS)
+        or not wants_reference(stage)
+    ):
         return model
     model.add_adapter(REFERENCE, lora_settings(tuning))
     load_adapter(model, start.folder, name=REFERENCE)
@@ -49,7 +54,7 @@ def reference_policy(session: Session, stage: PolicyStage) -> UseReference | Non
     """How to reach the reference policy; None where none is asked for."""
     if not wants_reference(stage):
         return None
-    if isinstance(session.context.config.tuning, FullTuning):
+    if isinstance(session.context.config.tuning, WHOLE_MODEL_TUNINGS):
         second = _second_model(session)
         return lambda: nullcontext(second)
     return lambda: _other_adapter(session)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 
 from orchestrator.architecture import read_architecture
+from orchestrator.config.model import FreezeTuning
 from orchestrator.dataset.ledger import Ledger, ledger_path
 from orchestrator.dataset.order import Order, make_order
 from orchestrator.errors import EXIT_SAVED
@@ -21,15 +22,17 @@ from orchestrator.training.causal import head_of
 from orchestrator.training.checkpoint import Checkpointer, Subject
 from orchestrator.training.context import Context, Record
 from orchestrator.training.data.rows import PreparedRows
-from orchestrator.training.evaluation import Evaluation, evaluate
+from orchestrator.training.early_stopping import judged, metric_of
+from orchestrator.training.evaluation import Evaluation, evaluate, values_of
 from orchestrator.training.finish import finish_stage
-from orchestrator.training.loop import Hooks, Job, Progress, train
+from orchestrator.training.loop import Hooks, Job, Progress, is_over, train
 from orchestrator.training.measuring import attended_tokens, keep_measured, measuring
 from orchestrator.training.model import weights_dtype
 from orchestrator.training.objectives import Objective, Rows, proof_objective
 from orchestrator.training.optimizers import build_optimizer
 from orchestrator.training.runtime import Runtime, start_runtime
 from orchestrator.training.tuning import build_policy, count_trainable, keep_input_types
+from orchestrator.training.unfreezing import Unfreezing, gradual_unfreezing
 
 PROOF_ROWS = 64
 
@@ -46,6 +49,7 @@ class Session:
     rows: PreparedRows
     held: PreparedRows | None
     """Held-out rows."""
+    unfreezing: Unfreezing | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +94,18 @@ def _train(context: Context, runtime: Runtime, record: Record, plan_course: Plan
     session = open_session(context, runtime, record, build_model)
     job, course, checkpointer, progress = assemble(session, plan_course)
     before = None if progress.step else _scored(course, record, 0)
+    stopping = context.stage.early_stopping
+    if stopping is not None and not progress.step:
+        metric_of(before, stopping, stage=context.name)
     record.event("train", step=progress.step, steps=job.steps)
     progress = train(job, progress, hooks_of(session, course, checkpointer))
     waited = time.perf_counter()
     checkpointer.close()
     record.event("trained", step=progress.step, close_seconds=time.perf_counter() - waited)
     keep_measured(session)
-    if progress.step < job.steps:
+    if not is_over(job, progress):
         return _stopped(record, runtime, progress, context.stop.reason() or "another rank was asked to stop")
-    after = _scored(course, record, progress.step)
+    progress, after = _settled(course, record, checkpointer, progress)
     return finish_stage(session, course, record, progress, before=before, after=after, seconds=time.time() - started)
 
 
@@ -114,7 +121,10 @@ def open_session(context: Context, runtime: Runtime, record: Record, build_model
         keep_input_types(model)
     _tell_size(record, model)
     _tell_head(record, model, runtime.device)
-    optimizer = build_optimizer(model, stage.optimizer)
+    tuning = config.tuning
+    is_gradual = isinstance(tuning, FreezeTuning) and tuning.is_gradual
+    optimizer = build_optimizer(model, stage.optimizer, is_gradual=is_gradual)
+    unfreezing = gradual_unfreezing(model, optimizer) if is_gradual else None
     prepared_model, prepared_optimizer = runtime.accelerator.prepare(model, optimizer)
     set_seed(config.seeds.weights + runtime.rank)
     return Session(
@@ -125,6 +135,7 @@ def open_session(context: Context, runtime: Runtime, record: Record, build_model
         optimizer=prepared_optimizer,
         rows=rows,
         held=held,
+        unfreezing=unfreezing,
     )
 
 
@@ -146,7 +157,12 @@ def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Ch
         steps=steps,
         flops_per_token=_flops_per_token(context),
         peak_flops=_peak_flops(context),
+        unfreezing=session.unfreezing,
     )
+    if session.unfreezing is not None:
+        session.unfreezing.plan(
+            context.config.tuning, record, steps=steps, steps_per_epoch=course.order.steps_per_epoch
+        )
     subject = Subject(
         runtime=runtime,
         model=session.model,
@@ -195,10 +211,15 @@ def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Ho
     """The effects of the loop."""
     context, record = session.context, session.record
 
-    def judge(at: Progress) -> None:
+    def judge(at: Progress) -> Progress:
         scored = _scored(course, record, at.step)
         if scored is not None:
             checkpointer.note_evaluation(at.step, scored.loss)
+        settings = context.stage.early_stopping
+        if settings is None or at.health.streak:  # a streak of faults puts the weights in doubt
+            return at
+        value = metric_of(scored, settings, stage=context.name)
+        return replace(at, stopping=judged(at.stopping, at.step, value, settings, session.runtime, record))
 
     return Hooks(
         record=measuring(session),
@@ -213,20 +234,24 @@ def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Ho
     )
 
 
+def _settled(
+    course: Course, record: Record, checkpointer: Checkpointer, progress: Progress
+) -> tuple[Progress, Evaluation | None]:
+    """The model that the artifact is made of, scored: the best one where early stopping judged, else the last."""
+    best = progress.stopping.best_step
+    if best is None or best == progress.step:
+        return progress, _scored(course, record, progress.step)
+    if not checkpointer.put_back(best):
+        progress = replace(progress, stopping=replace(progress.stopping, best_step=None))
+    return progress, course.score()
+
+
 def _scored(course: Course, record: Record, step: int) -> Evaluation | None:
     start = time.perf_counter()
     scored = course.score()
     if scored is not None:
-        measures = {f"eval_{name}": value for name, value in scored.measures.items()}
-        record.metrics(
-            {
-                "step": step,
-                "eval_loss": scored.loss,
-                "eval_trained_tokens": scored.trained_tokens,
-                "eval_seconds": time.perf_counter() - start,
-                **measures,
-            }
-        )
+        told = {"eval_trained_tokens": scored.trained_tokens, "eval_seconds": time.perf_counter() - start}
+        record.metrics({"step": step, **told, **values_of(scored)})
     return scored
 
 

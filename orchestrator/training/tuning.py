@@ -1,4 +1,4 @@
-"""What of the model is trained: full or LoRA; and what of it is worth saving."""
+"""What of the model is trained: all, a part, or LoRA; and what of it is worth saving."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from orchestrator.config.model import FullTuning, LoraTuning
+from orchestrator.config.model import FreezeTuning, FullTuning, LoraTuning
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.layers import trained_names
 from orchestrator.training.causal import attach_adapted_head
 from orchestrator.training.context import Context
 from orchestrator.training.model import load_model, load_scorer
@@ -37,10 +38,15 @@ def build_reward_model(context: Context, dtype: torch.dtype, packed: bool) -> to
     if start is not None and start.kind == "adapter":
         load_adapter(model, start.folder)
     if dtype == torch.float32 or context.config.sharding.strategy == "none":
-        for parameter in model.parameters():  # PEFT leaves the head in the base's type
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        hold_masters(model)  # PEFT leaves the head in the base's type
     return model
+
+
+def hold_masters(model: torch.nn.Module) -> None:
+    """Trained parameters in fp32, as DeepSpeed would hold them beside their 16-bit copies."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def load_adapter(model: torch.nn.Module, folder: Path, *, name: str = "default") -> None:
@@ -65,7 +71,7 @@ def load_adapter(model: torch.nn.Module, folder: Path, *, name: str = "default")
 def apply_tuning(
     model: PreTrainedModel, config: RunConfig, *, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
 ) -> torch.nn.Module:
-    """The module to train: every parameter under full tuning, a PEFT model under LoRA. Base weights are frozen there.
+    """The module to train: every parameter under full tuning, the chosen ones under freeze, a PEFT model under LoRA.
 
     Under SEQ_CLS the head is trained too, and saved with the adapter.
     """
@@ -75,8 +81,27 @@ def apply_tuning(
     match config.tuning:
         case FullTuning():
             return model.requires_grad_(True)
+        case FreezeTuning():
+            freeze(model, config.tuning, has_new_head=task == "SEQ_CLS")
+            if config.sharding.strategy == "none":
+                hold_masters(model)
+            return model
         case LoraTuning():
             return _with_lora(model, config.tuning, task)
+
+
+def freeze(model: PreTrainedModel, tuning: FreezeTuning, *, has_new_head: bool = False) -> None:
+    """Lets only the parameters that the settings choose be trained. ConfigError with what is there where they meet nothing."""
+    named = dict(model.named_parameters())
+    trained = trained_names(list(named), tuning, is_tied=has_tied_head(model), has_new_head=has_new_head)
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in trained)
+
+
+def has_tied_head(model: PreTrainedModel) -> bool:
+    """Whether the output head is the very matrix of the input embeddings."""
+    head: Any = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def lora_settings(tuning: LoraTuning, task: str = "CAUSAL_LM") -> Any:

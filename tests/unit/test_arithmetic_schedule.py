@@ -14,11 +14,20 @@ from orchestrator.compose import CONF, compose
 from orchestrator.config.run import accumulation_steps, rule_problems
 from orchestrator.config.stages import ScheduleConfig
 from orchestrator.plan import DataFacts, make_plan, resolve
-from orchestrator.schedule import learning_rate_factor, steps_per_epoch, total_steps, warmup_steps
+from orchestrator.schedule import (
+    learning_rate_factor,
+    level_opens_at,
+    open_levels,
+    steps_per_epoch,
+    total_steps,
+    warmup_steps,
+)
 
 SHAPES = [
-    ScheduleConfig(name=name, warmup_ratio=warmup, final_ratio=final)
-    for name, warmup, final in product(("linear", "cosine", "constant"), (0.0, 0.03, 0.5, 1.0), (0.0, 0.1, 1.0))
+    ScheduleConfig(name=name, warmup_ratio=warmup, decay_ratio=decay, final_ratio=final)
+    for name, warmup, decay, final in product(
+        ("linear", "cosine", "constant"), (0.0, 0.03, 0.5, 1.0), (None, 0.1, 1.0), (0.0, 0.1, 1.0)
+    )
 ]
 
 
@@ -32,7 +41,7 @@ def curve(schedule: ScheduleConfig, steps: int) -> list[float]:
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
 def test_every_schedule_rises_to_its_peak_and_falls_to_its_end(steps: int) -> None:
-    assert len(SHAPES) == 36
+    assert len(SHAPES) == 108
     for schedule in SHAPES:
         warmup = warmup_steps(schedule, steps)
         factors = curve(schedule, steps)
@@ -50,8 +59,8 @@ def test_the_falling_half_follows_its_formula() -> None:
     steps, warmup = 110, 10
     for step in range(warmup + 1, steps + 1):
         t = (step - warmup) / (steps - warmup)
-        linear = ScheduleConfig(name="linear", warmup_ratio=1 / 11, final_ratio=0.2)
-        cosine = ScheduleConfig(name="cosine", warmup_ratio=1 / 11, final_ratio=0.1)
+        linear = ScheduleConfig(name="linear", warmup_ratio=1 / 11, decay_ratio=None, final_ratio=0.2)
+        cosine = ScheduleConfig(name="cosine", warmup_ratio=1 / 11, decay_ratio=None, final_ratio=0.1)
         assert learning_rate_factor(linear, step, steps) == pytest.approx(1 - 0.8 * t)
         assert learning_rate_factor(cosine, step, steps) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * t)))
     assert learning_rate_factor(cosine, 60, steps) == pytest.approx(0.55)  # half-way: the mean of peak and end
@@ -62,6 +71,34 @@ def test_the_shipped_schedules_at_their_ends() -> None:
         name: (curve(shipped(name), 200)[9], curve(shipped(name), 200)[-1]) for name in ("linear", "cosine", "constant")
     }
     assert ends == {"linear": (1.0, 0.0), "cosine": (1.0, pytest.approx(0.1)), "constant": (1.0, 1.0)}
+
+
+def test_the_slanted_triangle_by_hand() -> None:
+    """1801.06146, equation 3, with T = 100, cut_frac = 0.1, ratio = 32: cut = 10, p = t / 10, then 1 - (t - 10) / 90."""
+    factors = curve(shipped("slanted_triangular"), 100)
+    assert factors[0] == pytest.approx((1 + 0.1 * 31) / 32)
+    assert factors[4] == pytest.approx((1 + 0.5 * 31) / 32)
+    assert factors[9] == 1.0
+    assert factors[54] == pytest.approx((1 + 0.5 * 31) / 32)
+    assert factors[99] == pytest.approx(1 / 32)
+    for t in range(1, 101):
+        p = t / 10 if t < 10 else 1 - (t - 10) / (10 * (1 / 0.1 - 1))
+        assert factors[t - 1] == pytest.approx((1 + p * (32 - 1)) / 32), t
+    assert all(
+        1 / 32 <= factor <= 1 for steps in (1, 2, 7, 15, 99) for factor in curve(shipped("slanted_triangular"), steps)
+    )
+
+
+def test_warm_up_stable_decay_by_hand() -> None:
+    factors = curve(shipped("warmup_stable_decay"), 200)
+    assert (factors[0], factors[9], factors[10], factors[179]) == (0.1, 1.0, 1.0, 1.0)
+    assert (factors[180], factors[189], factors[199]) == (pytest.approx(0.95), pytest.approx(0.5), 0.0)
+
+
+def test_a_level_opens_every_so_many_steps() -> None:
+    assert [open_levels(step, every_steps=3, levels=3) for step in range(1, 10)] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [open_levels(step, every_steps=2.5, levels=4) for step in range(1, 10)] == [1, 1, 1, 2, 2, 3, 3, 3, 4]
+    assert level_opens_at(3, every_steps=0.1 * 10) == 4, "0.1 epochs of ten steps are one step"
 
 
 @pytest.mark.parametrize(
