@@ -29,7 +29,7 @@ from orchestrator.plan import resolve
 from orchestrator.rundir import RunFolder
 from orchestrator.training.checkpoint import Checkpointer, Subject
 from orchestrator.training.context import Context, Record
-from orchestrator.training.loop import Progress
+from orchestrator.training.job import Progress
 from orchestrator.training.model import fetch_base, load_model
 from orchestrator.training.optimizers import build_optimizer
 from orchestrator.training.runtime import start_runtime

@@ -158,7 +158,7 @@ def _train_cell(cell: Cell) -> None:
     from orchestrator.stages.sft import plan_course
     from orchestrator.training.context import Context, Record
     from orchestrator.training.gather import gather_trainable
-    from orchestrator.training.loop import Hooks, Progress
+    from orchestrator.training.job import Hooks, Progress
     from orchestrator.training.loop import train as train_job
     from orchestrator.training.runtime import start_runtime
     from orchestrator.training.session import assemble, open_session

@@ -71,7 +71,7 @@ def round_as_saved(model: torch.nn.Module, config: RunConfig) -> None:
 
     Under DeepSpeed the weights of the forward pass have that type already.
     """
-    if not isinstance(config.tuning, FullTuning):
+    if not isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
         return
     for parameter in model.parameters():
         if parameter.dtype == torch.float32:

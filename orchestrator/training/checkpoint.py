@@ -26,7 +26,7 @@ from orchestrator.training.context import Context, Record
 from orchestrator.training.early_stopping import Stopping
 from orchestrator.training.fragments import count_trained
 from orchestrator.training.health import health_from_json
-from orchestrator.training.loop import Progress
+from orchestrator.training.job import Progress
 from orchestrator.training.proven import newest_proven
 from orchestrator.training.random_state import seed_of
 from orchestrator.training.runtime import Runtime

@@ -21,7 +21,7 @@ from orchestrator.training.artifact import adapter_names, check_tensors, round_a
 from orchestrator.training.context import Context, Record
 from orchestrator.training.evaluation import Evaluation
 from orchestrator.training.gather import gather_frozen, gather_trainable
-from orchestrator.training.loop import Progress
+from orchestrator.training.job import Progress
 
 if TYPE_CHECKING:
     from orchestrator.training.session import Course, Session

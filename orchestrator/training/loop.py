@@ -2,102 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from orchestrator.config.stages import TrainingStage
-from orchestrator.dataset.order import Order
 from orchestrator.errors import TrainingFailed
 from orchestrator.schedule import learning_rate_factor
-from orchestrator.training.early_stopping import NOT_STOPPING, Stopping
-from orchestrator.training.health import HEALTHY, Health, after_step, find_fault, must_go_back, reason_to_give_up
-from orchestrator.training.objectives import Objective, Rows
+from orchestrator.training.health import Health, after_step, find_fault, must_go_back, reason_to_give_up
+from orchestrator.training.job import Hooks, Job, Progress, StepResult
 from orchestrator.training.optimizers import set_learning_rate
-from orchestrator.training.runtime import Runtime
-from orchestrator.training.unfreezing import Unfreezing
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the loop trains, and on what. The model and the optimizer are Accelerate's prepared ones."""
-
-    runtime: Runtime
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    objective: Objective
-    stage: TrainingStage
-    rows: Rows
-    order: Order
-    steps: int
-    flops_per_token: float | None
-    peak_flops: float | None
-    """Of all ranks together, per second."""
-    unfreezing: Unfreezing | None = None
-    """Opens trained parameters level by level; None trains all from the first step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where the run stands after `step` optimizer steps."""
-
-    step: int
-    tokens: int
-    trained_tokens: int
-    health: Health = HEALTHY
-    stopping: Stopping = NOT_STOPPING
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hooks:
-    """The effects of the loop. Every rank calls them at the same step."""
-
-    record: Callable[[Mapping[str, Any]], None]
-    """Takes a row of metrics; called on every rank, acts on rank 0."""
-    evaluate: Callable[[Progress], Progress]
-    """Scores the model, and judges whether training goes on."""
-    save: Callable[[Progress], None]
-    rehearse: Callable[[Progress], None]
-    """Tries a save after the very first step, so that what would fail later fails now."""
-    roll_back: Callable[[Progress], Progress | None]
-    """Puts the model back to the last proven checkpoint before the streak of faults; None where there is none."""
-    fault: Callable[[int, str, list[int]], None]
-    """Tells that the update of a step was skipped, why, and which rows it held."""
-    stop_reason: Callable[[], str | None]
-    """This rank's own wish to stop."""
-    begin: Callable[[int], Mapping[str, Any]]
-    """Makes the rows of a step (from 1) ready, and gives what its row of metrics tells of them."""
-    took: Callable[[int, Sequence[int]], None]
-    """Tells the rows (fillers too) that this rank computed at a step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """One optimizer step over the global batch."""
-
-    sums: tuple[float, ...]
-    """Of the loss and of the objective's measures."""
-    weight: float
-    """Units of the global batch, by which the sums are divided."""
-    told: Mapping[str, Any]
-    grad_norm: float
-    tokens: int
-    trained_tokens: int
-    data_seconds: float
-    seconds: float
-    rollout_seconds: float
-    """What it took to make the step's rows ready, before `seconds`; next to nothing where they were prepared."""
-    stop: bool
-    fault: str | None
-    """Why nothing was updated."""
+from orchestrator.training.step_record import metrics_row, micro_batches_of, real_indices, row_ids_of
 
 
 def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
@@ -113,15 +31,15 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
         seconds = time.perf_counter() - start
         result = optimizer_step(job, step, progress.health, stop_wish=hooks.stop_reason() is not None)
         result = replace(result, told=told, rollout_seconds=seconds)
-        hooks.took(step, [int(row) for indices in _micro_batches(job, step) for row in indices])
+        hooks.took(step, [int(row) for indices in micro_batches_of(job, step) for row in indices])
         progress = _advanced(job, progress, result)
         window.append(result)
         stop = result.stop
         if step % job.stage.log_every_steps == 0 or step == job.steps or stop:
-            hooks.record(_metrics_row(job, progress, window))
+            hooks.record(metrics_row(job, progress, window))
             window = []
         if result.fault is not None:
-            hooks.fault(step, result.fault, _row_ids(job, step))
+            hooks.fault(step, result.fault, row_ids_of(job, step))
             if must_go_back(progress.health, job.stage.faults):
                 progress, window, save_is_owed = _gone_back(job, progress, hooks, result.fault), [], False
                 continue
@@ -150,11 +68,11 @@ def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> S
     set_learning_rate(job.optimizer, lr)
     if job.unfreezing is not None:
         job.unfreezing.go_to(step)
-    real = _real_indices(job, step)
+    real = real_indices(job, step)
     weight = job.objective.weight(job.rows, real.tolist())
     if weight == 0:
         raise TrainingFailed(
-            f"step {step}: the batch has no trained token; rows {_row_ids(job, step)}; see `orchestrator check`"
+            f"step {step}: the batch has no trained token; rows {row_ids_of(job, step)}; see `orchestrator check`"
         )
     sums = accumulate_gradients(job, step, health, weight, stop_wish=stop_wish)
     grad_norm = update(job, fault=sums.fault)
@@ -193,7 +111,7 @@ def accumulate_gradients(job: Job, step: int, health: Health, weight: float, *, 
     last backward NaN on every rank: DeepSpeed sees it and skips its update, elsewhere `update` does.
     """
     accelerator = job.runtime.accelerator
-    micro_batches = _micro_batches(job, step)
+    micro_batches = micro_batches_of(job, step)
     scale = job.runtime.world_size * len(micro_batches) / weight
     summed = torch.zeros(1 + len(job.objective.measures), device=job.runtime.device, dtype=torch.float64)
     sums = Sums(totals=(), stop=False, fault=None, data_seconds=0.0)
@@ -238,7 +156,7 @@ def _gone_back(job: Job, progress: Progress, hooks: Hooks, fault: str) -> Progre
     earlier = None if why is not None else hooks.roll_back(progress)
     if earlier is None:
         raise TrainingFailed(
-            f"step {step}: {fault}; {why or 'there is no earlier checkpoint to go back to'}. Rows of the batch: {_row_ids(job, step)}. "
+            f"step {step}: {fault}; {why or 'there is no earlier checkpoint to go back to'}. Rows of the batch: {row_ids_of(job, step)}. "
             "Usual causes: a learning rate that is too high, damaged weights, a corrupt row"
         )
     return earlier
@@ -254,44 +172,6 @@ def _timed_batches(job: Job, micro_batches: Sequence[Any]) -> Iterator[tuple[Any
         start = time.perf_counter()
         batch = job.rows.batch(indices).to(job.runtime.device)
         yield batch, time.perf_counter() - start
-
-
-def _metrics_row(job: Job, progress: Progress, window: Sequence[StepResult]) -> dict[str, Any]:
-    """A row of metrics.jsonl over the steps since the last row; the loss is that of the steps that updated."""
-    step = progress.step
-    good = [result for result in window if result.fault is None]
-    tokens = sum(result.tokens for result in window)
-    seconds = sum(result.seconds for result in window)
-    known = job.flops_per_token is not None and job.peak_flops is not None
-    return {
-        "step": step,
-        "epoch": step / job.order.steps_per_epoch,
-        **_means(job, good),
-        **window[-1].told,
-        "grad_norm": window[-1].grad_norm,
-        "lr": job.stage.optimizer.lr * learning_rate_factor(job.stage.schedule, step, job.steps),
-        "tokens": tokens,
-        "trained_tokens": sum(result.trained_tokens for result in window),
-        "tokens_per_second": tokens / seconds,
-        "step_seconds": seconds / len(window),
-        "data_seconds": sum(result.data_seconds for result in window) / len(window),
-        "num_steps": len(window),
-        "rollout_seconds": sum(result.rollout_seconds for result in window),
-        "memory_gib": job.runtime.peak_memory_gib(),
-        "mfu": (job.flops_per_token or 0.0) * tokens / seconds / (job.peak_flops or 1.0) if known else None,
-        "skipped_updates": progress.health.skipped + len(progress.health.omitted),
-        "rows_digest": _rows_digest(job, step),
-    }
-
-
-def _means(job: Job, results: Sequence[StepResult]) -> dict[str, float]:
-    """Loss and measures as means over the units of the steps."""
-    weight = sum(result.weight for result in results)
-    names = ("loss", *job.objective.measures)
-    return {
-        name: sum(result.sums[place] for result in results) / weight if results else math.nan
-        for place, name in enumerate(names)
-    }
 
 
 def _advanced(job: Job, progress: Progress, result: StepResult) -> Progress:
@@ -316,25 +196,3 @@ def _evaluates(job: Job, step: int) -> bool:
     if step == job.steps:
         return job.stage.early_stopping is not None
     return _is_due(job.stage.evaluate_every_steps, step)
-
-
-def _micro_batches(job: Job, step: int) -> list[npt.NDArray[np.int64]]:
-    """What this rank computes at a step (from 1)."""
-    return job.order.micro_batches(
-        step - 1, rank=job.runtime.rank, world_size=job.runtime.world_size, micro_size=job.stage.batch.micro_size
-    )
-
-
-def _real_indices(job: Job, step: int) -> npt.NDArray[np.int64]:
-    indices = job.order.global_batch(step - 1)
-    return indices[indices >= 0]
-
-
-def _row_ids(job: Job, step: int) -> list[int]:
-    """The source rows of a step's batch."""
-    return [int(row) for index in _real_indices(job, step).tolist() for row in job.rows.row_ids(index)]
-
-
-def _rows_digest(job: Job, step: int) -> str:
-    """Eight signs that tell whether two runs saw the same rows in the same order at a step."""
-    return hashlib.sha256(json.dumps(_row_ids(job, step)).encode()).hexdigest()[:8]

@@ -25,7 +25,8 @@ from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.early_stopping import judged, metric_of
 from orchestrator.training.evaluation import Evaluation, evaluate, values_of
 from orchestrator.training.finish import finish_stage
-from orchestrator.training.loop import Hooks, Job, Progress, is_over, train
+from orchestrator.training.job import Hooks, Job, Progress
+from orchestrator.training.loop import is_over, train
 from orchestrator.training.measuring import attended_tokens, keep_measured, measuring
 from orchestrator.training.model import weights_dtype
 from orchestrator.training.objectives import Objective, Rows, proof_objective

@@ -18,7 +18,8 @@ from orchestrator.plan import resolve
 from orchestrator.training.data.prepare import ensure_prepared
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.health import Health
-from orchestrator.training.loop import Job, accumulate_gradients
+from orchestrator.training.job import Job
+from orchestrator.training.loop import accumulate_gradients
 from orchestrator.training.model import load_model
 from orchestrator.training.objectives import sft_objective
 from orchestrator.training.optimizers import build_optimizer
