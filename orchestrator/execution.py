@@ -33,7 +33,7 @@ from orchestrator.metrics.console import show_progress, view_of_stage
 from orchestrator.pipeline import descendants, fresh_stages, inputs_of, may_be_made_anew, set_aside
 from orchestrator.plan import Plan, run_directory_of
 from orchestrator.resume import may_differ
-from orchestrator.rundir import RunFolder, StageFolder, os_sentence, write_json
+from orchestrator.rundir import RunFolder, StageFolder, os_sentence, read_json, write_json
 from orchestrator.submission import submit, submit_arrays
 from orchestrator.tables import print_result, warn_lines
 
@@ -209,12 +209,17 @@ def _tell_failure(stage: str, why: str, cause: str | None, logs: str) -> None:
 
 
 def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> None:
-    """Writes all that a run needs before it starts; a new run folder comes whole or not at all."""
+    """Writes all that a run needs before it starts; a new run folder comes whole or not at all.
+
+    The plan of the same configuration stays as it was: what is measured since must not be compared with itself.
+    """
     folder = RunFolder(run_directory_of(config))
     record: dict[str, JsonValue] = {"orchestrator": __version__, "config": config.model_dump(mode="json")}
+    is_planned = folder.plan.exists() and folder.run.exists() and read_json(folder.run) == record
     with all_or_nothing(folder.root):
         freeze(folder, record, may_differ=may_differ(config) | may_be_made_anew(config, folder))
-        write_json(folder.plan, planned.model_dump(mode="json"))
+        if not is_planned:
+            write_json(folder.plan, planned.model_dump(mode="json"))
         if not folder.environment.exists():
             write_json(folder.environment, _environment())
         for stage in planned.stages:
