@@ -49,7 +49,7 @@ def test_data_is_prepared_by_a_cpu_job_and_training_waits_for_it(cluster: Cluste
     (log,) = done.folder.stage("prepare").logs.glob("slurm-*.log")
     assert made.name in log.read_text() and "preparing" not in (done.sft.logs / "node-0.attempt-1.log").read_text()
     told = bench.run("two_jobs", verb="status", words=(str(done.folder.root),))
-    assert [line.split()[1:3] for line in told.out.splitlines()[1:]] == [["prepare", "finished"], ["sft", "finished"]]
+    assert [line.split()[1:3] for line in told.out.splitlines()[1:3]] == [["prepare", "finished"], ["sft", "finished"]]
     again = bench.run("another", *SLURM, *gpus, "stages.sft.max_steps=2")
     assert not again.folder.stage("prepare").root.exists(), "prepared data needs no job"
     assert cluster.wait(job_of(again, "sft"), seconds=180) == "COMPLETED"
