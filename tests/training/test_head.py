@@ -119,7 +119,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "tuning"), CASES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_it_equals_whole_logits(kind: str, tuning: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.training.head.CPU_CHUNK_BYTES", 4 * VOCABULARY)
+    monkeypatch.setattr("orchestrator.estimate.loss_head.CPU_CHUNK_BYTES", 4 * VOCABULARY)
     model = _tuned(_model(kind), tuning)
     assert head_of(model, CPU).startswith("chunked") == (tuning != "dora-head")
     ids_BT, labels_BT = _inputs()
@@ -216,7 +216,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "lora-head"])
 def test_no_tensor_holds_whole_logits(tuning: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.training.head.CPU_CHUNK_BYTES", 4 * VOCABULARY)
+    monkeypatch.setattr("orchestrator.estimate.loss_head.CPU_CHUNK_BYTES", 4 * VOCABULARY)
     model = _tuned(_model("untied"), tuning)
     ids_BT, labels_BT = _inputs()
     trained = len(places_of(labels_BT))
