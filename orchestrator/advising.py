@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,16 @@ def settled_words(composed: Composed, config_directory: Path | None) -> list[str
     return [word for word in advice.best.words() if word.split("=")[0] in wanted]
 
 
-def print_advice(composed: Composed, config_directory: Path | None) -> None:
-    """The settings that fit, the fastest first, and why the first is the first."""
+def print_advice(composed: Composed, config_directory: Path | None, *, as_json: bool) -> None:
+    """The settings that fit, the fastest first, and why the first is the first; as JSON all of them, with the nearest changes."""
     config = known_machine(resolve(composed.config, Path.cwd()), config_directory)
     base, data = gather(config)
     choices = choices_of(config, config_directory)
     axes = axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations)
     advice = found_advice(config, axes, judge_of(base, data), choices)
+    if as_json:
+        print(json.dumps({"fitting": [asdict(one) for one in advice.fitting], "nearest": advice.nearest}, indent=2))
+        return
     console = Console()
     if advice.best is None:
         console.print("\n".join(["nothing fits at this global batch", *nearest_sentences(advice, config)]))

@@ -36,7 +36,7 @@ def plan(arguments: Sequence[str]) -> int:
     words, form = _take_format(arguments)
     if ADVISE in words:
         words, config_directory = _take_config_directory([word for word in words if word != ADVISE])
-        print_advice(composed_words(words, config_directory), config_directory)
+        print_advice(composed_words(words, config_directory), config_directory, as_json=form == "json")
         return EXIT_DONE
     words, counts = take_node_counts(words)
     if counts is not None:
@@ -54,6 +54,9 @@ def _scaling(arguments: Sequence[str], counts: Sequence[int], form: str) -> int:
     words, config_directory = _take_config_directory(arguments)
     composed = examine([*words, f"cluster.nodes={counts[0]}"], config_directory=config_directory)
     problems = [problem for problem in composed.problems if not any(rule in problem for rule in SHARED)]
+    problems += [
+        f"{key}: auto is settled for one number of nodes at a time; give a value here" for key in composed.autos
+    ]
     if problems:
         raise ConfigError(problems)
     config = resolve(composed.config, Path.cwd())

@@ -142,6 +142,14 @@ def test_advice_is_printed(ask: Asker) -> None:
     assert answer.code == 0, answer.errors
     assert "settings that fit, fastest first" in answer.out and "the fastest that fits: " in answer.out
     assert "against" in answer.out and "seconds a step" in answer.out
+    words = ("+experiment=llama3_8b_full_zero3", "cluster=h100x8", "launcher=slurm", "advise=true", "format=json")
+    told = json.loads(ask("plan", *words).out)
+    assert told["fitting"][0]["verdict"] == "FIT" and told["nearest"] == []
+
+
+def test_auto_in_a_scaling_table_is_refused(ask: Asker) -> None:
+    words = ("+experiment=llama3_8b_lora", "cluster=h100x8", "sharding=auto", "cluster.nodes=1,2")
+    assert "sharding: auto is settled for one number of nodes" in "\n".join(ask.refused("plan", *words))
 
 
 def test_a_device_of_unknown_memory_is_refused_with_what_to_type(ask: Asker) -> None:
