@@ -20,13 +20,14 @@ import torch.distributed as dist
 from orchestrator import checkpoints
 from orchestrator.config.stages import CheckpointConfig
 from orchestrator.errors import CheckpointError, RunFolderError
-from orchestrator.rundir import StageFolder, file_digest, write_json
+from orchestrator.rundir import StageFolder, file_digest, free_bytes, write_json
 from orchestrator.training.context import Record
 from orchestrator.training.tensor_files import Written, check_written, write_tensors
 
 GROUP_TIMEOUT = timedelta(hours=2)
 """How long ranks wait for one with a slow disk; a dead rank is the launcher's to notice."""
 FINE, UNPROVEN = 0, -1
+MEBIBYTE = 1 << 20
 _REPORT = struct.Struct("<iq32s")
 
 
@@ -87,12 +88,14 @@ class CheckpointWriter:
         partial = self._folder.checkpoint_partial(pending.step)
         problem, _ = self._write_all(partial, pending)
         self._as_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-        if problem is not None:
-            raise CheckpointError(
-                f"the checkpoint that is tried after the first step could not be written: {problem}; free some space or set "
-                "output_dir to another disk (checkpoint.rehearse=false leaves the trial out)"
-            )
         size = sum(tensor.numel() * tensor.element_size() for tensor in pending.tensors.values())
+        if problem is not None:
+            free = free_bytes(self._folder.root)
+            raise CheckpointError(
+                f"the checkpoint that is tried after the first step could not be written: {problem}; this rank's part takes "
+                f"{size / MEBIBYTE:,.1f} MiB, {self._world_size} ranks write, {free / MEBIBYTE:,.1f} MiB are free there. Free some space or "
+                "set output_dir to another disk (checkpoint.rehearse=false leaves the trial out)"
+            )
         self._record.event("rehearsal", step=pending.step, seconds=time.perf_counter() - start, rank_0_bytes=size)
 
     def wait(self, *, for_newer: bool = False) -> None:

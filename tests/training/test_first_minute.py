@@ -1,14 +1,17 @@
-"""Memory that runs out, for real: an address space too small for the attention matrix of long rows."""
+"""The first minute: memory that runs out for real (an address space too small for long rows), and a disk that is too small."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from running import make_bench
+import pytest
+from running import Bench, make_bench
 
+from orchestrator.metrics.jsonl import read_rows
 from orchestrator.rundir import RunFolder, read_json
 
 GIB = 2**30
@@ -46,3 +49,30 @@ def test_an_autopsy_says_phase_plan_and_change(tmp_path: Path) -> None:
     assert "planned: forward" in log and "<- here" in log
     assert "this needs less at the same global batch: " in log and "stages.sft.batch.micro_size=" in log
     assert not files.result.exists()
+
+
+@pytest.fixture
+def cramped(tmp_path: Path) -> Iterator[Bench]:
+    """A bench whose run `cramped` has 64 KiB for its checkpoints."""
+    bench = make_bench(tmp_path / "bench")
+    folder = RunFolder(bench.runs / "cramped").stage("sft").checkpoints
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("this machine mounts nothing")
+    yield bench
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_is_too_small_is_known_after_the_first_step(cramped: Bench) -> None:
+    done = cramped.run("cramped", "launcher=local")
+    assert done.code == 93 and "the checkpoint that is tried after the first step could not be written" in done.error
+    assert "MiB are free there" in done.error
+    assert max(int(str(row["step"])) for row in read_rows(done.sft.metrics) if "loss" in row) == 1
+
+
+def test_the_trial_leaves_nothing(tmp_path: Path) -> None:
+    done = make_bench(tmp_path / "bench").run("tried", "launcher=local", "stages.sft.checkpoint.every_steps=null")
+    (tried,) = [row for row in read_rows(done.sft.events) if row["event"] == "rehearsal"]
+    assert done.code == 0 and tried["step"] == 1
+    assert [path.name for path in done.sft.checkpoints.iterdir()] == ["step-00000006"]
