@@ -46,7 +46,7 @@ def base_folder() -> Path:
     from orchestrator.compose import examine
     from orchestrator.training.model import fetch_base
 
-    config, _ = examine(["+experiment=llama_lora"])
+    config = examine(["+experiment=llama_lora"]).config
     return fetch_base(config.model, cache=cache_folder(None), say=print)
 
 

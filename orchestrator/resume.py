@@ -11,7 +11,7 @@ from orchestrator.rundir import flatten
 
 JsonObject = dict[str, JsonValue]
 
-FREE = ("name", "output_dir", "pipeline", "cluster", "launcher", "tracking", "sharding", "model.preset")
+FREE = ("name", "output_dir", "pipeline", "cluster", "launcher", "tracking", "sharding", "model.preset", "profile")
 """Keys that say where and how a run is computed, not what."""
 FREE_OF_A_STAGE = (
     "checkpoint",

@@ -126,6 +126,11 @@ class StageFolder:
         """The dict that DeepSpeed got."""
         return self.root / "deepspeed.json"
 
+    @property
+    def profile(self) -> Path:
+        """Traces and breakdowns of `profile=true`."""
+        return self.root / "profile"
+
     def attempt(self, number: int) -> Path:
         return self.attempts / f"{number}.json"
 

@@ -65,6 +65,8 @@ class RunConfig(Section):
     cluster: ClusterConfig
     launcher: LauncherConfig
     tracking: Tracking
+    profile: bool
+    """Seconds of every part of a step in metrics.jsonl, and a trace of a few steps in STAGE/profile."""
 
     @property
     def world_size(self) -> int:

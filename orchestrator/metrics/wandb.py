@@ -61,6 +61,8 @@ class WandbSettings:
     """The record that is followed."""
     samples_file: str
     """Completions that become tables; it need not be there."""
+    profile_folder: str
+    """Traces of `profile=true`, sent as files at the end; it need not be there."""
     directory: str
     """Folder of the SDK's files and of ours; one for each stage; must be called `wandb`, as the SDK calls its own."""
     init_timeout_seconds: float

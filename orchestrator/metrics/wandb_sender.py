@@ -111,6 +111,7 @@ class Session:
     state: WandbState
     next_step: int
     samples: Samples
+    profile_folder: Path
     state_written: float = 0.0
 
     def send(self, rows: list[Row], *, hold_newest: bool) -> list[Row]:
@@ -140,6 +141,14 @@ class Session:
         except Exception as error:
             say(f"the table of step {step} was not taken: {_first_line(error)}")
 
+    def _send_profile(self) -> None:
+        """Traces and breakdowns as files of the run; one that is not taken loses nothing else."""
+        for file in sorted(self.profile_folder.glob("*")):
+            try:
+                self.run.save(str(file), str(self.profile_folder.parent), "now")  # pyright: ignore[reportUnknownMemberType]
+            except Exception as error:
+                say(f"{file.name} was not taken: {_first_line(error)}")
+
     def close(self, ending: Ending) -> None:
         """End the run at W&B, then say in the state file that everything is safe. How it ended is noted first: W&B may not answer."""
         step = self.next_step - 1
@@ -148,6 +157,7 @@ class Session:
             self.run.summary[key] = value
         if ending.outcome == "stopped":
             self.run.mark_preempting()
+        self._send_profile()
         folder = Path(self.run.dir).parent.name
         self.run.finish(exit_code=0 if ending.outcome == "finished" else 1)
         if self.state.mode == "online":
@@ -189,7 +199,8 @@ def open_session(settings: WandbSettings, mode: Mode, *, worker_pid: int | None)
     state = replace(state, is_open=True, server_uncertain=online or state.server_uncertain)
     write_state(directory, state)
     say(f"online, {run.url}" if online else f"offline, in {directory}")
-    return Session(run, directory, state, next_step, Samples(Tail(Path(settings.samples_file))))
+    samples = Samples(Tail(Path(settings.samples_file)))
+    return Session(run, directory, state, next_step, samples, Path(settings.profile_folder))
 
 
 def _init(settings: WandbSettings, state: WandbState, mode: Mode, worker_pid: int | None) -> wandb.Run:

@@ -160,6 +160,7 @@ def _wandb_settings(context: Context) -> wandb.WandbSettings | None:
         config=context.config.model_dump(mode="json"),
         metrics_file=str(context.folder.metrics),
         samples_file=str(context.folder.generated),
+        profile_folder=str(context.folder.profile),
         directory=str(context.folder.wandb),
         init_timeout_seconds=tracking.init_timeout_seconds,
         finish_timeout_seconds=tracking.finish_timeout_seconds,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from orchestrator.dataset.order import Order
 from orchestrator.training.early_stopping import NOT_STOPPING, Stopping
 from orchestrator.training.health import HEALTHY, Health
 from orchestrator.training.objectives import Objective, Rows
+from orchestrator.training.profiling import Profiler
 from orchestrator.training.runtime import Runtime
 from orchestrator.training.unfreezing import Unfreezing
 
@@ -34,6 +35,8 @@ class Job:
     """Of all ranks together, per second."""
     unfreezing: Unfreezing | None = None
     """Opens trained parameters level by level; None trains all from the first step."""
+    profiler: Profiler | None = None
+    """Sees where the time of a step goes; None looks away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,24 @@ class Hooks:
     """Makes the rows of a step (from 1) ready, and gives what its row of metrics tells of them."""
     took: Callable[[int, Sequence[int]], None]
     """Tells the rows (fillers too) that this rank computed at a step."""
+
+
+def watched(hooks: Hooks, profiler: Profiler) -> Hooks:
+    """The same effects, each as a span of the profile; a step begins where its rows are made ready."""
+
+    def begin(step: int) -> Mapping[str, Any]:
+        profiler.begin_step()
+        with profiler.span("rollout"):
+            return hooks.begin(step)
+
+    return replace(
+        hooks,
+        begin=begin,
+        record=profiler.watch(hooks.record, "logging"),
+        evaluate=profiler.watch(hooks.evaluate, "evaluation"),
+        save=profiler.watch(hooks.save, "saving"),
+        rehearse=profiler.watch(hooks.rehearse, "saving"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

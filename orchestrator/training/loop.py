@@ -15,6 +15,7 @@ from orchestrator.schedule import learning_rate_factor
 from orchestrator.training.health import Health, after_step, find_fault, must_go_back, reason_to_give_up
 from orchestrator.training.job import Hooks, Job, Progress, StepResult
 from orchestrator.training.optimizers import set_learning_rate
+from orchestrator.training.profiling import span
 from orchestrator.training.step_record import metrics_row, micro_batches_of, real_indices, row_ids_of
 
 
@@ -75,7 +76,8 @@ def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> S
             f"step {step}: the batch has no trained token; rows {row_ids_of(job, step)}; see `orchestrator check`"
         )
     sums = accumulate_gradients(job, step, health, weight, stop_wish=stop_wish)
-    grad_norm = update(job, fault=sums.fault)
+    with span(job.profiler, "optimizer"):
+        grad_norm = update(job, fault=sums.fault)
     fault = sums.fault or (None if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}")
     return StepResult(
         sums=sums.totals,
@@ -117,14 +119,17 @@ def accumulate_gradients(job: Job, step: int, health: Health, weight: float, *, 
     sums = Sums(totals=(), stop=False, fault=None, data_seconds=0.0)
     for position, (batch, seconds) in enumerate(_timed_batches(job, micro_batches)):
         with accelerator.accumulate(job.model):
-            loss, *measures = job.objective.terms(job.model, batch)
+            with span(job.profiler, "forward"):
+                loss, *measures = job.objective.terms(job.model, batch)
             summed += torch.stack([term.detach().double() for term in (loss, *measures)])
             sums = replace(sums, data_seconds=sums.data_seconds + seconds)
             if position == len(micro_batches) - 1:
-                wishes, *totals = job.runtime.sum_over_ranks([float(stop_wish), *summed.tolist()])
+                with span(job.profiler, "communication"):
+                    wishes, *totals = job.runtime.sum_over_ranks([float(stop_wish), *summed.tolist()])
                 fault = _fault(job, step, health, totals[0] / weight)
                 sums = replace(sums, totals=tuple(totals), stop=wishes > 0, fault=fault)
-            accelerator.backward(loss * (scale if sums.fault is None else math.nan))
+            with span(job.profiler, "backward"):
+                accelerator.backward(loss * (scale if sums.fault is None else math.nan))
     return sums
 
 
@@ -170,7 +175,8 @@ def _agree_to_stop(job: Job, hooks: Hooks) -> bool:
 def _timed_batches(job: Job, micro_batches: Sequence[Any]) -> Iterator[tuple[Any, float]]:
     for indices in micro_batches:
         start = time.perf_counter()
-        batch = job.rows.batch(indices).to(job.runtime.device)
+        with span(job.profiler, "data"):
+            batch = job.rows.batch(indices).to(job.runtime.device)
         yield batch, time.perf_counter() - start
 
 

@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
-from orchestrator.architecture import read_architecture
 from orchestrator.config.model import FreezeTuning
 from orchestrator.dataset.ledger import Ledger, ledger_path
 from orchestrator.dataset.order import Order, make_order
 from orchestrator.errors import EXIT_SAVED
-from orchestrator.estimate.flops import flops_per_token
 from orchestrator.schedule import total_steps
 from orchestrator.training.autopsy import autopsy, ran_out_of_memory
-from orchestrator.training.causal import head_of
 from orchestrator.training.checkpoint import Checkpointer, Subject
 from orchestrator.training.context import Context, Record
 from orchestrator.training.data.rows import PreparedRows
@@ -26,13 +23,15 @@ from orchestrator.training.early_stopping import judged, metric_of
 from orchestrator.training.evaluation import Evaluation, evaluate, values_of
 from orchestrator.training.finish import finish_stage
 from orchestrator.training.job import Hooks, Job, Progress
-from orchestrator.training.loop import is_over, train
-from orchestrator.training.measuring import attended_tokens, keep_measured, measuring
+from orchestrator.training.loop import is_over
+from orchestrator.training.measuring import keep_measured, measuring
 from orchestrator.training.model import weights_dtype
 from orchestrator.training.objectives import Objective, Rows, proof_objective
 from orchestrator.training.optimizers import build_optimizer
+from orchestrator.training.profiled import train_profiled
 from orchestrator.training.runtime import Runtime, start_runtime
-from orchestrator.training.tuning import build_policy, count_trainable, keep_input_types
+from orchestrator.training.telling import flops_of, peak_flops, tell_head, tell_size
+from orchestrator.training.tuning import build_policy, keep_input_types
 from orchestrator.training.unfreezing import Unfreezing, gradual_unfreezing
 
 PROOF_ROWS = 64
@@ -99,7 +98,7 @@ def _train(context: Context, runtime: Runtime, record: Record, plan_course: Plan
     if stopping is not None and not progress.step:
         metric_of(before, stopping, stage=context.name)
     record.event("train", step=progress.step, steps=job.steps)
-    progress = train(job, progress, hooks_of(session, course, checkpointer))
+    progress = train_profiled(context, record, job, progress, hooks_of(session, course, checkpointer))
     waited = time.perf_counter()
     checkpointer.close()
     record.event("trained", step=progress.step, close_seconds=time.perf_counter() - waited)
@@ -120,8 +119,8 @@ def open_session(context: Context, runtime: Runtime, record: Record, build_model
     model = build_model(context, dtype, rows.is_packed)
     if runtime.autocast_dtype is not None:
         keep_input_types(model)
-    _tell_size(record, model)
-    _tell_head(record, model, runtime.device)
+    tell_size(record, model)
+    tell_head(record, model, runtime.device)
     tuning = config.tuning
     is_gradual = isinstance(tuning, FreezeTuning) and tuning.is_gradual
     optimizer = build_optimizer(model, stage.optimizer, is_gradual=is_gradual)
@@ -156,8 +155,8 @@ def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Ch
         rows=course.rows,
         order=course.order,
         steps=steps,
-        flops_per_token=_flops_per_token(context),
-        peak_flops=_peak_flops(context),
+        flops_per_token=flops_of(context),
+        peak_flops=peak_flops(context),
         unfreezing=session.unfreezing,
     )
     if session.unfreezing is not None:
@@ -271,27 +270,3 @@ def _stopped(record: Record, runtime: Runtime, progress: Progress, why: str) -> 
     record.close_attempt("stopped", why, exit_code=EXIT_SAVED)
     runtime.end()
     return EXIT_SAVED
-
-
-def _tell_size(record: Record, model: torch.nn.Module) -> None:
-    trainable, total = count_trainable(model)
-    record.event("model", trainable_parameters=trainable, parameters=total)
-    record.say(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
-
-
-def _tell_head(record: Record, model: torch.nn.Module, device: torch.device) -> None:
-    head = head_of(model, device)
-    record.event("head", head=head)
-    record.say(f"loss head: {head}")
-
-
-def _flops_per_token(context: Context) -> float | None:
-    architecture = read_architecture(context.base_folder)
-    if architecture is None:
-        return None
-    return flops_per_token(architecture, context.config, length=attended_tokens(context))
-
-
-def _peak_flops(context: Context) -> float | None:
-    peak = context.config.cluster.hardware.peak_tflops
-    return None if peak is None else peak * 1e12 * context.config.world_size

@@ -40,6 +40,7 @@ def metrics_row(job: Job, progress: Progress, window: Sequence[StepResult]) -> d
         "mfu": (job.flops_per_token or 0.0) * tokens / seconds / (job.peak_flops or 1.0) if known else None,
         "skipped_updates": progress.health.skipped + len(progress.health.omitted),
         "rows_digest": _rows_digest(job, step),
+        **({} if job.profiler is None else job.profiler.take(len(window))),
     }
 
 

@@ -59,7 +59,7 @@ def settings_of(stage: Path, *, mode: Any = "auto") -> WandbSettings:
     stage.mkdir(parents=True, exist_ok=True)
     return WandbSettings(
         project="tests", entity="tester", mode=mode, name="tiny-sft", group="tiny", job_type="sft",
-        config={"model": {"base": "tiny"}, "lr": 1e-4}, metrics_file=str(stage / "metrics.jsonl"), samples_file=str(stage / "samples.jsonl"),
+        config={"model": {"base": "tiny"}, "lr": 1e-4}, metrics_file=str(stage / "metrics.jsonl"), samples_file=str(stage / "samples.jsonl"), profile_folder=str(stage / "profile"),
         directory=str(stage / "wandb"), init_timeout_seconds=3, finish_timeout_seconds=15,
     )  # fmt: skip
 
@@ -122,6 +122,15 @@ def _below(row: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 # ---- offline -------------------------------------------------------------------------------------------
+
+
+def test_traces_of_a_profile_become_files_of_the_run(tmp_path: Path) -> None:
+    stage = tmp_path / "run" / "sft"
+    (stage / "profile").mkdir(parents=True)
+    (stage / "profile" / "attempt-1.rank-0.breakdown.json").write_text('{"steps": 3}')
+    attempt(stage, 1, 3, number=1)
+    (file,) = (stage / "wandb").glob("offline-run-*/files/profile/*.json")
+    assert file.read_text() == '{"steps": 3}'
 
 
 def test_offline_by_itself_and_each_step_once_over_a_restart(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

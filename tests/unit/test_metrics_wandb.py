@@ -67,7 +67,7 @@ def test_a_folder_that_cannot_be_written_stops_nobody(tmp_path: Path, capfd: pyt
 
 def _settings(folder: Path, *, mode: Literal["offline", "disabled"]) -> WandbSettings:
     return WandbSettings(
-        project="p", entity=None, mode=mode, name="n", group="g", job_type="sft", config={}, metrics_file=str(folder / "m.jsonl"), samples_file=str(folder / "s.jsonl"),
+        project="p", entity=None, mode=mode, name="n", group="g", job_type="sft", config={}, metrics_file=str(folder / "m.jsonl"), samples_file=str(folder / "s.jsonl"), profile_folder=str(folder / "profile"),
         directory=str(folder / "wandb"), init_timeout_seconds=1, finish_timeout_seconds=1,
     )  # fmt: skip
 
