@@ -85,7 +85,7 @@ def score(way: str, hidden_TW: torch.Tensor, weight_VW: torch.Tensor, labels_T: 
     else:
         places_K = (labels_T[1:] != -100).nonzero().squeeze(1)
         terms = [Term(hidden_KW=hidden_TW[places_K], weight_VW=weight_VW)]
-        logprobs_K, _ = chunked_logprobs_K(terms, None, labels_T[1:][places_K], Shape())
+        logprobs_K, _ = chunked_logprobs_K(terms, None, labels_T[1:][places_K], Shape(is_summed=True))
         loss = -logprobs_K.sum()
     loss.backward()
 

@@ -129,7 +129,7 @@ def obsolete(steps: Sequence[int], *, keep_last: int, keep_every: int | None, be
 
 def bytes_of_one(trained_parameters: int, optimizer: OptimizerConfig) -> int:
     """Size of a checkpoint: fp32 weights and two moments (8-bit ones with a scale for 256 elements); headers left out."""
-    moments = 2 * (1 + 4 / 256) if optimizer.name == "adamw_8bit" else 8
+    moments = 2 * (1 + 4 / 256) if optimizer.has_8bit_states else 8
     return int(trained_parameters * (4 + moments))
 
 

@@ -25,6 +25,7 @@ from orchestrator.rundir import RunFolder
 from orchestrator.scaling import scaling_rows, take_node_counts
 from orchestrator.sweep import FLAGS, combinations, first_words, is_sweep
 from orchestrator.tables import print_plan, print_scaling
+from orchestrator.zero_sizes import sized
 
 SHARED = (".batch: global_size", ".rollout.prompts:")
 """Rules on sharing rows among ranks: the scaling table tells them row by row."""
@@ -124,6 +125,7 @@ def planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
     problems += _script_problems(config)
     if problems:
         raise ConfigError(problems)
+    config = sized(config, base.architecture)
     return config, make_plan(config, base=base, data=data)
 
 

@@ -28,6 +28,7 @@ from orchestrator.measured import Measured
 from orchestrator.pipeline import MODEL_PREFIX, inputs_of, resolve_starts
 from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
 from orchestrator.zero import deepspeed_dict
+from orchestrator.zero_sizes import sized
 
 KEYWORDS = (*DEMONSTRATIONS, "auto", "none")
 
@@ -121,6 +122,7 @@ def resolve(config: RunConfig, working_folder: Path) -> RunConfig:
 
 def make_plan(config: RunConfig, *, base: Base, data: Mapping[str, DataFacts]) -> Plan:
     """The plan of a resolved configuration, from what is known of its base and data. Pure."""
+    config = sized(config, base.architecture)
     run_directory = run_directory_of(config)
     stages = tuple(_stage_plan(config, name, base, data[name], run_directory) for name in config.pipeline)
     return Plan(

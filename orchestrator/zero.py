@@ -6,6 +6,7 @@ from orchestrator.config.base import JsonValue
 from orchestrator.config.model import ZeroSharding
 from orchestrator.config.run import RunConfig, accumulation_steps
 from orchestrator.config.stages import TrainingStage
+from orchestrator.zero_sizes import sizes_of
 
 NEVER = 1_000_000_000
 
@@ -28,19 +29,26 @@ def deepspeed_dict(config: RunConfig, stage: TrainingStage) -> dict[str, JsonVal
 
 
 def _zero_section(sharding: ZeroSharding) -> dict[str, JsonValue]:
+    sizes = sizes_of(sharding, None)  # the plan has settled them
     section: dict[str, JsonValue] = {
         "stage": int(sharding.strategy.removeprefix("zero")),
         "overlap_comm": sharding.overlap_communication,
         "contiguous_gradients": True,
-        "reduce_bucket_size": sharding.bucket_elements,
-        "allgather_bucket_size": sharding.bucket_elements,
+        "reduce_bucket_size": sizes.bucket,
+        "allgather_bucket_size": sizes.bucket,
     }
     if sharding.strategy == "zero3":
         section |= {
-            "stage3_prefetch_bucket_size": sharding.prefetch_elements,
-            "stage3_param_persistence_threshold": sharding.persistence_elements,
+            "stage3_prefetch_bucket_size": sizes.prefetch,
+            "stage3_param_persistence_threshold": sizes.persistence,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
+        if sharding.hpz_partition_size is not None:
+            section["zero_hpz_partition_size"] = sharding.hpz_partition_size
+        if sharding.quantized_weights:
+            section["zero_quantized_weights"] = True
+        if sharding.quantized_gradients:
+            section["zero_quantized_gradients"] = True
     if sharding.offload_optimizer == "cpu":
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if sharding.offload_parameters == "cpu":

@@ -173,10 +173,40 @@ def _method_problems(config: RunConfig) -> list[str]:
     sharding = config.sharding
     if isinstance(sharding, ZeroSharding) and sharding.offload_parameters != "none" and sharding.strategy != "zero3":
         problems.append(f"sharding.offload_parameters: only zero3 can offload parameters, not {sharding.strategy}")
+    problems += _zero_plus_problems(config)
     if config.model.attention == "flash_attention_2" and config.model.dtype == "float32":
         problems.append(
             "model.attention: flash_attention_2 needs 16 bits; type model.dtype=bfloat16 or model.attention=sdpa"
         )
+    return problems
+
+
+def _zero_plus_problems(config: RunConfig) -> list[str]:
+    """ZeRO++ is a part of zero3, its node is a share of the ranks, and its 8 and 4 bits have kernels for GPUs alone."""
+    sharding = config.sharding
+    if not isinstance(sharding, ZeroSharding):
+        return []
+    plus = {
+        "hpz_partition_size": sharding.hpz_partition_size is not None,
+        "quantized_weights": sharding.quantized_weights,
+        "quantized_gradients": sharding.quantized_gradients,
+    }
+    problems = [
+        f"sharding.{key}: ZeRO++ is a part of zero3, not of {sharding.strategy}; type sharding=zero3"
+        for key, is_on in plus.items()
+        if is_on and sharding.strategy != "zero3"
+    ]
+    size = sharding.hpz_partition_size
+    if size is not None and config.world_size % size:
+        problems.append(
+            f"sharding.hpz_partition_size: {size} does not divide the {config.world_size} ranks; type "
+            f"sharding.hpz_partition_size={config.cluster.processes_per_node}, the ranks of a node"
+        )
+    problems += [
+        f"sharding.{key}: its kernels need GPUs, and cluster.device is cpu; set it to false"
+        for key in ("quantized_weights", "quantized_gradients")
+        if plus[key] and config.cluster.device == "cpu"
+    ]
     return problems
 
 

@@ -20,8 +20,8 @@ class BatchConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "adamw_8bit"]
-    """adamw_8bit keeps its states in 8 bits through bitsandbytes."""
+    name: Literal["adamw", "adamw_8bit", "adamw_paged", "adamw_8bit_paged"]
+    """bitsandbytes keeps states in 8 bits, or in pages that a GPU short of memory gives to the host (2305.14314), or both."""
     lr: PositiveFloat
     """Peak learning rate."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None
@@ -34,6 +34,10 @@ class OptimizerConfig(Section):
     epsilon: PositiveFloat
     max_grad_norm: PositiveFloat | None
     """Clip the global gradient norm to this; null does not clip."""
+
+    @property
+    def has_8bit_states(self) -> bool:
+        return self.name in ("adamw_8bit", "adamw_8bit_paged")
 
 
 class ScheduleConfig(Section):

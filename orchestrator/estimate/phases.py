@@ -25,7 +25,14 @@ from orchestrator.estimate.constants import (
 from orchestrator.estimate.generation import reference_bytes, rollout_parts, scoring_phases
 from orchestrator.estimate.parts import Parts, Phase
 from orchestrator.estimate.records import HOST_UNCERTAINTY, MemoryForecast, PhaseForecast, verdict_of, worse_of
-from orchestrator.estimate.sharding import bucket_bytes, gathered_bytes, persistent_bytes, step_bytes, whole_bytes
+from orchestrator.estimate.sharding import (
+    bucket_bytes,
+    gathered_bytes,
+    persistent_bytes,
+    secondary_bytes,
+    step_bytes,
+    whole_bytes,
+)
 from orchestrator.estimate.states import StateMemory, optimizer_bytes, shards_of, state_memory, trainable_parameters
 
 MEMORY = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
@@ -137,7 +144,7 @@ def _training_phases(
 ) -> list[Phase]:
     states = state_memory(model, config, stage)
     held: Parts = {
-        "weights": states.weights + persistent_bytes(model, config),
+        "weights": states.weights + persistent_bytes(model, config) + secondary_bytes(model, config),
         "optimizer": states.optimizer,
         "models beside": reference_bytes(model, config, stage),
         "buckets": bucket_bytes(model, config),

@@ -16,6 +16,7 @@ from orchestrator.estimate.states import (
     trainable_parameters,
     trained_width,
 )
+from orchestrator.zero_sizes import sizes_of
 
 
 def bucket_bytes(model: Architecture, config: RunConfig) -> float:
@@ -24,7 +25,7 @@ def bucket_bytes(model: Architecture, config: RunConfig) -> float:
     if not isinstance(config.sharding, ZeroSharding):
         return 4.0 * trained if config.world_size > 1 else 0.0
     buffers = 2 if config.sharding.overlap_communication and config.sharding.strategy != "zero3" else 1
-    return float(min(config.sharding.bucket_elements, trained) * buffers * compute_width(config))
+    return float(min(sizes_of(config.sharding, model).bucket, trained) * buffers * compute_width(config))
 
 
 def gathered_bytes(model: Architecture, config: RunConfig, *, least: bool = False) -> float:
@@ -39,19 +40,26 @@ def gathered_bytes(model: Architecture, config: RunConfig, *, least: bool = Fals
     largest = layer_parameters(model) * width
     if least:
         return min(whole, 2 * largest)
-    return min(whole, (LIVE_ELEMENTS + config.sharding.prefetch_elements) * compute_width(config) + largest)
+    return min(whole, (LIVE_ELEMENTS + sizes_of(config.sharding, model).prefetch) * compute_width(config) + largest)
 
 
 def persistent_bytes(model: Architecture, config: RunConfig) -> float:
     """Parameters too small to be sharded away: under ZeRO-3 they also stay whole on every rank."""
     if not _is_zero3(config) or not isinstance(config.sharding, ZeroSharding):
         return 0.0
-    limit, rank = config.sharding.persistence_elements, _rank(config)
+    limit, rank = sizes_of(config.sharding, model).persistence, _rank(config)
     sizes = [linear.inputs * linear.outputs for linear in linear_layers(model)]
     sizes += [size * rank for linear in linear_layers(model) for size in (linear.inputs, linear.outputs)]
     vectors = 4 * model.hidden_size
     small = vectors + sum(size for size in sizes if size < limit)
     return float(small * model.num_hidden_layers * compute_width(config))
+
+
+def secondary_bytes(model: Architecture, config: RunConfig) -> float:
+    """ZeRO++'s second copy of the shards (2306.10209, hpZ): all weights, divided by the ranks of a node alone."""
+    if not isinstance(config.sharding, ZeroSharding) or config.sharding.hpz_partition_size is None:
+        return 0.0
+    return whole_bytes(model, config) / config.sharding.hpz_partition_size
 
 
 def whole_bytes(model: Architecture, config: RunConfig) -> float:

@@ -120,7 +120,7 @@ def _quantised_layers(model: Architecture) -> list[int]:
 
 def optimizer_bytes(config: RunConfig, stage: TrainingStage) -> float:
     """Of one trained parameter; with the fp32 master under DeepSpeed."""
-    states = MOMENTS_8BIT_BYTES if stage.optimizer.name == "adamw_8bit" else 8.0
+    states = MOMENTS_8BIT_BYTES if stage.optimizer.has_8bit_states else 8.0
     return states + (4.0 if isinstance(config.sharding, ZeroSharding) else 0.0)
 
 

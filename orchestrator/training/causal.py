@@ -33,6 +33,8 @@ class Query:
     """Of the labelled tokens in the flattened labels, from `logprobs.places_of`."""
     temperature: float = 1.0
     entropies: bool = False
+    is_summed: bool = False
+    """The caller promises to do no more with the log-probabilities than to sum them and to multiply the sum."""
 
 
 def attach_head(model: Any) -> None:
@@ -102,7 +104,12 @@ def _scores_BT(model: Any, query: Query, inputs: dict[str, Any]) -> tuple[torch.
     hidden_BTW = getattr(model, model.base_model_prefix)(**known).last_hidden_state
     before_KW = hidden_BTW.flatten(0, 1).index_select(0, query.places_K - 1)
     targets_K = query.labels_BT.flatten().index_select(0, query.places_K)
-    shape = Shape(softcap=_softcap(model), temperature=query.temperature, entropies=query.entropies)
+    shape = Shape(
+        softcap=_softcap(model),
+        temperature=query.temperature,
+        entropies=query.entropies,
+        is_summed=query.is_summed,
+    )
     head = model.get_output_embeddings()
     if hasattr(head, "products"):
         logprobs_K, entropies_K = head(before_KW, targets_K=targets_K, shape=shape)

@@ -22,6 +22,8 @@ class Shape:
     """Logits become softcap x tanh(logits / softcap), as in Gemma 2 (2408.00118)."""
     temperature: float = 1.0
     entropies: bool = False
+    is_summed: bool = False
+    """The caller promises to sum the log-probabilities, whatever it multiplies the sum by: all have one gradient."""
     rows: int | None = None
     """Tokens of a chunk; None takes `chunk_rows`."""
 
@@ -49,42 +51,109 @@ def chunked_logprobs_K(
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Frozen weights: the gradient of every hidden state is made in the forward pass, and scaled in the backward pass.
+    """Frozen weights, or log-probabilities that are summed: every gradient is made in the forward pass and scaled in the backward pass.
 
-    Trained weights: the hidden states are kept, and the backward pass makes the logits again.
+    Trained weights else: the hidden states are kept, and the backward pass makes the logits again.
     """
 
     @staticmethod
     def forward(ctx: Any, shape: Shape, targets_K: torch.Tensor, bias_V: Any, *tensors: torch.Tensor) -> Any:
         hiddens, weights = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        _, _, needs_bias, *needs = ctx.needs_input_grad
-        trains_head = needs_bias or any(needs[len(hiddens) :])
-        keeps_gradients = any(needs[: len(hiddens)]) and not trains_head
+        needs = ctx.needs_input_grad[2:]
+        trains_head = needs[0] or any(needs[1 + len(hiddens) :])
+        at_once = any(needs) and (shape.is_summed or not trains_head)
         vocabulary, width = weights[0].shape
         rows = chunk_rows(vocabulary, targets_K.device.type, trained_width=width if trains_head else 0)
         shape = shape if shape.rows else replace(shape, rows=rows)
         with torch.autocast(targets_K.device.type, enabled=False):
             run = _Run(shape, targets_K, bias_V, hiddens, weights)
-            logprobs_K, entropies_K, gradients = run.forward(keeps_gradients)
-        ctx.shape, ctx.trains_head = shape, trains_head
+            gradients = _Gradients(needs, bias_V, run.hiddens, run.weights) if at_once else None
+            logprobs_K, entropies_K = run.forward(gradients)
+        ctx.shape, ctx.trains_head, ctx.at_once = shape, trains_head, at_once
         ctx.mark_non_differentiable(entropies_K)
-        if trains_head:
+        if gradients is not None:
+            ctx.save_for_backward(*gradients.as_types_of(bias_V, weights))
+        elif trains_head:
             ctx.save_for_backward(targets_K, bias_V, *tensors)
-        elif keeps_gradients:
-            ctx.save_for_backward(*gradients)
         return logprobs_K, entropies_K
 
     @staticmethod
     def backward(ctx: Any, scale_K: torch.Tensor, _: torch.Tensor) -> Any:  # type: ignore[override]
-        if not ctx.trains_head:
-            scale_K1 = scale_K.unsqueeze(1)
-            scaled = [torch.mul(unit_KW, scale_K1, out=torch.empty_like(unit_KW)) for unit_KW in ctx.saved_tensors]
-            return None, None, None, *scaled, *[None] * len(scaled)
+        if ctx.at_once:
+            return None, None, *_scaled(ctx.saved_tensors, scale_K)
         targets_K, bias_V, *tensors = ctx.saved_tensors
         hiddens, weights = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         with torch.autocast(targets_K.device.type, enabled=False):
             run = _Run(ctx.shape, targets_K, bias_V, hiddens, weights)
-            return None, None, *run.backward(scale_K, ctx.needs_input_grad[2:])
+            gradients = _Gradients(ctx.needs_input_grad[2:], bias_V, run.hiddens, run.weights)
+            run.backward(scale_K, gradients)
+        return None, None, *gradients.as_types_of(bias_V, weights)
+
+
+def _scaled(gradients: Sequence[torch.Tensor | None], scale_K: torch.Tensor) -> list[torch.Tensor | None]:
+    """Bias, hidden states, weights: those of tokens by each token's scale, the sums over tokens by the one scale of all.
+
+    The sums are scaled where they stand: autograd refuses a second backward pass over them.
+    """
+    bias_V, *pairs = gradients
+    hiddens, weights = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+    scale_K1 = scale_K.unsqueeze(1)
+    by_hidden = [
+        None if one_KW is None else torch.mul(one_KW, scale_K1, out=torch.empty_like(one_KW)) for one_KW in hiddens
+    ]
+    scale = scale_K[0] if len(scale_K) else scale_K.new_zeros(())
+    return [
+        None if bias_V is None else bias_V.mul_(scale),
+        *by_hidden,
+        *(None if one is None else one.mul_(scale) for one in weights),
+    ]
+
+
+class _Gradients:
+    """Room for the gradients that are asked for, and how a chunk of tokens adds to them; sums over tokens in at least fp32."""
+
+    def __init__(
+        self,
+        needs: Sequence[bool],
+        bias_V: torch.Tensor | None,
+        hiddens: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+    ) -> None:
+        """`needs` of the bias, of every hidden and of every weight."""
+        compute = hiddens[0].dtype
+        precise, number = torch.promote_types(compute, torch.float32), len(hiddens)
+        self._hiddens, self._weights = hiddens, weights
+        self._bias_V = torch.zeros_like(bias_V, dtype=precise) if needs[0] else None  # type: ignore[arg-type]
+        self._by_hidden = [
+            torch.empty_like(hidden) if wanted else None
+            for hidden, wanted in zip(hiddens, needs[1 : 1 + number], strict=True)
+        ]
+        self._by_weight = [
+            torch.zeros_like(weight, dtype=precise) if wanted else None
+            for weight, wanted in zip(weights, needs[1 + number :], strict=True)
+        ]
+        self._scratch = [
+            None if one is None or one.dtype == compute else torch.empty_like(one, dtype=compute)
+            for one in self._by_weight
+        ]
+
+    def add(self, chunk: slice, by_logits_CV: torch.Tensor) -> None:
+        """Takes the gradient of what is minimised by the logits of a chunk."""
+        if self._bias_V is not None:
+            self._bias_V += by_logits_CV.sum(0)
+        by_logits_CV = by_logits_CV.to(self._hiddens[0].dtype)
+        for place, hidden_KW in enumerate(self._hiddens):
+            if (gradient_KW := self._by_hidden[place]) is not None:
+                torch.mm(by_logits_CV, self._weights[place], out=gradient_KW[chunk])
+            if (gradient_VW := self._by_weight[place]) is not None:
+                _add_product(gradient_VW, by_logits_CV.t(), hidden_KW[chunk], self._scratch[place])
+
+    def as_types_of(self, bias_V: torch.Tensor | None, weights: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Of the bias, of every hidden and of every weight, each in the type of what it is the gradient of."""
+        types = [None if bias_V is None else bias_V.dtype, *(hidden.dtype for hidden in self._hiddens)]
+        types += [weight.dtype for weight in weights]
+        found = [self._bias_V, *self._by_hidden, *self._by_weight]
+        return [None if one is None else one.to(dtype) for one, dtype in zip(found, types, strict=True)]
 
 
 class _Run:
@@ -98,62 +167,31 @@ class _Run:
         hiddens: Sequence[torch.Tensor],
         weights: Sequence[torch.Tensor],
     ) -> None:
-        self._shape, self._targets_K, self._hiddens = shape, targets_K, hiddens
-        self._weights = [weight.to(hidden.dtype) for hidden, weight in zip(hiddens, weights, strict=True)]
-        self._types = [weight.dtype for weight in weights]
+        self._shape, self._targets_K, self.hiddens = shape, targets_K, hiddens
+        self.weights = [weight.to(hidden.dtype) for hidden, weight in zip(hiddens, weights, strict=True)]
         self._bias_V = bias_V
-        self._compute = hiddens[0].dtype
-        self._precise = torch.promote_types(self._compute, torch.float32)
+        self._precise = torch.promote_types(hiddens[0].dtype, torch.float32)
 
-    def forward(self, keeps_gradients: bool) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """(log-probabilities, entropies, the gradient of each log-probability by its hidden states where these are kept)."""
+    def forward(self, gradients: _Gradients | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probabilities, entropies); the gradients of the log-probabilities' sum where there is room for them."""
         logprobs_K = self._targets_K.new_empty(len(self._targets_K), dtype=self._precise)
         entropies_K = logprobs_K.new_zeros(len(self._targets_K) if self._shape.entropies else 0)
-        gradients = [torch.empty_like(hidden) for hidden in self._hiddens] if keeps_gradients else []
         for chunk in self._chunks():
             logprobs_CV, slope_CV = self._logprobs_CV(chunk)
             targets_C1 = self._targets_K[chunk].unsqueeze(1)
             logprobs_K[chunk] = logprobs_CV.gather(1, targets_C1).squeeze(1)
             if self._shape.entropies:
                 entropies_K[chunk] = -(logprobs_CV.exp() * logprobs_CV).sum(1)
-            if keeps_gradients:
-                by_logits_CV = self._by_logits_CV(logprobs_CV, slope_CV, targets_C1).to(self._compute)
-                for gradient_KW, weight_VW in zip(gradients, self._weights, strict=True):
-                    torch.mm(by_logits_CV, weight_VW, out=gradient_KW[chunk])
-        return logprobs_K, entropies_K, gradients
+            if gradients is not None:
+                gradients.add(chunk, self._by_logits_CV(logprobs_CV, slope_CV, targets_C1))
+        return logprobs_K, entropies_K
 
-    def backward(self, scale_K: torch.Tensor, needs: Sequence[bool]) -> list[torch.Tensor | None]:
-        """The gradients of the bias, of every hidden and of every weight, where they are needed; weights' sums in fp32."""
-        number = len(self._hiddens)
-        wants_bias, wants_hidden, wants_weight = needs[0], needs[1 : 1 + number], needs[1 + number :]
-        by_bias_V = torch.zeros_like(self._bias_V, dtype=self._precise) if wants_bias else None  # type: ignore[arg-type]
-        by_hidden = [
-            torch.empty_like(hidden) if wanted else None
-            for hidden, wanted in zip(self._hiddens, wants_hidden, strict=True)
-        ]
-        by_weight = [
-            torch.zeros_like(weight, dtype=self._precise) if wanted else None
-            for weight, wanted in zip(self._weights, wants_weight, strict=True)
-        ]
-        scratch = [
-            None if one is None or one.dtype == self._compute else torch.empty_like(one, dtype=self._compute)
-            for one in by_weight
-        ]
+    def backward(self, scale_K: torch.Tensor, gradients: _Gradients) -> None:
+        """The logits once more, and the gradients of the log-probabilities' sum, each times its scale."""
         for chunk in self._chunks():
             logprobs_CV, slope_CV = self._logprobs_CV(chunk)
             by_logits_CV = self._by_logits_CV(logprobs_CV, slope_CV, self._targets_K[chunk].unsqueeze(1))
-            by_logits_CV.mul_(scale_K[chunk].unsqueeze(1))
-            if by_bias_V is not None:
-                by_bias_V += by_logits_CV.sum(0)
-            by_logits_CV = by_logits_CV.to(self._compute)
-            for place, hidden_KW in enumerate(self._hiddens):
-                if (gradient_KW := by_hidden[place]) is not None:
-                    torch.mm(by_logits_CV, self._weights[place], out=gradient_KW[chunk])
-                if (gradient_VW := by_weight[place]) is not None:
-                    _add_product(gradient_VW, by_logits_CV.t(), hidden_KW[chunk], scratch[place])
-        types = [None if self._bias_V is None else self._bias_V.dtype, *[self._compute] * number, *self._types]
-        found = [by_bias_V, *by_hidden, *by_weight]
-        return [None if one is None else one.to(dtype) for one, dtype in zip(found, types, strict=True)]
+            gradients.add(chunk, by_logits_CV.mul_(scale_K[chunk].unsqueeze(1)))
 
     def _chunks(self) -> Iterator[slice]:
         tokens, rows = len(self._targets_K), self._shape.rows
@@ -162,7 +200,7 @@ class _Run:
 
     def _logprobs_CV(self, chunk: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities of every vocabulary entry; the derivative of the capped logits where they are capped."""
-        (hidden_KW, *more), (weight_VW, *others) = self._hiddens, self._weights
+        (hidden_KW, *more), (weight_VW, *others) = self.hiddens, self.weights
         logits_CV = hidden_KW[chunk] @ weight_VW.t()
         for other_KW, other_VW in zip(more, others, strict=True):
             logits_CV.addmm_(other_KW[chunk], other_VW.t())

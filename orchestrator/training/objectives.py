@@ -54,7 +54,7 @@ def sft_objective(runtime: Runtime) -> Objective:
     """Next-token cross-entropy of the trained tokens."""
 
     def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
-        return (-token_scores_BT(runtime, model, batch)[0].sum(),)
+        return (-token_scores_BT(runtime, model, batch, is_summed=True)[0].sum(),)
 
     return Objective(terms=terms, weight=trained_tokens)
 
@@ -67,7 +67,7 @@ def prompt_objective(runtime: Runtime) -> Objective:
         if batch.attention_mask_BT is not None:
             labels_BT = labels_BT.masked_fill(batch.attention_mask_BT == 0, IGNORED)
         whole = replace(batch, labels_BT=labels_BT, places_K=places_of(labels_BT))
-        return (-token_scores_BT(runtime, model, whole)[0].sum(),)
+        return (-token_scores_BT(runtime, model, whole, is_summed=True)[0].sum(),)
 
     def weight(rows: Rows, indices: Sequence[int]) -> float:
         return float((rows.lengths[np.asarray(indices)] - 1).sum())
@@ -149,13 +149,26 @@ def preference_losses_N(stage: DpoStage, policy: PairLogprobs, reference: PairLo
 
 
 def token_scores_BT(
-    runtime: Runtime, model: torch.nn.Module, batch: Batch, *, temperature: float = 1.0, entropies: bool = False
+    runtime: Runtime,
+    model: torch.nn.Module,
+    batch: Batch,
+    *,
+    temperature: float = 1.0,
+    entropies: bool = False,
+    is_summed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(log-probability of each labelled token in nats, entropy where asked for), fp32; 0 where there is no label.
 
-    By the model's loss head, in its own forward pass; entropies carry no gradient.
+    By the model's loss head, in its own forward pass; entropies carry no gradient. `is_summed` promises that the caller does no
+    more with the log-probabilities than to sum them, which spares a trained head to make its logits twice.
     """
-    query = Query(labels_BT=batch.labels_BT, places_K=batch.places_K, temperature=temperature, entropies=entropies)
+    query = Query(
+        labels_BT=batch.labels_BT,
+        places_K=batch.places_K,
+        temperature=temperature,
+        entropies=entropies,
+        is_summed=is_summed,
+    )
     with runtime.forward_context():
         return model(**batch.model_inputs(), query=query)
 

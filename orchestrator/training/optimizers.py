@@ -46,14 +46,19 @@ def num_dimensions(parameter: torch.nn.Parameter) -> int:
 def build_optimizer(
     model: torch.nn.Module, settings: OptimizerConfig, *, is_gradual: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW (1711.05101) over the trainable parameters: fused, or with 8-bit states from bitsandbytes."""
+    """AdamW (1711.05101) over the trainable parameters: torch's fused one, or bitsandbytes' with 8-bit or paged states."""
     groups = parameter_groups(model.named_parameters(), settings, is_gradual=is_gradual)
     betas = (settings.beta1, settings.beta2)
-    if settings.name == "adamw_8bit":
-        import bitsandbytes
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.epsilon, fused=True)
+    from bitsandbytes import optim
 
-        return bitsandbytes.optim.AdamW8bit(groups, lr=settings.lr, betas=betas, eps=settings.epsilon)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.epsilon, fused=True)
+    kinds = {
+        "adamw_8bit": optim.AdamW8bit,
+        "adamw_8bit_paged": optim.PagedAdamW8bit,
+        "adamw_paged": optim.PagedAdamW32bit,
+    }
+    return kinds[settings.name](groups, lr=settings.lr, betas=betas, eps=settings.epsilon)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from orchestrator.cache import compiled_folder
+from orchestrator.config.model import ZeroSharding
 from orchestrator.config.run import RunConfig, accumulation_steps
 from orchestrator.config.stages import TrainingStage
 from orchestrator.errors import ConfigError
@@ -92,6 +93,12 @@ class Runtime:
 def start_runtime(config: RunConfig, stage: TrainingStage) -> Runtime:
     """Builds the Accelerator, with its DeepSpeed dict, and asserts that it is what was configured."""
     uses_cpu = _uses_cpu(config)
+    sharding = config.sharding
+    if uses_cpu and isinstance(sharding, ZeroSharding) and (sharding.quantized_weights or sharding.quantized_gradients):
+        raise ConfigError(
+            "sharding.quantized_weights, sharding.quantized_gradients: their kernels need GPUs, and torch sees none here; "
+            "set both to false"
+        )
     settings = deepspeed_dict(config, stage)
     bfloat16 = config.model.dtype == "bfloat16"
     handlers = [InitProcessGroupKwargs(backend="gloo")] if uses_cpu and "RANK" in os.environ else []

@@ -136,11 +136,18 @@ def test_it_equals_whole_logits(kind: str, tuning: str, temperature: float, monk
     assert ours.keys() == plain.keys() and len(ours) >= 2
     for name, gradient in ours.items():
         _assert_near(gradient, plain[name], 2e-6)
+    query = _query(labels_BT, temperature=temperature, is_summed=True)
+    summed = _gradients(model, -0.3 * model(input_ids=ids_BT, query=query)[0].sum())
+    whole = token_logprobs_BT(model(input_ids=ids_BT).logits, labels_BT, temperature=temperature)
+    plain = _gradients(model, -0.3 * whole.sum())
+    assert summed.keys() == plain.keys()
+    for name, gradient in summed.items():
+        _assert_near(gradient, plain[name], 2e-6)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("autocast", [True, False])
-def test_in_bfloat16_it_is_as_near_to_fp32_as_whole_logits_are(tuning: str, autocast: bool) -> None:
+@pytest.mark.parametrize(("autocast", "is_summed"), [(True, True), (True, False), (False, True), (False, False)])
+def test_in_bfloat16_it_is_as_near_to_fp32_as_whole_logits_are(tuning: str, autocast: bool, is_summed: bool) -> None:
     model = _tuned(_model("tied"), tuning)
     ids_BT, labels_BT = _inputs()
     exact_BT = token_logprobs_BT(model(input_ids=ids_BT).logits, labels_BT)
@@ -148,7 +155,7 @@ def test_in_bfloat16_it_is_as_near_to_fp32_as_whole_logits_are(tuning: str, auto
     if not autocast:
         model = model.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ours_BT, _ = model(input_ids=ids_BT, query=_query(labels_BT))
+        ours_BT, _ = model(input_ids=ids_BT, query=_query(labels_BT, is_summed=is_summed))
         logits_BTV = model(input_ids=ids_BT).logits
     plain_BT = token_logprobs_BT(logits_BTV, labels_BT)
     assert ours_BT.dtype == torch.float32
@@ -182,7 +189,8 @@ def test_a_micro_batch_without_a_trained_token_is_part_of_the_graph() -> None:
     for tuning in ("full", "lora", "lora-head"):
         model = _tuned(_model("untied"), tuning)
         logprobs_BT, entropies_BT = model(
-            input_ids=ids_BT, query=_query(torch.full_like(labels_BT, -100), entropies=True)
+            input_ids=ids_BT,
+            query=_query(torch.full_like(labels_BT, -100), entropies=True, is_summed=tuning == "full"),
         )
         assert logprobs_BT.shape == entropies_BT.shape == ids_BT.shape and not bool(logprobs_BT.any())
         gradients = _gradients(model, logprobs_BT.sum())
@@ -220,12 +228,24 @@ def test_no_tensor_holds_whole_logits(tuning: str, monkeypatch: pytest.MonkeyPat
     model = _tuned(_model("untied"), tuning)
     ids_BT, labels_BT = _inputs()
     trained = len(places_of(labels_BT))
-    with _Largest() as ours:
-        model(input_ids=ids_BT, query=_query(labels_BT))[0].sum().backward()
-    assert 0 < ours.elements <= LEAST_ROWS * VOCABULARY < trained * VOCABULARY
+    for is_summed in (False, True):
+        with _Largest() as ours:
+            model(input_ids=ids_BT, query=_query(labels_BT, is_summed=is_summed))[0].sum().backward()
+        assert 0 < ours.elements <= LEAST_ROWS * VOCABULARY < trained * VOCABULARY
     with _Largest() as plain:
         token_logprobs_BT(model(input_ids=ids_BT).logits, labels_BT).sum().backward()
     assert plain.elements >= ids_BT.numel() * VOCABULARY
+
+
+def test_a_forward_pass_of_a_summed_head_counts_the_logits_once() -> None:
+    """Its backward pass makes no product with the vocabulary: all are made in the forward pass."""
+    model = _tuned(_model("untied"), "full")
+    ids_BT, labels_BT = _inputs()
+    for is_summed, most in ((True, 0), (False, 1)):
+        loss = model(input_ids=ids_BT, query=_query(labels_BT, is_summed=is_summed))[0].sum()
+        with _Largest() as backward:
+            loss.backward()
+        assert (backward.elements > 0) == bool(most), is_summed
 
 
 def test_the_kernel_agrees_with_finite_differences() -> None:

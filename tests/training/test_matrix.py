@@ -90,7 +90,20 @@ def test_the_deepspeed_dict_in_the_run_folder_is_the_configuration(bench: Bench)
     config = RunConfig.model_validate(read_json(done.folder.run)["config"], strict=False)
     assert rendered["zero_optimization"]["stage"] == 2
     assert rendered["gradient_clipping"] == config.stages["sft"].optimizer.max_grad_norm == 0.5
+    assert rendered["zero_optimization"]["reduce_bucket_size"] == config.sharding.bucket_elements == 1_000_000
     assert rendered["train_batch_size"] == 8 == 2 * 2 * rendered["gradient_accumulation_steps"]
+
+
+def test_paged_states_train_as_the_others_do(bench: Bench) -> None:
+    """On a CPU nothing is paged: the numbers must be those of the same states unpaged."""
+    losses = {
+        name: bench.run(
+            name, "launcher=local", "stages.sft.max_steps=3", f"optimizer@stages.sft.optimizer={name}"
+        ).losses()
+        for name in ("adamw_8bit", "adamw_8bit_paged", "adamw_paged")
+    }
+    assert losses["adamw_8bit"] == losses["adamw_8bit_paged"] != []
+    assert losses["adamw_paged"] == pytest.approx(losses["adamw_8bit"], rel=1e-3)
 
 
 def test_bfloat16_gradient_checkpointing_and_8_bit_states_train(bench: Bench) -> None:

@@ -9,11 +9,12 @@ import yaml
 
 from orchestrator.architecture import adapter_problems, count_lora_parameters, count_parameters
 from orchestrator.compose import CONF, compose
-from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.config.model import Architecture, LoraTuning, ZeroSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.flops import flops_per_token
 from orchestrator.estimate.states import NF4_BYTES, StateMemory, state_memory
 from orchestrator.zero import deepspeed_dict
+from orchestrator.zero_sizes import sized
 
 PUBLISHED = {
     "smollm2_135m": 134_515_008,
@@ -210,6 +211,28 @@ def test_the_dict_of_a_stage_and_of_fp32(sharding: str, stage: int) -> None:
     assert isinstance(section, dict) and section["stage"] == stage
     assert ("stage3_prefetch_bucket_size" in section) == (stage == 3) and "offload_optimizer" not in section
     assert rendered["bf16"] == {"enabled": False} and rendered["gradient_clipping"] == 0.0
+
+
+def test_buckets_are_of_the_models_shape_where_nothing_is_said() -> None:
+    config = compose(["+experiment=llama_full", "sharding=zero3"])
+    small, large = (sized(config, preset(name)).sharding for name in ("smollm2_135m", "llama3_70b"))
+    assert isinstance(small, ZeroSharding) and isinstance(large, ZeroSharding)
+    layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
+    assert (small.bucket_elements, small.prefetch_elements, small.persistence_elements) == (layer, layer, 100_000)
+    assert (large.bucket_elements, large.prefetch_elements) == (200_000_000, 200_000_000)
+    said = compose(["+experiment=llama_full", "sharding=zero3", "sharding.bucket_elements=7"])
+    kept = sized(said, preset("llama3_70b")).sharding
+    assert isinstance(kept, ZeroSharding) and kept.bucket_elements == 7
+    assert sized(compose(["+experiment=llama_full"]), None).sharding.strategy == "none"
+
+
+def test_zero_plus_is_told_to_deepspeed() -> None:
+    words = ("sharding.hpz_partition_size=8", "sharding.quantized_weights=true", "sharding.quantized_gradients=true")
+    config = compose(["+experiment=llama_full", *ON_64, "sharding=zero3", *words])
+    rendered = deepspeed_dict(config, config.stages["sft"])
+    assert rendered is not None and isinstance(section := rendered["zero_optimization"], dict)
+    assert section["zero_hpz_partition_size"] == 8
+    assert section["zero_quantized_weights"] and section["zero_quantized_gradients"]
 
 
 def test_no_dict_without_deepspeed() -> None:

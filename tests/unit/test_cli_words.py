@@ -84,6 +84,18 @@ SEVERAL_WORDS = {
         "stages.sft.batch: global_size 3 is not a multiple of micro_size x ranks = 4 x (1 nodes x 1 processes) = 4; "
         "3 / 4 = 0.75; try stages.sft.batch.global_size=4",
     ),
+    "ZeRO++ under zero2": (
+        ("sharding=zero2", "sharding.hpz_partition_size=1"),
+        "sharding.hpz_partition_size: ZeRO++ is a part of zero3, not of zero2; type sharding=zero3",
+    ),
+    "ZeRO++ over a share of the ranks that does not divide them": (
+        ("sharding=zero3", "sharding.hpz_partition_size=3"),
+        "sharding.hpz_partition_size: 3 does not divide the 1 ranks; type sharding.hpz_partition_size=1, the ranks of a node",
+    ),
+    "8-bit gathers on a CPU": (
+        ("sharding=zero3", "sharding.quantized_weights=true", "cluster.device=cpu"),
+        "sharding.quantized_weights: its kernels need GPUs, and cluster.device is cpu; set it to false",
+    ),
     "offload of parameters under zero2": (
         ("sharding=zero2", "sharding.offload_parameters=cpu"),
         "sharding.offload_parameters: only zero3 can offload parameters, not zero2",

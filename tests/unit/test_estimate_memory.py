@@ -16,7 +16,7 @@ from orchestrator.estimate.generation import kv_cache_bytes
 from orchestrator.estimate.phases import Loss, memory_forecast
 from orchestrator.estimate.polynomials import FOLDER, moments_of, traced
 from orchestrator.estimate.records import MemoryForecast, PhaseForecast, verdict_of
-from orchestrator.estimate.sharding import bucket_bytes, gathered_bytes, persistent_bytes, step_bytes
+from orchestrator.estimate.sharding import bucket_bytes, gathered_bytes, persistent_bytes, secondary_bytes, step_bytes
 
 ROW = Load(rows=1, length=4096, trained_share=1.0, logits="whole", is_packed=False, on_cpu=False)
 EIGHT = ("launcher=torchrun", "cluster.processes_per_node=8", "stages.sft.batch.global_size=64")
@@ -156,13 +156,21 @@ def test_buffers_of_ddp_and_zero() -> None:
     ddp = compose(["+experiment=llama_full", *EIGHT])
     assert bucket_bytes(model, ddp) == 4 * 8_030_261_248
     zero2 = compose(["+experiment=llama_full", *EIGHT, "sharding=zero2"])
-    assert bucket_bytes(model, zero2) == 2 * 2 * 50_000_000
+    assert bucket_bytes(model, zero2) == 2 * 2 * 200_000_000  # a layer has 218 M: the most
     assert step_bytes(model, zero2) == 4 * 8_030_261_248 / 8
     assert gathered_bytes(model, zero2) == persistent_bytes(model, zero2) == 0
     zero3 = compose(["+experiment=llama_full", *EIGHT, "sharding=zero3"])
     largest = 128256 * 4096
-    assert gathered_bytes(model, zero3) == 2 * (1_050_000_000 + largest)
+    assert gathered_bytes(model, zero3) == 2 * (1_200_000_000 + largest)
     assert gathered_bytes(model, zero3, least=True) == 2 * 2 * largest
+
+
+def test_zero_plus_keeps_a_second_copy_of_the_shards_within_a_node() -> None:
+    plain = compose(["+experiment=llama_full", *EIGHT, "sharding=zero3"])
+    within = compose(["+experiment=llama_full", *EIGHT, "sharding=zero3", "sharding.hpz_partition_size=4"])
+    model = preset("llama3_8b")
+    assert secondary_bytes(model, plain) == 0
+    assert secondary_bytes(model, within) == 2 * 8_030_261_248 / 4
 
 
 def test_offload_moves_states_to_the_host() -> None:
