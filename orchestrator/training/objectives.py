@@ -155,7 +155,13 @@ def token_scores_BT(
 
     By the model's loss head, in its own forward pass; entropies carry no gradient.
     """
-    query = Query(labels_BT=batch.labels_BT, places_K=batch.places_K, temperature=temperature, entropies=entropies)
+    query = Query(
+        labels_BT=batch.labels_BT,
+        places_K=batch.places_K,
+        temperature=temperature,
+        entropies=entropies,
+        prompts=batch.prompts,
+    )
     with runtime.forward_context():
         return model(**batch.model_inputs(), query=query)
 
