@@ -10,6 +10,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from orchestrator.architecture_families import Linear, family_of, linear_layers
+from orchestrator.config.adapters import AdapterTuning
 from orchestrator.config.model import Architecture, FreezeTuning, FullTuning, LoraTuning
 from orchestrator.errors import ModelError
 
@@ -158,7 +159,7 @@ def _head_lora(model: Architecture, tuning: LoraTuning) -> int:
     return (2 * tuning.rank + (1 if tuning.use_dora else 0)) * model.hidden_size
 
 
-def adapter_problems(model: Architecture, tuning: FullTuning | FreezeTuning | LoraTuning) -> list[str]:
+def adapter_problems(model: Architecture, tuning: FullTuning | FreezeTuning | AdapterTuning) -> list[str]:
     """What PEFT cannot do with this model, one sentence each."""
     if not isinstance(tuning, LoraTuning) or not model.num_experts or tuning.target_modules != "all-linear":
         return []

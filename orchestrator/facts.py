@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from orchestrator.adapter_counts import shape_problems
 from orchestrator.architecture import adapter_problems
 from orchestrator.bases import Base, find_base, local_folder
 from orchestrator.cache import cache_folder
@@ -31,7 +32,9 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
     problems: list[str] = []
     base = _attempt(partial(find_base, config.model), problems)
     if base is not None and base.architecture is not None:
-        problems += adapter_problems(base.architecture, config.tuning)
+        problems += adapter_problems(base.architecture, config.tuning) + shape_problems(
+            base.architecture, config.tuning
+        )
     sources = {name: sources_of(name, stage.data) for name, stage in config.stages.items() if name in config.pipeline}
     looks = {
         key: _attempt(partial(inspect, source, field=key), problems)

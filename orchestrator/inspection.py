@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.cli import run_folder_argument
 from orchestrator.errors import ConfigError
-from orchestrator.rundir import MANIFEST, RunFolder
+from orchestrator.rundir import MANIFEST, RunFolder, read_json
 
 
 def status(arguments: Sequence[str]) -> int:
@@ -68,6 +68,7 @@ def export(arguments: Sequence[str]) -> int:
     stage = _policy_stage(folder, options.get("--stage"))
     if not folder.stage(stage).result.exists():
         raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")
+    _refuse_what_cannot_be_merged(folder, stage)
     target = Path(options.get("--to", str(folder.root / "export"))).expanduser().resolve()
     if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
         raise ConfigError(f"--to {target}: it is there and was not made by export; give a new folder")
@@ -84,6 +85,17 @@ def export(arguments: Sequence[str]) -> int:
         *words,
     ]
     return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False).returncode
+
+
+def _refuse_what_cannot_be_merged(folder: RunFolder, stage: str) -> None:
+    from orchestrator.config.adapters import ADAPTER_TUNINGS
+    from orchestrator.config.limits import why_no_merge
+    from orchestrator.config.run import RunConfig
+
+    tuning = RunConfig.model_validate(read_json(folder.run)["config"], strict=False).tuning
+    reason = why_no_merge(tuning) if isinstance(tuning, ADAPTER_TUNINGS) else None
+    if reason is not None:
+        raise ConfigError(f"export: {reason}; publish the folder {folder.stage(stage).artifact} itself")
 
 
 def _policy_stage(folder: RunFolder, chosen: str | None) -> str:

@@ -106,6 +106,15 @@ class LoraTuning(Section):
     """Scale by alpha/sqrt(rank) instead of alpha/rank (2312.03732)."""
     use_dora: bool
     """Train magnitude and direction apart (2402.09353)."""
+    init: Annotated[str, Field(pattern=r"^(default|loftq|pissa|pissa_niter_[1-9][0-9]*)$")]
+    """`default`: A random, B 0. `pissa` (2404.02948): the base's principal part is trained, its residual is frozen;
+    `pissa_niter_16` finds it by 16 steps of a randomised method. `loftq` (2310.08659): A and B make up for nf4's rounding."""
+    lora_plus_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None
+    """Learning rate of B over that of A (LoRA+, 2402.12354); null is one rate for both."""
+
+    @property
+    def is_pissa(self) -> bool:
+        return self.init.startswith("pissa")
 
 
 WHOLE_MODEL_TUNINGS = (FullTuning, FreezeTuning)

@@ -7,14 +7,15 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
+from orchestrator.config.adapters import ADAPTER_TUNINGS, AdapterTuning
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.base import Identifier, JsonValue, NaturalInt, Section, Text
 from orchestrator.config.ends import EvaluateStage, MergeStage
+from orchestrator.config.limits import Setting, adapter_rule_problems
 from orchestrator.config.model import (
     WHOLE_MODEL_TUNINGS,
     FreezeTuning,
     FullTuning,
-    LoraTuning,
     ModelConfig,
     Nf4Quantization,
     NoQuantization,
@@ -26,7 +27,7 @@ from orchestrator.config.sites import ClusterConfig, LauncherConfig, NoTracking,
 from orchestrator.config.stages import SftStage, TrainingStage
 from orchestrator.errors import ConfigError
 
-Tuning = Annotated[FullTuning | FreezeTuning | LoraTuning, Field(discriminator="method")]
+Tuning = Annotated[FullTuning | FreezeTuning | AdapterTuning, Field(discriminator="method")]
 Quantization = Annotated[NoQuantization | Nf4Quantization, Field(discriminator="scheme")]
 Sharding = NoSharding | ZeroSharding
 Tracking = Annotated[WandbTracking | NoTracking, Field(discriminator="kind")]
@@ -103,7 +104,7 @@ def parse_types(values: dict[str, JsonValue]) -> RunConfig:
 
 def rule_problems(config: RunConfig) -> list[str]:
     """One sentence for every rule across fields that does not hold."""
-    return _pipeline_problems(config) + _batch_problems(config) + _method_problems(config)
+    return _pipeline_problems(config) + _batch_problems(config) + _method_problems(config) + tuning_problems(config)
 
 
 def _pipeline_problems(config: RunConfig) -> list[str]:
@@ -208,6 +209,27 @@ def _zero_plus_problems(config: RunConfig) -> list[str]:
         if plus[key] and config.cluster.device == "cpu"
     ]
     return problems
+
+
+def tuning_problems(config: RunConfig) -> list[str]:
+    """What the adapter cannot do in this run."""
+    if not isinstance(config.tuning, ADAPTER_TUNINGS):
+        return []
+    planned = {name: config.stages[name] for name in config.pipeline if name in config.stages}
+    before = [name for name, stage in planned.items() if stage.kind in POLICY_KINDS][:1]
+    trained = training_stages(config)
+    setting = Setting(
+        tuning=config.tuning,
+        quantization=config.quantization,
+        sharding=config.sharding,
+        model=config.model,
+        kinds={name: stage.kind for name, stage in planned.items()},
+        data={name: stage.data for name, stage in planned.items()},
+        followers=tuple(
+            name for name in planned if name in trained and name not in before and trained[name].start_from is not None
+        ),
+    )
+    return adapter_rule_problems(setting)
 
 
 def _stage_problems(config: RunConfig, name: str, stage: Stage) -> list[str]:

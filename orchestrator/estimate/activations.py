@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.adapter_counts import kept_numbers_per_token, low_rank
 from orchestrator.architecture import count_parameters
 from orchestrator.architecture_families import linear_layers
+from orchestrator.config.adapters import ADAPTER_TUNINGS
 from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization, ZeroSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.loss_head import TEMPORARY_LOGITS, chunk_rows, kept_bytes_per_token
@@ -57,7 +59,7 @@ def activation_memory(model: Architecture, config: RunConfig, load: Load) -> Act
     """The peaks, from the traced moments of the way that the run trains."""
     at = _dimensions(model, config, load)
     moments = moments_of(model, mode_of(model, config, load))
-    extra = _dropout_bytes(model, config, load) + _dora_bytes(model, config, load)
+    extra = _dropout_bytes(model, config, load) + _dora_bytes(model, config, load) + _adapter_bytes(model, config, load)
     logits_width = 4 if config.model.dtype == "float32" else 2
     own = at.logits_rows * model.vocab_size * logits_width
     kept = value(moments.kept, at) - own + extra
@@ -86,7 +88,7 @@ def activation_memory(model: Architecture, config: RunConfig, load: Load) -> Act
 
 def mode_of(model: Architecture, config: RunConfig, load: Load) -> str:
     """The name of the trace."""
-    tuning = "lora" if isinstance(config.tuning, LoraTuning) else "full"
+    tuning = "lora" if isinstance(config.tuning, ADAPTER_TUNINGS) else "full"
     half = "bfloat16" if isinstance(config.sharding, ZeroSharding) else "autocast"
     if half == "bfloat16" and tuning == "lora" and adapter_width(config) == 4:
         half = "adapters32"
@@ -117,7 +119,7 @@ class HeadBytes:
 
 def chunked_head_bytes(model: Architecture, config: RunConfig, load: Load) -> HeadBytes:
     """As `loss_head.py` says. The gradient of a trained head that stays is counted with the gradients."""
-    trains_head = not isinstance(config.tuning, LoraTuning)
+    trains_head = not isinstance(config.tuning, ADAPTER_TUNINGS)
     matrix, width = model.vocab_size * model.hidden_size, compute_width(config)
     rows = chunk_rows(
         model.vocab_size, "cpu" if load.on_cpu else "cuda", trained_width=model.hidden_size if trains_head else 0
@@ -165,7 +167,7 @@ def layer_parameters(model: Architecture) -> int:
 
 
 def _dimensions(model: Architecture, config: RunConfig, load: Load) -> Dimensions:
-    rank = config.tuning.rank if isinstance(config.tuning, LoraTuning) else 0
+    rank = low_rank(config.tuning)
     rows: dict[Logits, float] = {
         "whole": load.tokens,
         "chunked": 0.0,
@@ -186,7 +188,7 @@ def _dimensions(model: Architecture, config: RunConfig, load: Load) -> Dimension
 
 def _tied_gradient(model: Architecture, config: RunConfig) -> float:
     """A tied head's gradient waits for that of the embedding."""
-    if isinstance(config.tuning, LoraTuning) or not model.tie_word_embeddings:
+    if isinstance(config.tuning, ADAPTER_TUNINGS) or not model.tie_word_embeddings:
         return 0.0
     return float(model.vocab_size * model.hidden_size * trained_width(config))
 
@@ -213,3 +215,9 @@ def _dora_bytes(model: Architecture, config: RunConfig, load: Load) -> float:
     width = compute_width(config)
     whole = max(linear.inputs * linear.outputs for linear in linears) * 4
     return float(sum(linear.outputs for linear in linears) * load.tokens * width * 2 * layers + 2 * whole)
+
+
+def _adapter_bytes(model: Architecture, config: RunConfig, load: Load) -> float:
+    """What other adapters than LoRA keep, by arithmetic: no trace was made of them."""
+    layers = 1 if config.model.gradient_checkpointing else model.num_hidden_layers
+    return kept_numbers_per_token(model, config.tuning) * load.tokens * layers * 4

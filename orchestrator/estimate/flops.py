@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.architecture import count_lora_parameters, count_parameters
-from orchestrator.config.model import Architecture, FreezeTuning, LoraTuning
+from orchestrator.adapter_counts import multiplied_per_token
+from orchestrator.architecture import count_parameters
+from orchestrator.config.adapters import ADAPTER_TUNINGS, PromptTuning
+from orchestrator.config.model import Architecture, FreezeTuning
 from orchestrator.config.run import RunConfig
 from orchestrator.layers import count_freeze_parameters, lowest_trained_layer
 
@@ -47,8 +49,9 @@ def flops_per_token(model: Architecture, config: RunConfig, *, length: float) ->
     useful work and is not counted.
     """
     matrices, attention = matrices_of(model).total, attention_flops(model, length=length)
-    if isinstance(config.tuning, LoraTuning):
-        return 4.0 * matrices + 3.0 * attention + 6.0 * count_lora_parameters(model, config.tuning)
+    if isinstance(config.tuning, ADAPTER_TUNINGS):
+        virtual = config.tuning.virtual_tokens / length if isinstance(config.tuning, PromptTuning) else 0.0
+        return 4.0 * matrices * (1 + virtual) + 3.0 * attention + 6.0 * multiplied_per_token(model, config.tuning)
     if isinstance(config.tuning, FreezeTuning):
         return _freeze_flops(model, config.tuning, attention)
     return 6.0 * matrices + 3.0 * attention
@@ -75,12 +78,12 @@ def executed_flops_per_token(model: Architecture, config: RunConfig, *, length: 
     if not config.model.gradient_checkpointing:
         return useful
     again = 2.0 * matrices_of(model).layers + attention_flops(model, length=length)
-    if isinstance(config.tuning, LoraTuning):
-        again += 2.0 * count_lora_parameters(model, config.tuning)
+    if isinstance(config.tuning, ADAPTER_TUNINGS):
+        again += 2.0 * multiplied_per_token(model, config.tuning)
     return useful + again
 
 
 def forward_flops_per_token(model: Architecture, config: RunConfig, *, length: float) -> float:
     """FLOPs of one token that is only scored: 2N + F, and the adapter."""
-    adapter = count_lora_parameters(model, config.tuning) if isinstance(config.tuning, LoraTuning) else 0
+    adapter = multiplied_per_token(model, config.tuning) if isinstance(config.tuning, ADAPTER_TUNINGS) else 0
     return 2.0 * (matrices_of(model).total + adapter) + attention_flops(model, length=length)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from orchestrator.architecture import count_parameters
-from orchestrator.config.model import Architecture, FreezeTuning, LoraTuning, Nf4Quantization
+from orchestrator.config.adapters import ADAPTER_TUNINGS
+from orchestrator.config.model import Architecture, FreezeTuning, Nf4Quantization
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.states import NF4_BYTES, trainable_parameters
 
@@ -15,7 +16,7 @@ def frozen_bytes(
     if isinstance(config.tuning, FreezeTuning):
         frozen = count_parameters(model).total - trainable_parameters(model, config)
         return frozen * (2.0 if config.model.dtype == "bfloat16" else 4.0)
-    if not isinstance(config.tuning, LoraTuning):
+    if not isinstance(config.tuning, ADAPTER_TUNINGS):
         return 0.0
     counts = count_parameters(model)
     width = 2.0 if config.model.dtype == "bfloat16" else 4.0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from orchestrator.architecture import count_parameters
+from orchestrator.config.adapters import ADAPTER_TUNINGS
 from orchestrator.config.alignment import PolicyStage, RolloutConfig
 from orchestrator.config.ends import EvaluateStage, MergeStage
-from orchestrator.config.model import Architecture, LoraTuning, ZeroSharding
+from orchestrator.config.model import Architecture, ZeroSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.config.stages import TrainingStage
 from orchestrator.estimate.activations import Load, activation_memory
@@ -42,7 +43,7 @@ def reference_bytes(model: Architecture, config: RunConfig, stage: TrainingStage
         return 0.0
     base = base_bytes(model, config)
     wants_reference = bool(stage.kl_coefficient) or stage.limits.kl is not None
-    reference = trainable_parameters(model, config) * 4.0 if isinstance(config.tuning, LoraTuning) else base
+    reference = trainable_parameters(model, config) * 4.0 if isinstance(config.tuning, ADAPTER_TUNINGS) else base
     judges = sum(1 for reward in stage.rewards if reward.source.startswith(("stage:", "model:")))
     return (reference if wants_reference else 0.0) + judges * base
 
@@ -68,7 +69,7 @@ def scoring_phases(
     if isinstance(stage, MergeStage):
         return _merging_phases(model, scoring, merged=count_parameters(model).total * (4.0 if is_cautious else width))
     held: Parts = {"weights": base_bytes(model, config)}
-    if isinstance(config.tuning, LoraTuning):
+    if isinstance(config.tuning, ADAPTER_TUNINGS):
         held["weights"] += trainable_parameters(model, config) * 4.0
     else:
         held["base beside"] = float(whole)
@@ -106,7 +107,7 @@ def _generation(
     model: Architecture, config: RunConfig, rollout: RolloutConfig, *, prompt: int, sequences: int
 ) -> Parts:
     """The cache; its largest layer twice while it grows; prefill of the prompts, whose last logits alone are made."""
-    full_autocast = not isinstance(config.tuning, LoraTuning) and not isinstance(config.sharding, ZeroSharding)
+    full_autocast = not isinstance(config.tuning, ADAPTER_TUNINGS) and not isinstance(config.sharding, ZeroSharding)
     width = 4 if full_autocast else compute_width(config)
     cache = kv_cache_bytes(model, sequences=sequences, length=prompt + rollout.max_new_tokens, width=width)
     load = Load(

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.adapter_counts import virtual_tokens
 from orchestrator.architecture import count_parameters
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.ends import EvaluateStage, MergeStage
@@ -100,7 +101,7 @@ def micro_batch(config: RunConfig, stage: TrainingStage, loss: Loss, trained_sha
         rows *= 2
     return Load(
         rows=rows,
-        length=length,
+        length=length + virtual_tokens(config.tuning),
         trained_share=trained_share,
         logits="none" if isinstance(stage, RewardStage) else loss.logits,
         is_packed=data.packing != "none",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from orchestrator.architecture import count_parameters
+from orchestrator.config.adapters import ADAPTER_TUNINGS
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.communication import exchange_seconds
 from orchestrator.estimate.flops import forward_flops_per_token
@@ -42,7 +43,7 @@ def rollout_seconds(
 
 def _weight_bytes(model: Architecture, config: RunConfig) -> float:
     """Read for every token: of a mixture too, since a batch meets all experts."""
-    if isinstance(config.tuning, LoraTuning):
+    if isinstance(config.tuning, ADAPTER_TUNINGS):
         return frozen_bytes(model, config) + 2.0 * trainable_parameters(model, config)
     return (2.0 if config.model.dtype == "bfloat16" else 4.0) * count_parameters(model).total
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from orchestrator.adapter_counts import low_rank
 from orchestrator.architecture import count_parameters
 from orchestrator.architecture_families import linear_layers
-from orchestrator.config.model import Architecture, LoraTuning, ZeroSharding
+from orchestrator.config.adapters import ADAPTER_TUNINGS
+from orchestrator.config.model import Architecture, ZeroSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.activations import layer_parameters
 from orchestrator.estimate.constants import LIVE_ELEMENTS, SUB_GROUP_ELEMENTS
@@ -47,7 +49,7 @@ def persistent_bytes(model: Architecture, config: RunConfig) -> float:
     """Parameters too small to be sharded away: under ZeRO-3 they also stay whole on every rank."""
     if not _is_zero3(config) or not isinstance(config.sharding, ZeroSharding):
         return 0.0
-    limit, rank = sizes_of(config.sharding, model).persistence, _rank(config)
+    limit, rank = sizes_of(config.sharding, model).persistence, low_rank(config.tuning)
     sizes = [linear.inputs * linear.outputs for linear in linear_layers(model)]
     sizes += [size * rank for linear in linear_layers(model) for size in (linear.inputs, linear.outputs)]
     vectors = 4 * model.hidden_size
@@ -64,7 +66,7 @@ def secondary_bytes(model: Architecture, config: RunConfig) -> float:
 
 def whole_bytes(model: Architecture, config: RunConfig) -> float:
     """Every parameter, unsharded, as this run holds it."""
-    if isinstance(config.tuning, LoraTuning):
+    if isinstance(config.tuning, ADAPTER_TUNINGS):
         return base_bytes(model, config) + trainable_parameters(model, config) * adapter_width(config)
     return float(count_parameters(model).total * trained_width(config))
 
@@ -79,7 +81,3 @@ def step_bytes(model: Architecture, config: RunConfig) -> float:
 
 def _is_zero3(config: RunConfig) -> bool:
     return config.sharding.strategy == "zero3"
-
-
-def _rank(config: RunConfig) -> int:
-    return config.tuning.rank if isinstance(config.tuning, LoraTuning) else 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.architecture import count_lora_parameters, count_parameters
+from orchestrator.adapter_counts import count_adapter_parameters
+from orchestrator.architecture import count_parameters
 from orchestrator.architecture_families import linear_layers
-from orchestrator.config.model import Architecture, FreezeTuning, LoraTuning, Nf4Quantization, ZeroSharding
+from orchestrator.config.adapters import ADAPTER_TUNINGS
+from orchestrator.config.model import Architecture, FreezeTuning, Nf4Quantization, ZeroSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.config.stages import TrainingStage
 from orchestrator.estimate.constants import (
@@ -55,8 +57,8 @@ class Shards:
 
 
 def trainable_parameters(model: Architecture, config: RunConfig) -> int:
-    if isinstance(config.tuning, LoraTuning):
-        return count_lora_parameters(model, config.tuning)
+    if isinstance(config.tuning, ADAPTER_TUNINGS):
+        return count_adapter_parameters(model, config.tuning)
     if isinstance(config.tuning, FreezeTuning):
         return count_freeze_parameters(model, config.tuning)
     return count_parameters(model).total
@@ -144,7 +146,7 @@ def state_memory(model: Architecture, config: RunConfig, stage: TrainingStage) -
 
 def _weights(model: Architecture, config: RunConfig, trained: int, shards: int) -> float:
     """The base, and adapters where there are any; the constants of 4-bit layers are whole on every rank."""
-    if not isinstance(config.tuning, LoraTuning):
+    if not isinstance(config.tuning, ADAPTER_TUNINGS):
         frozen = count_parameters(model).total - trained
         return (frozen * compute_width(config) + trained * trained_width(config)) / shards
     constants = constants_bytes(model, config)

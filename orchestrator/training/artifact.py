@@ -13,14 +13,19 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from orchestrator.bases import TOKENIZER_FILES
+from orchestrator.config.adapters import LoreftTuning
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.rundir import publish, write_manifest
+from orchestrator.training.adapters import save_adapter, saved_shapes
 from orchestrator.training.causal import attach_adapted_head, attach_head
 from orchestrator.training.model import DTYPES, attention_of, load_model, load_scorer
+from orchestrator.training.reft import attach_reft, load_reft, read_settings, save_reft
 from orchestrator.training.tuning import load_adapter
 
+FROM_ZERO = ("lora_B", "lora_E", "vera_lambda_b", "oft_R")
+"""Adapter tensors that are all zero before the first step."""
 COMPANIONS = (
     *TOKENIZER_FILES,
     "tokenizer_config.json",
@@ -54,8 +59,10 @@ def write_artifact(
         saved.config.dtype = dtype
         saved.config.use_cache = True
         saved.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
+    elif isinstance(config.tuning, LoreftTuning):
+        save_reft(saved, weights, temporary)
     else:
-        saved.save_pretrained(temporary, state_dict=dict(weights), selected_adapters=["default"])
+        save_adapter(saved, weights, temporary, config.tuning)
     for name in COMPANIONS:
         if (base_folder / name).is_file() and not (temporary / name).exists():
             shutil.copyfile(base_folder / name, temporary / name)
@@ -79,20 +86,20 @@ def round_as_saved(model: torch.nn.Module, config: RunConfig) -> None:
 
 
 def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Names and shapes are those that were trained, nothing is empty, all is finite, and some lora_B left zero.
+    """Names and shapes are those that were trained, nothing is empty, all is finite, and what begins at zero has left it.
 
     `expected` holds the names as they stand in the folder. Raises CheckpointError with every fault.
     """
     problems: list[str] = []
     found: dict[str, tuple[int, ...]] = {}
-    moved = False
+    still: dict[str, bool] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (safe_open is no dict)
                 tensor = tensors.get_tensor(name)
                 found[name] = tuple(tensor.shape)
                 problems += _tensor_problems(name, tensor)
-                moved |= "lora_B" in name and bool(tensor.any())
+                still |= {mark: still.get(mark, True) and not bool(tensor.any()) for mark in FROM_ZERO if mark in name}
     missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems += [f"{name}: missing in the saved file" for name in missing[:5]]
     problems += [f"{name}: nobody trained it" for name in surplus[:5]]
@@ -101,8 +108,11 @@ def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None
         for name in sorted(expected.keys() & found.keys())
         if found[name] != expected[name]
     ]
-    if any("lora_B" in name for name in found) and not moved:
-        problems.append("every lora_B is zero: the adapter changes nothing, it was not trained")
+    problems += [
+        f"every {mark} is zero: the adapter changes nothing, it was not trained"
+        for mark, is_so in still.items()
+        if is_so
+    ]
     if problems:
         raise CheckpointError([f"{folder}: {problem}" for problem in problems])
 
@@ -125,7 +135,12 @@ def open_artifact(
         if scores:
             return load_scorer(folder, config, weights_dtype=weights_dtype, packed=packed)
         return open_model(folder, config, weights_dtype, packed=packed)
-    return _open_adapter(load(base_folder, config, weights_dtype=weights_dtype, packed=packed), folder)
+    base = load(base_folder, config, weights_dtype=weights_dtype, packed=packed)
+    if isinstance(config.tuning, LoreftTuning):
+        attach_reft(base, read_settings(folder))
+        load_reft(base, folder)
+        return base
+    return open_adapter(base, folder)
 
 
 def open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype, *, packed: bool) -> PreTrainedModel:
@@ -147,7 +162,8 @@ def open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype, *, p
     return model
 
 
-def _open_adapter(base: PreTrainedModel, folder: Path) -> torch.nn.Module:
+def open_adapter(base: PreTrainedModel, folder: Path) -> torch.nn.Module:
+    """A base with the adapter of a folder on it."""
     from peft import PeftConfig, get_peft_model
 
     settings = PeftConfig.from_pretrained(str(folder))
@@ -163,13 +179,9 @@ def adapter_names(
     model: torch.nn.Module, weights: Mapping[str, torch.Tensor], config: RunConfig
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes that the saved folder must hold for these trained parameters."""
-    if isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
+    if isinstance(config.tuning, (*WHOLE_MODEL_TUNINGS, LoreftTuning)):
         return {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    from peft import get_peft_model_state_dict
-
-    saved = get_peft_model_state_dict(model, state_dict=dict(weights))
-    assert len(saved) == len(weights), "PEFT saves every trained parameter under a name of its own"
-    return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    return saved_shapes(model, weights, config.tuning)
 
 
 def _tensor_problems(name: str, tensor: torch.Tensor) -> list[str]:

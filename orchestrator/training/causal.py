@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from orchestrator.training.head import Shape, Term, chunked_logprobs_K
-from orchestrator.training.logprobs import token_entropies_BT, token_logprobs_BT
+from orchestrator.training.logprobs import Place, token_entropies_BT, token_logprobs_BT
 from orchestrator.training.replica import narrowed
 
 NOT_FOR_A_BACKBONE = ("labels", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep")
@@ -35,6 +36,8 @@ class Query:
     entropies: bool = False
     is_summed: bool = False
     """The caller promises to do no more with the log-probabilities than to sum them and to multiply the sum."""
+    prompts: Sequence[Place] | None = None
+    """Each document's tokens before its first trained one, for a model that treats them apart; None: it must find them."""
 
 
 def attach_head(model: Any) -> None:
@@ -88,7 +91,7 @@ def _scoring_class(original: type, known: bool) -> type:
         assert not arguments, "tokens are scored by keywords alone"
         if known:
             return _scores_BT(self, query, inputs)
-        logits_BTV = original.forward(self, **inputs).logits  # type: ignore[attr-defined]
+        logits_BTV = _of_real_tokens(original.forward(self, **inputs).logits, query)  # type: ignore[attr-defined]
         logprobs_BT = token_logprobs_BT(logits_BTV, query.labels_BT, temperature=query.temperature)
         if not query.entropies:
             return logprobs_BT, None
@@ -102,6 +105,7 @@ def _scoring_class(original: type, known: bool) -> type:
 def _scores_BT(model: Any, query: Query, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
     known = {name: value for name, value in inputs.items() if value is not None and name not in NOT_FOR_A_BACKBONE}
     hidden_BTW = getattr(model, model.base_model_prefix)(**known).last_hidden_state
+    hidden_BTW = _of_real_tokens(hidden_BTW, query)
     before_KW = hidden_BTW.flatten(0, 1).index_select(0, query.places_K - 1)
     targets_K = query.labels_BT.flatten().index_select(0, query.places_K)
     shape = Shape(
@@ -116,6 +120,11 @@ def _scores_BT(model: Any, query: Query, inputs: dict[str, Any]) -> tuple[torch.
     else:
         logprobs_K, entropies_K = _logprobs_of_logits(head(before_KW), targets_K, shape)
     return _placed(logprobs_K, query), None if entropies_K is None else _placed(entropies_K, query)
+
+
+def _of_real_tokens(values_BTX: torch.Tensor, query: Query) -> torch.Tensor:
+    """Without the virtual tokens that prompt tuning puts before every row."""
+    return values_BTX[:, values_BTX.shape[1] - query.labels_BT.shape[1] :]
 
 
 def _placed(values_K: torch.Tensor, query: Query) -> torch.Tensor:

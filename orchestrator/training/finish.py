@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS, FreezeTuning
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS, FreezeTuning, LoraTuning
 from orchestrator.errors import EXIT_DONE, CheckpointError
 from orchestrator.goodput import time_spent
 from orchestrator.metrics.jsonl import read_rows
 from orchestrator.rundir import MANIFEST, file_digest, read_json, write_json
+from orchestrator.training.adapters import plain_lora
 from orchestrator.training.artifact import adapter_names, check_tensors, round_as_saved, write_artifact
 from orchestrator.training.context import Context, Record
 from orchestrator.training.evaluation import Evaluation
@@ -73,6 +74,9 @@ def finish_stage(
 def _write(session: Session, weights: Mapping[str, torch.Tensor], *, step: int) -> None:
     context = session.context
     module = session.runtime.accelerator.unwrap_model(session.model)
+    tuning = context.config.tuning
+    if isinstance(tuning, LoraTuning) and tuning.is_pissa:
+        weights = plain_lora(module, weights)
     facts = {
         "run": context.config.name,
         "stage": context.name,

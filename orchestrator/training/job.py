@@ -14,6 +14,7 @@ from orchestrator.training.early_stopping import NOT_STOPPING, Stopping
 from orchestrator.training.health import HEALTHY, Health
 from orchestrator.training.objectives import Objective, Rows
 from orchestrator.training.profiling import Profiler
+from orchestrator.training.rank_allocation import RankAllocation
 from orchestrator.training.runtime import Runtime
 from orchestrator.training.unfreezing import Unfreezing
 
@@ -33,6 +34,8 @@ class Job:
     flops_per_token: float | None
     peak_flops: float | None
     """Of all ranks together, per second."""
+    allocation: RankAllocation | None = None
+    """Moves AdaLoRA's ranks after every update."""
     unfreezing: Unfreezing | None = None
     """Opens trained parameters level by level; None trains all from the first step."""
     profiler: Profiler | None = None

@@ -77,7 +77,7 @@ def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> S
         )
     sums = accumulate_gradients(job, step, health, weight, stop_wish=stop_wish)
     with span(job.profiler, "optimizer"):
-        grad_norm = update(job, fault=sums.fault)
+        grad_norm = update(job, step, fault=sums.fault)
     fault = sums.fault or (None if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}")
     return StepResult(
         sums=sums.totals,
@@ -133,17 +133,21 @@ def accumulate_gradients(job: Job, step: int, health: Health, weight: float, *, 
     return sums
 
 
-def update(job: Job, *, fault: str | None) -> float:
+def update(job: Job, step: int, *, fault: str | None) -> float:
     """Clips and steps, unless something is at fault; returns the gradient's norm before clipping.
 
     DeepSpeed has stepped in its backward, or skipped the step where the norm was not finite.
     """
     limit = job.stage.optimizer.max_grad_norm
+    if job.allocation is not None:
+        job.allocation.add_penalty()
     clipped = job.runtime.accelerator.clip_grad_norm_(job.model.parameters(), math.inf if limit is None else limit)
     assert clipped is not None
     norm = float(clipped)
     if fault is None and math.isfinite(norm):
         job.optimizer.step()
+        if job.allocation is not None:
+            job.allocation.allocate(step)
     job.optimizer.zero_grad()
     return norm
 

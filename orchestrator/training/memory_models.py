@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from orchestrator.architecture_families import family_of
 from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.training.adapters import lora_settings
 from orchestrator.training.memory_trace import CudaAutocast, Precision
-from orchestrator.training.tuning import lora_settings
 
 AttentionPath = Literal["sdpa", "masked", "eager"]
 """A fused kernel without a mask (flash; by document on CUDA), a fused kernel with a dense mask, and no fused kernel."""

@@ -18,11 +18,10 @@ from orchestrator.config.model import WHOLE_MODEL_TUNINGS, Nf4Quantization, NoQu
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.rundir import publish, write_manifest, write_text
-from orchestrator.training.artifact import COMPANIONS, open_artifact
+from orchestrator.training.artifact import COMPANIONS, open_adapter, open_artifact
 from orchestrator.training.data.rows import Batch, PreparedRows
 from orchestrator.training.model import DTYPES, load_model
 from orchestrator.training.runtime import Runtime
-from orchestrator.training.tuning import load_adapter
 
 LOGITS = "merged"
 Say = Callable[[str], None]
@@ -157,12 +156,7 @@ def _merged_dequantised(source: Source) -> Any:
 
 
 def _with_adapter(base: Any, source: Source) -> Any:
-    from peft import PeftConfig, get_peft_model
-
-    settings = PeftConfig.from_pretrained(str(source.artifact))
-    settings.inference_mode = True
-    model: Any = get_peft_model(base, settings)
-    load_adapter(model, source.artifact)
+    model: Any = open_adapter(base, source.artifact)
     merged = model.merge_and_unload(safe_merge=True)
     merged.config.dtype = DTYPES[source.config.model.dtype]
     for parameter in merged.parameters():  # the parameters alone: 16-bit rotary frequencies are another model

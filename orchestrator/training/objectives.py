@@ -168,6 +168,7 @@ def token_scores_BT(
         temperature=temperature,
         entropies=entropies,
         is_summed=is_summed,
+        prompts=batch.prompts,
     )
     with runtime.forward_context():
         return model(**batch.model_inputs(), query=query)

@@ -16,10 +16,14 @@ RATE = "rate"
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizerConfig, *, is_gradual: bool = False
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    settings: OptimizerConfig,
+    *,
+    is_gradual: bool = False,
+    lora_plus_ratio: float | None = None,
 ) -> list[dict[str, Any]]:
     """Trainable parameters that are stepped alike: matrices with decay and vectors (biases, norms) without; where rates differ by
-    layer or layers open one after the other, also by these. There is no empty group.
+    layer, or between LoRA's A and B (LoRA+, 2402.12354), or layers open one after the other, also by these. There is no empty group.
 
     DeepSpeed with LoRA and torch >= 2.10 crashes at the first step where a group is empty.
     """
@@ -30,7 +34,8 @@ def parameter_groups(
     levels = levels_of(trainable, num_layers) if is_gradual else dict.fromkeys(trainable, 0)
     groups: dict[tuple[int, float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in trainable.items():
-        key = (levels[name], -rates[name], num_dimensions(parameter) < 2)
+        share = rates[name] * (lora_plus_ratio or 1.0 if ".lora_B." in name else 1.0)
+        key = (levels[name], -share, num_dimensions(parameter) < 2)
         groups.setdefault(key, []).append(parameter)
     return [
         {"params": groups[key], "weight_decay": 0.0 if key[2] else settings.weight_decay, RATE: -key[1], LEVEL: key[0]}
@@ -44,10 +49,16 @@ def num_dimensions(parameter: torch.nn.Parameter) -> int:
 
 
 def build_optimizer(
-    model: torch.nn.Module, settings: OptimizerConfig, *, is_gradual: bool = False
+    model: torch.nn.Module,
+    settings: OptimizerConfig,
+    *,
+    is_gradual: bool = False,
+    lora_plus_ratio: float | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW (1711.05101) over the trainable parameters: torch's fused one, or bitsandbytes' with 8-bit or paged states."""
-    groups = parameter_groups(model.named_parameters(), settings, is_gradual=is_gradual)
+    groups = parameter_groups(
+        model.named_parameters(), settings, is_gradual=is_gradual, lora_plus_ratio=lora_plus_ratio
+    )
     betas = (settings.beta1, settings.beta2)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.epsilon, fused=True)

@@ -10,11 +10,12 @@ import torch
 
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
+from orchestrator.training.adapters import adapter_settings
 from orchestrator.training.context import Context
 from orchestrator.training.model import DTYPES, load_model
 from orchestrator.training.scoring import without_sharding
 from orchestrator.training.session import Session
-from orchestrator.training.tuning import build_policy, load_adapter, lora_settings
+from orchestrator.training.tuning import build_policy, load_adapter
 
 REFERENCE = "reference"
 """Name of the frozen copy of the adapter."""
@@ -37,7 +38,7 @@ def build_policy_with_reference(
         or not wants_reference(stage)
     ):
         return model
-    model.add_adapter(REFERENCE, lora_settings(tuning))
+    model.add_adapter(REFERENCE, adapter_settings(tuning))
     load_adapter(model, start.folder, name=REFERENCE)
     for name, parameter in model.named_parameters():
         if f".{REFERENCE}." in name:

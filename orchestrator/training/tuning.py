@@ -1,4 +1,4 @@
-"""What of the model is trained: all, a part, or LoRA; and what of it is worth saving."""
+"""What of the model is trained: all, a part, or an adapter; and what of it is worth saving."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from orchestrator.config.model import FreezeTuning, FullTuning, LoraTuning
+from orchestrator.config.adapters import VIRTUAL_TOKEN_TUNINGS, AdapterTuning, LoreftTuning
+from orchestrator.config.model import FreezeTuning, FullTuning, LoraTuning, Nf4Quantization
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.layers import trained_names
+from orchestrator.training.adapters import (
+    ADAPTER_WEIGHTS,
+    PROMPT_WEIGHTS,
+    adapter_settings,
+    keep_first_values,
+    make_up_for_rounding,
+)
 from orchestrator.training.causal import attach_adapted_head
 from orchestrator.training.context import Context
 from orchestrator.training.model import load_model, load_scorer
+from orchestrator.training.reft import attach_reft, load_reft
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINED_MARKS = ("lora_", "ia3_l", "vera_lambda_", "oft_R")
+"""In the names of what PEFT's adapters train; it reads virtual tokens apart, and strictly."""
 
 
 def build_policy(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
@@ -24,9 +34,18 @@ def build_policy(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn
     start = context.start
     folder = start.folder if start is not None and start.kind == "model" else context.base_folder
     model = apply_tuning(load_model(folder, context.config, weights_dtype=dtype, packed=packed), context.config)
-    if start is not None and start.kind == "adapter":
-        load_adapter(model, start.folder)
+    _start(model, context)
     return model
+
+
+def _start(model: torch.nn.Module, context: Context) -> None:
+    """An adapter's first values, where they are not PEFT's: those of the stage before, or LoftQ's."""
+    start, tuning = context.start, context.config.tuning
+    if start is not None and start.kind == "adapter":
+        load_reft(model, start.folder) if isinstance(tuning, LoreftTuning) else load_adapter(model, start.folder)
+    elif isinstance(tuning, LoraTuning) and tuning.init == "loftq":
+        assert isinstance(context.config.quantization, Nf4Quantization), "the configuration's rules ask for it"
+        make_up_for_rounding(model, context.base_folder)
 
 
 def build_reward_model(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
@@ -35,8 +54,7 @@ def build_reward_model(context: Context, dtype: torch.dtype, packed: bool) -> to
     folder = start.folder if start is not None and start.kind == "model" else context.base_folder
     scorer = load_scorer(folder, context.config, weights_dtype=dtype, packed=packed)
     model = apply_tuning(scorer, context.config, task="SEQ_CLS")
-    if start is not None and start.kind == "adapter":
-        load_adapter(model, start.folder)
+    _start(model, context)
     if dtype == torch.float32 or context.config.sharding.strategy == "none":
         hold_masters(model)  # PEFT leaves the head in the base's type
     return model
@@ -63,15 +81,16 @@ def load_adapter(model: torch.nn.Module, folder: Path, *, name: str = "default")
         report: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())[:300]}") from None
-    lost = [lost for lost in report.missing_keys if "lora_" in lost and f".{name}." in lost]
-    if lost or report.unexpected_keys:
-        raise CheckpointError(f"{folder}: PEFT misses {lost[:5]} and does not know {list(report.unexpected_keys)[:5]}")
+    lost = [lost for lost in report.missing_keys if any(mark in lost for mark in TRAINED_MARKS) and f".{name}" in lost]
+    unknown = [name for name in report.unexpected_keys if name != PROMPT_WEIGHTS]
+    if lost or unknown:
+        raise CheckpointError(f"{folder}: PEFT misses {lost[:5]} and does not know {unknown[:5]}")
 
 
 def apply_tuning(
     model: PreTrainedModel, config: RunConfig, *, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
 ) -> torch.nn.Module:
-    """The module to train: every parameter under full tuning, the chosen ones under freeze, a PEFT model under LoRA.
+    """The module to train: every parameter under full tuning, the chosen ones under freeze, a PEFT model under an adapter.
 
     Under SEQ_CLS the head is trained too, and saved with the adapter.
     """
@@ -86,8 +105,11 @@ def apply_tuning(
             if config.sharding.strategy == "none":
                 hold_masters(model)
             return model
-        case LoraTuning():
-            return _with_lora(model, config.tuning, task)
+        case LoreftTuning():
+            attach_reft(model, config.tuning)
+            return model
+        case _:
+            return _with_adapter(model, config.tuning, task)
 
 
 def freeze(model: PreTrainedModel, tuning: FreezeTuning, *, has_new_head: bool = False) -> None:
@@ -104,23 +126,7 @@ def has_tied_head(model: PreTrainedModel) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def lora_settings(tuning: LoraTuning, task: str = "CAUSAL_LM") -> Any:
-    """PEFT's settings."""
-    from peft import LoraConfig
-
-    targets: Any = tuning.target_modules
-    return LoraConfig(
-        task_type=task,  # type: ignore[arg-type]
-        r=tuning.rank,
-        lora_alpha=int(tuning.alpha) if tuning.alpha == int(tuning.alpha) else tuning.alpha,  # type: ignore[arg-type]
-        lora_dropout=tuning.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=tuning.use_rslora,
-        use_dora=tuning.use_dora,
-    )
-
-
-def _with_lora(model: PreTrainedModel, tuning: LoraTuning, task: str) -> torch.nn.Module:
+def _with_adapter(model: PreTrainedModel, tuning: AdapterTuning, task: str) -> torch.nn.Module:
     from peft import get_peft_model
 
     model.requires_grad_(False)
@@ -128,9 +134,11 @@ def _with_lora(model: PreTrainedModel, tuning: LoraTuning, task: str) -> torch.n
     if unknown:  # PEFT trains the others without a word
         raise ConfigError(f"tuning.target_modules: {', '.join(unknown)}: no such layer; {_linear_layers(model)}")
     try:
-        adapted = get_peft_model(model, lora_settings(tuning, task))
+        adapted = get_peft_model(model, adapter_settings(tuning, task))
     except ValueError as error:
         raise ConfigError(f"tuning.target_modules: {error}; {_linear_layers(model)}") from None
+    if isinstance(tuning, LoraTuning) and tuning.is_pissa:
+        keep_first_values(adapted)
     if task == "CAUSAL_LM":
         attach_adapted_head(model)
     return adapted
@@ -149,9 +157,9 @@ def keep_input_types(model: torch.nn.Module) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def _unmatched(model: PreTrainedModel, tuning: LoraTuning) -> list[str]:
+def _unmatched(model: PreTrainedModel, tuning: AdapterTuning) -> list[str]:
     """Names among the target modules that meet no module of the model."""
-    if isinstance(tuning.target_modules, str):
+    if isinstance(tuning, (*VIRTUAL_TOKEN_TUNINGS, LoreftTuning)) or isinstance(tuning.target_modules, str):
         return []
     there = [f".{name}" for name, _ in model.named_modules()]
     return [wanted for wanted in tuning.target_modules if not any(name.endswith(f".{wanted}") for name in there)]

@@ -57,6 +57,8 @@ class Batch:
     """Number of each document in its prepared folder."""
     digest: str = ""
     """Of the prepared folder."""
+    prompts: tuple[Span, ...] = ()
+    """What stands before the first trained token of each document; all of it where nothing is trained."""
 
     def model_inputs(self) -> dict[str, Any]:
         """What a causal model is called with.
@@ -137,6 +139,7 @@ class PreparedRows(PreparedFolder):
         mask = np.zeros(shape, dtype=np.int64)
         positions = np.zeros(shape, dtype=np.int64)
         spans: list[Span] = []
+        prompts: list[Span] = []
         known: list[int] = []
         units: list[int] = []
         edges = [0]
@@ -147,6 +150,8 @@ class PreparedRows(PreparedFolder):
                 if document >= 0:
                     self._fill(ids[b, place:end], labels[b, place:end], document, start, stop)
                     spans.append(Span(b, place, end))
+                    trained = self.trained[int(self.document_offsets[document]) + start :][: stop - start]
+                    prompts.append(prompt_span(b, place, trained))
                     known.append(document)
                     units.append(self.unit_of(document))
                 positions[b, place:end] = np.arange(end - place)
@@ -171,6 +176,7 @@ class PreparedRows(PreparedFolder):
             num_trained_tokens=int((labels[:, 1:] != IGNORED).sum()),
             document_ids=tuple(known),
             digest=self.digest,
+            prompts=tuple(prompts),
         )
 
     def document_of(self, index: int) -> int:
@@ -219,6 +225,12 @@ class PreparedRows(PreparedFolder):
         labels[0] = IGNORED
 
 
+def prompt_span(sequence: int, start: int, trained: np.ndarray) -> Span:
+    """The tokens before the first trained one of a document that begins at `start`."""
+    length = int(np.argmax(trained)) if np.any(trained) else len(trained)
+    return Span(sequence, start, start + length)
+
+
 def batch_of(
     texts: Sequence[tuple[np.ndarray, np.ndarray]], document_ids: Sequence[int], *, digest: str = "", pad_id: int = 0
 ) -> Batch:
@@ -251,4 +263,5 @@ def batch_of(
         num_trained_tokens=int((labels_BT[:, 1:] != IGNORED).sum()),
         document_ids=tuple(document_ids[b] for b in real),
         digest=digest,
+        prompts=tuple(prompt_span(b, 0, texts[b][1]) for b in real),
     )

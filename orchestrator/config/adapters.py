@@ -1,0 +1,128 @@
+"""Tunings that leave the base as it is and train something beside it, and where each of them works; no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section
+from orchestrator.config.model import LoraTuning
+
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Ia3Tuning(Section):
+    """IA3 (2205.05638): learned vectors, 1 at first, times keys, values and the feed-forward's inner activations."""
+
+    method: Literal["ia3"]
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of linear layers; their outputs are multiplied."""
+    feedforward_modules: tuple[str, ...]
+    """Those of them whose inputs are multiplied instead."""
+
+
+class PromptTuning(Section):
+    """Prompt tuning (2104.08691): embeddings of tokens that stand before every text."""
+
+    method: Literal["prompt"]
+    virtual_tokens: PositiveInt
+    """Tokens before every text; they take room and time like real ones."""
+    init: Literal["vocabulary", "random"]
+    """`vocabulary` starts from embeddings of tokens drawn at random (the paper's better one), `random` from noise."""
+
+
+class PrefixTuning(Section):
+    """Prefix tuning (2101.00190) without its reparametrisation: keys and values before every text, in every layer."""
+
+    method: Literal["prefix"]
+    virtual_tokens: PositiveInt
+    """Keys and values of so many tokens, in each layer."""
+
+
+class VeraTuning(Section):
+    """VeRA (2310.11454): h = W0 x + diag(b) B diag(d) A x, with random A and B that all layers share and nobody trains."""
+
+    method: Literal["vera"]
+    rank: PositiveInt
+    dropout: Fraction
+    target_modules: Literal["all-linear"] | tuple[str, ...]
+    """`all-linear` (every linear layer but the head) or a list of module names."""
+    d_initial: PositiveFloat
+    """First value of the vectors d; the vectors b start at 0."""
+    projection_seed: NaturalInt
+    """Makes A and B, which the artifact does not hold."""
+
+
+class OftTuning(Section):
+    """OFT (2306.07280) in its input-centric form (2506.19847): inputs of linear layers are rotated, block by block."""
+
+    method: Literal["oft"]
+    block_size: Annotated[int, Field(ge=2)]
+    """Width of a block; must divide the input width of every layer that is tuned."""
+    target_modules: Literal["all-linear"] | tuple[str, ...]
+    """`all-linear` (every linear layer but the head) or a list of module names."""
+    use_cayley_neumann: bool
+    """The rotation by five terms of a series (fast, orthogonal while it is small); false solves for it exactly."""
+
+
+class AdaloraTuning(Section):
+    """AdaLoRA (2303.10512): h = W0 x + (alpha / initial_rank) B diag(E) A x; ranks move to the layers that need them."""
+
+    method: Literal["adalora"]
+    rank: PositiveInt
+    """Mean rank of a layer at the end."""
+    initial_rank: PositiveInt
+    """Rank of every layer at first; 1.5 times `rank` in the paper."""
+    alpha: PositiveFloat
+    dropout: Fraction
+    target_modules: Literal["all-linear"] | tuple[str, ...]
+    """`all-linear` (every linear layer but the head) or a list of module names."""
+    first_share: Fraction
+    """Share of the steps before ranks begin to fall."""
+    last_share: Fraction
+    """Share of the steps at the end in which ranks stay as they are."""
+    allocate_every_steps: PositiveInt
+    """Steps between two allocations."""
+    beta1: OpenFraction
+    """Memory of a weight's importance."""
+    beta2: OpenFraction
+    """Memory of its uncertainty."""
+    orthogonal_weight: NaturalFloat
+    """Weight of the penalty that keeps A and B orthogonal (gamma in equation 4)."""
+
+
+class LoreftTuning(Section):
+    """Interventions on the hidden states of prompt tokens (2404.03592); the base's weights stay as they are."""
+
+    method: Literal["loreft"]
+    variant: Literal["loreft", "direft"]
+    """loreft: h + R^T (W h + b - R h), rows of R orthonormal (equation 3); direft: h + W2^T (W1 h + b) (equation 4)."""
+    rank: PositiveInt
+    layers: Literal["all"] | tuple[NaturalInt, ...]
+    """Layers whose outputs are changed: `all`, or their numbers from 0."""
+    first_positions: NaturalInt
+    """Tokens at the start of a document's prompt that are changed."""
+    last_positions: NaturalInt
+    """Tokens at its end."""
+    share_weights: bool
+    """First and last positions share one intervention in each layer; false gives them one each."""
+    dropout: Fraction
+    """Of what an intervention adds."""
+
+
+VIRTUAL_TOKEN_TUNINGS = (PromptTuning, PrefixTuning)
+ADAPTER_TUNINGS = (
+    LoraTuning,
+    Ia3Tuning,
+    PromptTuning,
+    PrefixTuning,
+    VeraTuning,
+    OftTuning,
+    AdaloraTuning,
+    LoreftTuning,
+)
+"""They leave the base frozen: the artifact is an adapter."""
+AdapterTuning = (
+    LoraTuning | Ia3Tuning | PromptTuning | PrefixTuning | VeraTuning | OftTuning | AdaloraTuning | LoreftTuning
+)
