@@ -24,6 +24,7 @@ from orchestrator.config.model import (
 from orchestrator.config.problems import problem_sentences
 from orchestrator.config.sites import ClusterConfig, LauncherConfig, NoTracking, WandbTracking
 from orchestrator.config.stages import SftStage, TrainingStage
+from orchestrator.config.study import Study, pause_problems, study_problems
 from orchestrator.errors import ConfigError
 
 Tuning = Annotated[FullTuning | FreezeTuning | LoraTuning, Field(discriminator="method")]
@@ -65,6 +66,8 @@ class RunConfig(Section):
     cluster: ClusterConfig
     launcher: LauncherConfig
     tracking: Tracking
+    study: Annotated[Study, Field(discriminator="kind")]
+    """Several runs of this configuration, and what is asked of them."""
 
     @property
     def world_size(self) -> int:
@@ -75,6 +78,12 @@ def training_stages(config: RunConfig) -> dict[str, TrainingStage]:
     """The stages of the pipeline that train, by name."""
     stages = {name: stage for name, stage in config.stages.items() if name in config.pipeline}
     return {name: stage for name, stage in stages.items() if isinstance(stage, TrainingStage)}
+
+
+def training_pipeline(config: RunConfig) -> dict[str, TrainingStage]:
+    """The same, in the order of the pipeline."""
+    stages = training_stages(config)
+    return {name: stages[name] for name in config.pipeline if name in stages}
 
 
 def accumulation_steps(config: RunConfig, stage: TrainingStage) -> int:
@@ -101,7 +110,9 @@ def parse_types(values: dict[str, JsonValue]) -> RunConfig:
 
 def rule_problems(config: RunConfig) -> list[str]:
     """One sentence for every rule across fields that does not hold."""
-    return _pipeline_problems(config) + _batch_problems(config) + _method_problems(config)
+    stages, launcher = training_pipeline(config), config.launcher.kind
+    studied = study_problems(config.study, stages, launcher=launcher) + pause_problems(stages, launcher=launcher)
+    return _pipeline_problems(config) + _batch_problems(config) + _method_problems(config) + studied
 
 
 def _pipeline_problems(config: RunConfig) -> list[str]:
