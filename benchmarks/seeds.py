@@ -1,6 +1,6 @@
 """The luck of seeds, measured: 3 x 3 short runs of LoRA on SmolLM2-135M, and what stopping early would have kept.
 
-Run: python benchmarks/seeds.py ROWS.jsonl FOLDER [STEPS]; about 20 minutes on one core for 30 steps. The same command goes on.
+Run: python benchmarks/seeds.py ROWS.jsonl FOLDER [STEPS]; 20 steps by default. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from orchestrator.metrics.jsonl import number_of, read_rows, step_of
 from orchestrator.rundir import RunFolder, read_json
 
 NAME = "seeds"
-EVERY = 10
+EVERY = 5
+HELD_OUT = 24
 
 
 def main() -> int:
     rows, folder = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
-    steps = int(sys.argv[3]) if len(sys.argv) > 3 else 30
+    steps = int(sys.argv[3]) if len(sys.argv) > 3 else 20
     words = [
         "+experiment=llama_lora",
         "study=seeds",
@@ -27,6 +28,7 @@ def main() -> int:
         f"stages.sft.data.train.path={rows}",
         f"stages.sft.max_steps={steps}",
         f"stages.sft.evaluate_every_steps={EVERY}",
+        f"stages.sft.data.eval.max_rows={HELD_OUT}",
         "tracking=none",
         "launcher=local",
     ]

@@ -40,12 +40,14 @@ RESERVED_STAGE_NAMES = ("prepare", "scripts", "superseded", "export")
 
 
 class Seeds(Section):
-    """Two kinds of luck, kept apart (2002.06305)."""
+    """Two kinds of luck, kept apart (2002.06305), and the choice of rows, which both need to be the same to be compared."""
 
     weights: NaturalInt
     """Seed of new weights (adapters, heads) and of dropout."""
     data: NaturalInt
     """Seed of the order of the rows."""
+    split: NaturalInt
+    """Seed of which rows are held out, and which a mixture draws."""
 
 
 class RunConfig(Section):

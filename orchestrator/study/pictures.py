@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 110
@@ -43,25 +43,19 @@ def draw_search(report: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     results = [trial["value"] for trial in report["trials"] if trial["value"] is not None]
     low, high = min(results), max(results)
-    scale = Normalize(low, high if high > low else low + 1e-9)
-    colour_map = colormaps[COLOURS if report["mode"] == "min" else COLOURS.removesuffix("_r")]
-    scales = [_scale([trial["values"].get(key, "") for trial in report["trials"]], axis_of[key]) for key in keys]
+    colour_map: Colormap = colormaps[COLOURS if report["mode"] == "min" else COLOURS.removesuffix("_r")]
+    scales = [_scale(axis) for axis in axis_of.values()]
     for trial in sorted(report["trials"], key=lambda trial: trial["value"] is not None):
-        heights = [place(trial["values"].get(key, "")) for key, (place, _) in zip(keys, scales, strict=True)]
-        value = trial["value"]
-        if value is None:
+        heights = [place(trial["values"][key]) for key, (place, _) in zip(keys, scales, strict=True)]
+        if trial["value"] is None:
             axes.plot(range(len(keys)), heights, color="0.7", linestyle=":", linewidth=1)
-        else:
-            is_best = trial["name"] == report["best"]
-            axes.plot(
-                range(len(keys) + 1),
-                [*heights, float(scale(value))],
-                color=colour_map(scale(value)),
-                linewidth=3 if is_best else 1.3,
-            )
+            continue
+        height = (trial["value"] - low) / ((high - low) or 1.0)
+        width = 3 if trial["name"] == report["best"] else 1.3
+        axes.plot(range(len(keys) + 1), [*heights, height], color=colour_map(height), linewidth=width)
     _draw_scales(axes, keys, [ticks for _, ticks in scales])
     axes.set_title("bold: the best; dotted: stopped as weak or failed", fontsize=9)
-    figure.colorbar(ScalarMappable(scale, colour_map), ax=axes, label=report["metric"])
+    figure.colorbar(ScalarMappable(Normalize(low, high), colour_map), ax=axes, label=report["metric"])
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
@@ -95,22 +89,19 @@ def _draw_cells(axes: Axes, report: dict[str, Any]) -> None:
     axes.figure.colorbar(image, ax=axes)
 
 
-def _scale(texts: Sequence[str], axis: dict[str, Any]) -> tuple[Any, list[tuple[float, str]]]:
-    """(text -> height from 0 to 1, labelled heights) of one axis; numbers by size (in the logarithm where it is searched so)."""
-    if "low" in axis:
-        numbers = sorted({float(text) for text in texts if text})
-        log = axis["log"]
-        low, high = (math.log(numbers[0]), math.log(numbers[-1])) if log else (numbers[0], numbers[-1])
-        width = high - low or 1.0
-        ticks = [numbers[0], numbers[-1]] if len(numbers) > 6 else numbers
+def _scale(axis: dict[str, Any]) -> tuple[Callable[[str], float], list[tuple[float, str]]]:
+    """(text -> height from 0 to 1, labelled heights) of one axis; numbers by size (in the logarithm where they are searched so)."""
+    if "options" in axis:
+        options: list[str] = axis["options"]
+        heights = {name: i / max(1, len(options) - 1) for i, name in enumerate(options)}
+        return heights.__getitem__, [(height, name) for name, height in heights.items()]
+    measure = math.log if axis["log"] else float
+    low, high = measure(axis["low"]), measure(axis["high"])
 
-        def place(text: str) -> float:
-            return ((math.log(float(text)) if log else float(text)) - low) / width
+    def place(text: str) -> float:
+        return (measure(float(text)) - low) / (high - low)
 
-        return place, [(place(str(tick)), f"{tick:.3g}") for tick in ticks]
-    names = sorted(set(texts))
-    heights = {name: i / max(1, len(names) - 1) for i, name in enumerate(names)}
-    return heights.__getitem__, [(height, name) for name, height in heights.items()]
+    return place, [(0.0, f"{axis['low']:.3g}"), (1.0, f"{axis['high']:.3g}")]
 
 
 def _draw_scales(axes: Axes, keys: Sequence[str], ticks: Sequence[Sequence[tuple[float, str]]]) -> None:

@@ -127,7 +127,7 @@ def _trial_table(report: dict[str, Any]) -> Table:
         why = f": {trial['why']}" if trial["state"] == "failed" else ""
         table.add_row(
             trial["name"],
-            *(trial["values"].get(key, "") for key in keys),
+            *(_shown(trial["values"].get(key, "")) for key in keys),
             trial["state"] + why,
             str(trial["steps"]),
             *([_number(trial["judged_value"])] if judged else []),
@@ -186,6 +186,14 @@ def _picture(folder: StudyFolder, report: dict[str, Any]) -> list[str]:
     draw = draw_seeds if report["kind"] == "seeds" else draw_search
     draw(report, Path(folder.picture))
     return [f"picture: {folder.picture}"]
+
+
+def _shown(text: str) -> str:
+    """A value of a trial; a number of many digits in five (report.json has them all)."""
+    try:
+        return f"{float(text):.5g}" if len(text) > 9 else text
+    except ValueError:
+        return text
 
 
 def _number(value: float | None) -> str:

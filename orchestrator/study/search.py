@@ -16,11 +16,10 @@ from orchestrator.config.study import SearchStudy
 from orchestrator.errors import EXIT_DONE, EXIT_SAVED, ConfigError, OrchestratorError
 from orchestrator.execution import execute
 from orchestrator.metrics.jsonl import Tail, number_of, step_of
-from orchestrator.rundir import StageFolder
 from orchestrator.study.seeds import PlanRun, as_resolved, plan_trials
 from orchestrator.study.space import Axis, Choices, axis_of, first_words, samples, split_space, text_of, words_of
 from orchestrator.study.statistics import best_first
-from orchestrator.study.trials import StudyFolder, Trial, as_trial, freeze_study, standing_of, studied_stage
+from orchestrator.study.trials import Standing, StudyFolder, Trial, as_trial, freeze_study, standing_of, studied_stage
 
 if TYPE_CHECKING:
     import optuna
@@ -198,39 +197,39 @@ def _run_trial(search: Search, number: int, values: Mapping[str, str], report: R
     trial = Trial(name=trial_name(search.name, number), values=values)
     folder = search.folder.trial(trial.name)
     print(f"trial {number + 1} of {search.study.num_trials}: {', '.join(words_of(values))}", flush=True)
-    judge = _judge(search, folder.stage(search.stage), report)
+    weak_at: list[int] = []
+    judge = partial(_judge, search, Tail(folder.stage(search.stage).metrics), report, weak_at)
     try:
         config, planned = search.plan_run([*search.words, *trial.words])
         code = EXIT_SAVED if judge(search.stage) else execute(as_trial(config), planned, watch=judge)
     except OrchestratorError as error:
         return Outcome(state="failed", why="; ".join(error.problems))
-    standing = standing_of(folder, search.stage, search.study.metric)
-    if judge(search.stage):
-        return Outcome(state="weak", why=f"worse than the median, at step {standing.steps}")
-    if code == EXIT_SAVED:
+    judge(search.stage)
+    return outcome_of(standing_of(folder, search.stage, search.study.metric), code, weak_at)
+
+
+def outcome_of(standing: Standing, code: int, weak_at: Sequence[int]) -> Outcome:
+    """How a trial ended that was launched; `weak_at` are the steps at which it was weak. At its last step none is stopped."""
+    if weak_at and not (standing.state == "finished" and weak_at[0] >= standing.steps):
+        return Outcome(state="weak", why=f"worse than the median at step {weak_at[0]}")
+    if code == EXIT_SAVED and standing.state != "finished":
         return Outcome(state="interrupted")
-    if standing.value is None or not math.isfinite(standing.value):
-        return Outcome(
-            state="failed", why=standing.why or f"{search.study.metric} is {standing.value}; exit code {code}"
-        )
+    if standing.value is None:
+        return Outcome(state="failed", why=standing.why or f"it ended with exit code {code}")
+    if not math.isfinite(standing.value):
+        return Outcome(state="failed", why=f"its result is {standing.value}")
     return Outcome(state="finished", value=standing.value)
 
 
-def _judge(search: Search, files: StageFolder, report: Report) -> Callable[[str], bool]:
-    """Reports every new evaluation of the judged stage; whether one was weak. What is weak stays so."""
-    tail = Tail(files.metrics)
-    weak: list[int] = []
-
-    def is_weak(stage: str) -> bool:
-        if search.study.pruning is None or stage != search.stage:
-            return False
-        for row in tail.poll():
-            value = number_of(row, search.study.metric)
-            if value is not None and "step" in row and step_of(row) and not weak and report(step_of(row), value):
-                weak.append(step_of(row))
-        return bool(weak)
-
-    return is_weak
+def _judge(search: Search, tail: Tail, report: Report, weak_at: list[int], stage: str) -> bool:
+    """Reports every new evaluation of the judged stage until one is weak; whether one was."""
+    if search.study.pruning is None or stage != search.stage:
+        return False
+    for row in tail.poll():
+        value = number_of(row, search.study.metric)
+        if value is not None and "step" in row and step_of(row) and not weak_at and report(step_of(row), value):
+            weak_at.append(step_of(row))
+    return bool(weak_at)
 
 
 def _is_weak(trial: optuna.Trial, step: int, value: float) -> bool:

@@ -81,9 +81,12 @@ def run_seeds(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> tup
     grid = _grid(words, config, plan_run)
     if grid.step is None:
         return execute_all([(as_trial(run), planned) for run, planned in grid.runs.values()]), grid.folder
-    codes = {name: code for name in grid.runs if (code := _to_the_judgement(grid, name)) != EXIT_DONE}
-    if EXIT_SAVED in codes.values():
-        return EXIT_SAVED, grid.folder
+    codes: dict[str, int] = {}
+    for name in grid.runs:
+        code = _to_the_judgement(grid, name)
+        if code == EXIT_SAVED:
+            return EXIT_SAVED, grid.folder
+        codes |= {name: code} if code != EXIT_DONE else {}
     judged = judgement(grid.study, {name: grid.standing(name) for name in grid.runs}, step=grid.step)
     print(
         f"judged at step {judged.step}: {', '.join(judged.kept)} go on; stopped as weak: {', '.join(judged.weak) or 'none'}"
@@ -149,7 +152,11 @@ def _to_the_judgement(grid: Grid, name: str) -> int:
     if grid.step in grid.standing(name).values:
         return EXIT_DONE
     code = _run(grid, name, pause_at_step=grid.step)
-    return EXIT_DONE if grid.step in grid.standing(name).values else code
+    if grid.step in grid.standing(name).values:
+        return EXIT_DONE
+    if code == EXIT_DONE:
+        raise ConfigError(f"{name}: it was done before, without an evaluation at step {grid.step}; type another name=")
+    return code
 
 
 def _run(grid: Grid, name: str, *, pause_at_step: int | None) -> int:

@@ -114,6 +114,8 @@ def _sweep(word: str) -> Override | None:
 def _axis(word: str, override: Override) -> Axis:
     key, value = override.get_key_element(), override.value()
     plain = key.lstrip("+")
+    if plain == "seeds.split":
+        raise ConfigError(f"{word}: trials with other held-out rows cannot be compared; give it one value")
     if plain.split(".")[0] in NOT_SEARCHED or plain == "experiment":
         raise ConfigError(f"{word}: {plain} is not searched; give it one value")
     if isinstance(value, ChoiceSweep | RangeSweep) and value.shuffle:
