@@ -37,9 +37,11 @@ python -m orchestrator [VERB] [overrides | RUN_DIR]     takes a pretrained langu
   verify-resume  train a few steps straight and with a kill in between, and compare; steps=N
   generate  RUN_DIR --prompt TEXT: the tuned model beside its base; without --prompt one prompt a line from stdin
   export    RUN_DIR: the adapter merged and measured, with a model card, as a folder to publish; --to FOLDER, --stage S
+  report    STUDY_DIR: the tables and the picture of a study (study=seeds, study=optuna), from what its trials have so far
   doctor    the machine, the versions; what works, first cause of what does not
 
   Overrides are Hydra's: +experiment=NAME, group=choice, key=value. --config-dir DIR adds a folder of your own.
+  study=seeds runs every seed of weights and data; -m study=optuna searches the words that hold several values.
   --only STAGE runs one stage of a pipeline; --from STAGE runs it anew, with all that depend on it.
   -m makes one run of each combination of values: -m stages.sft.optimizer.lr=1e-4,2e-4 (for run, plan and render).
   Experiments: {experiments}
@@ -113,6 +115,7 @@ def _verbs() -> dict[str, Verb]:
         "cancel": inspection.cancel,
         "generate": inspection.generate,
         "export": inspection.export,
+        "report": inspection.report,
         "doctor": inspection.doctor,
     }
 

@@ -10,12 +10,13 @@ from launchers.spec import InvalidValueError
 from orchestrator.advising import print_advice, settled_words
 from orchestrator.compose import Composed, examine
 from orchestrator.config.run import RunConfig, parse
+from orchestrator.config.study import NoStudy
 from orchestrator.errors import (
     EXIT_DONE,
     ConfigError,
     OrchestratorError,
 )
-from orchestrator.execution import Part, execute, execute_all, freeze_run
+from orchestrator.execution import WHOLE, Part, execute, execute_all, freeze_run
 from orchestrator.facts import gather
 from orchestrator.freezing import read_config
 from orchestrator.jobs import render as render_script
@@ -47,7 +48,15 @@ def plan(arguments: Sequence[str]) -> int:
             print(planned.model_dump_json(indent=2))
         else:
             print_plan(planned, config)
+            _tell_study(config, planned)
     return EXIT_DONE
+
+
+def _tell_study(config: RunConfig, planned: Plan) -> None:
+    if not isinstance(config.study, NoStudy):
+        from orchestrator.study.start import outlook
+
+        print("\n".join(outlook(config, planned)))
 
 
 def _scaling(arguments: Sequence[str], counts: Sequence[int], form: str) -> int:
@@ -73,6 +82,10 @@ def _scaling(arguments: Sequence[str], counts: Sequence[int], form: str) -> int:
 def render(arguments: Sequence[str]) -> int:
     """Writes the scripts into the run folder and prints them; submits nothing."""
     for config, planned in _runs(arguments):
+        if not isinstance(config.study, NoStudy):
+            raise ConfigError(
+                f"study={config.study.kind}: scripts are of one run; leave out study=, and -m or the seeds of one trial"
+            )
         scripts = render_scripts(config)
         freeze_run(config, planned, scripts)
         for script in scripts:
@@ -85,9 +98,18 @@ def run(arguments: Sequence[str]) -> int:
     """Checks, plans and launches; continues what is unfinished and skips what is done. With -m, one run each."""
     words, part = _take_part(arguments)
     if is_sweep(words):
-        return execute_all(planned_runs(words))
-    config, planned = planned_run(words)
-    return execute(config, planned, part=part)
+        config = _first_config(words)
+        if isinstance(config.study, NoStudy):
+            return execute_all(planned_runs(words))
+    else:
+        config, planned = planned_run(words)
+        if isinstance(config.study, NoStudy):
+            return execute(config, planned, part=part)
+    from orchestrator.study.start import run_study
+
+    if part != WHOLE:
+        raise ConfigError("--from and --only: a study runs whole pipelines; leave them out, or type study=none")
+    return run_study(words, config, planned_run)
 
 
 def resume(arguments: Sequence[str]) -> int:
@@ -106,7 +128,22 @@ def load_config(folder: RunFolder) -> RunConfig:
 
 
 def _runs(arguments: Sequence[str]) -> list[tuple[RunConfig, Plan]]:
-    return planned_runs(arguments) if is_sweep(arguments) else [planned_run(arguments)]
+    """Every run that the words ask for; of a search, whose values are chosen on the way, one with the first of them."""
+    if not is_sweep(arguments):
+        return [planned_run(arguments)]
+    is_study = not isinstance(_first_config(arguments).study, NoStudy)
+    return [planned_run(first_words(arguments))] if is_study else planned_runs(arguments)
+
+
+def _first_config(arguments: Sequence[str]) -> RunConfig:
+    """The configuration of the first run of a multirun; ConfigError with every problem, those of a search's space too."""
+    words, config_directory = _take_config_directory([word for word in arguments if word not in FLAGS])
+    try:
+        return composed_words(first_words(words), config_directory).config
+    except ConfigError as error:
+        from orchestrator.study.start import space_problems
+
+        raise ConfigError([*error.problems, *space_problems(words)]) from None
 
 
 def planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:

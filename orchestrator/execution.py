@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from launchers.process import Outcome, launch
+from launchers.process import Launch, Outcome, launch
 from launchers.spec import Script, write
 from orchestrator import __version__
 from orchestrator.attempts import close_attempt, decide, read_attempts
@@ -62,9 +62,18 @@ class Part:
 
 
 WHOLE = Part()
+Watch = Callable[[str], bool]
+"""Asked again and again while a stage, given by its name, runs here: whether to have it save and end."""
 
 
-def execute(config: RunConfig, planned: Plan, preparations: dict[str, str] | None = None, *, part: Part = WHOLE) -> int:
+def execute(
+    config: RunConfig,
+    planned: Plan,
+    preparations: dict[str, str] | None = None,
+    *,
+    part: Part = WHOLE,
+    watch: Watch = lambda _stage: False,
+) -> int:
     """`preparations` are the Slurm jobs, by what they prepare, that other runs of a multirun have submitted."""
     folder = RunFolder(run_directory_of(config))
     unfinished, anew = _to_do(config, folder, part)
@@ -81,7 +90,7 @@ def execute(config: RunConfig, planned: Plan, preparations: dict[str, str] | Non
     if config.launcher.kind == "slurm":
         return submit(config, unfinished, preparations) if unfinished else EXIT_DONE
     for stage in unfinished:
-        code = _launch_stage(config, planned, folder, stage)
+        code = _launch_stage(config, planned, folder, stage, watch)
         if code != EXIT_DONE:
             return code
         print_result(folder.stage(stage), config)
@@ -161,17 +170,18 @@ def _refuse_elsewhere(config: RunConfig, script: Script) -> None:
         )
 
 
-def _launch_stage(config: RunConfig, planned: Plan, folder: RunFolder, stage: str) -> int:
+def _launch_stage(config: RunConfig, planned: Plan, folder: RunFolder, stage: str, watch: Watch) -> int:
     files = folder.stage(stage)
     steps = next(entry.steps for entry in planned.stages if entry.name == stage)
     spec = job_spec(config, stage)
     print(f"{stage}: {spec.script_path}; log {files.logs}", flush=True)
     with launch(render_script(config, stage), spec) as running:
         interrupts = 0
+        is_running = _watched(running, lambda: watch(stage))
         while running.is_running():
             view = view_of_stage(stage, metrics_file=files.metrics, events_file=files.events, total_steps=steps or 0)
             try:
-                show_progress(view, running.is_running)
+                show_progress(view, is_running)
             except KeyboardInterrupt:
                 interrupts += 1
                 if interrupts == 1:
@@ -182,6 +192,19 @@ def _launch_stage(config: RunConfig, planned: Plan, folder: RunFolder, stage: st
         outcome = running.poll()
     assert outcome is not None
     return _after(config, files, stage, outcome)
+
+
+def _watched(running: Launch, is_enough: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether it runs; asks it once to save and end where it is enough."""
+    asked: list[bool] = []
+
+    def is_running() -> bool:
+        if not asked and is_enough():
+            asked.append(True)
+            running.stop()
+        return running.is_running()
+
+    return is_running
 
 
 def _after(config: RunConfig, files: StageFolder, stage: str, outcome: Outcome) -> int:

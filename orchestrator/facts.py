@@ -69,13 +69,13 @@ def _with_preparation(config: RunConfig, name: str, base: Base, data: DataFacts)
 
 def _prepared(config: RunConfig, stage: TrainingStage) -> PreparedFacts | None:
     """None where the rows are not prepared yet, or the cache is damaged: preparing will tell."""
-    cache, seed = cache_folder(config.cluster.scratch), config.seeds.data
+    cache, seeds = cache_folder(config.cluster.scratch), config.seeds
     try:
         folder = local_folder(config.model, cache)
         if folder is None:
             return None
-        found = find_prepared(stage.data, tokenizer_folder=folder, cache=cache, seed=seed)
-        return found and prepared_facts(*found, data=stage.data, global_size=stage.batch.global_size, seed=seed)
+        found = find_prepared(stage.data, tokenizer_folder=folder, cache=cache, seed=seeds.split)
+        return found and prepared_facts(*found, data=stage.data, global_size=stage.batch.global_size, seed=seeds.data)
     except (DataError, OSError):
         return None
 

@@ -26,18 +26,23 @@ def freeze(folder: RunFolder, record: Mapping[str, Any], *, may_differ: frozense
     if not folder.run.exists():
         write_json(folder.run, record)
         return
-    differences = _differences(read_config(folder), record["config"])
+    if refuse_differences(read_config(folder), record["config"], may_differ=may_differ, folder=folder.root):
+        write_json(folder.run, record)
+
+
+def refuse_differences(old: JsonValue, new: JsonValue, *, may_differ: frozenset[str], folder: Path) -> bool:
+    """Whether anything differs; RunFolderError with every difference that is not below a key of `may_differ`."""
+    differences = _differences(old, new)
     refused = {key: values for key, values in differences.items() if not is_below(key, may_differ)}
     if refused:
         raise RunFolderError(
             [
-                f"{folder.root} holds a run with another configuration; set name= to start a new one, or repeat the old "
+                f"{folder} holds a run with another configuration; set name= to start a new one, or repeat the old "
                 f"values of {', '.join(refused)}",
                 *(f"{key}: {_short(old)} in the folder, {_short(new)} now" for key, (old, new) in refused.items()),
             ]
         )
-    if differences:
-        write_json(folder.run, record)
+    return bool(differences)
 
 
 def read_config(folder: RunFolder) -> dict[str, JsonValue]:

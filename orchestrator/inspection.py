@@ -1,4 +1,4 @@
-"""The verbs that read a run folder or the machine: status, logs, cancel, generate, doctor. Must not import torch."""
+"""The verbs that read a run folder or the machine: status, logs, cancel, generate, report, doctor. Must not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.cli import run_folder_argument
-from orchestrator.errors import ConfigError
+from orchestrator.errors import EXIT_DONE, ConfigError
 from orchestrator.rundir import MANIFEST, RunFolder, read_json
 
 
@@ -109,6 +109,19 @@ def _policy_stage(folder: RunFolder, chosen: str | None) -> str:
     if stage not in policies:
         raise ConfigError(f"--stage {stage}: the stages that make a policy are {', '.join(policies) or 'none'}")
     return stage
+
+
+def report(arguments: Sequence[str]) -> int:
+    """What a study has found so far, from its folder; writes the files of its report."""
+    from orchestrator.study.report import write_report
+    from orchestrator.study.trials import StudyFolder
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ConfigError(
+            "report takes one folder of a study and nothing else: python -m orchestrator report runs/NAME-study"
+        )
+    print(write_report(StudyFolder(Path(arguments[0]).resolve())))
+    return EXIT_DONE
 
 
 def doctor(arguments: Sequence[str]) -> int:

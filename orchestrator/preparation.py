@@ -26,7 +26,7 @@ def is_prepared(config: RunConfig, stage: str) -> bool:
     if folder is None:
         return False
     data = config.stages[stage].data
-    return find_prepared(data, tokenizer_folder=folder, cache=cache, seed=config.seeds.data) is not None
+    return find_prepared(data, tokenizer_folder=folder, cache=cache, seed=config.seeds.split) is not None
 
 
 def _is_large(config: RunConfig, stage: str) -> bool:

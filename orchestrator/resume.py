@@ -11,7 +11,18 @@ from orchestrator.rundir import flatten
 
 JsonObject = dict[str, JsonValue]
 
-FREE = ("name", "output_dir", "pipeline", "cluster", "launcher", "tracking", "sharding", "model.preset", "profile")
+FREE = (
+    "name",
+    "output_dir",
+    "pipeline",
+    "cluster",
+    "launcher",
+    "tracking",
+    "study",
+    "sharding",
+    "model.preset",
+    "profile",
+)
 """Keys that say where and how a run is computed, not what."""
 FREE_OF_A_STAGE = (
     "checkpoint",
@@ -19,6 +30,7 @@ FREE_OF_A_STAGE = (
     "ledger",
     "log_every_steps",
     "evaluate_every_steps",
+    "pause_at_step",
     "batch.micro_size",
     "data.num_processes",
 )

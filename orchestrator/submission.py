@@ -101,7 +101,7 @@ def _preparation_job(config: RunConfig, stages: Sequence[str], preparations: dic
     """The job that the first stage has to wait for: a live one, one of an earlier run, or a new one; None where none is needed."""
     run = RunFolder(run_directory_of(config))
     wanted = json.dumps(
-        [config.model.base, config.seeds.data, *(config.stages[name].data.model_dump(mode="json") for name in stages)]
+        [config.model.base, config.seeds.split, *(config.stages[name].data.model_dump(mode="json") for name in stages)]
     )
     live = live_job(run.stage(PREPARATION))
     if live is not None:

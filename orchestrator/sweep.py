@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
 from orchestrator.errors import ConfigError
@@ -42,9 +42,17 @@ def combinations(arguments: Sequence[str], *, name: str) -> list[list[str]]:
 
 
 def first_words(arguments: Sequence[str]) -> list[str]:
-    """The words of one run, with the first of the values where a word holds several."""
-    words = [word for word in arguments if word not in FLAGS]
-    return [values[0] if (values := _values(word)) else word for word in words]
+    """The words of one run, with the first of the values (of an interval its lower end) where a word holds several."""
+    return [_first(word) for word in arguments if word not in FLAGS]
+
+
+def _first(word: str) -> str:
+    override = _parse(word)
+    value = None if override is None else override.value()
+    if isinstance(value, IntervalSweep):
+        assert override is not None
+        return f"{override.get_key_element()}={value.start}"
+    return values[0] if (values := _values(word)) else word
 
 
 def _values(word: str) -> list[str] | None:
@@ -53,7 +61,9 @@ def _values(word: str) -> list[str] | None:
     if override is None or not override.is_sweep_override():
         return None
     if not override.is_discrete_sweep():
-        raise ConfigError(f"{word}: an interval has no end of values; list them: {override.get_key_element()}=a,b")
+        raise ConfigError(
+            f"{word}: an interval has no end of values; list them: {override.get_key_element()}=a,b, or search it with study=optuna"
+        )
     values = [str(value) for value in override.sweep_string_iterator()]
     return [f"{override.get_key_element()}={value}" for value in values]
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from orchestrator.errors import ConfigError, nearest
 
-TOP_GROUPS = ("model", "tuning", "quantization", "sharding", "cluster", "launcher", "tracking")
+TOP_GROUPS = ("model", "tuning", "quantization", "sharding", "cluster", "launcher", "tracking", "study")
 OPEN_MAPS = ("environment", "columns")
 """Maps whose keys the user chooses."""
 

@@ -127,7 +127,7 @@ def _bring_inputs(config: RunConfig, name: str, *, run_directory: Path) -> dict[
         config.stages[name].data,
         tokenizer_folder=base_folder,
         cache=cache,
-        seed=config.seeds.data,
+        seed=config.seeds.split,
         say=say,
         refuse_over_seconds=PREPARE_AT_MOST_SECONDS,
         prepare_command=f"python -m orchestrator prepare {shlex.quote(str(run_directory))}",

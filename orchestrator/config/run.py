@@ -25,6 +25,7 @@ from orchestrator.config.model import (
 from orchestrator.config.problems import problem_sentences
 from orchestrator.config.sites import ClusterConfig, LauncherConfig, NoTracking, WandbTracking
 from orchestrator.config.stages import SftStage, TrainingStage
+from orchestrator.config.study import Study, pause_problems, study_problems
 from orchestrator.errors import ConfigError
 
 Tuning = Annotated[FullTuning | FreezeTuning | AdapterTuning, Field(discriminator="method")]
@@ -40,12 +41,14 @@ RESERVED_STAGE_NAMES = ("prepare", "scripts", "superseded", "export")
 
 
 class Seeds(Section):
-    """Two kinds of luck, kept apart (2002.06305)."""
+    """Two kinds of luck, kept apart (2002.06305), and the choice of rows, which both need to be the same to be compared."""
 
     weights: NaturalInt
     """Seed of new weights (adapters, heads) and of dropout."""
     data: NaturalInt
     """Seed of the order of the rows."""
+    split: NaturalInt
+    """Seed of which rows are held out, and which a mixture draws."""
 
 
 class RunConfig(Section):
@@ -68,6 +71,8 @@ class RunConfig(Section):
     tracking: Tracking
     profile: bool
     """Seconds of every part of a step in metrics.jsonl, and a trace of a few steps in STAGE/profile."""
+    study: Annotated[Study, Field(discriminator="kind")]
+    """Several runs of this configuration, and what is asked of them."""
 
     @property
     def world_size(self) -> int:
@@ -78,6 +83,12 @@ def training_stages(config: RunConfig) -> dict[str, TrainingStage]:
     """The stages of the pipeline that train, by name."""
     stages = {name: stage for name, stage in config.stages.items() if name in config.pipeline}
     return {name: stage for name, stage in stages.items() if isinstance(stage, TrainingStage)}
+
+
+def training_pipeline(config: RunConfig) -> dict[str, TrainingStage]:
+    """The same, in the order of the pipeline."""
+    stages = training_stages(config)
+    return {name: stages[name] for name in config.pipeline if name in stages}
 
 
 def accumulation_steps(config: RunConfig, stage: TrainingStage) -> int:
@@ -104,7 +115,10 @@ def parse_types(values: dict[str, JsonValue]) -> RunConfig:
 
 def rule_problems(config: RunConfig) -> list[str]:
     """One sentence for every rule across fields that does not hold."""
-    return _pipeline_problems(config) + _batch_problems(config) + _method_problems(config) + tuning_problems(config)
+    stages, launcher = training_pipeline(config), config.launcher.kind
+    studied = study_problems(config.study, stages, launcher=launcher) + pause_problems(stages, launcher=launcher)
+    methods = _method_problems(config) + tuning_problems(config)
+    return _pipeline_problems(config) + _batch_problems(config) + methods + studied
 
 
 def _pipeline_problems(config: RunConfig) -> list[str]:

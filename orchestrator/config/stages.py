@@ -123,6 +123,8 @@ class TrainingStage(Section):
     """Steps between evaluations; null evaluates before the first and after the last step only."""
     early_stopping: EarlyStoppingConfig | None
     """A checkpoint is saved at each new best, whatever `checkpoint.every_steps` says; null trains to the last step."""
+    pause_at_step: PositiveInt | None
+    """Evaluate, save and end after this step, as on a stop; with null the run goes on to the same result. Studies judge trials so."""
 
 
 class SftStage(TrainingStage):

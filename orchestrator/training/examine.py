@@ -31,7 +31,7 @@ def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Con
         stage.data,
         tokenizer_folder=base_folder,
         cache=cache,
-        seed=config.seeds.data,
+        seed=config.seeds.split,
         global_size=stage.batch.global_size if isinstance(stage, TrainingStage) else stage.micro_size,
         say=console.print,
     )
@@ -57,7 +57,7 @@ def prepare_stage(config: RunConfig, stage: Stage, base_folder: Path, console: C
         stage.data,
         tokenizer_folder=base_folder,
         cache=cache_folder(config.cluster.scratch),
-        seed=config.seeds.data,
+        seed=config.seeds.split,
         say=say,
     )
     numbers = prepared.train_statistics

@@ -24,7 +24,7 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
     job.model.train()
     window: list[StepResult] = []
     save_is_owed = False
-    stop = _agree_to_stop(job, hooks)
+    stop = _agree_to_stop(job, hooks) or pauses(job, progress)
     while not is_over(job, progress) and not stop:
         step = progress.step + 1
         start = time.perf_counter()
@@ -35,7 +35,7 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
         hooks.took(step, [int(row) for indices in micro_batches_of(job, step) for row in indices])
         progress = _advanced(job, progress, result)
         window.append(result)
-        stop = result.stop
+        stop = result.stop or pauses(job, progress)
         if step % job.stage.log_every_steps == 0 or step == job.steps or stop:
             hooks.record(metrics_row(job, progress, window))
             window = []
@@ -60,6 +60,11 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
 def is_over(job: Job, progress: Progress) -> bool:
     """Whether nothing is left to train: the last step is done, or early stopping has lost its patience."""
     return progress.step >= job.steps or progress.stopping.is_over
+
+
+def pauses(job: Job, progress: Progress) -> bool:
+    """Whether the stage was asked to go no further than this step for now."""
+    return job.stage.pause_at_step is not None and progress.step >= job.stage.pause_at_step
 
 
 def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> StepResult:
@@ -205,4 +210,4 @@ def _evaluates(job: Job, step: int) -> bool:
     """After the last step the stage evaluates by itself; early stopping wants to know it before the last save."""
     if step == job.steps:
         return job.stage.early_stopping is not None
-    return _is_due(job.stage.evaluate_every_steps, step)
+    return step == job.stage.pause_at_step or _is_due(job.stage.evaluate_every_steps, step)

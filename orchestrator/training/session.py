@@ -24,7 +24,7 @@ from orchestrator.training.early_stopping import judged, metric_of
 from orchestrator.training.evaluation import Evaluation, evaluate, values_of
 from orchestrator.training.finish import finish_stage
 from orchestrator.training.job import Hooks, Job, Progress
-from orchestrator.training.loop import is_over
+from orchestrator.training.loop import is_over, pauses
 from orchestrator.training.measuring import keep_measured, measuring
 from orchestrator.training.model import weights_dtype
 from orchestrator.training.objectives import Objective, Rows, proof_objective
@@ -106,7 +106,8 @@ def _train(context: Context, runtime: Runtime, record: Record, plan_course: Plan
     record.event("trained", step=progress.step, close_seconds=time.perf_counter() - waited)
     keep_measured(session)
     if not is_over(job, progress):
-        return _stopped(record, runtime, progress, context.stop.reason() or "another rank was asked to stop")
+        why = f"pause_at_step={context.stage.pause_at_step}" if pauses(job, progress) else context.stop.reason()
+        return _stopped(record, runtime, progress, why or "another rank was asked to stop")
     progress, after = _settled(course, record, checkpointer, progress)
     return finish_stage(session, course, record, progress, before=before, after=after, seconds=time.time() - started)
 

@@ -53,6 +53,7 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(ask: Asker, 
     assert told[1:] == (
         "seed: 0 in the folder, 7 now",
         "seeds.data: 0 in the folder, 7 now",
+        "seeds.split: 0 in the folder, 7 now",
         "seeds.weights: 0 in the folder, 7 now",
         "stages.sft.optimizer.lr: 0.002 in the folder, 0.5 now",
         "tuning.rank: 16 in the folder, 4 now",

@@ -1,0 +1,151 @@
+"""Studies, which are several runs of one configuration: seeds and searches; types, ranges and their rules; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.config.base import Identifier, NaturalInt, PositiveInt, Section, Text
+from orchestrator.config.stages import TrainingStage
+
+
+class NoStudy(Section):
+    """A run by itself."""
+
+    kind: Literal["none"]
+
+
+class WeakRule(Section):
+    """All trials are trained to the same step; the best are continued, the others are stopped as weak (2002.06305, section 5)."""
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    """Where the trials are judged, as a share of the steps, rounded up."""
+    keep: PositiveInt
+    """Trials that go on."""
+
+
+class SeedsStudy(Section):
+    """Every seed of new weights with every seed of the data order."""
+
+    kind: Literal["seeds"]
+    stage: Identifier
+    """Stage whose evaluation is judged; `auto` is the last one of the pipeline that trains."""
+    metric: Text
+    """A column of metrics.jsonl that evaluations write, such as `eval_loss`."""
+    mode: Literal["min", "max"]
+    """Which way is better."""
+    weights: Annotated[tuple[NaturalInt, ...], Field(min_length=1)]
+    """Values of seeds.weights."""
+    data: Annotated[tuple[NaturalInt, ...], Field(min_length=1)]
+    """Values of seeds.data."""
+    stopping: WeakRule | None
+    """Which trials are stopped early; null trains all to the end."""
+
+
+class MedianRule(Section):
+    """A trial whose best value so far is worse than the median of the others at the same step is stopped as weak."""
+
+    startup_trials: PositiveInt
+    """Finished trials before any is stopped."""
+    after_step: NaturalInt
+    """Evaluations up to this step stop nothing."""
+
+
+class SearchStudy(Section):
+    """Optuna chooses the values of each trial from the results of those before it."""
+
+    kind: Literal["optuna"]
+    stage: Identifier
+    """Stage whose evaluation is judged; `auto` is the last one of the pipeline that trains."""
+    metric: Text
+    """A column of metrics.jsonl that evaluations write, such as `eval_loss`."""
+    mode: Literal["min", "max"]
+    """Which way is better."""
+    num_trials: PositiveInt
+    """Trials in all; with a greater number the same command goes on with more."""
+    sampler: Literal["tpe", "random"]
+    """tpe models good and bad values apart (Bergstra et al. 2011); random looks at no result."""
+    startup_trials: PositiveInt
+    """Trials with random values before tpe models them."""
+    seed: NaturalInt
+    """Of the sampler: the same seed and results give the same values, however often the search was interrupted."""
+    pruning: MedianRule | None
+    """Which trials are stopped early; null trains all to the end."""
+    max_failures: NaturalInt
+    """Failed trials that are recorded and passed over; one more ends the search."""
+
+
+Study = NoStudy | SeedsStudy | SearchStudy
+
+
+def study_problems(study: Study, stages: Mapping[str, TrainingStage], *, launcher: str) -> list[str]:
+    """One sentence for every rule of a study that does not hold; `stages` are those of the pipeline that train."""
+    if isinstance(study, NoStudy):
+        return []
+    name = judged_stage(study, stages)
+    if name is None:
+        there = ", ".join(stages) or "none"
+        return [f"study.stage: {study.stage} trains nothing in this pipeline; the stages that train are {there}"]
+    problems = _seeds_problems(study) if isinstance(study, SeedsStudy) else []
+    stage = stages[name]
+    if stage.data.eval.path == "none":
+        problems.append(f"study: there are no held-out rows to judge trials by; type stages.{name}.data.eval.path=auto")
+    if isinstance(study, SearchStudy) and study.pruning is not None and stage.evaluate_every_steps is None:
+        problems.append(
+            "study.pruning: it judges evaluations on the way, and there are none; type "
+            f"stages.{name}.evaluate_every_steps=50 or study.pruning=null"
+        )
+    if launcher == "slurm" and isinstance(study, SearchStudy):
+        problems.append(
+            "study=optuna: each trial waits for the result of the one before it, and a job of Slurm is only submitted; type "
+            "launcher=torchrun inside an allocation"
+        )
+    if launcher == "slurm" and isinstance(study, SeedsStudy) and study.stopping is not None:
+        problems.append(
+            "study.stopping: the trials are judged together half-way, and jobs of Slurm are only submitted; type "
+            "study.stopping=null, or launcher=torchrun inside an allocation"
+        )
+    return problems
+
+
+def judged_stage(study: SeedsStudy | SearchStudy, stages: Mapping[str, TrainingStage]) -> str | None:
+    """Name of the stage whose evaluation is judged; None where the pipeline trains no such stage."""
+    if study.stage == "auto":
+        return list(stages)[-1] if stages else None
+    return study.stage if study.stage in stages else None
+
+
+def pause_problems(stages: Mapping[str, TrainingStage], *, launcher: str) -> list[str]:
+    """What keeps a stage from pausing."""
+    problems: list[str] = []
+    for name, stage in stages.items():
+        pause, every = stage.pause_at_step, stage.evaluate_every_steps
+        if pause is not None and launcher == "slurm":
+            problems.append(
+                f"stages.{name}.pause_at_step: a job of Slurm that saved and ended is queued again by itself; type "
+                f"stages.{name}.pause_at_step=null"
+            )
+        if pause is not None and stage.early_stopping is not None and every is not None and pause % every:
+            problems.append(
+                f"stages.{name}.pause_at_step: the stage is evaluated at the pause, and early stopping would count it; {pause} "
+                f"is no multiple of evaluate_every_steps = {every}"
+            )
+    return problems
+
+
+def _seeds_problems(study: SeedsStudy) -> list[str]:
+    lists = {"weights": study.weights, "data": study.data}
+    problems = [
+        f"study.{key}: a seed stands twice in {list(seeds)}"
+        for key, seeds in lists.items()
+        if len(set(seeds)) < len(seeds)
+    ]
+    trials = len(study.weights) * len(study.data)
+    if study.stopping is not None and study.stopping.keep >= trials:
+        problems.append(
+            f"study.stopping.keep: {study.stopping.keep} of {len(study.weights)} x {len(study.data)} = {trials} trials stops none; "
+            f"give less than {trials}, or type study.stopping=null"
+        )
+    return problems

@@ -1,0 +1,1 @@
+"""Studies: several runs of one configuration, and what they tell together; must not import torch."""
