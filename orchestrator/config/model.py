@@ -108,6 +108,7 @@ class LoraTuning(Section):
     """Train magnitude and direction apart (2402.09353)."""
 
 
+Tuning = Annotated[FullTuning | FreezeTuning | LoraTuning, Field(discriminator="method")]
 WHOLE_MODEL_TUNINGS = (FullTuning, FreezeTuning)
 """They train the base's own parameters: the artifact is a whole model, not an adapter."""
 
