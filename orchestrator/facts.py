@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ from orchestrator.architecture import adapter_problems
 from orchestrator.bases import Base, find_base, local_folder
 from orchestrator.cache import cache_folder
 from orchestrator.config.data import DataConfig, SourceConfig
-from orchestrator.config.run import RunConfig, Stage
+from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.lengths import prepared_facts
 from orchestrator.dataset.parts import find_prepared
@@ -21,6 +22,7 @@ from orchestrator.dataset.sources import SourceFacts, held_out_source, inspect, 
 from orchestrator.dataset.splits import held_out_rows
 from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.estimate.rows import PreparedFacts
+from orchestrator.ingredients import blend_problems
 from orchestrator.measured import find_measured
 from orchestrator.plan import DataFacts
 
@@ -32,10 +34,14 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
     problems: list[str] = []
     base = _attempt(partial(find_base, config.model), problems)
     if base is not None and base.architecture is not None:
-        problems += adapter_problems(base.architecture, config.tuning) + shape_problems(
-            base.architecture, config.tuning
+        tunings = [config.for_stage(name).tuning for name in config.pipeline]
+        problems += dict.fromkeys(
+            chain.from_iterable(
+                adapter_problems(base.architecture, tuning) + shape_problems(base.architecture, tuning)
+                for tuning in tunings
+            )
         )
-    sources = {name: sources_of(name, stage.data) for name, stage in config.stages.items() if name in config.pipeline}
+    sources = {name: sources_of(name, stage) for name, stage in config.stages.items() if name in config.pipeline}
     looks = {
         key: _attempt(partial(inspect, source, field=key), problems)
         for named in sources.values()
@@ -46,6 +52,7 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
         for name, stage in config.stages.items()
         if name in config.pipeline and stage.data.chat_template and not Path(stage.data.chat_template).is_file()
     ]
+    problems += blend_problems(config)
     if problems:
         raise DataError(problems)
     assert base is not None
@@ -56,7 +63,7 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
 
 def _with_preparation(config: RunConfig, name: str, base: Base, data: DataFacts) -> DataFacts:
     """What the cache knows of the rows, and what earlier runs know of the speed."""
-    stage = config.stages[name]
+    stage, config = config.stages[name], config.for_stage(name)
     if not isinstance(stage, TrainingStage):
         return data
     if base.architecture is not None:
@@ -84,7 +91,7 @@ def validate_data(config: RunConfig) -> None:
     """Reads every local row of every stage; DataError names file, line and field of each bad one."""
     problems: list[str] = []
     for name in config.pipeline:
-        for key, source in sources_of(name, config.stages[name].data).items():
+        for key, source in sources_of(name, config.stages[name]).items():
             if inspect(source, field=key).rows is not None:
                 _attempt(partial(validate_rows, source, field=key), problems)
     if problems:
@@ -100,9 +107,14 @@ def _attempt(look: Callable[[], Result], problems: list[str]) -> Result | None:
         return None
 
 
-def sources_of(name: str, data: DataConfig) -> dict[str, SourceConfig]:
+def sources_of(name: str, stage: Stage) -> dict[str, SourceConfig]:
     """Everything that a stage reads, by the key that names it."""
-    field = f"stages.{name}.data"
+    first, *others = data_sets_of(stage).items()
+    sources = _sources_of_data(f"stages.{name}.data", first[1])
+    return sources | {f"stages.{name}.{key}": data.train for key, data in others}
+
+
+def _sources_of_data(field: str, data: DataConfig) -> dict[str, SourceConfig]:
     sources = {f"{field}.train": data.train}
     sources |= {f"{field}.mix.{number}": source for number, source in enumerate(data.mix)}
     held_out = held_out_source(data)

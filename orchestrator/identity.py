@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from orchestrator import __version__
 from orchestrator.bases import local_folder
 from orchestrator.cache import cache_folder
 from orchestrator.config.data import DataConfig, SourceConfig
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import RunConfig, data_sets_of
 from orchestrator.dataset.key import FileHashes, template_digest, tokenizer_digest
 from orchestrator.dataset.sources import held_out_source, locate
-from orchestrator.rundir import RunFolder, read_json
+from orchestrator.ingredients import manifests_elsewhere
+from orchestrator.rundir import RunFolder, file_digest, read_json
 
 SAMPLES = 64
 SAMPLE_BYTES = 4096
@@ -25,7 +26,7 @@ SHARED = ("base", "tokenizer", "template")
 
 def content_digests(config: RunConfig, name: str, *, base_folder: Path) -> dict[str, str]:
     """What decides a stage's result beside its settings, by name; `data` is missing where its files are not on this machine."""
-    data = config.stages[name].data
+    data, *others = data_sets_of(config.stages[name]).values()
     hashes = FileHashes(cache_folder(config.cluster.scratch) / "data")
     found = {
         "base": base_digest(base_folder),
@@ -33,8 +34,11 @@ def content_digests(config: RunConfig, name: str, *, base_folder: Path) -> dict[
         "template": template_digest(data, base_folder),
         "code": f"{__version__}+{_code_digest()}",
     }
-    files = _data_digest(data, hashes)
+    files = _data_digest([*_sources(data), *(other.train for other in others)], hashes)
     hashes.save()
+    found |= {
+        f"member {number}": file_digest(file) for number, file in enumerate(manifests_elsewhere(config.stages[name]))
+    }
     return found if files is None else {**found, "data": files}
 
 
@@ -45,7 +49,8 @@ def changed_content(config: RunConfig, run: RunFolder, name: str) -> list[str]:
     if base_folder is None or not told:
         return []
     now = content_digests(config, name, base_folder=base_folder)
-    return [key for key in (*SHARED, "data") if key in now and key in told and now[key] != told[key]]
+    members = [key for key in now if key.startswith("member ")]
+    return [key for key in (*SHARED, "data", *members) if key in now and key in told and now[key] != told[key]]
 
 
 def base_digest(folder: Path) -> str:
@@ -61,9 +66,9 @@ def base_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _data_digest(data: DataConfig, hashes: FileHashes) -> str | None:
+def _data_digest(sources: Sequence[SourceConfig], hashes: FileHashes) -> str | None:
     digest = hashlib.sha256()
-    for source in _sources(data):
+    for source in sources:
         files = locate(source, field="data")
         if files is None:
             return None

@@ -9,14 +9,15 @@ from typing import Any
 
 from orchestrator.config.alignment import PolicyStage, RewardSource
 from orchestrator.config.base import JsonValue
-from orchestrator.config.ends import EvaluateStage, MergeStage
-from orchestrator.config.run import POLICY_KINDS, RunConfig
+from orchestrator.config.ends import EvaluateStage, InterpolateStage, MergeStage, SoupStage
+from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig
+from orchestrator.config.stages import TrainingStage
 from orchestrator.identity import changed_content
+from orchestrator.ingredients import grows_rank, stages_beside
 from orchestrator.resume import settings_that_matter
 from orchestrator.rewards.load import problems_of
 from orchestrator.rundir import RunFolder, read_json
 
-STAGE_PREFIX = "stage:"
 MODEL_PREFIX = "model:"
 THE_TOKENIZERS = "the tokenizer's own"
 
@@ -38,7 +39,7 @@ def inputs_of(config: RunConfig, name: str) -> tuple[str, ...]:
     start = [stage.start_from] if stage.start_from is not None else []
     rewards = [source.source for source in rewards_of(config, name)]
     scored = [reward.removeprefix(STAGE_PREFIX) for reward in rewards if reward.startswith(STAGE_PREFIX)]
-    return tuple(dict.fromkeys([*start, *scored]))
+    return tuple(dict.fromkeys([*start, *stages_beside(stage), *scored]))
 
 
 def rewards_of(config: RunConfig, name: str) -> tuple[RewardSource, ...]:
@@ -129,11 +130,12 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
         if source in before and source in config.stages:
             yield from _template_problems(config, name, source)
     if (
-        isinstance(stage, EvaluateStage | MergeStage)
+        isinstance(stage, EvaluateStage | InterpolateStage | MergeStage)
         and start in (None, "auto")
         and not any(_makes_policy(config, name) for name in before)
     ):
         yield f"stages.{name}.start_from: no stage before {name} makes a policy; put one into the pipeline, such as sft"
+    yield from _blend_problems(config, name, before)
     if isinstance(stage, PolicyStage) and not stage.rewards:
         yield f"stages.{name}.rewards: there is none; add for example {{source: exact_match, weight: 1.0, options: {{}}}}"
     for number, reward in enumerate(rewards_of(config, name)):
@@ -143,6 +145,33 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
             yield from _input_problems(config, f"{field}.source", wanted, before, ("reward",))
         elif not reward.source.startswith(MODEL_PREFIX):
             yield from (f"{field}: {problem}" for problem in problems_of(reward.source, reward.options))
+
+
+def _blend_problems(config: RunConfig, name: str, before: tuple[str, ...]) -> Iterator[str]:
+    """Ingredients that are no stage before this one, too few, tuned differently, or that cannot be trained on."""
+    stage, field = config.stages[name], f"stages.{name}"
+    for beside in stages_beside(stage):
+        key = "members" if isinstance(stage, SoupStage) else "origin"
+        yield from _input_problems(config, f"{field}.{key}", beside, before, POLICY_KINDS)
+        if beside in before and config.for_stage(beside).tuning != config.for_stage(name).tuning:
+            yield (
+                f"{field}.{key}: {beside} is tuned by {config.for_stage(beside).tuning.method}, {name} by "
+                f"{config.for_stage(name).tuning.method}; ingredients have their tuning in common"
+            )
+    if isinstance(stage, SoupStage):
+        first = () if stage.start_from is None else (STAGE_PREFIX + stage.start_from,)
+        ingredients = (*first, *stage.members)
+        if len(set(ingredients)) < max(2, len(ingredients)):
+            yield (
+                f"{field}.members: a soup needs two or more different ingredients, these are {', '.join(ingredients) or 'none'}; "
+                "type stage:NAME or the folder of a finished run"
+            )
+    start = stage.start_from
+    if isinstance(stage, TrainingStage) and start in before and start in config.stages and grows_rank(config, start):
+        yield (
+            f"{field}.start_from: {start} makes an adapter whose rank is the sum of its ingredients', which tuning.rank does not "
+            "train; start from one of them, or blend full models"
+        )
 
 
 def _template_problems(config: RunConfig, name: str, source: str) -> Iterator[str]:

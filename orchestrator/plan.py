@@ -12,8 +12,8 @@ from orchestrator.bases import Base, looks_like_folder
 from orchestrator.config.alignment import PolicyStage, RewardSource
 from orchestrator.config.base import Section
 from orchestrator.config.data import DataConfig, SourceConfig
-from orchestrator.config.ends import EvaluateStage, MergeStage
-from orchestrator.config.run import RunConfig, Stage, accumulation_steps
+from orchestrator.config.ends import EvaluateStage, MergeStage, ScoringStage, SoupStage
+from orchestrator.config.run import RunConfig, Stage, accumulation_steps, tunings_of
 from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.sources import DEMONSTRATIONS
 from orchestrator.estimate.cost import CostPlan
@@ -25,7 +25,7 @@ from orchestrator.estimate.rows import PreparedFacts
 from orchestrator.estimate.states import trainable_parameters
 from orchestrator.forecasting import NOTHING, epoch_steps, forecast_fields, shape_for
 from orchestrator.measured import Measured
-from orchestrator.pipeline import MODEL_PREFIX, inputs_of, resolve_starts
+from orchestrator.pipeline import MODEL_PREFIX, STAGE_PREFIX, inputs_of, resolve_starts
 from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
 from orchestrator.zero import deepspeed_dict
 from orchestrator.zero_sizes import sized
@@ -131,7 +131,8 @@ def make_plan(config: RunConfig, *, base: Base, data: Mapping[str, DataFacts]) -
         launcher=config.launcher.kind,
         base=base.place,
         base_source=base.source,
-        tuning=config.tuning.method,
+        tuning=" then ".join(dict.fromkeys(tuning.method for tuning in tunings_of(config).values()))
+        or config.tuning.method,
         quantization=config.quantization.scheme,
         sharding=config.sharding.strategy,
         nodes=config.cluster.nodes,
@@ -151,7 +152,7 @@ def script_path(config: RunConfig, stage: str) -> Path:
 
 
 def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_directory: Path) -> StagePlan:
-    stage = config.stages[name]
+    stage, config = config.stages[name], config.for_stage(name)
     facts = _training_plan(config, stage, base, data) if isinstance(stage, TrainingStage) else _scoring_plan(stage)
     return StagePlan(
         name=name,
@@ -171,7 +172,7 @@ def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_d
     )
 
 
-def _scoring_plan(stage: EvaluateStage | MergeStage) -> dict[str, Any]:
+def _scoring_plan(stage: ScoringStage | MergeStage) -> dict[str, Any]:
     """A stage without an optimizer runs in one process."""
     names = ("global_size", "accumulation_steps", "steps_per_epoch", "steps", "warmup_steps", "trainable_parameters")
     unknown = dict.fromkeys([*names, "flops_per_token", "deepspeed", *NOTHING])
@@ -249,6 +250,16 @@ def _resolved_stage(stage: Stage, working_folder: Path) -> Stage:
     changes: dict[str, object] = {"data": DataConfig.model_copy(data, update=update)}
     if isinstance(stage, PolicyStage | EvaluateStage):
         changes["rewards"] = tuple(_resolved_reward(reward, working_folder) for reward in stage.rewards)
+    if isinstance(stage, ScoringStage):
+        changes["sets"] = {
+            name: entry.model_copy(update={"path": _resolved_path(entry.path, working_folder)})
+            for name, entry in stage.sets.items()
+        }
+    if isinstance(stage, SoupStage):
+        changes["members"] = tuple(
+            member if member.startswith(STAGE_PREFIX) else str(_absolute(member, working_folder))
+            for member in stage.members
+        )
     return stage.model_copy(update=changes)
 
 

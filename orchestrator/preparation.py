@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from orchestrator.bases import local_folder
 from orchestrator.cache import cache_folder
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import RunConfig, data_sets_of
 from orchestrator.dataset.parts import find_prepared
 from orchestrator.dataset.sources import inspect
 from orchestrator.facts import sources_of
@@ -25,11 +25,13 @@ def is_prepared(config: RunConfig, stage: str) -> bool:
     folder = local_folder(config.model, cache)
     if folder is None:
         return False
-    data = config.stages[stage].data
-    return find_prepared(data, tokenizer_folder=folder, cache=cache, seed=config.seeds.split) is not None
+    return all(
+        find_prepared(data, tokenizer_folder=folder, cache=cache, seed=config.seeds.split) is not None
+        for data in data_sets_of(config.stages[stage]).values()
+    )
 
 
 def _is_large(config: RunConfig, stage: str) -> bool:
-    looks = [inspect(source, field=key) for key, source in sources_of(stage, config.stages[stage].data).items()]
+    looks = [inspect(source, field=key) for key, source in sources_of(stage, config.stages[stage]).items()]
     is_elsewhere = any(look.rows is None for look in looks)
     return is_elsewhere or sum(look.bytes for look in looks) > config.cluster.prepare.over_mib * MIB

@@ -52,7 +52,8 @@ def _decisive(config: RunConfig) -> frozenset[str]:
 
 
 def settings_that_matter(config: RunConfig, stage: str) -> dict[str, JsonValue]:
-    """The leaves that decide a stage's result, by dotted key."""
+    """The leaves that decide a stage's result, by dotted key; `tuning` is the stage's own."""
+    config = config.for_stage(stage)
     free = (frozenset(FREE) | {f"stages.{stage}.{key}" for key in FREE_OF_A_STAGE}) - _decisive(config)
     others = {f"stages.{name}" for name in config.stages if name != stage}
     leaves = flatten(config.model_dump(mode="json"))

@@ -93,6 +93,11 @@ class StageFolder:
         return self.root / "samples"
 
     @property
+    def curves(self) -> Path:
+        """Scores of every blend of an interpolation or a soup; its picture has the suffix .png."""
+        return self.root / "curves.json"
+
+    @property
     def reference(self) -> Path:
         """Log-probabilities under the policy that the stage started from, one file a set of rows."""
         return self.root / "reference"

@@ -11,7 +11,7 @@ from pathlib import Path
 from launchers.sbatch import render_array, render_task
 from launchers.submission import Array, Stage, read_jobs, submit_chain
 from launchers.submission import submit_arrays as chain
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import RunConfig, data_sets_of
 from orchestrator.errors import EXIT_DONE, ConfigError
 from orchestrator.jobs import job_spec, preparation_spec, render
 from orchestrator.plan import run_directory_of
@@ -101,7 +101,11 @@ def _preparation_job(config: RunConfig, stages: Sequence[str], preparations: dic
     """The job that the first stage has to wait for: a live one, one of an earlier run, or a new one; None where none is needed."""
     run = RunFolder(run_directory_of(config))
     wanted = json.dumps(
-        [config.model.base, config.seeds.split, *(config.stages[name].data.model_dump(mode="json") for name in stages)]
+        [
+            config.model.base,
+            config.seeds.split,
+            *(data.model_dump(mode="json") for name in stages for data in data_sets_of(config.stages[name]).values()),
+        ]
     )
     live = live_job(run.stage(PREPARATION))
     if live is not None:

@@ -91,6 +91,18 @@ def _told(result: dict[str, Any]) -> list[str]:
                 f"{name:<17} {scores['base'][name]:.4f} base, {value:.4f} tuned"
                 for name, value in scores["tuned"].items()
             ),
+            result["lost"],
+        ]
+    if result["kind"] in ("interpolate", "soup"):
+        chosen = (
+            f"a={result['alpha']:g}, {result['why']}"
+            if result["kind"] == "interpolate"
+            else ", ".join(result["members"])
+        )
+        return [
+            *lines,
+            f"{'chosen' if result['kind'] == 'interpolate' else 'soup of':<17} {chosen}",
+            f"scores            {result['curves']}",
         ]
     merged = f"{result['kl']:.2e} nats a token from the trained model, same next token {result['agreement']:.2%}"
     return [*lines, f"merged            into the {result['way']}: {merged}"]

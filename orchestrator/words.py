@@ -10,7 +10,7 @@ from typing import Any, cast
 from orchestrator.errors import ConfigError, nearest
 
 TOP_GROUPS = ("model", "tuning", "quantization", "sharding", "cluster", "launcher", "tracking", "study")
-OPEN_MAPS = ("environment", "columns")
+OPEN_MAPS = ("environment", "columns", "sets")
 """Maps whose keys the user chooses."""
 
 
@@ -84,7 +84,7 @@ def group_problems(word: Override, roots: Sequence[Path]) -> list[str]:
         if group == "hardware":
             return [f"{word.text}: hardware belongs to the cluster; type hardware@cluster.hardware={word.value}"]
         return [f"{word.text}: {group} belongs to a stage; type {group}@stages.sft.{group}={word.value}"]
-    if word.adds and group in TOP_GROUPS:
+    if word.adds and group in TOP_GROUPS and "@" not in word.key:
         return [f"{word.text}: {group} is chosen already; type {word.text.lstrip('+')}"]
     return []
 

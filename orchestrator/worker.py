@@ -16,9 +16,11 @@ from typing import Any
 from orchestrator.artifacts import Artifact, check_artifacts, read_artifact
 from orchestrator.attempts import next_attempt, write_fault
 from orchestrator.cache import cache_folder
-from orchestrator.config.run import RunConfig, Stage
+from orchestrator.config.ends import ScoringStage
+from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, OrchestratorError
 from orchestrator.identity import content_digests
+from orchestrator.ingredients import Elsewhere, members_elsewhere, read_member, stages_beside
 from orchestrator.pipeline import inputs_of, stage_digest
 from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
 from orchestrator.stages import STAGES
@@ -58,12 +60,13 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 
 def _run_stage(config: RunConfig, name: str, run_file: Path, *, attempt: int, stop: StopRequest, began: float) -> int:
     folder = RunFolder(run_file.parent).stage(name)
-    stage = config.stages[name]
+    stage, config = config.stages[name], config.for_stage(name)
     artifacts = {source: read_artifact(RunFolder(run_file.parent), source) for source in inputs_of(config, name)}
-    check_artifacts(config, name, artifacts)
+    elsewhere = {member: read_artifact(found.run, found.stage) for member, found in _elsewhere(stage).items()}
+    check_artifacts(config, name, {**artifacts, **elsewhere})
     inputs = _inputs(config, name, folder, attempt)
     content: dict[str, str] = inputs["content"]
-    check_artifacts(config, name, artifacts, content=content)
+    check_artifacts(config, name, {**artifacts, **elsewhere}, content=content)
     module = importlib.import_module(STAGES[stage.kind])
     from orchestrator.training.context import Context
     from orchestrator.training.model import quiet
@@ -81,7 +84,9 @@ def _run_stage(config: RunConfig, name: str, run_file: Path, *, attempt: int, st
         base_folder=Path(inputs["base_folder"]),
         train_data=Path(inputs["train"]),
         evaluation_data=Path(inputs["evaluation"]) if inputs["evaluation"] is not None else None,
+        sets={key: Path(folder) for key, folder in inputs["sets"].items()},
         start=_start(stage, artifacts),
+        beside=[_as_start(artifact, member) for member, artifact in _beside(stage, artifacts, elsewhere).items()],
         rewards={source: artifact.path for source, artifact in artifacts.items() if artifact.is_reward},
         input_digests={source: artifact.digest for source, artifact in artifacts.items()},
         content_digests=content,
@@ -91,12 +96,22 @@ def _run_stage(config: RunConfig, name: str, run_file: Path, *, attempt: int, st
 
 
 def _start(stage: Stage, artifacts: Mapping[str, Artifact]) -> Any:
+    return None if stage.start_from is None else _as_start(artifacts[stage.start_from], stage.start_from)
+
+
+def _as_start(artifact: Artifact, name: str) -> Any:
     from orchestrator.training.context import Start
 
-    if stage.start_from is None:
-        return None
-    artifact = artifacts[stage.start_from]
-    return Start(stage=stage.start_from, folder=artifact.path, kind=artifact.kind)
+    return Start(stage=name, folder=artifact.path, kind=artifact.kind)
+
+
+def _elsewhere(stage: Stage) -> dict[str, Elsewhere]:
+    return {member: read_member(member) for member in members_elsewhere(stage)}
+
+
+def _beside(stage: Stage, artifacts: Mapping[str, Artifact], elsewhere: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """What is blended with the artifact that the stage starts from, in the order of the configuration."""
+    return {beside: artifacts[beside] for beside in stages_beside(stage)} | dict(elsewhere)
 
 
 def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int) -> dict[str, Any]:
@@ -123,20 +138,26 @@ def _bring_inputs(config: RunConfig, name: str, *, run_directory: Path) -> dict[
 
     cache = cache_folder(config.cluster.scratch)
     base_folder = fetch_base(config.model, cache=cache, say=say)
-    prepared = ensure_prepared(
-        config.stages[name].data,
-        tokenizer_folder=base_folder,
-        cache=cache,
-        seed=config.seeds.split,
-        say=say,
-        refuse_over_seconds=PREPARE_AT_MOST_SECONDS,
-        prepare_command=f"python -m orchestrator prepare {shlex.quote(str(run_directory))}",
+    prepared, *others = (
+        ensure_prepared(
+            data,
+            tokenizer_folder=base_folder,
+            cache=cache,
+            seed=config.seeds.split,
+            say=say,
+            refuse_over_seconds=PREPARE_AT_MOST_SECONDS,
+            prepare_command=f"python -m orchestrator prepare {shlex.quote(str(run_directory))}",
+        )
+        for data in data_sets_of(config.stages[name]).values()
     )
+    stage = config.stages[name]
+    names = list(stage.sets) if isinstance(stage, ScoringStage) else []
     return {
         "content": content_digests(config, name, base_folder=base_folder),
         "base_folder": str(base_folder),
         "train": str(prepared.train),
         "evaluation": None if prepared.evaluation is None else str(prepared.evaluation),
+        "sets": {name: str(other.train) for name, other in zip(names, others, strict=True)},
     }
 
 

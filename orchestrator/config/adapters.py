@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section
-from orchestrator.config.model import LoraTuning
+from orchestrator.config.model import FreezeTuning, FullTuning, LoraTuning
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -126,3 +126,4 @@ ADAPTER_TUNINGS = (
 AdapterTuning = (
     LoraTuning | Ia3Tuning | PromptTuning | PrefixTuning | VeraTuning | OftTuning | AdaloraTuning | LoreftTuning
 )
+Tuning = Annotated[FullTuning | FreezeTuning | AdapterTuning, Field(discriminator="method")]

@@ -1,30 +1,141 @@
-"""The stages that train nothing: evaluation and merge; types and ranges; no torch."""
+"""The stages that train nothing: evaluation, interpolation, soup and merge; types and ranges; no torch."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal, cast
+
+from pydantic import Field, model_validator
 
 from orchestrator.config.alignment import RewardSource, RolloutConfig
-from orchestrator.config.base import NaturalFloat, PositiveFloat, PositiveInt, Section
-from orchestrator.config.data import DataConfig
+from orchestrator.config.base import Fraction, Identifier, NaturalFloat, PositiveFloat, PositiveInt, Section, Text
+from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
+
+FIRST_SET = "data"
+"""Name of the set that `data.train` is, beside those of `sets`."""
+FORGETTING = "forgetting"
+"""Name of the general text among the sets."""
+INHERITED = ("format", "split", "subset", "revision", "columns")
+"""Keys of a set that are taken from `data.train` where it does not say them."""
+Options = Literal["auto", "none"] | Annotated[tuple[Text, ...], Field(min_length=2)]
+"""The answers that a model chooses among: `auto` collects them from the set's own answers where they are few, `none` measures
+no accuracy, or a list."""
 
 
-class EvaluateStage(Section):
-    """Scores an artifact beside its base: loss of the answers, and rewards of what it generates."""
+class ScoredSet(Section):
+    """One more set to score on; keys that it leaves out are those of `data.train` and of the stage."""
 
-    kind: Literal["evaluate"]
+    path: Text
+    """File, glob, folder or hub id."""
+    format: DataFormat
+    split: str | None
+    """Split of a hub data set or of a folder."""
+    subset: str | None
+    """Subset (configuration) of a hub data set."""
+    revision: str | None
+    """Branch, tag or commit on the hub."""
+    columns: dict[str, str]
+    """The format's field -> the file's column."""
+    shift: bool
+    """Out of distribution: other data than what was trained on."""
+    options: Options
+    """The answers that a model chooses among."""
+
+
+class ScoringStage(Section):
+    """What every stage has that scores models on named sets."""
+
     start_from: str | None
     """Stage whose artifact is scored; `auto` is the nearest earlier one that makes a policy."""
     data: DataConfig
-    """`data.train` is what is scored."""
+    """`data.train` is the first set that is scored, under the name `data`; the other settings hold for every set."""
     rows: PositiveInt
-    """Rows that are scored, at most."""
+    """Rows of each set that are scored, at most: its first ones."""
     micro_size: PositiveInt
     """Rows of one forward pass."""
+    shift: bool
+    """Whether `data.train` is out of distribution."""
+    options: Options
+    """The answers that a model chooses among in `data.train`: `auto`, `none` or a list."""
+    sets: dict[Identifier, ScoredSet]
+    """Further sets by name."""
+    exact_match: bool
+    """Also generate one greedy answer a row and compare it with the row's own."""
+    forgetting: bool
+    """Also score a fixed general text, which no training set holds."""
     rollout: RolloutConfig
-    """How answers are generated; `group_size` of them for each prompt."""
+    """How answers are generated."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sets_inherit(cls, values: object) -> object:
+        """An entry of `sets` says only what differs from `data.train` and from the stage."""
+        if not isinstance(values, dict):
+            return values
+        given = _with_tuples(cast("dict[str, object]", values))
+        sets, data = given.get("sets"), given.get("data")
+        train = cast("dict[str, object]", data).get("train") if isinstance(data, dict) else None
+        if not isinstance(sets, dict) or not isinstance(train, dict):
+            return given
+        settings = cast("dict[str, object]", train)
+        shared = {key: settings[key] for key in INHERITED if key in settings}
+        shared |= {key: given[key] for key in ("shift", "options") if key in given}
+        entries = cast("dict[str, object]", sets).items()
+        given["sets"] = {
+            name: {**shared, **_with_tuples(cast("dict[str, object]", entry))} if isinstance(entry, dict) else entry
+            for name, entry in entries
+        }
+        return given
+
+
+def _with_tuples(values: dict[str, object]) -> dict[str, object]:
+    """The lists among the values as tuples: after a validator that stands before the types, lists are refused."""
+    return {
+        key: tuple(cast("list[object]", value)) if isinstance(value, list) else value for key, value in values.items()
+    }
+
+
+class EvaluateStage(ScoringStage):
+    """Scores an artifact beside its base on several sets: loss, accuracy and exact match of the answers, rewards, forgetting."""
+
+    kind: Literal["evaluate"]
     rewards: tuple[RewardSource, ...]
-    """What is asked of the answers; none generates nothing."""
+    """What is asked of the answers that are generated to `data.train`; none generates nothing for it."""
+
+
+class ChoosingStage(ScoringStage):
+    """What every stage has that chooses among models by their scores."""
+
+    choose_by: Literal["accuracy", "loss"]
+    """What is compared: accuracy (more is better) or loss (less is better), as means over sets."""
+    choose_on: tuple[str, ...]
+    """Names of the sets that the choice looks at; keep test sets out of it, and they stay a test."""
+
+
+class InterpolateStage(ChoosingStage):
+    """Weights between two models, theta(a) = (1-a) theta_0 + a theta_1 (WiSE-FT, 2109.01903), scored over a; one is kept."""
+
+    kind: Literal["interpolate"]
+    origin: str | None
+    """Stage whose artifact is theta_0; null is the base. theta_1 is the artifact of `start_from`."""
+    alphas: Annotated[tuple[Fraction, ...], Field(min_length=1)]
+    """The values of a that are scored."""
+    choose: Literal["best_ood", "best_id", "id_within"]
+    """Which a is kept: best on sets with shift, best on those without, or the best on shift among those that lose at most
+    `within` against the best without."""
+    within: NaturalFloat
+    """What `id_within` may lose: a share of the rows where `choose_by` is accuracy (0.01 is one point), else nats a token."""
+
+
+class SoupStage(ChoosingStage):
+    """An average of several fine-tuned models of one base (model soups, 2203.05482)."""
+
+    kind: Literal["soup"]
+    members: tuple[Text, ...]
+    """Ingredients beside the artifact of `start_from`: `stage:NAME`, or the folder of a finished run, with `:STAGE` behind it
+    where it is not the last one that makes a policy."""
+    recipe: Literal["uniform", "greedy"]
+    """Average all, or (recipe 1 of the paper) from the best one on take in what does not make the average worse."""
 
 
 class MergeStage(Section):
@@ -43,3 +154,56 @@ class MergeStage(Section):
     """Largest mean KL divergence, in nats a token, of the merged to the trained model."""
     price_per_hour: NaturalFloat | None
     """Money for an hour of one device, for the model card; null leaves it out."""
+
+
+def data_of_set(stage: ScoringStage, name: str) -> DataConfig:
+    """How the rows of a set of `sets` are made: the stage's data with another file."""
+    entry = stage.sets[name]
+    source = SourceConfig(
+        path=entry.path,
+        format=entry.format,
+        split=entry.split,
+        subset=entry.subset,
+        revision=entry.revision,
+        columns=entry.columns,
+        rows=None,
+        weight=None,
+    )
+    held_out = stage.data.eval.model_copy(update={"path": "none"})
+    return stage.data.model_copy(update={"train": source, "mix": (), "eval": held_out})
+
+
+def shifts_of(stage: ScoringStage) -> dict[str, bool]:
+    """Whether each set is out of distribution, by name, `data` first."""
+    return {FIRST_SET: stage.shift} | {name: entry.shift for name, entry in stage.sets.items()}
+
+
+def scoring_problems(field: str, stage: ScoringStage) -> list[str]:
+    """What is wrong with the sets of a stage (`field` is its key), and with what it chooses by them."""
+    problems = [
+        f"{field}.sets.{name}: this name is taken (data is data.train); give the set another one"
+        for name in stage.sets
+        if name in (FIRST_SET, FORGETTING)
+    ]
+    if stage.data.packing != "none":
+        problems.append(f"{field}.data.packing: rows are scored one by one; set packing=none, not {stage.data.packing}")
+    if not isinstance(stage, ChoosingStage):
+        return problems
+    shifts = shifts_of(stage)
+    unknown = [name for name in stage.choose_on if name not in shifts]
+    if unknown:
+        problems.append(f"{field}.choose_on: {', '.join(unknown)}: no such set; there are {', '.join(shifts)}")
+    return problems + [f"{field}.choose_on: {what}" for what in _choice_problems(stage, shifts)]
+
+
+def _choice_problems(stage: ChoosingStage, shifts: Mapping[str, bool]) -> Iterator[str]:
+    """Sets that a choice needs and does not name."""
+    kinds = {shifts[name] for name in stage.choose_on if name in shifts}
+    there = ", ".join(f"{name} ({'shift' if is_shift else 'no shift'})" for name, is_shift in shifts.items())
+    if isinstance(stage, SoupStage) and stage.recipe == "greedy" and not kinds:
+        yield f"recipe=greedy looks at held-out scores; name the sets for it (there are {there}), and no test set"
+    if isinstance(stage, InterpolateStage):
+        needs = {"best_ood": {True}, "best_id": {False}, "id_within": {True, False}}[stage.choose]
+        for is_shift in sorted(needs - kinds):
+            what = "with shift=true" if is_shift else "without shift"
+            yield f"choose={stage.choose} needs a set {what}; name one (there are {there}), and no test set"

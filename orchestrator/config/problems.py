@@ -84,9 +84,10 @@ def _below(tree: JsonValue, part: int | str) -> tuple[JsonValue] | None:
 
 
 def _without_map_keys(path: Sequence[str]) -> list[str]:
-    """`stages.sft.data.mix.0` -> `stages.data.mix`: the name of a stage and a position are no fields."""
+    """`stages.sft.data.mix.0` -> `stages.data.mix`: the name of a stage or of a set, and a position, are no fields."""
     is_stage = path[:1] == ["stages"]
-    return [name for place, name in enumerate(path) if not (place == 1 and is_stage) and not name.isdecimal()]
+    names = {1} | ({3} if path[2:3] == ["sets"] else set()) if is_stage else set[int]()
+    return [name for place, name in enumerate(path) if place not in names and not name.isdecimal()]
 
 
 def _shown(value: object) -> str:

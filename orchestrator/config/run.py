@@ -7,15 +7,26 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from orchestrator.config.adapters import ADAPTER_TUNINGS, AdapterTuning
+from orchestrator.config.adapters import ADAPTER_TUNINGS, Tuning
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.base import Identifier, JsonValue, NaturalInt, Section, Text
-from orchestrator.config.ends import EvaluateStage, MergeStage
+from orchestrator.config.data import DataConfig
+from orchestrator.config.ends import (
+    FIRST_SET,
+    ChoosingStage,
+    EvaluateStage,
+    InterpolateStage,
+    MergeStage,
+    ScoringStage,
+    SoupStage,
+    data_of_set,
+    scoring_problems,
+)
 from orchestrator.config.limits import Setting, adapter_rule_problems
 from orchestrator.config.model import (
     WHOLE_MODEL_TUNINGS,
     FreezeTuning,
-    FullTuning,
+    LoraTuning,
     ModelConfig,
     Nf4Quantization,
     NoQuantization,
@@ -28,15 +39,17 @@ from orchestrator.config.stages import SftStage, TrainingStage
 from orchestrator.config.study import Study, pause_problems, study_problems
 from orchestrator.errors import ConfigError
 
-Tuning = Annotated[FullTuning | FreezeTuning | AdapterTuning, Field(discriminator="method")]
 Quantization = Annotated[NoQuantization | Nf4Quantization, Field(discriminator="scheme")]
 Sharding = NoSharding | ZeroSharding
 Tracking = Annotated[WandbTracking | NoTracking, Field(discriminator="kind")]
 Stage = Annotated[
-    SftStage | RewardStage | DpoStage | PolicyStage | EvaluateStage | MergeStage, Field(discriminator="kind")
+    SftStage | RewardStage | DpoStage | PolicyStage | EvaluateStage | InterpolateStage | SoupStage | MergeStage,
+    Field(discriminator="kind"),
 ]
-POLICY_KINDS = ("sft", "dpo", "grpo")
+POLICY_KINDS = ("sft", "dpo", "grpo", "interpolate", "soup")
 """Stages that make a policy: something that a later stage can go on from."""
+STAGE_PREFIX = "stage:"
+"""Before the name of a stage of the same run, where other things may stand too."""
 RESERVED_STAGE_NAMES = ("prepare", "scripts", "superseded", "export")
 
 
@@ -78,6 +91,22 @@ class RunConfig(Section):
     def world_size(self) -> int:
         return self.cluster.nodes * self.cluster.processes_per_node
 
+    def for_stage(self, name: str) -> RunConfig:
+        """The configuration as a stage sees it: `tuning` is the stage's own where it has one; a stage that trains nothing has
+        that of the stage that it starts from."""
+        return self.model_copy(update={"tuning": _tuning_of(self, name)})
+
+
+def _tuning_of(config: RunConfig, name: str) -> Tuning:
+    stage = config.stages[name]
+    if isinstance(stage, TrainingStage):
+        return config.tuning if stage.tuning is None else stage.tuning
+    start = stage.start_from
+    if start is None and isinstance(stage, SoupStage):
+        own = [member.removeprefix(STAGE_PREFIX) for member in stage.members if member.startswith(STAGE_PREFIX)]
+        start = own[0] if own else None
+    return _tuning_of(config, start) if start in config.stages else config.tuning
+
 
 def training_stages(config: RunConfig) -> dict[str, TrainingStage]:
     """The stages of the pipeline that train, by name."""
@@ -89,6 +118,17 @@ def training_pipeline(config: RunConfig) -> dict[str, TrainingStage]:
     """The same, in the order of the pipeline."""
     stages = training_stages(config)
     return {name: stages[name] for name in config.pipeline if name in stages}
+
+
+def data_sets_of(stage: Stage) -> dict[str, DataConfig]:
+    """Every set of rows that a stage reads, by the key below the stage that names it; `data` is the first."""
+    more = {f"sets.{name}": data_of_set(stage, name) for name in stage.sets} if isinstance(stage, ScoringStage) else {}
+    return {FIRST_SET: stage.data, **more}
+
+
+def tunings_of(config: RunConfig) -> dict[str, Tuning]:
+    """How each stage of the pipeline that trains is tuned, by name."""
+    return {name: _tuning_of(config, name) for name in training_stages(config)}
 
 
 def accumulation_steps(config: RunConfig, stage: TrainingStage) -> int:
@@ -173,16 +213,7 @@ def _batch_problems(config: RunConfig) -> list[str]:
 
 def _method_problems(config: RunConfig) -> list[str]:
     problems: list[str] = []
-    if isinstance(config.quantization, Nf4Quantization) and isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
-        problems.append(
-            f"quantization: nf4 holds a frozen base and cannot be trained with tuning={config.tuning.method}; "
-            "type tuning=lora (QLoRA) or quantization=none"
-        )
-    tuning = config.tuning
-    if isinstance(tuning, FreezeTuning) and None not in (tuning.unfreeze_every_steps, tuning.unfreeze_every_epochs):
-        problems.append(
-            "tuning: unfreeze_every_steps and unfreeze_every_epochs say the same thing twice; set one to null"
-        )
+    problems += _tuning_problems(config)
     planned = {name: stage for name, stage in config.stages.items() if name in config.pipeline}
     problems += [sentence for name, stage in planned.items() for sentence in _stage_problems(config, name, stage)]
     sharding = config.sharding
@@ -227,13 +258,14 @@ def _zero_plus_problems(config: RunConfig) -> list[str]:
 
 def tuning_problems(config: RunConfig) -> list[str]:
     """What the adapter cannot do in this run."""
-    if not isinstance(config.tuning, ADAPTER_TUNINGS):
+    tuning = next(iter(tunings_of(config).values()), config.tuning)
+    if not isinstance(tuning, ADAPTER_TUNINGS):
         return []
     planned = {name: config.stages[name] for name in config.pipeline if name in config.stages}
     before = [name for name, stage in planned.items() if stage.kind in POLICY_KINDS][:1]
     trained = training_stages(config)
     setting = Setting(
-        tuning=config.tuning,
+        tuning=tuning,
         quantization=config.quantization,
         sharding=config.sharding,
         model=config.model,
@@ -244,6 +276,32 @@ def tuning_problems(config: RunConfig) -> list[str]:
         ),
     )
     return adapter_rule_problems(setting)
+
+
+def _tuning_problems(config: RunConfig) -> list[str]:
+    """What the stages' tunings cannot do, alone and beside each other; a sentence that holds for several stands once."""
+    tunings = tunings_of(config) or {"": config.tuning}
+    problems: dict[str, None] = {}
+    for name, tuning in tunings.items():
+        is_own = name in config.stages and training_stages(config)[name].tuning is not None
+        field = f"stages.{name}.tuning" if is_own else "tuning"
+        if isinstance(config.quantization, Nf4Quantization) and isinstance(tuning, WHOLE_MODEL_TUNINGS):
+            problems[
+                f"quantization: nf4 holds a frozen base and cannot be trained with {field}={tuning.method}; "
+                f"type {field}=lora (QLoRA) or quantization=none"
+            ] = None
+        if isinstance(tuning, FreezeTuning) and None not in (tuning.unfreeze_every_steps, tuning.unfreeze_every_epochs):
+            problems[
+                f"{field}: unfreeze_every_steps and unfreeze_every_epochs say the same thing twice; set one to null"
+            ] = None
+    differing = [name for name, tuning in tunings.items() if tuning != next(iter(tunings.values()))]
+    if differing and not all(isinstance(tuning, WHOLE_MODEL_TUNINGS) for tuning in tunings.values()):
+        told = ", ".join(f"{name} {tuning.method}" for name, tuning in tunings.items())
+        problems[
+            f"stages.{differing[0]}.tuning: the stages are tuned differently ({told}), and an adapter fits only the settings it was "
+            "made with; whole models alone (full, freeze) may differ: set every stage's tuning to null, or tune whole models throughout"
+        ] = None
+    return list(problems)
 
 
 def _stage_problems(config: RunConfig, name: str, stage: Stage) -> list[str]:
@@ -269,8 +327,16 @@ def _stage_problems(config: RunConfig, name: str, stage: Stage) -> list[str]:
             )
         if stage.data.packing != "none":
             problems.append(f"{field}.data.packing: prompts are not packed; set packing=none, not {stage.data.packing}")
-    if isinstance(stage, MergeStage) and isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
+    if isinstance(stage, ScoringStage):
+        problems += scoring_problems(field, stage)
+    tunings = list(tunings_of(config).values()) or [config.tuning]
+    if isinstance(stage, ChoosingStage) and isinstance(tunings[-1], LoraTuning) and tunings[-1].use_dora:
         problems.append(
-            f"{field}: tuning={config.tuning.method} leaves no adapter to merge; take {name} out of the pipeline"
+            f"{field}: with tuning.use_dora=true weights are no sum of base and product, so a blend of adapters is no blend of "
+            "models; set tuning.use_dora=false, or tune whole models"
+        )
+    if isinstance(stage, MergeStage) and isinstance(tunings[-1], WHOLE_MODEL_TUNINGS):
+        problems.append(
+            f"{field}: tuning={tunings[-1].method} leaves no adapter to merge; take {name} out of the pipeline"
         )
     return problems

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from orchestrator.config.adapters import Tuning
 from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section, Text
 from orchestrator.config.data import DataConfig
 
@@ -110,6 +111,8 @@ class TrainingStage(Section):
     """Optimizer steps; null leaves it to `epochs`."""
     epochs: PositiveFloat | None
     """Passes over the rows; null leaves it to `max_steps`. Where both are given, the smaller wins."""
+    tuning: Tuning | None
+    """Another tuning than the run's, for this stage alone; null is the run's. Only whole-model tunings (full, freeze) may differ."""
     batch: BatchConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig

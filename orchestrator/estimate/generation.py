@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.architecture import count_parameters
 from orchestrator.config.adapters import ADAPTER_TUNINGS
 from orchestrator.config.alignment import PolicyStage, RolloutConfig
-from orchestrator.config.ends import EvaluateStage, MergeStage
+from orchestrator.config.ends import ChoosingStage, EvaluateStage, InterpolateStage, MergeStage, ScoringStage, SoupStage
 from orchestrator.config.model import Architecture, ZeroSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.config.stages import TrainingStage
@@ -49,7 +49,7 @@ def reference_bytes(model: Architecture, config: RunConfig, stage: TrainingStage
 
 
 def scoring_phases(
-    model: Architecture, config: RunConfig, stage: EvaluateStage | MergeStage, *, is_cautious: bool
+    model: Architecture, config: RunConfig, stage: ScoringStage | MergeStage, *, is_cautious: bool
 ) -> list[Phase]:
     """A stage without an optimizer: one process, whole weights. Cautious: the merged model, too, is there in fp32."""
     alone = config.model_copy(
@@ -71,15 +71,17 @@ def scoring_phases(
     held: Parts = {"weights": base_bytes(model, config)}
     if isinstance(config.tuning, ADAPTER_TUNINGS):
         held["weights"] += trainable_parameters(model, config) * 4.0
-    else:
+    elif not isinstance(stage, ChoosingStage):
         held["base beside"] = float(whole)
-    judges = sum(1 for reward in stage.rewards if reward.source.startswith(("stage:", "model:")))
+    rewards = stage.rewards if isinstance(stage, EvaluateStage) else ()
+    judges = sum(1 for reward in rewards if reward.source.startswith(("stage:", "model:")))
+    blended = _blended_bytes(config, stage, whole=float(whole), adapter=trainable_parameters(model, config) * 4.0)
     beside: Parts = {"models beside": judges * base_bytes(model, config)}
     phases = [
-        Phase(name="load", static=held, changing={}, host={"loading": float(whole)}),
-        Phase(name="evaluation", static=held, changing=scoring, host={}),
+        Phase(name="load", static=held, changing={}, host={"loading": float(whole), **blended}),
+        Phase(name="evaluation", static=held, changing=scoring, host=blended),
     ]
-    if stage.rewards:
+    if rewards or stage.exact_match:
         answers = stage.rollout.prompts * stage.rollout.group_size
         made = _generation(
             model,
@@ -88,8 +90,18 @@ def scoring_phases(
             prompt=stage.data.max_length,
             sequences=min(stage.rollout.generate_size, answers),
         )
-        phases.append(Phase(name="rollout", static={**held, **beside}, changing=made, host={}))
+        phases.append(Phase(name="rollout", static={**held, **beside}, changing=made, host=blended))
     return phases
+
+
+def _blended_bytes(config: RunConfig, stage: ScoringStage, *, whole: float, adapter: float) -> Parts:
+    """What an interpolation or a soup keeps of its ingredients in the host's memory; the model that is scored is one of them more."""
+    if isinstance(stage, InterpolateStage):
+        return {"ingredients": 2.0 * adapter if isinstance(config.tuning, ADAPTER_TUNINGS) else 2.0 * whole}
+    if isinstance(stage, SoupStage):
+        number = len(stage.members) + (stage.start_from is not None)
+        return {"ingredients": number * adapter if isinstance(config.tuning, ADAPTER_TUNINGS) else (number + 1) * whole}
+    return {}
 
 
 def _merging_phases(model: Architecture, scoring: Parts, *, merged: float) -> list[Phase]:

@@ -9,7 +9,7 @@ from typing import Literal
 from orchestrator.adapter_counts import virtual_tokens
 from orchestrator.architecture import count_parameters
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
-from orchestrator.config.ends import EvaluateStage, MergeStage
+from orchestrator.config.ends import MergeStage, ScoringStage
 from orchestrator.config.model import Architecture, Nf4Quantization, ZeroSharding
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps
 from orchestrator.config.stages import TrainingStage
@@ -118,7 +118,7 @@ def _states(model: Architecture, config: RunConfig, stage: Stage) -> StateMemory
 
 def _phases(model: Architecture, config: RunConfig, stage: Stage, loss: Loss, level: Level) -> list[Phase]:
     """The phases at one level, with what the allocator does not see."""
-    if isinstance(stage, EvaluateStage | MergeStage):
+    if isinstance(stage, ScoringStage | MergeStage):
         phases, world = scoring_phases(model, config, stage, is_cautious=level == "high"), 1
     else:
         phases, world = _training_phases(model, config, stage, loss, level), config.world_size

@@ -6,5 +6,7 @@ STAGES = {
     "dpo": "orchestrator.stages.dpo",
     "grpo": "orchestrator.stages.grpo",
     "evaluate": "orchestrator.stages.evaluate",
+    "interpolate": "orchestrator.stages.interpolate",
+    "soup": "orchestrator.stages.soup",
     "merge": "orchestrator.stages.merge",
 }

@@ -1,64 +1,86 @@
-"""Scores the artifact of an earlier stage beside its base: loss of the answers, rewards of what they generate."""
+"""Scores the artifact of an earlier stage beside its base on several sets, and tells what was lost; rewards of what they generate."""
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 
-from orchestrator.config.ends import EvaluateStage
+from orchestrator.config.ends import FIRST_SET, EvaluateStage
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.rundir import publish, write_json, write_manifest
 from orchestrator.training.artifact import open_artifact
 from orchestrator.training.context import Context, Record
 from orchestrator.training.data.rows import PreparedRows
-from orchestrator.training.evaluation import evaluate
 from orchestrator.training.finish import finish_scoring
 from orchestrator.training.judging import generated_rewards
 from orchestrator.training.model import DTYPES, load_model
-from orchestrator.training.objectives import proof_objective
 from orchestrator.training.runtime import Runtime, start_single_runtime
 from orchestrator.training.scoring import make_rewards
+from orchestrator.training.set_scores import (
+    Scorer,
+    SetScores,
+    lost_line,
+    open_scorer,
+    score_table,
+    shift_labels,
+    told_sets,
+)
 
 
 def run(context: Context) -> int:
-    """Scores base and tuned model on the same rows, writes a report, and tells both."""
+    """Scores base and tuned model on the same rows of every set, writes a report, and tells both."""
     record = Record(context, rank=0)
     record.event("start", world_size=1)
     started = time.time()
     runtime = start_single_runtime(context.config, autocast=False)
-    tuned: Any = _tuned(context).to(runtime.device).eval()
-    is_full = isinstance(context.config.tuning, WHOLE_MODEL_TUNINGS)
-    if is_full:
-        base: Any = load_model(context.base_folder, context.config, weights_dtype=DTYPES[context.config.model.dtype])
-        told = {
-            "tuned": scores_of(context, runtime, tuned),
-            "base": scores_of(context, runtime, base.to(runtime.device)),
-        }
-    else:
-        told = {"tuned": scores_of(context, runtime, tuned)}
-        with tuned.disable_adapter():
-            told["base"] = scores_of(context, runtime, tuned)
+    scorer = open_scorer(context, runtime)
+    for line in told_sets(scorer):
+        record.say(line)
+    sets, rewards = _before_and_after(context, runtime, scorer)
+    shifts = shift_labels(scorer.sets)
+    told = {name: {"loss": scores[FIRST_SET].loss, **rewards[name]} for name, scores in sets.items()}
     for name in told["tuned"]:
         record.say(f"{name:<24} {told['base'][name]:.4f} base, {told['tuned'][name]:.4f} tuned")
-    _write(context, told)
-    summary = {"scores": told, "seconds": time.time() - started}
+    for line in score_table(sets, shifts):
+        record.say(line)
+    lost = lost_line(sets["base"], sets["tuned"], shifts)
+    record.say(lost)
+    by_set = {
+        name: {"shift": shifts.get(name), **{model: sets[model][name].to_json() for model in sets}}
+        for name in sets["base"]
+    }
+    _write(context, {**told, "sets": by_set, "lost": lost})
+    summary = {"scores": told, "sets": by_set, "lost": lost, "seconds": time.time() - started}
     return finish_scoring(context, record, summary, kind="report")
 
 
-def scores_of(context: Context, runtime: Runtime, model: torch.nn.Module) -> dict[str, float]:
-    """Every score of one model."""
+def _before_and_after(
+    context: Context, runtime: Runtime, scorer: Scorer
+) -> tuple[dict[str, dict[str, SetScores]], dict[str, dict[str, float]]]:
+    """(scores by set, rewards of the first set) of base and tuned model."""
+    tuned: Any = _tuned(context).to(runtime.device).eval()
+    sets = {"tuned": scorer.of(tuned)}
+    rewards = {"tuned": _rewards(context, runtime, tuned)}
+    if isinstance(context.config.tuning, WHOLE_MODEL_TUNINGS):
+        dtype = DTYPES[context.config.model.dtype]
+        base: Any = load_model(context.base_folder, context.config, weights_dtype=dtype).to(runtime.device)
+        sets["base"], rewards["base"] = scorer.of(base), _rewards(context, runtime, base)
+    else:
+        with tuned.disable_adapter():
+            sets["base"], rewards["base"] = scorer.of(tuned), _rewards(context, runtime, tuned)
+    return {"base": sets["base"], "tuned": sets["tuned"]}, rewards
+
+
+def _rewards(context: Context, runtime: Runtime, model: torch.nn.Module) -> dict[str, float]:
     stage = cast("EvaluateStage", context.stage)
+    if not stage.rewards:
+        return {}
     rows = PreparedRows.open(context.train_data)
-    objective = proof_objective(runtime, stage, rows.meta.kind)
-    scored = evaluate(runtime, model, objective, rows, micro_size=stage.micro_size, limit=stage.rows)
-    found = {"loss": scored.loss}
-    if stage.rewards:
-        rewards = make_rewards(context, runtime, stage.rewards)
-        found |= generated_rewards(context, runtime, model, rows, rewards, stage)
-    return found
+    return generated_rewards(context, runtime, model, rows, make_rewards(context, runtime, stage.rewards), stage)
 
 
 def _tuned(context: Context) -> torch.nn.Module:
@@ -69,7 +91,7 @@ def _tuned(context: Context) -> torch.nn.Module:
     )
 
 
-def _write(context: Context, told: dict[str, dict[str, float]]) -> None:
+def _write(context: Context, told: Mapping[str, Any]) -> None:
     folder = context.folder.artifact
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

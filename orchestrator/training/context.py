@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,10 @@ class Context:
     train_data: Path
     evaluation_data: Path | None
     """Prepared data."""
+    beside: Sequence[Start] = ()
+    """Further artifacts, which an interpolation or a soup blends with `start`."""
+    sets: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    """Prepared data of the further sets that a stage scores, by name."""
     rewards: Mapping[str, Path] = field(default_factory=dict[str, Path])
     """Folders of the reward stages that this one reads, by the stage's name."""
     digest: str = ""

@@ -10,13 +10,13 @@ from pathlib import Path
 from rich.console import Console
 
 from orchestrator.cache import cache_folder
-from orchestrator.config.run import RunConfig, Stage
+from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.faults import told
 from orchestrator.errors import EXIT_DONE, EXIT_USER, OrchestratorError
 from orchestrator.rundir import read_json, write_json
 from orchestrator.training.data.check import check_data
-from orchestrator.training.data.prepare import ensure_prepared
+from orchestrator.training.data.prepare import Prepared, ensure_prepared
 from orchestrator.training.data.report import print_report
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.model import attention_of, fetch_base, quiet
@@ -27,19 +27,25 @@ from orchestrator.training.tuning import apply_tuning
 def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console) -> list[str]:
     """Checks data and gradients of one stage, prints what was seen; the sentences of all faults."""
     cache = cache_folder(config.cluster.scratch)
-    report, prepared = check_data(
-        stage.data,
-        tokenizer_folder=base_folder,
-        cache=cache,
-        seed=config.seeds.split,
-        global_size=stage.batch.global_size if isinstance(stage, TrainingStage) else stage.micro_size,
-        say=console.print,
-    )
-    print_report(report, console)
-    problems = told(report.faults, dict(report.fault_counts))
+    problems: list[str] = []
+    made: list[Prepared] = []
+    for key, data in data_sets_of(stage).items():
+        if key.startswith("sets."):
+            console.print(key)
+        report, prepared = check_data(
+            data,
+            tokenizer_folder=base_folder,
+            cache=cache,
+            seed=config.seeds.split,
+            global_size=stage.batch.global_size if isinstance(stage, TrainingStage) else stage.micro_size,
+            say=console.print,
+        )
+        print_report(report, console)
+        problems += told(report.faults, dict(report.fault_counts))
+        made.append(prepared)
     if not isinstance(stage, TrainingStage):
         return problems
-    rows = PreparedRows.open(prepared.train)
+    rows = PreparedRows.open(made[0].train)
     batch = rows.batch([int(rows.lengths.argmin())])
     try:
         attention = attention_of(config, packed=rows.is_packed)
@@ -53,18 +59,20 @@ def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Con
 def prepare_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console) -> list[str]:
     """Prepares the rows of one stage, and says where they are. No faults come back: they are raised."""
     say = partial(console.print, soft_wrap=True)
-    prepared = ensure_prepared(
-        stage.data,
-        tokenizer_folder=base_folder,
-        cache=cache_folder(config.cluster.scratch),
-        seed=config.seeds.split,
-        say=say,
-    )
-    numbers = prepared.train_statistics
-    state = "was there" if prepared.was_hit else "made"
-    say(f"train {state}: {prepared.train} ({numbers.rows:,} rows, {numbers.tokens:,} tokens)")
-    if prepared.evaluation is not None:
-        say(f"evaluation: {prepared.evaluation}")
+    for key, data in data_sets_of(stage).items():
+        prepared = ensure_prepared(
+            data,
+            tokenizer_folder=base_folder,
+            cache=cache_folder(config.cluster.scratch),
+            seed=config.seeds.split,
+            say=say,
+        )
+        numbers = prepared.train_statistics
+        state = "was there" if prepared.was_hit else "made"
+        what = key if key.startswith("sets.") else "train"
+        say(f"{what} {state}: {prepared.train} ({numbers.rows:,} rows, {numbers.tokens:,} tokens)")
+        if prepared.evaluation is not None:
+            say(f"evaluation: {prepared.evaluation}")
     return []
 
 
@@ -83,7 +91,7 @@ def main() -> int:
         base_folder = fetch_base(config.model, cache=cache_folder(config.cluster.scratch), say=console.print)
         for name in config.pipeline:
             console.print(f"stage {name}", style="bold")
-            problems += examine(config, config.stages[name], base_folder, console)
+            problems += examine(config.for_stage(name), config.stages[name], base_folder, console)
     except OrchestratorError as error:
         problems += error.problems
     except KeyboardInterrupt:

@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("--max-kl", type=float, default=0.02)
     options = parser.parse_args()
     quiet()
-    config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False)
+    config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False).for_stage(options.stage)
     try:
         with torch.no_grad():
             way = export(config, RunFolder(options.run_file.parent), options.stage, options.to, max_kl=options.max_kl)

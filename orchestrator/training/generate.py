@@ -129,7 +129,7 @@ def main() -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False)
+    config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False).for_stage(options.stage)
     folder = RunFolder(options.run_file.parent).stage(options.stage)
     base_folder = Path(read_json(folder.result)["base"]["folder"])
     quiet()

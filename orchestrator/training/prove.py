@@ -74,7 +74,7 @@ def main() -> int:
     options = parser.parse_args()
     quiet()
     folder = RunFolder(options.run_file.parent).stage(options.stage)
-    config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False)
+    config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False).for_stage(options.stage)
     expected = read_json(folder.proof)
     try:
         write_json(folder.proof, {**expected, "reopened_loss": prove(config, config.stages[options.stage], folder)})

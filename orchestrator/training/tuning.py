@@ -69,22 +69,33 @@ def hold_masters(model: torch.nn.Module) -> None:
 
 def load_adapter(model: torch.nn.Module, folder: Path, *, name: str = "default") -> None:
     """Puts an adapter's weights into a PEFT model that was made with the same settings. Raises CheckpointError."""
-    from peft import set_peft_model_state_dict
-    from peft.utils import ModulesToSaveWrapper
     from safetensors.torch import load_file
 
     try:
         weights = load_file(folder / ADAPTER_WEIGHTS)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())[:300]}") from None
+    load_adapter_weights(model, weights, source=str(folder), name=name)
+
+
+def load_adapter_weights(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], *, source: str, name: str = "default"
+) -> None:
+    """The same for weights by the names of an adapter's file; `source` is where they come from."""
+    from peft import set_peft_model_state_dict
+    from peft.utils import ModulesToSaveWrapper
+
+    try:
         for place, module in model.named_modules():  # a head that the adapter does not know keeps its new weights
             if isinstance(module, ModulesToSaveWrapper):
                 weights.setdefault(f"{place}.weight", module.modules_to_save[name].weight.detach())
         report: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())[:300]}") from None
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{source}: PEFT cannot load it: {' '.join(str(error).split())[:300]}") from None
     lost = [lost for lost in report.missing_keys if any(mark in lost for mark in TRAINED_MARKS) and f".{name}" in lost]
     unknown = [name for name in report.unexpected_keys if name != PROMPT_WEIGHTS]
     if lost or unknown:
-        raise CheckpointError(f"{folder}: PEFT misses {lost[:5]} and does not know {unknown[:5]}")
+        raise CheckpointError(f"{source}: PEFT misses {lost[:5]} and does not know {unknown[:5]}")
 
 
 def apply_tuning(

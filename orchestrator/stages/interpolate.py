@@ -1,0 +1,92 @@
+"""WiSE-FT (2109.01903): theta(a) = (1-a) theta_0 + a theta_1 over a grid, scored in and out of distribution; one a is kept."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import cast
+
+from orchestrator.config.ends import InterpolateStage
+from orchestrator.rundir import write_json
+from orchestrator.training.blending import open_blend
+from orchestrator.training.choosing import Scores, choose_blend, inner_best
+from orchestrator.training.context import Context, Record, Start
+from orchestrator.training.curves import draw_curves
+from orchestrator.training.finish_blend import Share, finish_blend
+from orchestrator.training.runtime import Runtime, start_single_runtime
+from orchestrator.training.set_scores import Scorer, open_scorer, score_table, shift_labels, told_sets
+
+
+def run(context: Context) -> int:
+    """Scores every a, tells the curves, and writes and proves the chosen model."""
+    stage = cast("InterpolateStage", context.stage)
+    record = Record(context, rank=0)
+    record.event("start", world_size=1)
+    started = time.time()
+    runtime = start_single_runtime(context.config, autocast=False)
+    scorer = open_scorer(context, runtime)
+    shifts = shift_labels(scorer.sets)
+    for line in told_sets(scorer):
+        record.say(line)
+    scores = _scores_of_grid(context, runtime, scorer, record)
+    chosen = choose_blend(stage, scores, shifts)
+    alpha = stage.alphas[chosen.number]
+    columns = {f"a={a:g}": one for a, one in zip(stage.alphas, scores, strict=True)}
+    for line in [*score_table(columns, shifts), *_told_curves(stage, scores, shifts)]:
+        record.say(line)
+    record.say(f"chosen: a={alpha:g}, {chosen.why}")
+    curves = {
+        "alphas": list(stage.alphas),
+        "shift": shifts,
+        "scores": [{name: one.to_json() for name, one in by_set.items()} for by_set in scores],
+        "chosen": alpha,
+        "why": chosen.why,
+    }
+    write_json(context.folder.curves, curves)
+    plot = context.folder.curves.with_suffix(".png")
+    record.say(draw_curves(plot, stage.alphas, scores, shifts=shifts, chosen=alpha))
+    summary = {
+        "alpha": alpha,
+        "why": chosen.why,
+        "scores": curves["scores"][chosen.number],
+        "curves": str(context.folder.curves),
+    }
+    weights = _weights(context, alpha)
+    shares = [Share(ingredient=one, weight=w) for one, w in zip(_ingredients(context), weights, strict=True)]
+    return finish_blend(context, runtime, record, shares, summary={**summary, "seconds": time.time() - started})
+
+
+def _scores_of_grid(context: Context, runtime: Runtime, scorer: Scorer, record: Record) -> list[Scores]:
+    stage = cast("InterpolateStage", context.stage)
+    blend = open_blend(context, _ingredients(context))
+    blend.model.to(runtime.device).eval()
+    scores: list[Scores] = []
+    for alpha in stage.alphas:
+        began = time.time()
+        blend.put(_weights(context, alpha))
+        scores.append(scorer.of(blend.model))
+        record.say(f"a={alpha:g}: scored in {time.time() - began:.0f} s")
+    del blend
+    gc.collect()
+    return scores
+
+
+def _ingredients(context: Context) -> list[Start]:
+    assert context.start is not None, "the pipeline's rules ask for a policy before it"
+    return [*context.beside, context.start]
+
+
+def _weights(context: Context, alpha: float) -> list[float]:
+    """Of theta_0, where it is a stage's artifact (the base takes what is left over), and of theta_1."""
+    return [1.0 - alpha, alpha] if context.beside else [alpha]
+
+
+def _told_curves(stage: InterpolateStage, scores: list[Scores], shifts: dict[str, bool]) -> list[str]:
+    """For each set with accuracy, where its curve is highest."""
+    lines: list[str] = []
+    for name, is_shift in shifts.items():
+        values = [one[name].accuracy for one in scores]
+        known = [value for value in values if value is not None]
+        if len(known) == len(values):
+            lines.append(f"{name}{' (shift)' if is_shift else ''}: accuracy {inner_best(stage.alphas, known)}")
+    return lines

@@ -1,0 +1,73 @@
+"""Model soups (2203.05482): the average of several fine-tuned models of one base, scored beside its ingredients."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from typing import cast
+
+from orchestrator.config.ends import SoupStage
+from orchestrator.rundir import write_json
+from orchestrator.training.blending import Blend, open_blend
+from orchestrator.training.choosing import Scores, greedy_members
+from orchestrator.training.context import Context, Record, Start
+from orchestrator.training.finish_blend import Share, finish_blend
+from orchestrator.training.runtime import start_single_runtime
+from orchestrator.training.set_scores import Scorer, lost_line, open_scorer, score_table, shift_labels, told_sets
+
+
+def run(context: Context) -> int:
+    """Scores base and ingredients, cooks by the recipe, and writes and proves the soup."""
+    record = Record(context, rank=0)
+    record.event("start", world_size=1)
+    started = time.time()
+    runtime = start_single_runtime(context.config, autocast=False)
+    scorer = open_scorer(context, runtime)
+    shifts = shift_labels(scorer.sets)
+    for line in told_sets(scorer):
+        record.say(line)
+    ingredients = ingredients_of(context)
+    blend = open_blend(context, ingredients)
+    blend.model.to(runtime.device).eval()
+    columns, kept = _cooked(cast("SoupStage", context.stage), scorer, blend, ingredients)
+    del blend
+    gc.collect()
+    names = [ingredients[number].stage for number in kept]
+    for line in score_table(columns, shifts):
+        record.say(line)
+    record.say(f"the soup: {', '.join(names)}, each with weight 1/{len(kept)}")
+    record.say(lost_line(columns["base"], columns["soup"], shifts))
+    told = {
+        "members": names,
+        "shift": shifts,
+        "scores": {name: {key: one.to_json() for key, one in by_set.items()} for name, by_set in columns.items()},
+    }
+    write_json(context.folder.curves, told)
+    summary = {"members": names, "scores": told["scores"]["soup"], "curves": str(context.folder.curves)}
+    shares = [
+        Share(ingredient=one, weight=1 / len(kept) if number in kept else 0.0) for number, one in enumerate(ingredients)
+    ]
+    return finish_blend(context, runtime, record, shares, summary={**summary, "seconds": time.time() - started})
+
+
+def ingredients_of(context: Context) -> list[Start]:
+    """The artifact that the stage starts from, where there is one, and its members."""
+    return [*([] if context.start is None else [context.start]), *context.beside]
+
+
+def _cooked(
+    stage: SoupStage, scorer: Scorer, blend: Blend, ingredients: Sequence[Start]
+) -> tuple[dict[str, Scores], list[int]]:
+    """(scores of base, ingredients and soup by name, the numbers of the ingredients that are in it)."""
+
+    def average(numbers: Sequence[int]) -> Scores:
+        blend.put([1 / len(numbers) if number in numbers else 0.0 for number in range(len(ingredients))])
+        return scorer.of(blend.model)
+
+    blend.put([0.0] * len(ingredients))
+    base = scorer.of(blend.model)
+    alone = [average([number]) for number in range(len(ingredients))]
+    kept = list(range(len(ingredients))) if stage.recipe == "uniform" else greedy_members(stage, alone, average)
+    named = {one.stage: scores for one, scores in zip(ingredients, alone, strict=True)}
+    return {"base": base, **named, "soup": average(kept)}, kept
