@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.base import Identifier, JsonValue, NaturalInt, Section, Text
+from orchestrator.config.classification import ClassifyStage, SelfTrainingStage, classification_problems
 from orchestrator.config.ends import EvaluateStage, MergeStage
 from orchestrator.config.model import (
     WHOLE_MODEL_TUNINGS,
@@ -31,7 +32,8 @@ Quantization = Annotated[NoQuantization | Nf4Quantization, Field(discriminator="
 Sharding = NoSharding | ZeroSharding
 Tracking = Annotated[WandbTracking | NoTracking, Field(discriminator="kind")]
 Stage = Annotated[
-    SftStage | RewardStage | DpoStage | PolicyStage | EvaluateStage | MergeStage, Field(discriminator="kind")
+    SftStage | RewardStage | DpoStage | PolicyStage | ClassifyStage | SelfTrainingStage | EvaluateStage | MergeStage,
+    Field(discriminator="kind"),
 ]
 POLICY_KINDS = ("sft", "dpo", "grpo")
 """Stages that make a policy: something that a later stage can go on from."""
@@ -182,6 +184,8 @@ def _stage_problems(config: RunConfig, name: str, stage: Stage) -> list[str]:
     """What a stage of preference or policy optimisation, or of the end, cannot do."""
     field = f"stages.{name}"
     problems: list[str] = []
+    if isinstance(stage, ClassifyStage | SelfTrainingStage):
+        problems += classification_problems(field, stage)
     if isinstance(stage, DpoStage) and stage.label_smoothing and stage.loss != "dpo":
         problems.append(f"{field}.label_smoothing: only loss=dpo has it, not {stage.loss}; set it to 0")
     if isinstance(stage, PolicyStage):

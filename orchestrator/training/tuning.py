@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from orchestrator.config.model import FreezeTuning, FullTuning, LoraTuning
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError
-from orchestrator.layers import trained_names
+from orchestrator.layers import is_head, trained_names
 from orchestrator.training.causal import attach_adapted_head
 from orchestrator.training.context import Context
 from orchestrator.training.model import load_model, load_scorer
@@ -59,7 +60,8 @@ def load_adapter(model: torch.nn.Module, folder: Path, *, name: str = "default")
         weights = load_file(folder / ADAPTER_WEIGHTS)
         for place, module in model.named_modules():  # a head that the adapter does not know keeps its new weights
             if isinstance(module, ModulesToSaveWrapper):
-                weights.setdefault(f"{place}.weight", module.modules_to_save[name].weight.detach())
+                for key, parameter in module.modules_to_save[name].named_parameters():
+                    weights.setdefault(f"{place}.{key}", parameter.detach())
         report: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())[:300]}") from None
@@ -104,8 +106,8 @@ def has_tied_head(model: PreTrainedModel) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def lora_settings(tuning: LoraTuning, task: str = "CAUSAL_LM") -> Any:
-    """PEFT's settings."""
+def lora_settings(tuning: LoraTuning, task: str = "CAUSAL_LM", *, whole: Sequence[str] = ()) -> Any:
+    """PEFT's settings; modules of the names in `whole` are trained themselves, and saved."""
     from peft import LoraConfig
 
     targets: Any = tuning.target_modules
@@ -117,6 +119,7 @@ def lora_settings(tuning: LoraTuning, task: str = "CAUSAL_LM") -> Any:
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=tuning.use_rslora,
         use_dora=tuning.use_dora,
+        modules_to_save=list(whole) or None,
     )
 
 
@@ -128,7 +131,8 @@ def _with_lora(model: PreTrainedModel, tuning: LoraTuning, task: str) -> torch.n
     if unknown:  # PEFT trains the others without a word
         raise ConfigError(f"tuning.target_modules: {', '.join(unknown)}: no such layer; {_linear_layers(model)}")
     try:
-        adapted = get_peft_model(model, lora_settings(tuning, task))
+        whole = head_modules(model) if task == "SEQ_CLS" else ()
+        adapted = get_peft_model(model, lora_settings(tuning, task, whole=whole))
     except ValueError as error:
         raise ConfigError(f"tuning.target_modules: {error}; {_linear_layers(model)}") from None
     if task == "CAUSAL_LM":
@@ -147,6 +151,13 @@ def keep_input_types(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer) and not module.lora_variant:
             module.cast_input_dtype_enabled = False
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that make the answer of a classifier out of hidden states: a pooler and a head, new or not."""
+    prefix = f"{model.base_model_prefix}."
+    heads = (name.removeprefix(prefix) for name, _ in model.named_parameters() if is_head(name))
+    return sorted({name.split(".")[0] for name in heads})
 
 
 def _unmatched(model: PreTrainedModel, tuning: LoraTuning) -> list[str]:
