@@ -18,6 +18,14 @@ TIED = ("gpt2", "bert", "gemma", "gemma2", "gemma3_text")
 """Model types whose head is tied where config.json does not say."""
 
 
+RELATIVES = {"roberta": "bert", "xlm-roberta": "bert", "camembert": "bert", "distilbert": "bert"}
+"""Encoders with BERT's layers, taken for BERT; their tables of token types differ by a row or two."""
+NOT_FORECAST = ("albert", "deberta", "deberta-v2", "electra", "modernbert", "xlnet")
+"""Models whose layers are neither BERT's nor Llama's: a stage may train them, nothing is forecast."""
+ENCODERS = ("bert",)
+"""Families in which a token sees those behind it: they classify, and do not generate."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
     """Numbers of parameters."""
@@ -53,10 +61,12 @@ def read_architecture(folder: Path) -> Architecture | None:
 
 
 def _architecture(raw: dict[str, Any]) -> Architecture:
-    """transformers' names, with GPT-2's older ones beside them; KeyError where one is missing."""
-    heads: int = _first(raw, "num_attention_heads", "n_head")
-    hidden: int = _first(raw, "hidden_size", "n_embd")
-    kind: str = raw["model_type"]
+    """transformers' names, with older ones beside them; KeyError where one is missing, or the layers are of an unknown kind."""
+    if raw["model_type"] in NOT_FORECAST:
+        raise KeyError(raw["model_type"])
+    heads: int = _first(raw, "num_attention_heads", "n_head", "n_heads")
+    hidden: int = _first(raw, "hidden_size", "n_embd", "dim")
+    kind: str = RELATIVES.get(raw["model_type"], raw["model_type"])
     learned = kind in ("gpt2", "bert")
     return Architecture(
         model_type=kind,
@@ -65,8 +75,9 @@ def _architecture(raw: dict[str, Any]) -> Architecture:
         intermediate_size=raw.get("moe_intermediate_size")
         or raw.get("n_inner")
         or raw.get("intermediate_size")
+        or raw.get("hidden_dim")
         or _inner(raw, hidden),
-        num_hidden_layers=_first(raw, "num_hidden_layers", "n_layer"),
+        num_hidden_layers=_first(raw, "num_hidden_layers", "n_layer", "n_layers"),
         num_attention_heads=heads,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or hidden // heads,

@@ -9,7 +9,8 @@ from pathlib import Path
 from launchers.spec import InvalidValueError
 from orchestrator.advising import print_advice, settled_words
 from orchestrator.compose import Composed, examine
-from orchestrator.config.run import RunConfig, parse
+from orchestrator.config.rules import parse
+from orchestrator.config.run import RunConfig
 from orchestrator.config.study import NoStudy
 from orchestrator.errors import (
     EXIT_DONE,

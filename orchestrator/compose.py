@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from orchestrator.config.run import RunConfig, parse_types, rule_problems
+from orchestrator.config.rules import parse_types, rule_problems
+from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.pipeline import pipeline_problems
 from orchestrator.words import (

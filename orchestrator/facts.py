@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.adapter_counts import shape_problems
-from orchestrator.architecture import adapter_problems
+from orchestrator.architecture import ENCODERS, adapter_problems
 from orchestrator.bases import Base, find_base, local_folder
 from orchestrator.cache import cache_folder
+from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.data import DataConfig, SourceConfig
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.lengths import prepared_facts
@@ -41,6 +43,7 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
                 for tuning in tunings
             )
         )
+        problems += _encoder_problems(base.architecture, config)
     sources = {name: sources_of(name, stage) for name, stage in config.stages.items() if name in config.pipeline}
     looks = {
         key: _attempt(partial(inspect, source, field=key), problems)
@@ -59,6 +62,25 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
     found = {key: look for key, look in looks.items() if look is not None}
     facts = {name: _data_facts(name, config.stages[name], found) for name in sources}
     return base, {name: _with_preparation(config, name, base, data) for name, data in facts.items()}
+
+
+def _encoder_problems(model: Architecture, config: RunConfig) -> list[str]:
+    """What an encoder cannot do: it generates nothing, and has no mask that keeps packed texts apart."""
+    if model.model_type not in ENCODERS:
+        return []
+    stages = {name: config.stages[name] for name in config.pipeline}
+    problems = [
+        f"stages.{name}: {config.model.base} is an encoder, which {stage.kind} cannot train; take stage=classify, or a decoder "
+        "such as Llama or Qwen"
+        for name, stage in stages.items()
+        if stage.kind not in CLASSIFIER_KINDS
+    ]
+    return problems + [
+        f"stages.{name}.data.packing: {config.model.base} is an encoder, in which packed texts would see each other; type "
+        f"stages.{name}.data.packing=none"
+        for name, stage in stages.items()
+        if stage.kind in CLASSIFIER_KINDS and stage.data.packing != "none"
+    ]
 
 
 def _with_preparation(config: RunConfig, name: str, base: Base, data: DataFacts) -> DataFacts:

@@ -9,8 +9,9 @@ from typing import Any
 
 from orchestrator.config.alignment import PolicyStage, RewardSource
 from orchestrator.config.base import JsonValue
+from orchestrator.config.classification import CLASSIFIER_KINDS, ClassifyStage, SelfTrainingStage
 from orchestrator.config.ends import EvaluateStage, InterpolateStage, MergeStage, SoupStage
-from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig
+from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage
 from orchestrator.config.stages import TrainingStage
 from orchestrator.identity import changed_content
 from orchestrator.ingredients import grows_rank, stages_beside
@@ -25,7 +26,7 @@ THE_TOKENIZERS = "the tokenizer's own"
 def resolve_starts(config: RunConfig) -> RunConfig:
     """The same configuration with the name of a stage (or null) in the place of every `start_from: auto`."""
     stages = {
-        name: stage.model_copy(update={"start_from": _nearest_policy(config, name)})
+        name: stage.model_copy(update={"start_from": _nearest(config, name, _auto_kinds(stage))})
         if stage.start_from == "auto"
         else stage
         for name, stage in config.stages.items()
@@ -112,12 +113,22 @@ def set_aside(run: RunFolder, names: Sequence[str]) -> list[str]:
     return told
 
 
-def _nearest_policy(config: RunConfig, name: str) -> str | None:
+def _nearest(config: RunConfig, name: str, kinds: tuple[str, ...]) -> str | None:
     if name not in config.pipeline:
         return None
     before = config.pipeline[: config.pipeline.index(name)]
-    makers = [earlier for earlier in before if _makes_policy(config, earlier)]
+    makers = [earlier for earlier in before if earlier in config.stages and config.stages[earlier].kind in kinds]
     return makers[-1] if makers else None
+
+
+def _auto_kinds(stage: Stage) -> tuple[str, ...]:
+    """What `start_from: auto` looks for."""
+    return CLASSIFIER_KINDS if isinstance(stage, SelfTrainingStage) else POLICY_KINDS
+
+
+def _start_kinds(stage: Stage) -> tuple[str, ...]:
+    """What `start_from` may name."""
+    return (*POLICY_KINDS, *CLASSIFIER_KINDS) if isinstance(stage, ClassifyStage) else _auto_kinds(stage)
 
 
 def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
@@ -125,7 +136,9 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
     stage = config.stages[name]
     start = stage.start_from
     if start not in (None, "auto"):
-        yield from _input_problems(config, f"stages.{name}.start_from", start, before, POLICY_KINDS)
+        yield from _input_problems(config, f"stages.{name}.start_from", start, before, _start_kinds(stage))
+    if isinstance(stage, SelfTrainingStage) and start in (None, "auto"):
+        yield f"stages.{name}.start_from: it goes on from a classifier; put one before it, such as stage=classify on weak labels"
     for source in inputs_of(config, name):
         if source in before and source in config.stages:
             yield from _template_problems(config, name, source)

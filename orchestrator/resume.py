@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from orchestrator.config.base import JsonValue
+from orchestrator.config.classification import SelfTrainingStage
 from orchestrator.config.run import RunConfig, training_stages
 from orchestrator.errors import ConfigError
 from orchestrator.rundir import flatten
@@ -44,11 +45,15 @@ def may_differ(config: RunConfig) -> frozenset[str]:
 
 
 def _decisive(config: RunConfig) -> frozenset[str]:
-    """Keys that are free but where early stopping judges by them."""
+    """Keys that are free but where early stopping judges by them, or the loss looks at the pairs of a micro-batch."""
     stages = training_stages(config)
-    return frozenset(
+    judged = {
         f"stages.{name}.evaluate_every_steps" for name, stage in stages.items() if stage.early_stopping is not None
-    )
+    }
+    paired = {
+        f"stages.{name}.batch.micro_size" for name, stage in stages.items() if isinstance(stage, SelfTrainingStage)
+    }
+    return frozenset(judged | paired)
 
 
 def settings_that_matter(config: RunConfig, stage: str) -> dict[str, JsonValue]:

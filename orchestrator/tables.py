@@ -20,6 +20,8 @@ from orchestrator.time_table import finish_line, forecast_rows
 PIPED_WIDTH = 120
 """Characters of a line of a table that goes to a file or another program."""
 UNKNOWN = "known after prepare"
+SHOWN_CLASSES = 20
+"""A larger confusion matrix is read in result.json."""
 
 
 def print_plan(plan: Plan, config: RunConfig) -> None:
@@ -70,6 +72,7 @@ def print_result(folder: StageFolder, config: RunConfig) -> None:
         end = result["stopped_early_at"]
         ended = "trained to the end" if end is None else f"stopped early at step {end}"
         lines.insert(1, f"early stopping    {ended}; the weights are those of step {result['best_step']}, the best")
+    lines[1:1] = _judged(result)
     if result["wandb"]:
         lines.append(f"W&B               {result['wandb']}")
     print("\n".join([f"\nstage {result['stage']} is done and proven", *lines, "load it with", *_loading(result)]))
@@ -108,6 +111,23 @@ def _told(result: dict[str, Any]) -> list[str]:
     return [*lines, f"merged            into the {result['way']}: {merged}"]
 
 
+def _judged(result: dict[str, Any]) -> list[str]:
+    """A classifier's metrics and its confusion matrix."""
+    told = result.get("classification")
+    if told is None or told["held_out"] is None:
+        return []
+    held = told["held_out"]
+    numbers = [f"{name} {value:.4f}" for name, value in held.items() if isinstance(value, float) and name != "loss"]
+    lines = [f"held-out rows     {held['rows']}: {', '.join(numbers)}"]
+    if "confusion" in held and len(told["names"]) <= SHOWN_CLASSES:
+        width = max(map(len, told["names"]))
+        lines += [
+            f"{'true' if place == 0 else '':<17} {name:<{width}} {' '.join(f'{count:>5}' for count in row)}"
+            for place, (name, row) in enumerate(zip(told["names"], held["confusion"], strict=True))
+        ]
+    return lines
+
+
 def _loading(result: dict[str, dict[str, str]]) -> list[str]:
     artifact, base = result["artifact"], result["base"]
     if artifact["kind"].startswith("reward_"):
@@ -121,6 +141,8 @@ def _loading(result: dict[str, dict[str, str]]) -> list[str]:
                 else []
             ),
         ]
+    if artifact["kind"].startswith("classifier_"):
+        return _loading_classifier(artifact, base)
     if artifact["kind"] == "model":
         return [
             "  from transformers import AutoModelForCausalLM",
@@ -131,6 +153,18 @@ def _loading(result: dict[str, dict[str, str]]) -> list[str]:
         "  from transformers import AutoModelForCausalLM",
         f"  base = AutoModelForCausalLM.from_pretrained({base['folder']!r})",
         f"  model = PeftModel.from_pretrained(base, {artifact['path']!r})",
+    ]
+
+
+def _loading_classifier(artifact: dict[str, str], base: dict[str, str]) -> list[str]:
+    start = "  from transformers import AutoModelForSequenceClassification as Classifier"
+    if artifact["kind"] == "classifier_model":
+        return [start, f"  model = Classifier.from_pretrained({artifact['path']!r})"]
+    return [
+        start.replace("import", "import AutoConfig,"),
+        "  from peft import PeftModel",
+        f"  config = AutoConfig.from_pretrained({artifact['path']!r})",
+        f"  model = PeftModel.from_pretrained(Classifier.from_pretrained({base['folder']!r}, config=config), {artifact['path']!r})",
     ]
 
 

@@ -22,7 +22,16 @@ DataFormat = Literal[
 ]
 
 
-class SourceConfig(Section):
+class LabelReading(Section):
+    """What a source of format classification says where a row has no label; other formats have nothing to do with it."""
+
+    unlabelled: Literal["refuse", "drop", "keep"]
+    """`refuse` names the rows, `drop` leaves them out and counts them, `keep` is for self-training, which labels them."""
+    no_label: int | str | None
+    """The value that stands for no label, such as -1; an empty or missing label always does. Null: nothing else."""
+
+
+class SourceConfig(LabelReading):
     """One data set: files or a hub id."""
 
     path: Text
@@ -49,7 +58,7 @@ class SourceConfig(Section):
         return self
 
 
-class HeldOutConfig(Section):
+class HeldOutConfig(LabelReading):
     """What is evaluated on."""
 
     path: Text

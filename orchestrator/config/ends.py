@@ -168,6 +168,8 @@ def data_of_set(stage: ScoringStage, name: str) -> DataConfig:
         columns=entry.columns,
         rows=None,
         weight=None,
+        unlabelled=stage.data.train.unlabelled,
+        no_label=stage.data.train.no_label,
     )
     held_out = stage.data.eval.model_copy(update={"path": "none"})
     return stage.data.model_copy(update={"train": source, "mix": (), "eval": held_out})

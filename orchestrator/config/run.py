@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from orchestrator.config.adapters import ADAPTER_TUNINGS, Tuning
+from orchestrator.config.adapters import Tuning
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
-from orchestrator.config.base import Identifier, JsonValue, NaturalInt, Section, Text
+from orchestrator.config.base import Identifier, NaturalInt, Section, Text
+from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
 from orchestrator.config.data import DataConfig
 from orchestrator.config.ends import (
     FIRST_SET,
-    ChoosingStage,
     EvaluateStage,
     InterpolateStage,
     MergeStage,
     ScoringStage,
     SoupStage,
     data_of_set,
-    scoring_problems,
 )
-from orchestrator.config.limits import Setting, adapter_rule_problems
 from orchestrator.config.model import (
-    WHOLE_MODEL_TUNINGS,
-    FreezeTuning,
-    LoraTuning,
     ModelConfig,
     Nf4Quantization,
     NoQuantization,
     NoSharding,
     ZeroSharding,
 )
-from orchestrator.config.problems import problem_sentences
 from orchestrator.config.sites import ClusterConfig, LauncherConfig, NoTracking, WandbTracking
 from orchestrator.config.stages import SftStage, TrainingStage
-from orchestrator.config.study import Study, pause_problems, study_problems
-from orchestrator.errors import ConfigError
+from orchestrator.config.study import Study
 
 Quantization = Annotated[NoQuantization | Nf4Quantization, Field(discriminator="scheme")]
 Sharding = NoSharding | ZeroSharding
 Tracking = Annotated[WandbTracking | NoTracking, Field(discriminator="kind")]
 Stage = Annotated[
-    SftStage | RewardStage | DpoStage | PolicyStage | EvaluateStage | InterpolateStage | SoupStage | MergeStage,
+    SftStage
+    | RewardStage
+    | DpoStage
+    | PolicyStage
+    | ClassifyStage
+    | SelfTrainingStage
+    | EvaluateStage
+    | InterpolateStage
+    | SoupStage
+    | MergeStage,
     Field(discriminator="kind"),
 ]
 POLICY_KINDS = ("sft", "dpo", "grpo", "interpolate", "soup")
@@ -134,209 +135,3 @@ def tunings_of(config: RunConfig) -> dict[str, Tuning]:
 def accumulation_steps(config: RunConfig, stage: TrainingStage) -> int:
     """Micro-batches of one rank in one optimizer step; the rule `batch_problems` makes it exact."""
     return stage.batch.global_size // (stage.batch.micro_size * config.world_size)
-
-
-def parse(values: dict[str, JsonValue]) -> RunConfig:
-    """Types, ranges and rules; raises ConfigError with every problem."""
-    config = parse_types(values)
-    problems = rule_problems(config)
-    if problems:
-        raise ConfigError(problems)
-    return config
-
-
-def parse_types(values: dict[str, JsonValue]) -> RunConfig:
-    """Types and ranges; raises ConfigError with every problem."""
-    try:
-        return RunConfig.model_validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        raise ConfigError(problem_sentences(error, values, RunConfig)) from None
-
-
-def rule_problems(config: RunConfig) -> list[str]:
-    """One sentence for every rule across fields that does not hold."""
-    stages, launcher = training_pipeline(config), config.launcher.kind
-    studied = study_problems(config.study, stages, launcher=launcher) + pause_problems(stages, launcher=launcher)
-    methods = _method_problems(config) + tuning_problems(config)
-    return _pipeline_problems(config) + _batch_problems(config) + methods + studied
-
-
-def _pipeline_problems(config: RunConfig) -> list[str]:
-    problems: list[str] = []
-    if not config.pipeline:
-        problems.append("pipeline: no stage to run; add an experiment, such as +experiment=llama_lora")
-    if len(set(config.pipeline)) != len(config.pipeline):
-        problems.append(f"pipeline: a stage stands twice in {list(config.pipeline)}")
-    for name in config.pipeline:
-        if name not in config.stages:
-            problems.append(f"pipeline: {name} has no entry under stages; there are {sorted(config.stages)}")
-    problems += [
-        f"stages.{name}: this name belongs to the run folder itself; take another one"
-        for name in config.stages
-        if name in RESERVED_STAGE_NAMES
-    ]
-    for name, stage in training_stages(config).items():
-        if stage.max_steps is None and stage.epochs is None:
-            problems.append(f"stages.{name}: both max_steps and epochs are null; set one of them")
-        if stage.early_stopping is not None and stage.evaluate_every_steps is None:
-            problems.append(
-                f"stages.{name}.early_stopping: it judges evaluations on the way, and there are none; type "
-                f"stages.{name}.evaluate_every_steps=50"
-            )
-        if stage.early_stopping is not None and stage.data.eval.path == "none":
-            problems.append(
-                f"stages.{name}.early_stopping: there are no held-out rows; type stages.{name}.data.eval.path=auto"
-            )
-    return problems
-
-
-def _batch_problems(config: RunConfig) -> list[str]:
-    problems: list[str] = []
-    world = config.world_size
-    for name, stage in training_stages(config).items():
-        per_pass = stage.batch.micro_size * world
-        if stage.batch.global_size % per_pass:
-            allowed = max(per_pass, stage.batch.global_size // per_pass * per_pass)
-            problems.append(
-                f"stages.{name}.batch: global_size {stage.batch.global_size} is not a multiple of micro_size x ranks = "
-                f"{stage.batch.micro_size} x ({config.cluster.nodes} nodes x {config.cluster.processes_per_node} "
-                f"processes) = {per_pass}; {stage.batch.global_size} / {per_pass} = "
-                f"{stage.batch.global_size / per_pass:.3g}; try stages.{name}.batch.global_size={allowed}"
-            )
-    problems += [
-        f"stages.{name}.data.tokens_per_batch: a micro-batch is one batch of the budget; type stages.{name}.batch.micro_size=1"
-        for name, stage in training_stages(config).items()
-        if stage.data.tokens_per_batch is not None and stage.batch.micro_size != 1
-    ]
-    return problems
-
-
-def _method_problems(config: RunConfig) -> list[str]:
-    problems: list[str] = []
-    problems += _tuning_problems(config)
-    planned = {name: stage for name, stage in config.stages.items() if name in config.pipeline}
-    problems += [sentence for name, stage in planned.items() for sentence in _stage_problems(config, name, stage)]
-    sharding = config.sharding
-    if isinstance(sharding, ZeroSharding) and sharding.offload_parameters != "none" and sharding.strategy != "zero3":
-        problems.append(f"sharding.offload_parameters: only zero3 can offload parameters, not {sharding.strategy}")
-    problems += _zero_plus_problems(config)
-    if config.model.attention == "flash_attention_2" and config.model.dtype == "float32":
-        problems.append(
-            "model.attention: flash_attention_2 needs 16 bits; type model.dtype=bfloat16 or model.attention=sdpa"
-        )
-    return problems
-
-
-def _zero_plus_problems(config: RunConfig) -> list[str]:
-    """ZeRO++ is a part of zero3, its node is a share of the ranks, and its 8 and 4 bits have kernels for GPUs alone."""
-    sharding = config.sharding
-    if not isinstance(sharding, ZeroSharding):
-        return []
-    plus = {
-        "hpz_partition_size": sharding.hpz_partition_size is not None,
-        "quantized_weights": sharding.quantized_weights,
-        "quantized_gradients": sharding.quantized_gradients,
-    }
-    problems = [
-        f"sharding.{key}: ZeRO++ is a part of zero3, not of {sharding.strategy}; type sharding=zero3"
-        for key, is_on in plus.items()
-        if is_on and sharding.strategy != "zero3"
-    ]
-    size = sharding.hpz_partition_size
-    if size is not None and config.world_size % size:
-        problems.append(
-            f"sharding.hpz_partition_size: {size} does not divide the {config.world_size} ranks; type "
-            f"sharding.hpz_partition_size={config.cluster.processes_per_node}, the ranks of a node"
-        )
-    problems += [
-        f"sharding.{key}: its kernels need GPUs, and cluster.device is cpu; set it to false"
-        for key in ("quantized_weights", "quantized_gradients")
-        if plus[key] and config.cluster.device == "cpu"
-    ]
-    return problems
-
-
-def tuning_problems(config: RunConfig) -> list[str]:
-    """What the adapter cannot do in this run."""
-    tuning = next(iter(tunings_of(config).values()), config.tuning)
-    if not isinstance(tuning, ADAPTER_TUNINGS):
-        return []
-    planned = {name: config.stages[name] for name in config.pipeline if name in config.stages}
-    before = [name for name, stage in planned.items() if stage.kind in POLICY_KINDS][:1]
-    trained = training_stages(config)
-    setting = Setting(
-        tuning=tuning,
-        quantization=config.quantization,
-        sharding=config.sharding,
-        model=config.model,
-        kinds={name: stage.kind for name, stage in planned.items()},
-        data={name: stage.data for name, stage in planned.items()},
-        followers=tuple(
-            name for name in planned if name in trained and name not in before and trained[name].start_from is not None
-        ),
-    )
-    return adapter_rule_problems(setting)
-
-
-def _tuning_problems(config: RunConfig) -> list[str]:
-    """What the stages' tunings cannot do, alone and beside each other; a sentence that holds for several stands once."""
-    tunings = tunings_of(config) or {"": config.tuning}
-    problems: dict[str, None] = {}
-    for name, tuning in tunings.items():
-        is_own = name in config.stages and training_stages(config)[name].tuning is not None
-        field = f"stages.{name}.tuning" if is_own else "tuning"
-        if isinstance(config.quantization, Nf4Quantization) and isinstance(tuning, WHOLE_MODEL_TUNINGS):
-            problems[
-                f"quantization: nf4 holds a frozen base and cannot be trained with {field}={tuning.method}; "
-                f"type {field}=lora (QLoRA) or quantization=none"
-            ] = None
-        if isinstance(tuning, FreezeTuning) and None not in (tuning.unfreeze_every_steps, tuning.unfreeze_every_epochs):
-            problems[
-                f"{field}: unfreeze_every_steps and unfreeze_every_epochs say the same thing twice; set one to null"
-            ] = None
-    differing = [name for name, tuning in tunings.items() if tuning != next(iter(tunings.values()))]
-    if differing and not all(isinstance(tuning, WHOLE_MODEL_TUNINGS) for tuning in tunings.values()):
-        told = ", ".join(f"{name} {tuning.method}" for name, tuning in tunings.items())
-        problems[
-            f"stages.{differing[0]}.tuning: the stages are tuned differently ({told}), and an adapter fits only the settings it was "
-            "made with; whole models alone (full, freeze) may differ: set every stage's tuning to null, or tune whole models throughout"
-        ] = None
-    return list(problems)
-
-
-def _stage_problems(config: RunConfig, name: str, stage: Stage) -> list[str]:
-    """What a stage of preference or policy optimisation, or of the end, cannot do."""
-    field = f"stages.{name}"
-    problems: list[str] = []
-    if isinstance(stage, DpoStage) and stage.label_smoothing and stage.loss != "dpo":
-        problems.append(f"{field}.label_smoothing: only loss=dpo has it, not {stage.loss}; set it to 0")
-    if isinstance(stage, PolicyStage):
-        completions = stage.rollout.prompts * stage.rollout.group_size
-        if completions % stage.batch.global_size:
-            problems.append(
-                f"{field}.rollout: prompts x group_size = {stage.rollout.prompts} x {stage.rollout.group_size} = {completions} "
-                f"completions is not a multiple of batch.global_size = {stage.batch.global_size}"
-            )
-        if stage.rollout.group_size < 2:
-            problems.append(
-                f"{field}.rollout.group_size: advantages compare completions of one prompt; at least 2, not 1"
-            )
-        if stage.rollout.prompts % config.world_size:
-            problems.append(
-                f"{field}.rollout.prompts: {stage.rollout.prompts} prompts cannot be shared by {config.world_size} ranks evenly"
-            )
-        if stage.data.packing != "none":
-            problems.append(f"{field}.data.packing: prompts are not packed; set packing=none, not {stage.data.packing}")
-    if isinstance(stage, ScoringStage):
-        problems += scoring_problems(field, stage)
-    tunings = list(tunings_of(config).values()) or [config.tuning]
-    if isinstance(stage, ChoosingStage) and isinstance(tunings[-1], LoraTuning) and tunings[-1].use_dora:
-        problems.append(
-            f"{field}: with tuning.use_dora=true weights are no sum of base and product, so a blend of adapters is no blend of "
-            "models; set tuning.use_dora=false, or tune whole models"
-        )
-    if isinstance(stage, MergeStage) and isinstance(tunings[-1], WHOLE_MODEL_TUNINGS):
-        problems.append(
-            f"{field}: tuning={tunings[-1].method} leaves no adapter to merge; take {name} out of the pipeline"
-        )
-    return problems

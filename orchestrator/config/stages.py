@@ -28,6 +28,9 @@ class OptimizerConfig(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None
     """Rate of each layer as a share of the one above it; what stands highest of the trained has the whole rate, embeddings the
     least. ULMFiT (1801.06146, section 3.1) takes 1/2.6; null is one rate for all."""
+    head_lr: PositiveFloat | None
+    """Peak rate of what stands outside the layers: the head that a classifier or reward model gets anew, a pooler, the output
+    head where it is not tied; whatever `layer_decay` says. Null is `lr`."""
     weight_decay: NaturalFloat
     """Decoupled; not applied to biases and to vectors such as norms."""
     beta1: Fraction

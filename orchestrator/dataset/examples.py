@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from orchestrator.config.data import DataFormat
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -37,14 +39,32 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Labelled:
+    """One text or two, of which a class or a number is learnt; encoded as the tokenizer itself encodes them."""
+
+    text: str
+    pair: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row of a file: one document, or two (chosen, rejected), with what comes along."""
 
-    documents: tuple[Chat | Plain | Prompt, ...]
+    documents: tuple[Chat | Plain | Prompt | Labelled, ...]
     value: float | None = None
-    """Margin of a preference, label (0 or 1) of a feedback, class of a classification."""
+    """Margin of a preference, label (0 or 1) of a feedback, number of a classification."""
     extra: str | None = None
-    """JSON of what a reward needs of the row (reference answers)."""
+    """JSON of what a reward needs of the row (reference answers); of a classification, its label, and the true one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How the rows of a source are understood: their format, its columns, and what a row without a label is."""
+
+    format: DataFormat
+    columns: Mapping[str, str]
+    unlabelled: Literal["refuse", "drop", "keep"]
+    no_label: int | str | None
 
 
 class RowProblem(Exception):

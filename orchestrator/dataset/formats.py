@@ -10,9 +10,11 @@ from orchestrator.config.data import DataFormat
 from orchestrator.dataset.examples import (
     Chat,
     Example,
+    Labelled,
     Message,
     Plain,
     Prompt,
+    Reading,
     Row,
     RowProblem,
     kind_of,
@@ -48,14 +50,19 @@ EXPECTED_FIELDS: dict[DataFormat, str] = {
     "prompt_completion": "prompt, completion",
     "preference": "chosen, rejected (prompt or instruction, margin)",
     "feedback": "prompt, completion, label",
-    "classification": "text, label (text_pair)",
+    "classification": "text, label (text_pair, true_label)",
     "text": "text",
     "prompts": "prompt or instruction (answer)",
 }
 
 
-def parse_row(row: object, data_format: DataFormat, columns: Mapping[str, str]) -> Example:
-    """The example that a row says; raises RowProblem with the field, what is there and what is expected."""
+def parse_row(
+    row: object, data_format: DataFormat, columns: Mapping[str, str], *, labels: Reading | None = None
+) -> Example:
+    """The example that a row says; raises RowProblem with the field, what is there and what is expected.
+
+    `labels` says what a row without a label is; None refuses it.
+    """
     if not isinstance(row, dict):
         raise RowProblem("row", kind_of(row), "an object")
     fields = cast("dict[str, Any]", row)
@@ -65,7 +72,7 @@ def parse_row(row: object, data_format: DataFormat, columns: Mapping[str, str]) 
             if column not in fields:
                 raise RowProblem(column, "is missing", f"the column for {field}", code="missing_field")
         fields |= {field: fields[column] for field, column in columns.items()}
-    return _PARSERS[data_format](fields)
+    return _classification(fields, labels) if data_format == "classification" else _PARSERS[data_format](fields)
 
 
 def _alpaca_prompt(row: Row) -> tuple[Message, ...]:
@@ -200,13 +207,36 @@ def _feedback(row: Row) -> Example:
     return Example((_answered(row, row.get("prompt"), "completion"),), value=float(label))
 
 
-def _classification(row: Row) -> Example:
+def _classification(row: Row, labels: Reading | None = None) -> Example:
+    """A label is a number, a name, or a list of either (several labels at once, or none of them)."""
     text, pair = text_of(row, "text"), optional_text_of(row, "text_pair")
-    label = row.get("label")
-    if isinstance(label, bool) or not isinstance(label, (int, float, str)) or label == "":
-        raise RowProblem("label", kind_of(label) if "label" in row else "is missing", "a class (number or text)")
-    value = float(label) if not isinstance(label, str) else None
-    return Example((Plain(text, pair),), value=value, extra=json.dumps({"label": label}))
+    label: Any = row.get("label")
+    if label in (None, "") or (labels is not None and label == labels.no_label and not isinstance(label, bool)):
+        _refuse_unlabelled(row, labels)
+        label = None
+    elif not _is_label(label) and not (isinstance(label, list) and all(map(_is_label, cast("list[Any]", label)))):
+        raise RowProblem("label", kind_of(cast("object", label)), "a class (number or text), or a list of classes")
+    known: dict[str, Any] = {"label": label}
+    if row.get("true_label") is not None:
+        known["true_label"] = row["true_label"]
+        if not _is_label(row["true_label"]):
+            raise RowProblem("true_label", kind_of(row["true_label"]), "a class (number or text)")
+    value = float(label) if isinstance(label, (int, float)) else None
+    return Example((Labelled(text, pair or None),), value=value, extra=json.dumps(known, ensure_ascii=False))
+
+
+def _is_label(value: object) -> bool:
+    return isinstance(value, (int, float, str)) and not isinstance(value, bool) and value != ""
+
+
+def _refuse_unlabelled(row: Row, labels: Reading | None) -> None:
+    """RowProblem, unless rows without a label are kept."""
+    found = kind_of(row["label"]) if "label" in row else "is missing"
+    if labels is None:
+        raise RowProblem("label", found, "a class (number or text)")
+    if labels.unlabelled != "keep":
+        code = "unlabelled" if labels.unlabelled == "refuse" else "unlabelled_dropped"
+        raise RowProblem("label", found, "a class (number or text); unlabelled=drop leaves such rows out", code=code)
 
 
 def _plain_text(row: Row) -> Example:
@@ -238,7 +268,6 @@ _PARSERS: dict[str, _Parser] = {
     "prompt_completion": _prompt_completion,
     "preference": _preference,
     "feedback": _feedback,
-    "classification": _classification,
     "text": _plain_text,
     "prompts": _prompts,
 }

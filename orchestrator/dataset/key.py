@@ -25,6 +25,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "vocab.txt",
 )
+CLASSIFICATION_VERSION = 1
+"""As DATA_VERSION, for rows of format classification alone."""
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 RACY_NANOSECONDS = 2_000_000_000
 """A file changed so shortly before it was hashed could change again without a new time stamp: its hash is not kept."""
@@ -57,7 +59,7 @@ def prepared_key(
         {
             "role": role,
             "data": [[hashes.of(file) for file in files] for _, files, _ in sources],
-            "format": [[data_format, dict(sorted(source.columns.items()))] for source, _, data_format in sources],
+            "format": [[data_format, *_reading(source, data_format)] for source, _, data_format in sources],
             "mixture": [[source.rows, source.weight] for source, _, _ in sources],
             "split": {"fraction": config.eval.fraction, "max_rows": config.eval.max_rows} if splits else None,
             "seed": seed if splits or is_drawn else None,
@@ -71,6 +73,14 @@ def prepared_key(
             "code": DATA_VERSION,
         }
     )
+
+
+def _reading(source: SourceConfig, data_format: DataFormat) -> list[Any]:
+    """What decides how rows of a format are understood."""
+    columns = dict(sorted(source.columns.items()))
+    if data_format != "classification":
+        return [columns]
+    return [columns, source.unlabelled, source.no_label, CLASSIFICATION_VERSION]
 
 
 def changed_components(cache: Path, key: PreparedKey) -> tuple[str, ...] | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
-from orchestrator.dataset.examples import Example, RowProblem
+from orchestrator.dataset.examples import Example, Reading, RowProblem
 from orchestrator.dataset.faults import Fault, FaultList
 from orchestrator.dataset.formats import EXPECTED_FIELDS, detect, parse_row
 from orchestrator.dataset.reading import SUFFIXES, FileKind, Unreadable, count_rows, file_kind, read_rows
@@ -22,8 +22,11 @@ DEMONSTRATION = Path(__file__).resolve().parent.parent / "demonstration"
 DEMONSTRATIONS = {
     "demonstration": ("train.jsonl", "held_out.jsonl"),
     "demonstration_preferences": ("preference.jsonl", "preference_held_out.jsonl"),
+    "demonstration_requests": ("requests.jsonl", "requests_held_out.jsonl"),
 }
 """The sets that ship with this tool, by their keyword: rows to train on, and held-out ones."""
+DROPPED = {"equal_pair": "dropped_equal_pairs", "unlabelled_dropped": "dropped_unlabelled"}
+"""Problems of a row that leave it out -> their names in the counts."""
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
@@ -63,6 +66,8 @@ def held_out_source(config: DataConfig) -> SourceConfig | None:
         subset=held_out.subset,
         revision=held_out.revision,
         columns=held_out.columns,
+        unlabelled=held_out.unlabelled,
+        no_label=held_out.no_label,
         rows=None,
         weight=None,
     )
@@ -204,7 +209,7 @@ def validate_rows(source: SourceConfig, *, field: str = "data.train") -> int:
     rows = 0
     for file, number, row in source_rows(files):
         rows += 1
-        parsed = parse_or_fault(row, f"{file}:{number}", data_format, source.columns)
+        parsed = parse_or_fault(row, f"{file}:{number}", reading_of(source, data_format))
         if isinstance(parsed, Fault):
             faults.add(parsed)
     if rows == 0:
@@ -213,13 +218,19 @@ def validate_rows(source: SourceConfig, *, field: str = "data.train") -> int:
     return rows
 
 
-def parse_or_fault(
-    row: object, where: str, data_format: DataFormat, columns: Mapping[str, str]
-) -> Example | Fault | None:
-    """The example of a row, what is wrong with it, or None for a pair of equal answers, of which nothing can be learnt."""
+def reading_of(source: SourceConfig, data_format: DataFormat) -> Reading:
+    """How the rows of a source are understood."""
+    return Reading(format=data_format, columns=source.columns, unlabelled=source.unlabelled, no_label=source.no_label)
+
+
+def parse_or_fault(row: object, where: str, reading: Reading) -> Example | Fault | str:
+    """The example of a row, what is wrong with it, or the reason (as in the counts) why it is left out: a pair of equal
+    answers, of which nothing can be learnt, or a row without a label where these are dropped."""
     if isinstance(row, Unreadable):
         return Fault("unreadable", where, f"{row.found}, {row.expected} expected")
     try:
-        return parse_row(row, data_format, columns)
+        return parse_row(row, reading.format, reading.columns, labels=reading)
     except RowProblem as problem:
-        return None if problem.code == "equal_pair" else Fault(problem.code, where, str(problem))
+        if problem.code in DROPPED:
+            return DROPPED[problem.code]
+        return Fault(problem.code, where, str(problem))

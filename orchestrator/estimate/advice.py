@@ -8,7 +8,8 @@ from itertools import product
 from typing import Literal
 
 from orchestrator.config.model import LoraTuning, NoQuantization
-from orchestrator.config.run import Quantization, RunConfig, Sharding, Stage, rule_problems, training_stages
+from orchestrator.config.rules import rule_problems
+from orchestrator.config.run import Quantization, RunConfig, Sharding, Stage, training_stages
 from orchestrator.config.stages import TrainingStage
 
 Verdict = Literal["FIT", "TIGHT", "NO"]

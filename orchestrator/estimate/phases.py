@@ -9,6 +9,7 @@ from typing import Literal
 from orchestrator.adapter_counts import virtual_tokens
 from orchestrator.architecture import count_parameters
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
+from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
 from orchestrator.config.ends import MergeStage, ScoringStage
 from orchestrator.config.model import Architecture, Nf4Quantization, ZeroSharding
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps
@@ -103,7 +104,7 @@ def micro_batch(config: RunConfig, stage: TrainingStage, loss: Loss, trained_sha
         rows=rows,
         length=length + virtual_tokens(config.tuning),
         trained_share=trained_share,
-        logits="none" if isinstance(stage, RewardStage) else loss.logits,
+        logits="none" if isinstance(stage, RewardStage | ClassifyStage | SelfTrainingStage) else loss.logits,
         is_packed=data.packing != "none",
         on_cpu=config.cluster.device == "cpu",
     )

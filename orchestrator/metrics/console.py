@@ -69,6 +69,8 @@ def line(row: Row, total_steps: int) -> str:
         ("eval_loss", ".4f", ""),
         ("accuracy", ".3f", ""),
         ("eval_accuracy", ".3f", ""),
+        ("eval_f1_macro", ".3f", ""),
+        ("eval_pearson", ".3f", ""),
         ("reward", ".4f", ""),
         ("eval_reward", ".4f", ""),
         ("kl", ".3g", ""),

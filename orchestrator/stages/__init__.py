@@ -5,6 +5,8 @@ STAGES = {
     "reward": "orchestrator.stages.reward",
     "dpo": "orchestrator.stages.dpo",
     "grpo": "orchestrator.stages.grpo",
+    "classify": "orchestrator.stages.classify",
+    "self_training": "orchestrator.stages.self_training",
     "evaluate": "orchestrator.stages.evaluate",
     "interpolate": "orchestrator.stages.interpolate",
     "soup": "orchestrator.stages.soup",

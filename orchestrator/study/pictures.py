@@ -46,7 +46,7 @@ def draw_search(report: dict[str, Any], path: Path) -> None:
     colour_map: Colormap = colormaps[COLOURS if report["mode"] == "min" else COLOURS.removesuffix("_r")]
     scales = [_scale(axis) for axis in axis_of.values()]
     for trial in sorted(report["trials"], key=lambda trial: trial["value"] is not None):
-        heights = [place(trial["values"][key]) for key, (place, _) in zip(keys, scales, strict=True)]
+        heights = [float(place(trial["values"][key])) for key, (place, _) in zip(keys, scales, strict=True)]
         if trial["value"] is None:
             axes.plot(range(len(keys)), heights, color="0.7", linestyle=":", linewidth=1)
             continue

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.config.run import parse
+from orchestrator.config.rules import parse
 from orchestrator.config.study import SearchStudy, SeedsStudy
 from orchestrator.errors import ConfigError
 from orchestrator.rundir import read_json, write_json, write_text

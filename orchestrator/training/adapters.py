@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,15 @@ PROMPT_WEIGHTS = "prompt_embeddings"
 """PEFT's name of what prompt and prefix tuning save."""
 
 
-def adapter_settings(tuning: AdapterTuning, task: str = "CAUSAL_LM") -> Any:
-    """PEFT's settings."""
+def adapter_settings(tuning: AdapterTuning, task: str = "CAUSAL_LM", *, whole: Sequence[str] = ()) -> Any:
+    """PEFT's settings; modules of the names in `whole` are trained themselves, and saved."""
+    settings = _settings(tuning, task)
+    if whole:
+        settings.modules_to_save = list(whole)
+    return settings
+
+
+def _settings(tuning: AdapterTuning, task: str) -> Any:
     match tuning:
         case LoraTuning():
             return lora_settings(tuning, task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from orchestrator.bases import TOKENIZER_FILES
 from orchestrator.config.adapters import LoreftTuning
+from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError
@@ -63,6 +65,8 @@ def write_artifact(
         save_reft(saved, weights, temporary)
     else:
         save_adapter(saved, weights, temporary, config.tuning)
+        if facts["kind"] in CLASSIFIER_KINDS:
+            _write_classes(saved, temporary)
     for name in COMPANIONS:
         if (base_folder / name).is_file() and not (temporary / name).exists():
             shutil.copyfile(base_folder / name, temporary / name)
@@ -70,6 +74,14 @@ def write_artifact(
         file.chmod(0o644)  # safetensors makes files that nobody else may read
     write_manifest(temporary, facts)
     publish(temporary, folder)
+
+
+def _write_classes(adapted: Any, folder: Path) -> None:
+    """The names of the classes beside an adapter: the base's settings with the head that the adapter brings."""
+    settings = copy.deepcopy(adapted.get_base_model().config)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    settings.save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS, FreezeTuning, LoraTuning
 from orchestrator.errors import EXIT_DONE, CheckpointError
 from orchestrator.goodput import time_spent
@@ -163,8 +164,10 @@ def finish_scoring(context: Context, record: Record, summary: dict[str, Any], *,
 
 
 def artifact_kind(context: Context) -> str:
-    """model, adapter, reward_model or reward_adapter."""
+    """model, adapter, reward_model, reward_adapter, classifier_model or classifier_adapter."""
     what = "model" if isinstance(context.config.tuning, WHOLE_MODEL_TUNINGS) else "adapter"
+    if context.stage.kind in CLASSIFIER_KINDS:
+        return f"classifier_{what}"
     return f"reward_{what}" if context.stage.kind == "reward" else what
 
 

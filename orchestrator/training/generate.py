@@ -16,6 +16,7 @@ from rich.table import Table
 
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig
+from orchestrator.dataset.examples import Labelled
 from orchestrator.dataset.formats import Chat, Example, Message, Plain, Prompt, parse_row
 from orchestrator.dataset.sources import held_out_source, locate, settle_format, source_rows
 from orchestrator.errors import ConfigError, OrchestratorError
@@ -109,6 +110,8 @@ def _prompt_of(example: Example) -> Prompt:
             return Prompt(messages=None, tools=None, text=prompt)
         case Prompt() as prompt:
             return prompt
+        case Labelled(text=text):
+            return Prompt(messages=None, tools=None, text=text)
 
 
 def main() -> int:

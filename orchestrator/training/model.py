@@ -59,12 +59,12 @@ def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, p
     """
     options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": attention_of(config, packed=packed)}
     if isinstance(config.quantization, Nf4Quantization):
-        options["quantization_config"] = _nf4(config.quantization, DTYPES[config.model.dtype])
+        options["quantization_config"] = nf4_settings(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.base: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    _keep_weights_in_place(model)
+    keep_weights_in_place(model)
     attach_head(model)
     return model
 
@@ -77,7 +77,7 @@ def load_scorer(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, 
     """
     options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": attention_of(config, packed=packed)}
     if isinstance(config.quantization, Nf4Quantization):
-        options["quantization_config"] = _nf4(config.quantization, DTYPES[config.model.dtype], skip=("score",))
+        options["quantization_config"] = nf4_settings(config, skip=("score",))
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             str(folder), num_labels=1, use_safetensors=True, **options
@@ -91,7 +91,7 @@ def load_scorer(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, 
             f"{folder}: {type(model).__name__} has no head named score; take a decoder such as Llama or Qwen"
         )
     model.config.pad_token_id = model.config.pad_token_id or 0
-    _keep_weights_in_place(model)
+    keep_weights_in_place(model)
     return _scoring_every_token(model)
 
 
@@ -118,7 +118,7 @@ def attention_of(config: RunConfig, *, packed: bool) -> str:
     return attention.DOCUMENTS
 
 
-def _keep_weights_in_place(model: torch.nn.Module) -> None:
+def keep_weights_in_place(model: torch.nn.Module) -> None:
     """Forbids bitsandbytes to repack 4-bit weights for a CPU's AVX-512 in evaluation.
 
     It replaces `weight.data` behind ZeRO-3's back (the base silently changes), and fails on layers whose input
@@ -140,9 +140,12 @@ def weights_dtype(config: RunConfig, *, uses_deepspeed: bool) -> torch.dtype:
     return DTYPES[config.model.dtype]
 
 
-def _nf4(quantization: Nf4Quantization, compute_dtype: torch.dtype, *, skip: tuple[str, ...] = ()) -> Any:
+def nf4_settings(config: RunConfig, *, skip: tuple[str, ...] = ()) -> Any:
+    """transformers' settings of a base in 4 bits; modules of the names in `skip` stay as they are."""
     from transformers import BitsAndBytesConfig
 
+    quantization, compute_dtype = config.quantization, DTYPES[config.model.dtype]
+    assert isinstance(quantization, Nf4Quantization)
     return BitsAndBytesConfig(
         llm_int8_skip_modules=list(skip) or None,
         load_in_4bit=True,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from orchestrator.config.stages import OptimizerConfig
-from orchestrator.layers import count_layers, levels_of, rates_of
+from orchestrator.errors import ConfigError
+from orchestrator.layers import count_layers, is_head, levels_of, rates_of
 from orchestrator.training.unfreezing import LEVEL
 
 RATE = "rate"
@@ -30,7 +31,7 @@ def parameter_groups(
     named = dict(named_parameters)
     trainable = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     num_layers = count_layers(named)
-    rates = rates_of(trainable, num_layers, settings.layer_decay)
+    rates = rates_of(trainable, num_layers, settings.layer_decay) | _head_rates(trainable, settings)
     levels = levels_of(trainable, num_layers) if is_gradual else dict.fromkeys(trainable, 0)
     groups: dict[tuple[int, float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in trainable.items():
@@ -41,6 +42,19 @@ def parameter_groups(
         {"params": groups[key], "weight_decay": 0.0 if key[2] else settings.weight_decay, RATE: -key[1], LEVEL: key[0]}
         for key in sorted(groups)
     ]
+
+
+def _head_rates(trainable: Iterable[str], settings: OptimizerConfig) -> dict[str, float]:
+    """Shares of the peak, of the trained parameters that stand outside the layers. ConfigError where there is none."""
+    if settings.head_lr is None:
+        return {}
+    heads = [name for name in trainable if is_head(name)]
+    if not heads:
+        raise ConfigError(
+            "optimizer.head_lr: no head is trained that stands by itself (one that is tied to the embeddings does not); "
+            "type optimizer.head_lr=null"
+        )
+    return dict.fromkeys(heads, settings.head_lr / settings.lr)
 
 
 def num_dimensions(parameter: torch.nn.Parameter) -> int:

@@ -11,12 +11,16 @@ import torch
 from transformers import PreTrainedModel
 
 from orchestrator.config.alignment import RewardStage
+from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.ends import MergeStage
 from orchestrator.config.model import FreezeTuning
 from orchestrator.config.run import RunConfig, Stage
 from orchestrator.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, CheckpointError, OrchestratorError
 from orchestrator.rundir import RunFolder, StageFolder, read_json, read_manifest, write_json
 from orchestrator.training.artifact import open_artifact, open_model
+from orchestrator.training.classes import read_classes
+from orchestrator.training.classifier import open_classifier
+from orchestrator.training.classifying import labelled_objective
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.model import quiet, weights_dtype
@@ -41,9 +45,13 @@ def prove(config: RunConfig, stage: Stage, folder: StageFolder) -> float:
         if not expected["autocast"] and config.quantization.scheme == "none":
             model.to(dtype)
         if expected["autocast"] and isinstance(config.tuning, FreezeTuning):  # the types of training
-            freeze(cast("PreTrainedModel", model), config.tuning, has_new_head=isinstance(stage, RewardStage))
+            has_new_head = stage.kind in ("reward", *CLASSIFIER_KINDS)
+            freeze(cast("PreTrainedModel", model), config.tuning, has_new_head=has_new_head)
             hold_masters(model)
-    objective = proof_objective(runtime, stage, rows.meta.kind)
+    if stage.kind in CLASSIFIER_KINDS:
+        objective = labelled_objective(runtime, read_classes(folder.artifact), rows)
+    else:
+        objective = proof_objective(runtime, stage, rows.meta.kind)
     scored = evaluate(runtime, model, objective, rows, micro_size=expected["micro_size"], limit=expected["rows"])
     difference = abs(scored.loss - expected["loss"])
     if not difference <= LOSS_TOLERANCE:
@@ -57,6 +65,10 @@ def prove(config: RunConfig, stage: Stage, folder: StageFolder) -> float:
 def _open(
     config: RunConfig, stage: Stage, folder: StageFolder, rows: PreparedRows, dtype: torch.dtype, base_folder: Path
 ) -> torch.nn.Module:
+    if stage.kind in CLASSIFIER_KINDS:
+        return open_classifier(
+            folder.artifact, config, base_folder=base_folder, weights_dtype=dtype, packed=rows.is_packed
+        )
     return open_artifact(
         folder.artifact,
         base_folder=base_folder,

@@ -12,7 +12,7 @@ from orchestrator.config.adapters import VIRTUAL_TOKEN_TUNINGS, AdapterTuning, L
 from orchestrator.config.model import FreezeTuning, FullTuning, LoraTuning, Nf4Quantization
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError
-from orchestrator.layers import trained_names
+from orchestrator.layers import is_head, trained_names
 from orchestrator.training.adapters import (
     ADAPTER_WEIGHTS,
     PROMPT_WEIGHTS,
@@ -88,7 +88,8 @@ def load_adapter_weights(
     try:
         for place, module in model.named_modules():  # a head that the adapter does not know keeps its new weights
             if isinstance(module, ModulesToSaveWrapper):
-                weights.setdefault(f"{place}.weight", module.modules_to_save[name].weight.detach())
+                for key, parameter in module.modules_to_save[name].named_parameters():
+                    weights.setdefault(f"{place}.{key}", parameter.detach())
         report: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{source}: PEFT cannot load it: {' '.join(str(error).split())[:300]}") from None
@@ -145,7 +146,8 @@ def _with_adapter(model: PreTrainedModel, tuning: AdapterTuning, task: str) -> t
     if unknown:  # PEFT trains the others without a word
         raise ConfigError(f"tuning.target_modules: {', '.join(unknown)}: no such layer; {_linear_layers(model)}")
     try:
-        adapted = get_peft_model(model, adapter_settings(tuning, task))
+        whole = head_modules(model) if task == "SEQ_CLS" else ()
+        adapted = get_peft_model(model, adapter_settings(tuning, task, whole=whole))
     except ValueError as error:
         raise ConfigError(f"tuning.target_modules: {error}; {_linear_layers(model)}") from None
     if isinstance(tuning, LoraTuning) and tuning.is_pissa:
@@ -166,6 +168,13 @@ def keep_input_types(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer) and not module.lora_variant:
             module.cast_input_dtype_enabled = False
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that make the answer of a classifier out of hidden states: a pooler and a head, new or not."""
+    prefix = f"{model.base_model_prefix}."
+    heads = (name.removeprefix(prefix) for name, _ in model.named_parameters() if is_head(name))
+    return sorted({name.split(".")[0] for name in heads})
 
 
 def _unmatched(model: PreTrainedModel, tuning: AdapterTuning) -> list[str]:

@@ -12,7 +12,8 @@ from asking import Asker
 from orchestrator.advising import choices_of, judge_of
 from orchestrator.bases import Base
 from orchestrator.compose import compose
-from orchestrator.config.run import RunConfig, rule_problems, training_stages
+from orchestrator.config.rules import rule_problems
+from orchestrator.config.run import RunConfig, training_stages
 from orchestrator.estimate.advice import Advice, advise, axes_of
 from orchestrator.facts import gather
 from orchestrator.plan import DataFacts, make_plan, resolve

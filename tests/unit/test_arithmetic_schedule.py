@@ -11,7 +11,8 @@ import yaml
 
 from orchestrator.bases import Base
 from orchestrator.compose import CONF, compose
-from orchestrator.config.run import accumulation_steps, rule_problems
+from orchestrator.config.rules import rule_problems
+from orchestrator.config.run import accumulation_steps
 from orchestrator.config.stages import ScheduleConfig
 from orchestrator.plan import DataFacts, make_plan, resolve
 from orchestrator.schedule import (

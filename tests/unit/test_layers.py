@@ -11,7 +11,7 @@ import yaml
 from orchestrator.architecture import count_parameters
 from orchestrator.compose import CONF, compose
 from orchestrator.config.model import Architecture, FreezeTuning
-from orchestrator.config.run import rule_problems
+from orchestrator.config.rules import rule_problems
 from orchestrator.errors import ConfigError
 from orchestrator.estimate.flops import flops_per_token
 from orchestrator.estimate.states import state_memory, trainable_parameters

@@ -20,7 +20,7 @@ from orchestrator.dataset.meta import EVALUATION, Kind
 from orchestrator.dataset.parts import KINDS, Part
 from orchestrator.dataset.reading import count_rows
 from orchestrator.dataset.selection import first_occurrences, held_out, mixture
-from orchestrator.dataset.sources import known_kind
+from orchestrator.dataset.sources import known_kind, reading_of
 from orchestrator.dataset.splits import held_out_rows
 from orchestrator.errors import DataError
 from orchestrator.training.data.chunks import Chunk, ChunkContext, ChunkResult, encode_chunk, iterate_chunks
@@ -226,7 +226,7 @@ def estimated_seconds(part: Part, config: DataConfig, *, tokenizer_folder: Path)
 
 def _context(part: Part, encoder: Encoder) -> ChunkContext:
     pairs = zip(part.sources, part.formats, strict=True)
-    return ChunkContext(encoder, tuple((data_format, source.columns) for source, data_format in pairs))
+    return ChunkContext(encoder, tuple(reading_of(source, data_format) for source, data_format in pairs))
 
 
 def _cores(config: DataConfig) -> int:

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.config.data import DataConfig
-from orchestrator.dataset.examples import Chat, Example, Plain, Prompt
+from orchestrator.dataset.examples import Chat, Example, Labelled, Plain, Prompt
 from orchestrator.dataset.faults import Fault, FaultList
 from orchestrator.dataset.formats import parse_row
 from orchestrator.dataset.meta import Statistics
 from orchestrator.dataset.order import permutation
 from orchestrator.dataset.parts import Part, plan_parts
-from orchestrator.dataset.sources import source_rows
+from orchestrator.dataset.sources import reading_of, source_rows
 from orchestrator.schedule import steps_per_epoch
 from orchestrator.training.data.prepare import Prepared, ensure_prepared
 from orchestrator.training.data.rows import IGNORED, PreparedRows
@@ -119,7 +119,8 @@ def _source_examples(rows: PreparedRows, part: Part, sample: Sequence[int]) -> d
     for i, files in enumerate(part.files):
         for _, _, row in source_rows(files):
             if row_id in wanted:
-                examples[wanted[row_id]] = parse_row(row, part.formats[i], part.sources[i].columns)
+                reading = reading_of(part.sources[i], part.formats[i])
+                examples[wanted[row_id]] = parse_row(row, reading.format, reading.columns, labels=reading)
             row_id += 1
     return examples
 
@@ -156,7 +157,7 @@ def document_faults(
     is_cut = len(tokens) >= config.max_length
     if facts.bos_id is not None and list(tokens[:2]) == [facts.bos_id] * 2:
         yield "double_bos", "starts with two beginning-of-text tokens"
-    if isinstance(document, Prompt):
+    if isinstance(document, Prompt | Labelled):
         return  # answers are sampled, or a class is learnt: no token is
     if not learnt:
         yield "zero_trained_tokens", "has no token to train"

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.config.data import DataFormat
-from orchestrator.dataset.examples import Example, Prompt
+from orchestrator.dataset.examples import Example, Labelled, Prompt, Reading
 from orchestrator.dataset.faults import Fault, FaultList
 from orchestrator.dataset.reading import parse_line, read_rows
 from orchestrator.dataset.sources import known_kind, parse_or_fault
@@ -42,8 +41,8 @@ class ChunkContext:
     """What every chunk of a data set shares; sent to a worker process once."""
 
     encoder: Encoder
-    formats: tuple[tuple[DataFormat, Mapping[str, str]], ...]
-    """Format and columns of each source."""
+    readings: tuple[Reading, ...]
+    """How the rows of each source are understood."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +121,15 @@ def chunk_rows(chunk: Chunk) -> Iterator[tuple[int, object]]:
 
 def encode_chunk(chunk: Chunk, context: ChunkContext) -> ChunkResult:
     """Parses, renders and encodes the rows of a chunk; faulty rows are told in the result."""
-    data_format, columns = context.formats[chunk.source]
     units = _Units()
     placed: list[tuple[int, int, Example]] = []
     row = -1
     for row, (number, value) in enumerate(chunk_rows(chunk)):
-        parsed = parse_or_fault(value, f"{chunk.path}:{number}", data_format, columns)
+        parsed = parse_or_fault(value, f"{chunk.path}:{number}", context.readings[chunk.source])
         if isinstance(parsed, Fault):
             units.faults.add(parsed)
-        elif parsed is None:
-            units.counts["dropped_equal_pairs"] += 1
+        elif isinstance(parsed, str):
+            units.counts[parsed] += 1
         else:
             placed.append((row, number, parsed))
     encoded = encode_examples([example for _, _, example in placed], context.encoder)
@@ -177,15 +175,16 @@ class _Units:
             self.faults.add(Fault(documents.code, where, str(documents)))
             return
         is_prompt = isinstance(example.documents[0], Prompt)
+        is_untrained = is_prompt or isinstance(example.documents[0], Labelled)
         fault = next(
-            (found for document in documents if (found := document_fault(document, where, encoder, is_prompt))), None
+            (found for document in documents if (found := document_fault(document, where, encoder, is_untrained))), None
         )
         if fault is not None:
             self.faults.add(fault)
             return
         if is_prompt and documents[0].num_cut:
             self.counts["dropped_long_prompts"] += 1
-        elif not is_prompt and not all(document.trained.any() for document in documents):
+        elif not is_untrained and not all(document.trained.any() for document in documents):
             self.counts["dropped_behind_max_length"] += 1
         else:
             self._keep(row, number, example, documents)
@@ -223,12 +222,15 @@ class _Units:
         )
 
 
-def document_fault(document: Encoded, where: str, encoder: Encoder, is_prompt: bool) -> Fault | None:
-    """What is wrong with an encoded document, or None. Learnt tokens that were only cut off are no fault of the row."""
+def document_fault(document: Encoded, where: str, encoder: Encoder, is_untrained: bool) -> Fault | None:
+    """What is wrong with an encoded document, or None. Learnt tokens that were only cut off are no fault of the row.
+
+    `is_untrained`: answers are sampled, or a class is learnt; no token is.
+    """
     bos = encoder.facts.bos_id
     if bos is not None and len(document.ids) > 1 and document.ids[0] == bos and document.ids[1] == bos:
         return Fault("double_bos", where, "starts with two beginning-of-text tokens")
-    if is_prompt:
+    if is_untrained:
         return None
     if not document.trained.any() and not document.num_cut_trained:
         return Fault("zero_trained_tokens", where, "has no token to train")

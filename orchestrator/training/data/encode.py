@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.config.data import DataConfig
-from orchestrator.dataset.examples import Chat, Example, Plain, Prompt
+from orchestrator.dataset.examples import Chat, Example, Labelled, Plain, Prompt
 from orchestrator.errors import DataError
+from orchestrator.training.data.labelled import encode_labelled
 from orchestrator.training.data.spans import NotRendered, Rendered, only_last, render_chat
 from orchestrator.training.data.template import DEFAULT_TEMPLATE, ChatTemplate, TemplateRefused, check_date
 from orchestrator.training.data.tokenizer import TokenizerFacts, core_tokenizer, is_splittable
@@ -114,6 +115,8 @@ def _beginning(core: str) -> list[int]:
 
 def encode_examples(examples: Sequence[Example], encoder: Encoder) -> list[tuple[Encoded, ...] | NotRendered]:
     """The documents of every example in order; in place of one that cannot be encoded stands the reason."""
+    if examples and isinstance(examples[0].documents[0], Labelled):
+        return [_labelled(example, encoder) for example in examples]
     plans: list[list[_Plan] | NotRendered] = []
     for example in examples:
         try:
@@ -123,6 +126,19 @@ def encode_examples(examples: Sequence[Example], encoder: Encoder) -> list[tuple
     flat = [plan for item in plans if not isinstance(item, NotRendered) for plan in item]
     encoded = iter(_encode_plans(flat, encoder))
     return [item if isinstance(item, NotRendered) else tuple(next(encoded) for _ in item) for item in plans]
+
+
+def _labelled(example: Example, encoder: Encoder) -> tuple[Encoded, ...] | NotRendered:
+    """A class is learnt, no token is."""
+    (document,) = example.documents
+    assert isinstance(document, Labelled)
+    try:
+        ids, num_cut = encode_labelled(document, encoder.facts, encoder.max_length)
+    except NotRendered as problem:
+        return problem
+    nothing = np.zeros(len(ids), dtype=np.bool_)
+    whole = Encoded(np.array(ids, dtype=np.uint32), nothing, num_cut, 0, num_open_ends=0, num_straddling=0)
+    return (whole,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +154,8 @@ class _Plan:
     num_open_ends: int
 
 
-def _plan(document: Chat | Plain | Prompt, encoder: Encoder) -> _Plan:
+def _plan(document: Chat | Plain | Prompt | Labelled, encoder: Encoder) -> _Plan:
+    assert not isinstance(document, Labelled), "rows with a label have no learnt tokens"
     if isinstance(document, Prompt):
         return _Plan(prompt_text(document, encoder), (), document.messages is None, ends=False, num_open_ends=0)
     everything = encoder.loss_on == "all"

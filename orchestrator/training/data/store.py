@@ -139,7 +139,7 @@ def write_store(
 ) -> None:
     """Everything but tokens.npy and trained.npy, which are there; meta.json last. `chosen` None takes every unit once."""
     picked = np.arange(len(units.rows)) if chosen is None else chosen
-    classes, values = _classes(units) if store.kind == "class" else ((), units.values)
+    classes = _classes(units) if store.kind == "class" else ()
     segments = _segments(store.config, units, picked)
     trained = np.load(store.folder / "trained.npy", mmap_mode="r")
     row_lengths, row_trained = row_counts(segments, units.offsets, trained)
@@ -148,7 +148,7 @@ def write_store(
         "unit_rows": units.rows,
         "unit_numbers": units.numbers,
         "unit_hashes": units.hashes,
-        "unit_values": values,
+        "unit_values": units.values,
         "unit_cut_trained": units.cut_trained,
         "segment_documents": segments.documents,
         "segment_starts": segments.starts,
@@ -217,13 +217,16 @@ def _per_row(values: Ints, offsets: Ints) -> Ints:
     return sums[offsets[1:]] - sums[offsets[:-1]]
 
 
-def _classes(units: Units) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
-    """The names of the classes in order, and the class number of every unit."""
+def _classes(units: Units) -> tuple[str, ...]:
+    """The names of the classes that stand in the rows, in order; none where the labels are measured numbers."""
     labels = [json.loads(extra)["label"] for extra in units.extras]
-    is_text = any(isinstance(label, str) for label in labels)
-    names = sorted({str(label) for label in labels}) if is_text else [str(label) for label in sorted(set(labels))]
-    numbers = {name: float(i) for i, name in enumerate(names)}
-    return tuple(names), np.array([numbers[str(label)] for label in labels], dtype=np.float32)
+    single = [one for label in labels for one in (label if isinstance(label, list) else [label]) if one is not None]
+    if any(isinstance(label, float) and not label.is_integer() for label in single):
+        return ()
+    is_text = any(isinstance(label, str) for label in single)
+    return tuple(
+        sorted({str(label) for label in single}) if is_text else map(str, sorted({int(one) for one in single}))
+    )
 
 
 def _write_extras(folder: Path, extras: tuple[str, ...]) -> None:

@@ -1,0 +1,77 @@
+"""The stages that put texts into classes: types, ranges and their own rules; no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orchestrator.config.base import Fraction, NaturalFloat, PositiveFloat, PositiveInt, Text
+from orchestrator.config.stages import TrainingStage
+
+
+class ClassifyStage(TrainingStage):
+    """A new head over labelled texts, or pairs of texts."""
+
+    kind: Literal["classify"]
+    problem: Literal["single_label", "multi_label", "regression"]
+    """One class of several, any number of them at once, or a number."""
+    labels: tuple[Text, ...] | None
+    """Names of the classes in order; numbers in the data count from 0 in it. Null collects them from the train rows."""
+
+
+class SelfTrainingStage(TrainingStage):
+    """COSINE (2010.07835): a classifier goes on with its own soft labels, over rows with weak labels and with none."""
+
+    kind: Literal["self_training"]
+    period: PositiveInt
+    """Optimizer steps between two labellings of all train rows (T3)."""
+    threshold: Fraction
+    """Least confidence 1 - entropy / log C of a pseudo-label that is learnt (xi)."""
+    contrastive_weight: NaturalFloat
+    """Weight of the contrastive term over pairs of a micro-batch (lambda); 0 leaves it out."""
+    margin: PositiveFloat
+    """Distance up to which features of two classes push each other away (gamma)."""
+    confidence_weight: NaturalFloat
+    """Weight of KL(uniform || prediction), which keeps predictions from certainty; 0 leaves it out."""
+
+
+CLASSIFIER_KINDS = ("classify", "self_training")
+"""Stages that make a classifier."""
+
+
+def classification_problems(field: str, stage: ClassifyStage | SelfTrainingStage) -> list[str]:
+    """One sentence for every rule across the stage's own settings that does not hold; `field` is its key."""
+    data = stage.data
+    problems: list[str] = []
+    if data.packing == "split":
+        problems.append(
+            f"{field}.data.packing: split tears a text apart, of which a class is learnt; type {field}.data.packing=none"
+        )
+    if data.eval.unlabelled == "keep":
+        problems.append(
+            f"{field}.data.eval.unlabelled: nothing can be judged on a row without a label; type drop or refuse, not keep"
+        )
+    if isinstance(stage, SelfTrainingStage):
+        if data.eval.path == "none":
+            problems.append(
+                f"{field}.data.eval.path: without held-out rows nobody knows whether self-training helps; give a labelled file"
+            )
+        return problems
+    if data.train.unlabelled == "keep":
+        problems.append(
+            f"{field}.data.train.unlabelled: stage=classify learns from labels alone; type drop, or give these rows to "
+            "stage=self_training"
+        )
+    return problems + _label_problems(field, stage)
+
+
+def _label_problems(field: str, stage: ClassifyStage) -> list[str]:
+    if stage.labels is None:
+        return []
+    if stage.problem == "regression":
+        return [f"{field}.labels: problem=regression predicts a number and has no classes; type {field}.labels=null"]
+    problems: list[str] = []
+    if len(set(stage.labels)) != len(stage.labels):
+        problems.append(f"{field}.labels: a name stands twice in {list(stage.labels)}")
+    if len(stage.labels) < 2 and stage.problem == "single_label":
+        problems.append(f"{field}.labels: one class of {list(stage.labels)} is always right; give at least two")
+    return problems

@@ -1,0 +1,31 @@
+"""A classifier: a new head, and as much of the model as `tuning` says, over labelled texts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from orchestrator.training.classifier import build_classifier, refuse_other_rows, stage_classes
+from orchestrator.training.classifying import Judge, classifier_proof, classify_objective, session_targets
+from orchestrator.training.context import Context
+from orchestrator.training.session import Course, Session, run_training, supervised_course
+
+
+def plan_course(session: Session) -> Course:
+    """Cross-entropy (or its like) over prepared rows with labels; judged by the metrics of the problem."""
+    classes = stage_classes(session.context)
+    targets = session_targets(session, classes)
+    judge = Judge(session, classes, targets)
+    objective = classify_objective(session.runtime, classes, targets)
+    session.record.say(f"classes: {', '.join(classes.names) or 'none, a number is predicted'}")
+    return replace(
+        supervised_course(session, objective),
+        score=judge.score,
+        proof=lambda: classifier_proof(session, objective),
+        summary=judge.summary,
+    )
+
+
+def run(context: Context) -> int:
+    """Trains, writes, proves and reports; the exit code of the rank."""
+    refuse_other_rows(context)
+    return run_training(context, plan_course, build_model=build_classifier)

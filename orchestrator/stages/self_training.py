@@ -1,0 +1,56 @@
+"""Self-training: a classifier goes on with its own soft labels over weakly labelled and unlabelled rows (COSINE)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from orchestrator.config.classification import SelfTrainingStage
+from orchestrator.errors import ConfigError
+from orchestrator.training.classifier import build_classifier, refuse_other_rows, stage_classes
+from orchestrator.training.classifying import Judge, classifier_proof, classify_objective, session_targets
+from orchestrator.training.context import Context
+from orchestrator.training.evaluation import evaluate
+from orchestrator.training.pseudo_labels import PseudoLabels, weak_labels_told
+from orchestrator.training.self_training import self_training_objective, uniform_objective
+from orchestrator.training.session import Course, Session, run_training, supervised_course
+
+
+def plan_course(session: Session) -> Course:
+    """Weighted divergence from the pseudo-labels of the period, judged on held-out labels."""
+    context, runtime = session.context, session.runtime
+    stage = cast("SelfTrainingStage", context.stage)
+    classes = stage_classes(context)
+    if classes.problem != "single_label":
+        raise ConfigError(
+            f"stages.{context.name}: pseudo-labels are one class of several, its classifier learnt problem={classes.problem}"
+        )
+    targets = session_targets(session, classes)
+    weak = weak_labels_told(targets[session.rows.digest])
+    session.record.event("weak_labels", **weak)
+    session.record.say("weak labels: " + ", ".join(f"{name} {value:.3f}" for name, value in weak.items()))
+    labels = PseudoLabels(session, stage, classes, targets[session.rows.digest])
+    judge = Judge(session, classes, targets)
+    proof_objective = classify_objective(runtime, classes, targets)
+    probe, micro_size, count = uniform_objective(runtime), stage.batch.micro_size, stage.checkpoint.probe_rows
+
+    def summary() -> Mapping[str, Any]:
+        return judge.summary() | {"weak_labels": weak, "pseudo_labels": labels.periods}
+
+    return replace(
+        supervised_course(session, self_training_objective(runtime, stage, labels.of)),
+        score=judge.score,
+        probe=(lambda: evaluate(runtime, session.model, probe, session.rows, micro_size=micro_size, limit=count).loss)
+        if count
+        else None,
+        proof=lambda: classifier_proof(session, proof_objective),
+        begin=labels.begin,
+        summary=summary,
+    )
+
+
+def run(context: Context) -> int:
+    """Trains, writes, proves and reports; the exit code of the rank."""
+    refuse_other_rows(context)
+    return run_training(context, plan_course, build_model=build_classifier)
