@@ -66,7 +66,8 @@ def _architecture(raw: dict[str, Any]) -> Architecture:
         raise KeyError(raw["model_type"])
     heads: int = _first(raw, "num_attention_heads", "n_head", "n_heads")
     hidden: int = _first(raw, "hidden_size", "n_embd", "dim")
-    kind: str = RELATIVES.get(raw["model_type"], raw["model_type"])
+    own = str(raw["model_type"])
+    kind = RELATIVES.get(own, own)
     learned = kind in ("gpt2", "bert")
     return Architecture(
         model_type=kind,
