@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,7 @@ def run_search(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> tu
     if find_spec("optuna") is None:
         raise ConfigError("study=optuna: Optuna is not installed; type pip install 'finetune-orchestrator[sweep]'")
     plain, axes = split_space(words)
-    listed: list[JsonValue] = [asdict(axis) for axis in axes]
+    listed: list[JsonValue] = json.loads(json.dumps([asdict(axis) for axis in axes]))  # as it is read again
     folder = freeze_study(as_resolved(config, _checked(plain, axes, plan_run)), {"axes": listed})
     search = Search(
         words=tuple(plain),
@@ -116,7 +117,7 @@ def open_study(folder: StudyFolder, settings: SearchStudy) -> optuna.Study:
     pruner = (
         optuna.pruners.NopPruner()
         if rule is None
-        else optuna.pruners.MedianPruner(n_startup_trials=rule.startup_trials, n_warmup_steps=rule.after_step)
+        else optuna.pruners.MedianPruner(n_startup_trials=rule.startup_trials, n_warmup_steps=rule.after_step + 1)
     )
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(folder.journal))),
@@ -236,7 +237,7 @@ def _is_weak(trial: optuna.Trial, step: int, value: float) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a value that was reported before the search was interrupted
         trial.report(value, step)
-    return trial.should_prune()
+    return bool(trial.should_prune())
 
 
 def _sampler(settings: SearchStudy, number: int) -> optuna.samplers.BaseSampler:
