@@ -35,8 +35,9 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
     """Facts of the base and of every stage's data; one error with all problems."""
     problems: list[str] = []
     base = _attempt(partial(find_base, config.model), problems)
+    sources = {name: sources_of(name, stage) for name, stage in config.stages.items() if name in config.pipeline}
     if base is not None and base.architecture is not None:
-        tunings = [config.for_stage(name).tuning for name in config.pipeline]
+        tunings = [config.for_stage(name).tuning for name in sources]
         problems += dict.fromkeys(
             chain.from_iterable(
                 adapter_problems(base.architecture, tuning) + shape_problems(base.architecture, tuning)
@@ -44,7 +45,6 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
             )
         )
         problems += _encoder_problems(base.architecture, config)
-    sources = {name: sources_of(name, stage) for name, stage in config.stages.items() if name in config.pipeline}
     looks = {
         key: _attempt(partial(inspect, source, field=key), problems)
         for named in sources.values()

@@ -70,7 +70,7 @@ def manifests_elsewhere(stage: Stage) -> list[Path]:
 
 def blend_problems(config: RunConfig) -> list[str]:
     """What does not fit between the members of the soups of a resolved configuration; reads other runs' folders."""
-    return [problem for name in config.pipeline for problem in _member_problems(config, name)]
+    return [problem for name in config.pipeline if name in config.stages for problem in _member_problems(config, name)]
 
 
 def _member_problems(config: RunConfig, name: str) -> Iterator[str]:
@@ -85,9 +85,14 @@ def _member_problems(config: RunConfig, name: str) -> Iterator[str]:
         pairs = {
             "model.base": (theirs.model.base, ours.model.base),
             "model.dtype": (theirs.model.dtype, ours.model.dtype),
-            "tuning": (theirs.tuning, ours.tuning),
-            "quantization": (theirs.quantization, ours.quantization),
+            "quantization": (theirs.quantization.scheme, ours.quantization.scheme),
+            "tuning.method": (theirs.tuning.method, ours.tuning.method),
         }
+        if theirs.tuning.method == ours.tuning.method:
+            pairs |= {
+                f"tuning.{key}": (str(value), str(ours.tuning.model_dump()[key]))
+                for key, value in theirs.tuning.model_dump().items()
+            }
         for key, (one, other) in pairs.items():
             if one != other:
                 yield f"{field}: {member} has {key} {one}, this run {other}; ingredients of a soup have base and tuning in common"

@@ -166,7 +166,11 @@ def _blend_problems(config: RunConfig, name: str, before: tuple[str, ...]) -> It
     for beside in stages_beside(stage):
         key = "members" if isinstance(stage, SoupStage) else "origin"
         yield from _input_problems(config, f"{field}.{key}", beside, before, POLICY_KINDS)
-        if beside in before and config.for_stage(beside).tuning != config.for_stage(name).tuning:
+        if (
+            beside in before
+            and beside in config.stages
+            and config.for_stage(beside).tuning != config.for_stage(name).tuning
+        ):
             yield (
                 f"{field}.{key}: {beside} is tuned by {config.for_stage(beside).tuning.method}, {name} by "
                 f"{config.for_stage(name).tuning.method}; ingredients have their tuning in common"

@@ -86,9 +86,7 @@ def _below(tree: JsonValue, part: int | str) -> tuple[JsonValue] | None:
 def _without_map_keys(path: Sequence[str]) -> list[str]:
     """`stages.sft.data.mix.0` -> `stages.data.mix`: the name of a stage or of a set, and a position, are no fields."""
     is_stage = path[:1] == ["stages"]
-    names: set[int] = set()
-    if is_stage:
-        names = {1, 3} if path[2:3] == ["sets"] else {1}
+    names = ((1, 3) if list(path[2:3]) == ["sets"] else (1,)) if is_stage else ()
     return [name for place, name in enumerate(path) if place not in names and not name.isdecimal()]
 
 

@@ -99,14 +99,19 @@ class RunConfig(Section):
 
 
 def _tuning_of(config: RunConfig, name: str) -> Tuning:
-    stage = config.stages[name]
-    if isinstance(stage, TrainingStage):
-        return config.tuning if stage.tuning is None else stage.tuning
-    start = stage.start_from
-    if start is None and isinstance(stage, SoupStage):
-        own = [member.removeprefix(STAGE_PREFIX) for member in stage.members if member.startswith(STAGE_PREFIX)]
-        start = own[0] if own else None
-    return _tuning_of(config, start) if start in config.stages else config.tuning
+    """Along `start_from` to a stage that trains; the run's where there is none (and where stages wrongly start from each other)."""
+    seen: set[str] = set()
+    while name not in seen:
+        seen.add(name)
+        stage = config.stages[name]
+        if isinstance(stage, TrainingStage):
+            return config.tuning if stage.tuning is None else stage.tuning
+        start = stage.start_from
+        if start is None and isinstance(stage, SoupStage):
+            own = [member.removeprefix(STAGE_PREFIX) for member in stage.members if member.startswith(STAGE_PREFIX)]
+            start = own[0] if own else None
+        name = start if start in config.stages else name
+    return config.tuning
 
 
 def training_stages(config: RunConfig) -> dict[str, TrainingStage]:
