@@ -102,7 +102,8 @@ def _row(place: Any, method: str, quantization: str) -> tuple[list[str], str]:
         place.make(alone, *words, "sharding=none", ranks=1)
         train(place, [Cell(run=str(place.run(alone)))], ranks=1)
     except AssertionError as error:
-        return [f"WRONG {str(error)[-600:]}"], "-"
+        faults = [line for line in str(error).splitlines() if "Error" in line]
+        return [f"WRONG {' '.join(faults[:2])}"] * len(SHARDINGS), "-"
     cells = ["refused" if told[s] is not None else _cell(place, names[s], alone) for s in SHARDINGS]
     return cells, _whole_command(place, key, (*words, f"sharding={open_ones[-1]}"))
 

@@ -193,6 +193,11 @@ def tuning_problems(config: RunConfig) -> list[str]:
         model=config.model,
         kinds={name: stage.kind for name, stage in planned.items()},
         data={name: stage.data for name, stage in planned.items()},
+        rollouts={
+            name: stage.rollout
+            for name, stage in planned.items()
+            if isinstance(stage, PolicyStage) or (isinstance(stage, EvaluateStage) and stage.rewards)
+        },
         followers=tuple(
             name for name in planned if name in trained and name not in before and trained[name].start_from is not None
         ),
