@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from orchestrator.config.adapters import AdaloraTuning, AdapterTuning, Ia3Tuning, LoreftTuning, OftTuning
+from orchestrator.config.adapters import AdaloraTuning, AdapterTuning, Ia3Tuning, LoreftTuning, OftTuning, PromptTuning
+from orchestrator.config.alignment import RolloutConfig
 from orchestrator.config.data import DataConfig
 from orchestrator.config.model import LoraTuning, ModelConfig, Nf4Quantization, NoQuantization, NoSharding, ZeroSharding
 
 ZERO = ("zero1", "zero2", "zero3")
 NO_PACKING = "virtual tokens stand before a row, and the documents after the first one would not see them"
+NO_ENGINE = "that engine lays prompts end to end, where this method cannot tell them apart"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class Limits:
     packing: str | None = None
     checkpointing: str | None = None
     merge: str | None = None
+    continuous: str | None = None
+    """Of generating with `rollout.engine=continuous`."""
     stages: tuple[str, ...] = ("sft", "dpo", "evaluate", "merge")
     """Kinds of stages that know the method."""
 
@@ -37,14 +41,22 @@ LIMITS: Mapping[str, Limits] = {
     "adalora": Limits(
         shardings=dict.fromkeys(ZERO, "ranks are allocated by gradients, which ZeRO has let go when the update is done")
     ),
-    "prompt": Limits(shardings={}, packing=NO_PACKING, merge="embeddings before the text are no part of a weight"),
+    "prompt": Limits(
+        shardings={},
+        packing=NO_PACKING,
+        continuous=NO_ENGINE,
+        merge="embeddings before the text are no part of a weight",
+    ),
     "prefix": Limits(
         shardings={},
         packing=NO_PACKING,
+        continuous=NO_ENGINE,
         checkpointing="a layer that is computed again is given no cache, and the prefix is one",
         merge="keys and values before the text are no part of a weight",
     ),
-    "loreft": Limits(shardings={}, merge="it changes hidden states at some positions, not weights"),
+    "loreft": Limits(
+        shardings={}, continuous=NO_ENGINE, merge="it changes hidden states at some positions, not weights"
+    ),
 }
 PISSA = Limits(
     shardings={},
@@ -66,6 +78,8 @@ class Setting:
     """Kind of each planned stage."""
     data: Mapping[str, DataConfig]
     """Data of each planned stage."""
+    rollouts: Mapping[str, RolloutConfig]
+    """How each planned stage generates that does."""
     followers: tuple[str, ...]
     """Stages that train on from an earlier one."""
 
@@ -93,6 +107,13 @@ def adapter_rule_problems(setting: Setting) -> list[str]:
                     "tuning.use_cayley_neumann: false solves for the rotation, and torch cannot do that in the 16 bits that "
                     "ZeRO holds it in; type tuning.use_cayley_neumann=true, or sharding=none"
                 )
+        case PromptTuning():
+            problems += [
+                f"stages.{name}.rollout.generate_size: tuning=prompt sees padding between its tokens and a shorter prompt, so "
+                f"that prompts are answered one at a time; type stages.{name}.rollout.generate_size=1"
+                for name, rollout in setting.rollouts.items()
+                if rollout.generate_size > 1
+            ]
         case _:
             pass
     return problems
@@ -119,6 +140,9 @@ def _limit_problems(setting: Setting, limits: Limits, what: str) -> Iterator[str
     for name, data in setting.data.items():
         if limits.packing is not None and data.packing != "none":
             yield f"stages.{name}.data.packing: {what}: {limits.packing}; type stages.{name}.data.packing=none"
+    for name, rollout in setting.rollouts.items():
+        if limits.continuous is not None and rollout.engine == "continuous":
+            yield f"stages.{name}.rollout.engine: {what}: {limits.continuous}; type stages.{name}.rollout.engine=batch"
     for name, kind in setting.kinds.items():
         if kind == "merge" and limits.merge is not None:
             yield f"stages.{name}: {what} leaves nothing to merge: {limits.merge}; take {name} out of the pipeline"

@@ -12,6 +12,7 @@ from orchestrator.config.base import JsonValue
 from orchestrator.config.classification import ClassifyStage, SelfTrainingStage, classification_problems
 from orchestrator.config.ends import (
     ChoosingStage,
+    EvaluateStage,
     MergeStage,
     ScoringStage,
     scoring_problems,
@@ -158,6 +159,10 @@ def _zero_plus_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+def _generates(stage: ScoringStage) -> bool:
+    return stage.exact_match or (isinstance(stage, EvaluateStage) and bool(stage.rewards))
+
+
 def tuning_problems(config: RunConfig) -> list[str]:
     """What the adapter cannot do in this run."""
     tuning = next(iter(tunings_of(config).values()), config.tuning)
@@ -173,6 +178,11 @@ def tuning_problems(config: RunConfig) -> list[str]:
         model=config.model,
         kinds={name: stage.kind for name, stage in planned.items()},
         data={name: stage.data for name, stage in planned.items()},
+        rollouts={
+            name: stage.rollout
+            for name, stage in planned.items()
+            if isinstance(stage, PolicyStage) or (isinstance(stage, ScoringStage) and _generates(stage))
+        },
         followers=tuple(
             name for name in planned if name in trained and name not in before and trained[name].start_from is not None
         ),

@@ -34,6 +34,13 @@ def quiet() -> None:
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
     )  # from inside PEFT
 
+    warnings.filterwarnings(
+        "ignore", message=".*vera_A and vera_B.*", category=UserWarning
+    )  # made again from their seed
+    warnings.filterwarnings(
+        "ignore", message="Position ids are not supported.*", category=UserWarning
+    )  # counted from 0
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 

@@ -38,9 +38,9 @@ class Intervention(nn.Module):
     def __init__(self, hidden: int, rank: int, *, variant: Variant, dropout: float) -> None:
         super().__init__()
         self.variant: Variant = variant
-        rows_RW = orthonormal_RW(torch.randn(rank, hidden))
+        rows_RW = orthonormal_RW(torch.randn(rank, hidden)).contiguous()
         self.rotation = nn.Parameter(rows_RW if variant == "loreft" else torch.zeros(rank, hidden))
-        self.weight = nn.Parameter(orthonormal_RW(rows_RW) if variant == "loreft" else rows_RW.clone())
+        self.weight = nn.Parameter((orthonormal_RW(rows_RW) if variant == "loreft" else rows_RW).clone().contiguous())
         self.bias = nn.Parameter(torch.zeros(rank))
         self.dropout = nn.Dropout(dropout)
 

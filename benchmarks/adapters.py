@@ -1,0 +1,241 @@
+"""Every adapter in every cell of the table, and LoReFT beside LoRA at the same number of parameters.
+
+    python benchmarks/adapters.py table [METHOD ...]       some 40 minutes on one core: the table of docs/adapters.md
+    python benchmarks/adapters.py arc FOLDER [STEPS ROWS]  some 25 minutes on one core: ARC-easy from FOLDER/arc-easy_{train,test}.jsonl
+
+A cell is eight steps on a tiny model at two gloo ranks, the same again from the checkpoint of step 4, and the same in one process. A
+method's last column is the whole command with its proof, under the last sharding that it works with.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+ARC = {
+    "LoReFT, rank 4, 30 layers": (
+        "tuning=loreft",
+        "tuning.rank=4",
+        "stages.sft.optimizer.lr=4e-3",
+        "stages.sft.optimizer.weight_decay=0",
+    ),
+    "LoRA, rank 3, k_proj and v_proj": (
+        "tuning=lora",
+        "tuning.rank=3",
+        "tuning.alpha=6",
+        "tuning.target_modules=[k_proj,v_proj]",
+        "stages.sft.optimizer.lr=2e-3",
+    ),
+}
+ANSWERS = [f"the correct answer is answer{number}" for number in (1, 2, 3, 4)]
+
+
+METHODS = {
+    "lora": ("tuning=lora",),
+    "lora, rsLoRA, LoRA+": ("tuning=lora", "tuning.use_rslora=true", "tuning.lora_plus_ratio=16"),
+    "lora, DoRA": ("tuning=lora", "tuning.use_dora=true"),
+    "lora, PiSSA": ("tuning=lora", "tuning.init=pissa"),
+    "lora, LoftQ": ("tuning=lora", "tuning.init=loftq"),
+    "ia3": ("tuning=ia3",),
+    "prompt": ("tuning=prompt",),
+    "prefix": ("tuning=prefix",),
+    "vera": ("tuning=vera",),
+    "oft": ("tuning=oft",),
+    "adalora": ("tuning=adalora", "tuning.allocate_every_steps=1"),
+    "loreft": ("tuning=loreft", "tuning.share_weights=false"),
+    "direft": ("tuning=loreft", "tuning.variant=direft"),
+}
+SHARDINGS = ("none", "zero1", "zero2", "zero3")
+QUANTIZATIONS = ("none", "nf4")
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["table"]:
+        return table(sys.argv[2:] or list(METHODS))
+    if sys.argv[1:2] == ["arc"]:
+        steps, rows = (int(word) for word in (*sys.argv[3:5], "40", "150")[:2])
+        return arc(Path(sys.argv[2]).resolve(), steps=steps, rows=rows)
+    raise SystemExit(__doc__)
+
+
+def table(methods: list[str]) -> int:
+    """Prints a row for each method and quantization; 1 where a cell did not do what it must."""
+    from cells import make_place
+
+    wrong = 0
+    print(f"| method | base | {' | '.join(SHARDINGS)} | the command |\n|---|---|{'---|' * 5}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        place = make_place(Path(folder))
+        for method in methods:
+            for quantization in QUANTIZATIONS:
+                cells, whole = _row(place, method, quantization)
+                wrong += sum("WRONG" in cell for cell in (*cells, whole))
+                print(f"| {method} | {quantization} | {' | '.join(cells)} | {whole} |", flush=True)
+    return 1 if wrong else 0
+
+
+def _row(place: Any, method: str, quantization: str) -> tuple[list[str], str]:
+    from cells import Cell, train
+
+    words = (*METHODS[method], f"quantization={quantization}", "stages.sft.optimizer.lr=5e-3")
+    key = f"{method.replace(', ', '-').replace('+', 'p')}-{quantization}"
+    names = {sharding: f"{key}-{sharding}" for sharding in SHARDINGS}
+    told = {sharding: _refusal(place, name, (*words, f"sharding={sharding}")) for sharding, name in names.items()}
+    open_ones = [sharding for sharding in SHARDINGS if told[sharding] is None]
+    if not open_ones:
+        return ["refused" for _ in SHARDINGS], "-"
+    straight = [Cell(run=str(place.run(names[sharding]))) for sharding in open_ones]
+    again = [(names[sharding], f"{names[sharding]}-again") for sharding in open_ones]
+    try:
+        train(place, straight, ranks=2)
+        branches = [Cell(run=str(place.branch(name, other, step=4)), attempt=2) for name, other in again]
+        train(place, branches, ranks=2)
+        alone = f"{key}-alone"
+        place.make(alone, *words, "sharding=none", ranks=1)
+        train(place, [Cell(run=str(place.run(alone)))], ranks=1)
+    except AssertionError as error:
+        faults = [line for line in str(error).splitlines() if "Error" in line]
+        return [f"WRONG {' '.join(faults[:2])}"] * len(SHARDINGS), "-"
+    cells = ["refused" if told[s] is not None else _cell(place, names[s], alone) for s in SHARDINGS]
+    return cells, _whole_command(place, key, (*words, f"sharding={open_ones[-1]}"))
+
+
+def _refusal(place: Any, name: str, words: tuple[str, ...]) -> str | None:
+    """Makes the run, or says why it may not be."""
+    from orchestrator.errors import ConfigError
+
+    try:
+        place.make(name, *words, ranks=2)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _cell(place: Any, name: str, alone: str) -> str:
+    from cells import largest_difference
+
+    straight, again, one = place.rows(name), place.rows(f"{name}-again"), place.rows(alone)
+    keys = ("loss", "grad_norm")
+    same = sorted(again) == [5, 6, 7, 8] and all(
+        again[step][key] == straight[step][key] for step in again for key in keys
+    )
+    off = max(largest_difference(straight, one, key) for key in keys)
+    learns = float(str(straight[8]["loss"])) != float(str(straight[1]["loss"]))
+    return ("" if same and off < 1e-4 and learns else "WRONG ") + f"{off:.0e}, {'=' if same else 'differs'}"
+
+
+def _whole_command(place: Any, key: str, words: tuple[str, ...]) -> str:
+    """The distance of the re-opened artifact's loss from the trainer's."""
+    from running import Bench
+
+    bench = Bench(root=place.root)
+    if not (place.root / "held_out.jsonl").exists():
+        import tiny
+
+        tiny.write_rows(place.root / "held_out.jsonl", 9, start=1000)
+    done = bench.run(f"{key}-whole", *words, "cluster.processes_per_node=2", "launcher=torchrun")
+    if done.code:
+        return f"WRONG {done.told[-600:]}"
+    proof = done.result()["proof"]
+    return f"{abs(proof['reopened_loss'] - proof['loss']):.0e}"
+
+
+def arc(folder: Path, *, steps: int, rows: int) -> int:
+    """Trains both on the same rows in the same order, and asks both, and the base, the same questions."""
+    print("| | trained parameters | held-out loss | accuracy | seconds |\n|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        held = Path(place) / "held_out.jsonl"
+        with (folder / "arc-easy_test.jsonl").open(encoding="utf-8") as file:
+            held.write_text("".join(islice(file, rows)), encoding="utf-8")
+        for number, (name, words) in enumerate(ARC.items()):
+            began = time.time()
+            result, trained = _train(Path(place), f"arc{number}", folder, held, words, steps=steps)
+            seconds = time.time() - began
+            right = _accuracy(Path(place) / f"arc{number}", held)
+            if not number:
+                print(f"| the base | 0 | {result['eval_loss_before']:.4f} | {right['base']:.1%} | |", flush=True)
+            loss = result["eval_loss_after"]
+            print(f"| {name} | {trained:,} | {loss:.4f} | {right['tuned']:.1%} | {seconds:.0f} |", flush=True)
+    return 0
+
+
+def _train(
+    place: Path, name: str, folder: Path, held: Path, words: tuple[str, ...], *, steps: int
+) -> tuple[dict[str, Any], int]:
+    from orchestrator.metrics.jsonl import read_rows
+    from orchestrator.rundir import RunFolder, read_json
+
+    common = [
+        "+experiment=llama_lora",
+        f"name={name}",
+        f"output_dir={place}",
+        f"stages.sft.data.train.path={folder / 'arc-easy_train.jsonl'}",
+        f"stages.sft.data.eval.path={held}",
+        f"stages.sft.max_steps={steps}",
+        "stages.sft.batch.global_size=8",
+        "stages.sft.batch.micro_size=8",
+        "stages.sft.schedule.warmup_ratio=0.1",
+        "launcher=local",
+        "tracking=none",
+    ]
+    command = [sys.executable, "-m", "orchestrator", *common, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    stage = RunFolder(place / name).stage("sft")
+    trained = next(row["trainable_parameters"] for row in read_rows(stage.events) if row["event"] == "model")
+    return read_json(stage.result), int(str(trained))
+
+
+def _accuracy(run: Path, held: Path) -> dict[str, float]:
+    """Share of the questions whose right answer has the largest likelihood of the four, with the adapter and without."""
+    import torch
+
+    from orchestrator.config.run import RunConfig
+    from orchestrator.rundir import RunFolder, read_json
+    from orchestrator.training.artifact import open_artifact
+    from orchestrator.training.data.encode import encode_prompt, make_encoder
+    from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
+    from orchestrator.training.generate import _chat
+    from orchestrator.training.model import DTYPES, quiet
+
+    quiet()
+    stage = RunFolder(run).stage("sft")
+    config = RunConfig.model_validate(read_json(run / "run.json")["config"], strict=False)
+    base = Path(read_json(stage.result)["base"]["folder"])
+    dtype = DTYPES[config.model.dtype]
+    model: Any = open_artifact(stage.artifact, base_folder=base, config=config, weights_dtype=dtype).eval()
+    encoder = make_encoder(load_facts(base), config.stages["sft"].data)
+    written = [core_tokenizer(encoder.facts.core).encode(answer, add_special_tokens=False).ids for answer in ANSWERS]
+    shared = [ids[0] for ids in zip(*written, strict=False) if len(set(ids)) == 1]
+    assert all(len(ids) == len(shared) + 1 for ids in written), "the answers differ in their last token alone"
+    right = {"tuned": 0, "base": 0}
+    questions = [json.loads(line) for line in held.read_text(encoding="utf-8").splitlines()]
+    for question in questions:
+        prompt = torch.tensor([encode_prompt(_chat(question["instruction"]), encoder)])
+        rest = torch.tensor([shared])
+        options = [ids[-1] for ids in written]
+        with torch.no_grad():
+            tuned = _next_token(model, prompt, rest)[options].argmax()
+            with model.disable_adapter():
+                plain = _next_token(model, prompt, rest)[options].argmax()
+        right["tuned"] += ANSWERS[int(tuned)] == question["output"]
+        right["base"] += ANSWERS[int(plain)] == question["output"]
+    return {name: count / len(questions) for name, count in right.items()}
+
+
+def _next_token(model: Any, prompt_BT: Any, rest_BT: Any) -> Any:
+    """Logits after prompt and rest; the prompt alone is where LoReFT acts, as in generation."""
+    cache = model(input_ids=prompt_BT, use_cache=True).past_key_values
+    return model(input_ids=rest_BT, past_key_values=cache, use_cache=True).logits[0, -1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
