@@ -9,7 +9,12 @@ from pydantic import Field, ValidationError
 
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.base import Identifier, JsonValue, NaturalInt, Section, Text
-from orchestrator.config.classification import ClassifyStage, SelfTrainingStage, classification_problems
+from orchestrator.config.classification import (
+    CLASSIFIER_KINDS,
+    ClassifyStage,
+    SelfTrainingStage,
+    classification_problems,
+)
 from orchestrator.config.ends import EvaluateStage, MergeStage
 from orchestrator.config.model import (
     WHOLE_MODEL_TUNINGS,
@@ -77,6 +82,12 @@ def training_stages(config: RunConfig) -> dict[str, TrainingStage]:
     """The stages of the pipeline that train, by name."""
     stages = {name: stage for name, stage in config.stages.items() if name in config.pipeline}
     return {name: stage for name, stage in stages.items() if isinstance(stage, TrainingStage)}
+
+
+def has_new_heads(config: RunConfig) -> bool:
+    """Whether every stage that trains puts a new head on the model, which is trained whatever `tuning` says."""
+    kinds = [config.stages[name].kind for name in training_stages(config)]
+    return bool(kinds) and all(kind in ("reward", *CLASSIFIER_KINDS) for kind in kinds)
 
 
 def accumulation_steps(config: RunConfig, stage: TrainingStage) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from orchestrator.architecture import count_lora_parameters, count_parameters
 from orchestrator.architecture_families import linear_layers
 from orchestrator.config.model import Architecture, FreezeTuning, LoraTuning, Nf4Quantization, ZeroSharding
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import RunConfig, has_new_heads
 from orchestrator.config.stages import TrainingStage
 from orchestrator.estimate.constants import (
     MOMENTS_8BIT_BYTES,
@@ -58,7 +58,7 @@ def trainable_parameters(model: Architecture, config: RunConfig) -> int:
     if isinstance(config.tuning, LoraTuning):
         return count_lora_parameters(model, config.tuning)
     if isinstance(config.tuning, FreezeTuning):
-        return count_freeze_parameters(model, config.tuning)
+        return count_freeze_parameters(model, config.tuning, has_new_head=has_new_heads(config))
     return count_parameters(model).total
 
 
