@@ -63,11 +63,11 @@ def read_architecture(folder: Path) -> Architecture | None:
 def _architecture(raw: dict[str, Any]) -> Architecture:
     """transformers' names, with older ones beside them; KeyError where one is missing, or the layers are of an unknown kind."""
     if raw["model_type"] in NOT_FORECAST:
-        raise KeyError(raw["model_type"])
+        raise KeyError("model_type")
     heads: int = _first(raw, "num_attention_heads", "n_head", "n_heads")
     hidden: int = _first(raw, "hidden_size", "n_embd", "dim")
-    own = str(raw["model_type"])
-    kind = RELATIVES.get(own, own)
+    given: str = raw["model_type"]
+    kind = RELATIVES.get(given, given)
     learned = kind in ("gpt2", "bert")
     return Architecture(
         model_type=kind,

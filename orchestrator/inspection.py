@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.cli import run_folder_argument
+from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.errors import EXIT_DONE, ConfigError
 from orchestrator.rundir import MANIFEST, RunFolder, read_json
 
@@ -46,11 +47,11 @@ def cancel(arguments: Sequence[str]) -> int:
 
 
 def generate(arguments: Sequence[str]) -> int:
-    """Answers of the tuned model beside those of its base."""
+    """Answers of the tuned model beside those of its base; a classifier's classes."""
     wanted = ("--prompt", "--stage", "--examples", "--max-new-tokens")
     options, folders = split_options(arguments, with_value=wanted)
     folder = RunFolder(run_folder_argument(folders, "generate"))
-    stage = _policy_stage(folder, options.get("--stage"))
+    stage = _stage_of(folder, options.get("--stage"), "makes a policy or a classifier", CLASSIFIER_KINDS)
     for name in ("--examples", "--max-new-tokens"):
         if not options.get(name, "1").isdigit():
             raise ConfigError(f"{name} {options[name]}: a number is needed")
@@ -65,7 +66,7 @@ def export(arguments: Sequence[str]) -> int:
     """A folder that can be published: adapter merged, measured, with a card, opened again."""
     options, folders = split_options(arguments, with_value=("--stage", "--to", "--max-kl"))
     folder = RunFolder(run_folder_argument(folders, "export"))
-    stage = _policy_stage(folder, options.get("--stage"))
+    stage = _stage_of(folder, options.get("--stage"), "makes a policy", ())
     if not folder.stage(stage).result.exists():
         raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")
     _refuse_what_cannot_be_merged(folder, stage)
@@ -98,16 +99,19 @@ def _refuse_what_cannot_be_merged(folder: RunFolder, stage: str) -> None:
         raise ConfigError(f"export: {reason}; publish the folder {folder.stage(stage).artifact} itself")
 
 
-def _policy_stage(folder: RunFolder, chosen: str | None) -> str:
-    """The stage asked for, or the last one that makes a policy."""
+def _stage_of(folder: RunFolder, chosen: str | None, what: str, more: tuple[str, ...]) -> str:
+    """The stage asked for, or the last one that makes a policy; `more` kinds are allowed too, `what` says it in words."""
     from orchestrator.commands import load_config
     from orchestrator.config.run import POLICY_KINDS
 
     config = load_config(folder)
-    policies = [name for name in config.pipeline if config.stages[name].kind in POLICY_KINDS]
+    kinds = (*POLICY_KINDS, *more)
+    policies = [name for name in config.pipeline if config.stages[name].kind in kinds]
     stage = chosen or (policies[-1] if policies else "")
     if stage not in policies:
-        raise ConfigError(f"--stage {stage}: the stages that make a policy are {', '.join(policies) or 'none'}")
+        raise ConfigError(
+            f"--stage {stage}: a stage that {what} is asked for; there are {', '.join(policies) or 'none'}"
+        )
     return stage
 
 

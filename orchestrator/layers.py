@@ -170,25 +170,32 @@ def parameter_sizes(model: Architecture) -> dict[str, int]:
     return {name: size for name, size in (ends | sizes).items() if size}
 
 
-def _trained_sizes(model: Architecture, tuning: FreezeTuning) -> dict[str, int]:
-    """Patterns that a family's own names alone could meet are left out of the count."""
+def _trained_sizes(model: Architecture, tuning: FreezeTuning, *, has_new_head: bool) -> dict[str, int]:
+    """Patterns that a family's own names alone could meet are left out of the count; a new head counts with one output."""
     sizes = parameter_sizes(model)
+    if has_new_head:  # it stands in the place of the old one
+        sizes = {name: size for name, size in sizes.items() if not is_head(name)} | {"score.weight": model.hidden_size}
     met = tuple(pattern for pattern in tuning.also if any(fnmatchcase(name, pattern) for name in sizes))
     is_uncounted = (
-        met != tuning.also and tuning.layers == "none" and not (tuning.embeddings or tuning.head or tuning.norms)
+        met != tuning.also
+        and tuning.layers == "none"
+        and not (tuning.embeddings or tuning.head or tuning.norms or has_new_head)
     )
     if is_uncounted and not met:
         return {}
     known = tuning.model_copy(update={"also": met})
-    return {name: sizes[name] for name in trained_names(list(sizes), known, is_tied=model.tie_word_embeddings)}
+    is_tied = model.tie_word_embeddings and not has_new_head
+    return {name: sizes[name] for name in trained_names(list(sizes), known, is_tied=is_tied, has_new_head=has_new_head)}
 
 
-def count_freeze_parameters(model: Architecture, tuning: FreezeTuning) -> int:
+def count_freeze_parameters(model: Architecture, tuning: FreezeTuning, *, has_new_head: bool = False) -> int:
     """Parameters that `tuning=freeze` ever trains; ConfigError where layers or switches meet nothing."""
-    return sum(_trained_sizes(model, tuning).values())
+    return sum(_trained_sizes(model, tuning, has_new_head=has_new_head).values())
 
 
-def lowest_trained_layer(model: Architecture, tuning: FreezeTuning) -> int:
+def lowest_trained_layer(model: Architecture, tuning: FreezeTuning, *, has_new_head: bool = False) -> int:
     """Number of the lowest layer that the backward pass must reach; the number of layers where only the head is trained."""
-    depths = [depth_of(name, model.num_hidden_layers) for name in _trained_sizes(model, tuning)]
+    depths = [
+        depth_of(name, model.num_hidden_layers) for name in _trained_sizes(model, tuning, has_new_head=has_new_head)
+    ]
     return max(0, min(depths, default=0))

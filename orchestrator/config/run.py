@@ -9,7 +9,7 @@ from pydantic import Field
 from orchestrator.config.adapters import Tuning
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.base import Identifier, NaturalInt, Section, Text
-from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
+from orchestrator.config.classification import CLASSIFIER_KINDS, ClassifyStage, SelfTrainingStage
 from orchestrator.config.data import DataConfig
 from orchestrator.config.ends import (
     FIRST_SET,
@@ -135,6 +135,12 @@ def data_sets_of(stage: Stage) -> dict[str, DataConfig]:
 def tunings_of(config: RunConfig) -> dict[str, Tuning]:
     """How each stage of the pipeline that trains is tuned, by name."""
     return {name: _tuning_of(config, name) for name in training_stages(config)}
+
+
+def has_new_heads(config: RunConfig) -> bool:
+    """Whether every stage that trains puts a new head on the model, which is trained whatever `tuning` says."""
+    kinds = [config.stages[name].kind for name in training_stages(config)]
+    return bool(kinds) and all(kind in ("reward", *CLASSIFIER_KINDS) for kind in kinds)
 
 
 def accumulation_steps(config: RunConfig, stage: TrainingStage) -> int:

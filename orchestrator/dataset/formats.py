@@ -214,8 +214,8 @@ def _classification(row: Row, labels: Reading | None = None) -> Example:
     if label in (None, "") or (labels is not None and label == labels.no_label and not isinstance(label, bool)):
         _refuse_unlabelled(row, labels)
         label = None
-    elif not _is_label(label) and not (isinstance(label, list) and all(map(_is_label, cast("list[Any]", label)))):
-        raise RowProblem("label", kind_of(cast("object", label)), "a class (number or text), or a list of classes")
+    elif not _is_label(label) and not _are_labels(label):
+        raise RowProblem("label", kind_of(label), "a class (number or text), or a list of classes")
     known: dict[str, Any] = {"label": label}
     if row.get("true_label") is not None:
         known["true_label"] = row["true_label"]
@@ -227,6 +227,10 @@ def _classification(row: Row, labels: Reading | None = None) -> Example:
 
 def _is_label(value: object) -> bool:
     return isinstance(value, (int, float, str)) and not isinstance(value, bool) and value != ""
+
+
+def _are_labels(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_label, cast("list[Any]", value)))
 
 
 def _refuse_unlabelled(row: Row, labels: Reading | None) -> None:

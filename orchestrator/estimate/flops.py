@@ -7,13 +7,13 @@ length, or with packed documents sum(l^2) / sum(l) over the documents' lengths l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.adapter_counts import multiplied_per_token
 from orchestrator.architecture import count_parameters
 from orchestrator.config.adapters import ADAPTER_TUNINGS, PromptTuning
 from orchestrator.config.model import Architecture, FreezeTuning
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import RunConfig, has_new_heads
 from orchestrator.layers import count_freeze_parameters, lowest_trained_layer
 
 
@@ -48,23 +48,29 @@ def flops_per_token(model: Architecture, config: RunConfig, *, length: float) ->
     Full fine-tuning: 6N + 3F. LoRA: 4N + 3F + 6 N_lora, since the frozen base needs no weight gradient. Recomputation is not
     useful work and is not counted.
     """
-    matrices, attention = matrices_of(model).total, attention_flops(model, length=length)
+    matrices, attention = _computed(model, config).total, attention_flops(model, length=length)
     if isinstance(config.tuning, ADAPTER_TUNINGS):
         virtual = config.tuning.virtual_tokens / length if isinstance(config.tuning, PromptTuning) else 0.0
         return 4.0 * matrices * (1 + virtual) + 3.0 * attention + 6.0 * multiplied_per_token(model, config.tuning)
     if isinstance(config.tuning, FreezeTuning):
-        return _freeze_flops(model, config.tuning, attention)
+        return _freeze_flops(model, config.tuning, attention, has_new_head=has_new_heads(config))
     return 6.0 * matrices + 3.0 * attention
 
 
-def _freeze_flops(model: Architecture, tuning: FreezeTuning, attention: float) -> float:
+def _computed(model: Architecture, config: RunConfig) -> Matrices:
+    """Without the head over the vocabulary where every stage has a new one, which is narrow."""
+    parts = matrices_of(model)
+    return replace(parts, head=0) if has_new_heads(config) else parts
+
+
+def _freeze_flops(model: Architecture, tuning: FreezeTuning, attention: float, *, has_new_head: bool) -> float:
     """2N + F forward; backward 2N + 2F through what stands above the lowest trained layer, 2 N_trained for the weights.
 
     Gradual unfreezing makes gradients for all that is ever trained from the first step.
     """
-    parts = matrices_of(model)
-    reached = 1.0 - lowest_trained_layer(model, tuning) / model.num_hidden_layers
-    trained = count_freeze_parameters(model, tuning)
+    parts = replace(matrices_of(model), head=0) if has_new_head else matrices_of(model)
+    reached = 1.0 - lowest_trained_layer(model, tuning, has_new_head=has_new_head) / model.num_hidden_layers
+    trained = count_freeze_parameters(model, tuning, has_new_head=has_new_head)
     forward = 2.0 * parts.total + attention
     return forward + 2.0 * (parts.layers * reached + parts.head) + 2.0 * attention * reached + 2.0 * trained
 
@@ -86,4 +92,4 @@ def executed_flops_per_token(model: Architecture, config: RunConfig, *, length: 
 def forward_flops_per_token(model: Architecture, config: RunConfig, *, length: float) -> float:
     """FLOPs of one token that is only scored: 2N + F, and the adapter."""
     adapter = multiplied_per_token(model, config.tuning) if isinstance(config.tuning, ADAPTER_TUNINGS) else 0
-    return 2.0 * (matrices_of(model).total + adapter) + attention_flops(model, length=length)
+    return 2.0 * (_computed(model, config).total + adapter) + attention_flops(model, length=length)

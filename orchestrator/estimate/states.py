@@ -9,7 +9,7 @@ from orchestrator.architecture import count_parameters
 from orchestrator.architecture_families import linear_layers
 from orchestrator.config.adapters import ADAPTER_TUNINGS
 from orchestrator.config.model import Architecture, FreezeTuning, Nf4Quantization, ZeroSharding
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import RunConfig, has_new_heads
 from orchestrator.config.stages import TrainingStage
 from orchestrator.estimate.constants import (
     MOMENTS_8BIT_BYTES,
@@ -60,7 +60,7 @@ def trainable_parameters(model: Architecture, config: RunConfig) -> int:
     if isinstance(config.tuning, ADAPTER_TUNINGS):
         return count_adapter_parameters(model, config.tuning)
     if isinstance(config.tuning, FreezeTuning):
-        return count_freeze_parameters(model, config.tuning)
+        return count_freeze_parameters(model, config.tuning, has_new_head=has_new_heads(config))
     return count_parameters(model).total
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -52,7 +52,12 @@ def draw_search(report: dict[str, Any], path: Path) -> None:
             continue
         height = (trial["value"] - low) / ((high - low) or 1.0)
         width = 3 if trial["name"] == report["best"] else 1.3
-        axes.plot(range(len(keys) + 1), [*heights, height], color=to_hex(colour_map(height)), linewidth=width)
+        axes.plot(
+            range(len(keys) + 1),
+            [*heights, height],
+            color=to_hex(cast("tuple[float, float, float, float]", colour_map(height))),
+            linewidth=width,
+        )
     _draw_scales(axes, keys, [ticks for _, ticks in scales])
     axes.set_title("bold: the best; dotted: stopped as weak or failed", fontsize=9)
     figure.colorbar(ScalarMappable(Normalize(low, high), colour_map), ax=axes, label=report["metric"])

@@ -6,15 +6,18 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
 from orchestrator.cache import cache_folder
+from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
 from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.faults import told
-from orchestrator.errors import EXIT_DONE, EXIT_USER, OrchestratorError
+from orchestrator.errors import EXIT_DONE, EXIT_USER, DataError, OrchestratorError
 from orchestrator.rundir import read_json, write_json
+from orchestrator.training.classes import classes_of, targets_of
 from orchestrator.training.data.check import check_data
 from orchestrator.training.data.prepare import Prepared, ensure_prepared
 from orchestrator.training.data.report import print_report
@@ -49,11 +52,33 @@ def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Con
     batch = rows.batch([int(rows.lengths.argmin())])
     try:
         attention = attention_of(config, packed=rows.is_packed)
-        count = check_gradients(base_folder, batch, lambda model: apply_tuning(model, config), attention=attention)
+        task, outputs = _head_of(config, stage, prepared.train)
+        count = check_gradients(
+            base_folder,
+            batch,
+            lambda model: apply_tuning(model, config, task=task),
+            attention=attention,
+            outputs=outputs,
+        )
         console.print(f"gradients       all {count} trained tensors of a two-layer copy of the model get one")
     except OrchestratorError as error:
         problems += error.problems
     return problems
+
+
+def _head_of(config: RunConfig, stage: Stage, train: Path) -> tuple[Literal["CAUSAL_LM", "SEQ_CLS"], int | None]:
+    """PEFT's word for the task, and the outputs of a classifier's head. DataError where labels do not fit the problem."""
+    if not isinstance(stage, ClassifyStage):
+        return ("SEQ_CLS", 2) if isinstance(stage, SelfTrainingStage) else ("CAUSAL_LM", None)
+    rows = PreparedRows.open(train)
+    name = next(name for name, other in config.stages.items() if other is stage)
+    if rows.meta.kind != "class":
+        raise DataError(
+            f"stages.{name}.data: rows of format {rows.meta.format} have no classes; set data.train.format=classification"
+        )
+    classes = classes_of(stage, rows.meta, name=name)
+    targets_of(rows, classes)
+    return "SEQ_CLS", classes.outputs
 
 
 def prepare_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console) -> list[str]:

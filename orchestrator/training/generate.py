@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig
 from orchestrator.dataset.examples import Labelled
@@ -22,6 +23,7 @@ from orchestrator.dataset.sources import held_out_source, locate, settle_format,
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.rundir import RunFolder, read_json
 from orchestrator.training.artifact import open_artifact
+from orchestrator.training.classify_texts import classify_texts, held_out_texts
 from orchestrator.training.data.encode import Encoder, encode_prompt, make_encoder
 from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
 from orchestrator.training.model import load_model, quiet, weights_dtype
@@ -84,6 +86,16 @@ def _prompts(options: argparse.Namespace, config: RunConfig) -> Iterator[Prompt]
                 yield _chat(line.strip())
 
 
+def _texts(options: argparse.Namespace, config: RunConfig) -> Iterator[Labelled]:
+    """As `_prompts`, for a classifier."""
+    if options.prompt is not None:
+        yield Labelled(options.prompt, None)
+    elif options.examples:
+        yield from held_out_texts(config, options.stage, options.examples)
+    else:
+        yield from (Labelled(line.strip(), None) for line in sys.stdin if line.strip())
+
+
 def _chat(text: str) -> Prompt:
     messages: tuple[Message, ...] = ({"role": "user", "content": text},)
     return Prompt(messages=messages, tools=None, text="")
@@ -110,8 +122,8 @@ def _prompt_of(example: Example) -> Prompt:
             return Prompt(messages=None, tools=None, text=prompt)
         case Prompt() as prompt:
             return prompt
-        case Labelled(text=text):
-            return Prompt(messages=None, tools=None, text=text)
+        case Labelled():
+            raise ConfigError("rows with a label and no answer hold no prompt; take --prompt TEXT")
 
 
 def main() -> int:
@@ -136,6 +148,8 @@ def _run(options: argparse.Namespace) -> int:
     folder = RunFolder(options.run_file.parent).stage(options.stage)
     base_folder = Path(read_json(folder.result)["base"]["folder"])
     quiet()
+    if config.stages[options.stage].kind in CLASSIFIER_KINDS:
+        return classify_texts(config, folder, base_folder, _texts(options, config))
     runtime = start_single_runtime(config, autocast=config.model.dtype == "bfloat16")
     encoder = make_encoder(load_facts(base_folder), config.stages[options.stage].data)
     dtype = weights_dtype(config, uses_deepspeed=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from orchestrator.errors import ModelError, TrainingFailed
 from orchestrator.training.data.rows import Batch
@@ -17,14 +17,17 @@ LAYERS, HIDDEN, VOCABULARY = 2, 128, 1024
 SHOWN_NAMES = 8
 
 
-def check_gradients(base_folder: Path, batch: Batch, tune: Tune, *, attention: str = "sdpa") -> int:
+def check_gradients(
+    base_folder: Path, batch: Batch, tune: Tune, *, attention: str = "sdpa", outputs: int | None = None
+) -> int:
     """Number of trained tensors of the copy that got a gradient. Raises TrainingFailed where one got none.
 
-    The copy has the architecture, the names and the tuning of the real one, with two layers and narrow, random weights.
+    The copy has the architecture, the names and the tuning of the real one, with two layers and narrow, random weights;
+    with `outputs` it has a classifier's head of so many.
     """
-    model = tune(small_copy(base_folder, attention=attention))
+    model = tune(small_copy(base_folder, attention=attention, outputs=outputs))
     model.train()
-    names = missing_gradients(model, batch)
+    names = missing_gradients(model, batch, classifies=outputs is not None)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise TrainingFailed("the tuning trains no parameter of this model: look at tuning.target_modules")
@@ -39,13 +42,16 @@ def check_gradients(base_folder: Path, batch: Batch, tune: Tune, *, attention: s
     return len(trained)
 
 
-def missing_gradients(model: torch.nn.Module, batch: Batch) -> list[str]:
+def missing_gradients(model: torch.nn.Module, batch: Batch, *, classifies: bool = False) -> list[str]:
     """Names of the trained parameters without a finite gradient after one backward pass over the batch."""
     inputs = batch.model_inputs()
     inputs["input_ids"] = inputs["input_ids"] % VOCABULARY
-    logits = model(**inputs).logits
-    labels = (batch.labels_BT % VOCABULARY).where(batch.labels_BT >= 0, batch.labels_BT)
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+    if classifies:
+        loss = (model(input_ids=inputs["input_ids"][:1]).logits.float() ** 2).sum()
+    else:
+        logits = model(**inputs).logits
+        labels = (batch.labels_BT % VOCABULARY).where(batch.labels_BT >= 0, batch.labels_BT)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not loss.requires_grad:
         return [name for name, _ in trained]
@@ -53,19 +59,21 @@ def missing_gradients(model: torch.nn.Module, batch: Batch) -> list[str]:
     return [name for name, parameter in trained if parameter.grad is None or not bool(parameter.grad.isfinite().all())]
 
 
-def small_copy(base_folder: Path, *, attention: str) -> PreTrainedModel:
+def small_copy(base_folder: Path, *, attention: str, outputs: int | None = None) -> PreTrainedModel:
     """A model of the same class with two narrow layers. Raises ModelError where its configuration cannot be read."""
+    kind = AutoModelForCausalLM if outputs is None else AutoModelForSequenceClassification
+    head = {} if outputs is None else {"num_labels": outputs}
     try:
-        config = AutoConfig.from_pretrained(str(base_folder), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(base_folder), local_files_only=True, **head)
     except (OSError, ValueError) as error:
         raise ModelError(f"{base_folder} holds no configuration that transformers knows: {error}") from error
     narrow = narrowed(config)
     try:
-        model = AutoModelForCausalLM.from_config(narrow, attn_implementation=attention, dtype=torch.float32)
+        model = kind.from_config(narrow, attn_implementation=attention, dtype=torch.float32)
         _try(model)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError):
         config.num_hidden_layers = LAYERS  # an architecture whose widths depend on each other in a way not known here
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        model = kind.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return model
 
 

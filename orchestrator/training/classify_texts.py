@@ -1,0 +1,71 @@
+"""The classes that a trained classifier gives to texts: what `generate` does for a stage that makes a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from orchestrator.config.run import RunConfig
+from orchestrator.dataset.examples import Labelled
+from orchestrator.dataset.formats import parse_row
+from orchestrator.dataset.sources import held_out_source, locate, reading_of, settle_format, source_rows
+from orchestrator.errors import ConfigError
+from orchestrator.rundir import StageFolder
+from orchestrator.training.classes import Classes, read_classes
+from orchestrator.training.classifier import document_answers, open_classifier
+from orchestrator.training.data.labelled import encode_labelled
+from orchestrator.training.data.rows import batch_of
+from orchestrator.training.data.tokenizer import load_facts
+from orchestrator.training.model import weights_dtype
+from orchestrator.training.runtime import start_single_runtime
+
+SHOWN_CLASSES = 3
+
+
+def classify_texts(config: RunConfig, folder: StageFolder, base_folder: Path, texts: Iterable[Labelled]) -> int:
+    """Prints a line for each text: its likeliest classes with their probabilities, or its number."""
+    runtime = start_single_runtime(config, autocast=config.model.dtype == "bfloat16")
+    dtype = weights_dtype(config, uses_deepspeed=False)
+    loaded = open_classifier(folder.artifact, config, base_folder=base_folder, weights_dtype=dtype, packed=False)
+    model = loaded.to(runtime.device).eval()
+    classes, facts = read_classes(folder.artifact), load_facts(base_folder)
+    max_length = config.stages[folder.root.name].data.max_length
+    count = 0
+    for text in texts:
+        count += 1
+        ids, _ = encode_labelled(text, facts, max_length)
+        batch = batch_of([(np.array(ids), np.zeros(len(ids), dtype=np.bool_))], [0], pad_id=facts.pad_id)
+        with torch.no_grad():
+            logits_DC, _ = document_answers(runtime, model, batch.to(runtime.device))
+        print(f"{told(logits_DC[0].cpu(), classes)}  {text.text}{' | ' + text.pair if text.pair else ''}")
+    if not count:
+        raise ConfigError("no text: give --prompt TEXT, or one text a line on standard input")
+    return 0
+
+
+def told(logits_C: torch.Tensor, classes: Classes) -> str:
+    """`stop 0.93, fault 0.04, ...` of one text."""
+    if classes.problem == "regression":
+        return f"{float(logits_C[0]):.4f}"
+    chances_C = logits_C.softmax(0) if classes.problem == "single_label" else logits_C.sigmoid()
+    best = chances_C.argsort(descending=True)[:SHOWN_CLASSES].tolist()
+    return ", ".join(f"{classes.names[number]} {float(chances_C[number]):.2f}" for number in best)
+
+
+def held_out_texts(config: RunConfig, stage: str, count: int) -> Iterator[Labelled]:
+    """The first texts of the stage's held-out file."""
+    source = held_out_source(config.stages[stage].data)
+    files = None if source is None else locate(source, field="data.eval")
+    if source is None or files is None:
+        raise ConfigError(
+            "--examples needs a held-out file on this machine (stages.S.data.eval.path); take --prompt TEXT"
+        )
+    reading = reading_of(source, settle_format(source, files, field="data.eval"))
+    for _, _, row in islice(source_rows(files), count):
+        (document,) = parse_row(row, reading.format, reading.columns).documents
+        assert isinstance(document, Labelled)
+        yield document
