@@ -24,6 +24,7 @@ from orchestrator.ingredients import Elsewhere, members_elsewhere, read_member, 
 from orchestrator.pipeline import inputs_of, stage_digest
 from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
 from orchestrator.stages import STAGES
+from orchestrator.training.imports import leave_out_unused
 from orchestrator.training.stop import StopRequest, job_deadline
 
 PREPARE_POLL_SECONDS = 0.05
@@ -67,6 +68,7 @@ def _run_stage(config: RunConfig, name: str, run_file: Path, *, attempt: int, st
     inputs = _inputs(config, name, folder, attempt)
     content: dict[str, str] = inputs["content"]
     check_artifacts(config, name, {**artifacts, **elsewhere}, content=content)
+    leave_out_unused(config, Path(inputs["base_folder"]))
     module = importlib.import_module(STAGES[stage.kind])
     from orchestrator.training.context import Context
     from orchestrator.training.model import quiet

@@ -23,6 +23,7 @@ from orchestrator.training.classifier import open_classifier
 from orchestrator.training.classifying import labelled_objective
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.evaluation import evaluate
+from orchestrator.training.imports import leave_out_unused
 from orchestrator.training.model import quiet, weights_dtype
 from orchestrator.training.objectives import proof_objective
 from orchestrator.training.runtime import start_single_runtime
@@ -88,6 +89,7 @@ def main() -> int:
     folder = RunFolder(options.run_file.parent).stage(options.stage)
     config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False).for_stage(options.stage)
     expected = read_json(folder.proof)
+    leave_out_unused(config, Path(expected["base_folder"]))
     try:
         write_json(folder.proof, {**expected, "reopened_loss": prove(config, config.stages[options.stage], folder)})
     except OrchestratorError as error:

@@ -1,0 +1,28 @@
+"""Keeps out of a process what its run does not need. Must be asked before transformers and PEFT are imported."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from orchestrator.config.model import Nf4Quantization
+from orchestrator.config.run import RunConfig, training_stages
+
+BITSANDBYTES = "bitsandbytes"
+
+
+def leave_out_unused(config: RunConfig, base_folder: Path) -> None:
+    """Makes bitsandbytes look as if it were not installed where nothing of the run uses it: PEFT imports it whenever it can, which
+    costs a fifth of a process's start (it compiles its kernels' wrappers with torch's inductor).
+
+    None in `sys.modules` is Python's own way to say that a module is not there.
+    """
+    if not needs_bitsandbytes(config, base_folder):
+        sys.modules.setdefault(BITSANDBYTES, None)  # type: ignore[arg-type]
+
+
+def needs_bitsandbytes(config: RunConfig, base_folder: Path) -> bool:
+    """Whether weights are held in 4 bits, come quantised, or an optimizer keeps its states in 8 bits or in pages."""
+    comes_quantised = "quantization_config" in (base_folder / "config.json").read_text(encoding="utf-8")
+    names = {stage.optimizer.name for stage in training_stages(config).values()}
+    return comes_quantised or isinstance(config.quantization, Nf4Quantization) or bool(names - {"adamw"})
