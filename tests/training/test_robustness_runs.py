@@ -97,7 +97,7 @@ def _greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return ids_1T[0, len(prompt) :].tolist()
 
 
-def test_a_later_run_is_done_already_until_a_set_changes(bench: Bench, lpft: Done) -> None:
+def test_a_resumed_run_has_nothing_left_to_do_and_generates(bench: Bench, lpft: Done) -> None:
     words = [str(lpft.folder.root)]
     again = bench.run("lpft", words=words, verb="resume")
     assert again.code == 0 and again.out.count("done already") == 4, again.told
