@@ -38,7 +38,7 @@ def answer_words(bench: Bench, name: str, *stages: str) -> list[str]:
         if is_trained:
             words += [f"stages.{stage}.data.eval.path=none", f"stages.{stage}.epochs=null"]
             words += [f"stages.{stage}.optimizer.lr=1e-2", f"stages.{stage}.checkpoint.rehearse=false"]
-        elif stage != "merge":
+        else:
             words.append(f"stages.{stage}.sets={{outside: {{path: {bench.root}/outside.jsonl, shift: true}}}}")
     return words
 

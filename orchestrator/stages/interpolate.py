@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from orchestrator.config.ends import InterpolateStage
 from orchestrator.rundir import write_json
 from orchestrator.training.blending import open_blend
-from orchestrator.training.choosing import Scores, choose_blend, inner_best
+from orchestrator.training.choosing import Chosen, Scores, choose_blend, inner_best
 from orchestrator.training.context import Context, Record, Start
 from orchestrator.training.curves import draw_curves
 from orchestrator.training.finish_blend import Share, finish_blend
@@ -31,29 +32,37 @@ def run(context: Context) -> int:
     scores = _scores_of_grid(context, runtime, scorer, record)
     chosen = choose_blend(stage, scores, shifts)
     alpha = stage.alphas[chosen.number]
+    _tell(context, record, scores, shifts=shifts, chosen=chosen)
+    summary = {
+        "alpha": alpha,
+        "why": chosen.why,
+        "scores": _plain(scores[chosen.number]),
+        "curves": str(context.folder.curves),
+        "seconds": time.time() - started,
+    }
+    weights = _weights(context, alpha)
+    shares = [Share(ingredient=one, weight=w) for one, w in zip(_ingredients(context), weights, strict=True)]
+    return finish_blend(context, runtime, record, shares, summary=summary)
+
+
+def _tell(
+    context: Context, record: Record, scores: Sequence[Scores], *, shifts: Mapping[str, bool], chosen: Chosen
+) -> None:
+    """Table, curves in words, the choice; curves.json and its picture."""
+    stage = cast("InterpolateStage", context.stage)
+    alpha = stage.alphas[chosen.number]
     columns = {f"a={a:g}": one for a, one in zip(stage.alphas, scores, strict=True)}
     for line in [*score_table(columns, shifts), *_told_curves(stage, scores, shifts)]:
         record.say(line)
     record.say(f"chosen: a={alpha:g}, {chosen.why}")
-    curves = {
-        "alphas": list(stage.alphas),
-        "shift": shifts,
-        "scores": [{name: one.to_json() for name, one in by_set.items()} for by_set in scores],
-        "chosen": alpha,
-        "why": chosen.why,
-    }
-    write_json(context.folder.curves, curves)
+    told = {"alphas": list(stage.alphas), "shift": dict(shifts), "scores": [_plain(one) for one in scores]}
+    write_json(context.folder.curves, {**told, "chosen": alpha, "why": chosen.why})
     plot = context.folder.curves.with_suffix(".png")
     record.say(draw_curves(plot, stage.alphas, scores, shifts=shifts, chosen=alpha))
-    summary = {
-        "alpha": alpha,
-        "why": chosen.why,
-        "scores": curves["scores"][chosen.number],
-        "curves": str(context.folder.curves),
-    }
-    weights = _weights(context, alpha)
-    shares = [Share(ingredient=one, weight=w) for one, w in zip(_ingredients(context), weights, strict=True)]
-    return finish_blend(context, runtime, record, shares, summary={**summary, "seconds": time.time() - started})
+
+
+def _plain(scores: Scores) -> dict[str, dict[str, float | int | None]]:
+    return {name: one.to_json() for name, one in scores.items()}
 
 
 def _scores_of_grid(context: Context, runtime: Runtime, scorer: Scorer, record: Record) -> list[Scores]:
@@ -81,7 +90,7 @@ def _weights(context: Context, alpha: float) -> list[float]:
     return [1.0 - alpha, alpha] if context.beside else [alpha]
 
 
-def _told_curves(stage: InterpolateStage, scores: list[Scores], shifts: dict[str, bool]) -> list[str]:
+def _told_curves(stage: InterpolateStage, scores: Sequence[Scores], shifts: Mapping[str, bool]) -> list[str]:
     """For each set with accuracy, where its curve is highest."""
     lines: list[str] = []
     for name, is_shift in shifts.items():

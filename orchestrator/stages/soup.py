@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from orchestrator.config.ends import SoupStage
+from orchestrator.config.run import STAGE_PREFIX
 from orchestrator.rundir import write_json
 from orchestrator.training.blending import Blend, open_blend
 from orchestrator.training.choosing import Scores, greedy_members
@@ -52,8 +54,9 @@ def run(context: Context) -> int:
 
 
 def ingredients_of(context: Context) -> list[Start]:
-    """The artifact that the stage starts from, where there is one, and its members."""
-    return [*([] if context.start is None else [context.start]), *context.beside]
+    """The artifact that the stage starts from, where there is one, and its members; each named as `members` would name it."""
+    found = [*([] if context.start is None else [context.start]), *context.beside]
+    return [one if one.stage.startswith("/") else replace(one, stage=STAGE_PREFIX + one.stage) for one in found]
 
 
 def _cooked(
