@@ -1,6 +1,6 @@
 """The luck of seeds, measured: 3 x 3 short runs of LoRA on SmolLM2-135M, and what stopping early would have kept.
 
-Run: python benchmarks/seeds.py ROWS.jsonl FOLDER [STEPS]; 20 steps by default. The same command goes on where it was stopped.
+Run: python benchmarks/seeds.py ROWS.jsonl FOLDER [STEPS [WORDS ...]]; 20 steps by default. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main() -> int:
         f"stages.sft.data.eval.max_rows={HELD_OUT}",
         "tracking=none",
         "launcher=local",
+        *sys.argv[4:],
     ]
     code = subprocess.run([sys.executable, "-m", "orchestrator", *words], check=False).returncode
     if code == 0:

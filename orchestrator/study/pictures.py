@@ -7,13 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize, to_hex
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 110
@@ -43,21 +43,16 @@ def draw_search(report: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     results = [trial["value"] for trial in report["trials"] if trial["value"] is not None]
     low, high = min(results), max(results)
-    colour_map: Colormap = colormaps[COLOURS if report["mode"] == "min" else COLOURS.removesuffix("_r")]
+    colour_map: Any = colormaps[COLOURS if report["mode"] == "min" else COLOURS.removesuffix("_r")]
     scales = [_scale(axis) for axis in axis_of.values()]
     for trial in sorted(report["trials"], key=lambda trial: trial["value"] is not None):
-        heights = [float(place(trial["values"][key])) for key, (place, _) in zip(keys, scales, strict=True)]
+        heights = [place(trial["values"][key]) for key, (place, _) in zip(keys, scales, strict=True)]
         if trial["value"] is None:
             axes.plot(range(len(keys)), heights, color="0.7", linestyle=":", linewidth=1)
             continue
         height = (trial["value"] - low) / ((high - low) or 1.0)
         width = 3 if trial["name"] == report["best"] else 1.3
-        axes.plot(
-            range(len(keys) + 1),
-            [*heights, height],
-            color=to_hex(cast("tuple[float, float, float, float]", colour_map(height))),
-            linewidth=width,
-        )
+        axes.plot(range(len(keys) + 1), [*heights, height], color=colour_map(height), linewidth=width)
     _draw_scales(axes, keys, [ticks for _, ticks in scales])
     axes.set_title("bold: the best; dotted: stopped as weak or failed", fontsize=9)
     figure.colorbar(ScalarMappable(Normalize(low, high), colour_map), ax=axes, label=report["metric"])

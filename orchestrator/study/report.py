@@ -149,9 +149,9 @@ def _tell_luck(console: Console, report: dict[str, Any]) -> None:
             curve.add_column(str(n), justify="right")
         curve.add_row(*(_number(value) for value in report["expected_best"]))
         console.print(curve)
-    if report["variance"]:
-        console.print("")
-        console.print(_variance_table(report))
+    console.print("")
+    is_whole = bool(report["variance"])
+    console.print(_variance_table(report) if is_whole else "variance by source: it needs a result of every trial")
 
 
 def _variance_table(report: dict[str, Any]) -> Table:

@@ -20,7 +20,17 @@ from orchestrator.metrics.jsonl import Tail, number_of, step_of
 from orchestrator.study.seeds import PlanRun, as_resolved, plan_trials
 from orchestrator.study.space import Axis, Choices, axis_of, first_words, samples, split_space, text_of, words_of
 from orchestrator.study.statistics import best_first
-from orchestrator.study.trials import Standing, StudyFolder, Trial, as_trial, freeze_study, standing_of, studied_stage
+from orchestrator.study.trials import (
+    Standing,
+    StudyFolder,
+    Trial,
+    WrongMetric,
+    as_trial,
+    freeze_study,
+    metric_watch,
+    standing_of,
+    studied_stage,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -66,8 +76,8 @@ def trial_name(name: str, number: int) -> str:
     return f"{name}-trial_{number}"
 
 
-def run_search(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> tuple[int, StudyFolder]:
-    """Runs the trials that are left; the exit code, and the folder that a report can be made of."""
+def run_search(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
+    """Runs the trials that are left; the exit code."""
     study = config.study
     assert isinstance(study, SearchStudy)
     if find_spec("optuna") is None:
@@ -84,8 +94,7 @@ def run_search(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> tu
         folder=folder,
         plan_run=plan_run,
     )
-    code = run_trials(open_study(folder, study), axes, study, partial(_run_trial, search))
-    return code, folder
+    return run_trials(open_study(folder, study), axes, study, partial(_run_trial, search))
 
 
 def run_trials(opened: optuna.Study, axes: Sequence[Axis], settings: SearchStudy, evaluate: Evaluate) -> int:
@@ -202,7 +211,12 @@ def _run_trial(search: Search, number: int, values: Mapping[str, str], report: R
     judge = partial(_judge, search, Tail(folder.stage(search.stage).metrics), report, weak_at)
     try:
         config, planned = search.plan_run([*search.words, *trial.words])
-        code = EXIT_SAVED if judge(search.stage) else execute(as_trial(config), planned, watch=judge)
+        check = metric_watch(config)
+        code = EXIT_SAVED
+        if not judge(search.stage):
+            code = execute(as_trial(config), planned, watch=lambda stage: check(stage) or judge(stage))
+    except WrongMetric:
+        raise
     except OrchestratorError as error:
         return Outcome(state="failed", why="; ".join(error.problems))
     judge(search.stage)

@@ -14,7 +14,16 @@ from orchestrator.errors import EXIT_DONE, EXIT_SAVED, ConfigError, LaunchFailed
 from orchestrator.execution import execute, execute_all
 from orchestrator.plan import Plan
 from orchestrator.study.statistics import best_first
-from orchestrator.study.trials import Standing, StudyFolder, Trial, as_trial, freeze_study, standing_of, studied_stage
+from orchestrator.study.trials import (
+    Standing,
+    StudyFolder,
+    Trial,
+    as_trial,
+    freeze_study,
+    metric_watch,
+    standing_of,
+    studied_stage,
+)
 
 PlanRun = Callable[[Sequence[str]], tuple[RunConfig, Plan]]
 """Configuration and plan of words; ConfigError with every problem."""
@@ -76,27 +85,36 @@ def judge(values: Mapping[str, float], *, step: int, keep: int, mode: str) -> Ju
     return Judged(step=step, kept=tuple(order[:keep]), weak=tuple(order[keep:]))
 
 
-def run_seeds(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> tuple[int, StudyFolder]:
-    """Runs what is left of every trial; the exit code, and the folder that a report can be made of."""
+def run_seeds(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
+    """Runs what is left of every trial; the exit code."""
     grid = _grid(words, config, plan_run)
+    if config.launcher.kind == "slurm":
+        return execute_all([(as_trial(run), planned) for run, planned in grid.runs.values()])
     if grid.step is None:
-        return execute_all([(as_trial(run), planned) for run, planned in grid.runs.values()]), grid.folder
+        return _run_each(grid, tuple(grid.runs))
     codes: dict[str, int] = {}
     for name in grid.runs:
         code = _to_the_judgement(grid, name)
         if code == EXIT_SAVED:
-            return EXIT_SAVED, grid.folder
+            return EXIT_SAVED
         codes |= {name: code} if code != EXIT_DONE else {}
     judged = judgement(grid.study, {name: grid.standing(name) for name in grid.runs}, step=grid.step)
     print(
         f"judged at step {judged.step}: {', '.join(judged.kept)} go on; stopped as weak: {', '.join(judged.weak) or 'none'}"
     )
-    for name in judged.kept:
+    code = _run_each(grid, judged.kept)
+    return next(iter(codes.values()), code) if code != EXIT_SAVED else code
+
+
+def _run_each(grid: Grid, names: Sequence[str]) -> int:
+    """Trains trials to their ends; one that fails does not keep the others from running, one that is interrupted does."""
+    failure = EXIT_DONE
+    for name in names:
         code = _run(grid, name, pause_at_step=None)
         if code == EXIT_SAVED:
-            return EXIT_SAVED, grid.folder
-        codes |= {name: code} if code != EXIT_DONE else {}
-    return next(iter(codes.values()), EXIT_DONE), grid.folder
+            return code
+        failure = failure or code
+    return failure
 
 
 def judgement(study: SeedsStudy, standings: Mapping[str, Standing], *, step: int) -> Judged:
@@ -164,7 +182,7 @@ def _run(grid: Grid, name: str, *, pause_at_step: int | None) -> int:
     place = list(grid.runs).index(name) + 1
     print(f"trial {place} of {len(grid.runs)}: {name}", flush=True)
     try:
-        return execute(as_trial(config, pause_at_step=pause_at_step), planned)
+        return execute(as_trial(config, pause_at_step=pause_at_step), planned, watch=metric_watch(config))
     except LaunchFailed as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return error.exit_code

@@ -11,23 +11,35 @@ from orchestrator.plan import Plan
 from orchestrator.study.report import write_report
 from orchestrator.study.seeds import PlanRun, run_seeds
 from orchestrator.study.space import split_space
-from orchestrator.study.trials import StudyFolder, study_folder
+from orchestrator.study.trials import study_folder
 from orchestrator.sweep import is_sweep
 
 
 def run_study(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
     """Runs what is left of the study, and reports what there is; the exit code."""
-    if isinstance(config.study, SeedsStudy):
-        if is_sweep(words):
-            raise ConfigError("study=seeds makes its own runs; leave out -m, and run it once for each other value")
-        code, folder = run_seeds(words, config, plan_run)
-    else:
-        from orchestrator.study.search import run_search
-
-        code, folder = run_search(words, config, plan_run)
+    if isinstance(config.study, SeedsStudy) and is_sweep(words):
+        raise ConfigError("study=seeds makes its own runs; leave out -m, and run it once for each other value")
+    folder = study_folder(config)
+    try:
+        code = _run(words, config, plan_run)
+    except KeyboardInterrupt:  # between two trials, or before a trial's display was there; its job has been ended
+        if not folder.record.exists():
+            raise
+        code = EXIT_SAVED
     print(write_report(folder))
-    _tell_rest(folder, config, code)
+    if config.launcher.kind == "slurm":
+        print(f"when the jobs have ended: python -m orchestrator report {folder.root}")
+    elif code == EXIT_SAVED:
+        print("the same command goes on with the study from here")
     return code
+
+
+def _run(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
+    if isinstance(config.study, SeedsStudy):
+        return run_seeds(words, config, plan_run)
+    from orchestrator.study.search import run_search
+
+    return run_search(words, config, plan_run)
 
 
 def space_problems(words: Sequence[str]) -> list[str]:
@@ -62,10 +74,3 @@ def outlook(config: RunConfig, planned: Plan) -> list[str]:
     early = study.stopping if isinstance(study, SeedsStudy) else study.pruning
     less = "" if early is None else ", less what weak trials are spared"
     return [f"study {study.kind}: {trials} such runs ({how}){time}{less}; report in {study_folder(config).root}"]
-
-
-def _tell_rest(folder: StudyFolder, config: RunConfig, code: int) -> None:
-    if config.launcher.kind == "slurm":
-        print(f"when the jobs have ended: python -m orchestrator report {folder.root}")
-    elif code == EXIT_SAVED:
-        print("the same command goes on with the study from here")

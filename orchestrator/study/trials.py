@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from orchestrator.config.stages import TrainingStage
 from orchestrator.config.study import NoStudy, SearchStudy, SeedsStudy, judged_stage
 from orchestrator.errors import ConfigError
 from orchestrator.freezing import check_writable, refuse_differences
-from orchestrator.metrics.jsonl import number_of, read_rows, step_of
+from orchestrator.metrics.jsonl import Row, Tail, number_of, read_rows, step_of
 from orchestrator.resume import may_differ
 from orchestrator.rundir import RunFolder, read_json, write_json
 
 MAY_GROW = frozenset({"study.num_trials", "study.max_failures", "study.weights", "study.data"})
+BESIDE_METRICS = ("eval_seconds", "eval_trained_tokens")
 
 
 @dataclass(frozen=True)
@@ -115,22 +116,50 @@ def as_trial(config: RunConfig, *, pause_at_step: int | None = None) -> RunConfi
 
 
 def standing_of(folder: RunFolder, stage: str, metric: str) -> Standing:
-    """What the files of a trial tell; ConfigError where its evaluations have no such metric."""
+    """What the files of a trial tell."""
     files = folder.stage(stage)
     rows = [row for row in read_rows(files.metrics) if "step" in row]  # a replayed step comes to the same values
     found = {step_of(row): number_of(row, metric) for row in rows if "eval_loss" in row}
-    if found and all(value is None for value in found.values()):
-        there = sorted({key for row in rows for key in row if key.startswith("eval_") and key != "eval_seconds"})
-        raise ConfigError(f"study.metric: {metric} is no result of {stage}'s evaluation; there are {', '.join(there)}")
     values = {step: value for step, value in found.items() if value is not None and step}
     steps = max((step_of(row) for row in rows if "loss" in row), default=0)
     if files.result.exists():
         result: dict[str, Any] = read_json(files.result)
-        value = values[result["best_step"] or result["steps"]]
-        return Standing(state="finished", why="", steps=result["steps"], value=value, values=values)
+        made_at: int = result["best_step"] or result["steps"]
+        made = next((value for step, value in values.items() if step == made_at), None)
+        return Standing(state="finished", why="", steps=result["steps"], value=made, values=values)
     attempts = read_attempts(files) if files.attempts.is_dir() else []
     state, why = (attempts[-1].state, attempts[-1].why) if attempts else ("not ended", "")
     return Standing(state=state, why=why, steps=steps, value=None, values=values)
+
+
+class WrongMetric(ConfigError):
+    """The evaluations do not write what the study asks for: no trial can be judged."""
+
+
+def metric_watch(config: RunConfig) -> Callable[[str], bool]:
+    """Asks for no stop; WrongMetric after the first evaluation of the judged stage where that has no such metric."""
+    study, judged = studied(config), studied_stage(config)
+    tail = Tail(run_of(config).stage(judged).metrics)
+    looked: list[bool] = []
+
+    def watch(stage: str) -> bool:
+        for row in tail.poll() if stage == judged and not looked else []:
+            if "eval_loss" in row:
+                looked.append(True)
+                if study.metric not in row:
+                    raise WrongMetric(_no_metric(study.metric, judged, row))
+        return False
+
+    return watch
+
+
+def run_of(config: RunConfig) -> RunFolder:
+    return RunFolder(Path(config.output_dir) / config.name)
+
+
+def _no_metric(metric: str, stage: str, row: Row) -> str:
+    there = ", ".join(key for key in row if key.startswith("eval_") and key not in BESIDE_METRICS)
+    return f"study.metric: {metric} is no result of {stage}'s evaluation; there are {there}"
 
 
 def finite(value: float | None) -> float | None:
@@ -154,6 +183,8 @@ def freeze_study(config: RunConfig, more: Mapping[str, JsonValue]) -> StudyFolde
     if folder.record.exists():
         old: dict[str, Any] = read_json(folder.record)
         allowed = (may_differ(config) - {"study", f"stages.{stage}.evaluate_every_steps"}) | MAY_GROW
+        if isinstance(config.study, SeedsStudy) and config.study.stopping is None:  # they decide nothing but the report
+            allowed |= {"study.metric", "study.mode", f"stages.{stage}.evaluate_every_steps"}
         refuse_differences(_asked(old), _asked(record), may_differ=allowed, folder=folder.root)
     write_json(folder.record, record)
     return folder

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from running import Bench, make_bench
 
+from orchestrator.compose import compose
 from orchestrator.metrics.jsonl import number_of, read_rows, step_of
 from orchestrator.rundir import RunFolder, StageFolder, read_json
 from orchestrator.study.statistics import expected_best
+from orchestrator.study.trials import WrongMetric, metric_watch
 
 SEEDS = (
     "study=seeds",
@@ -28,10 +30,14 @@ SEARCH = (
     "-m",
     "study=optuna",
     "study.num_trials=3",
-    "stages.sft.optimizer.lr=tag(log, interval(1e-4,1e-2))",
+    "stages.sft.optimizer.lr=tag(log, interval(1e-5,1e-3))",
     "tuning.rank=4,8",
+    "study.pruning={startup_trials: 1, after_step: 0}",
+    "stages.sft.evaluate_every_steps=10",
+    "stages.sft.max_steps=100",
     "launcher=local",
 )
+"""The second rate that the sampler draws is lower than the first, and behind it from the start."""
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +49,24 @@ def report_of(bench: Bench, name: str) -> dict[str, Any]:
     return read_json(bench.runs / f"{name}-study" / "report.json")
 
 
-def evaluations(files: StageFolder) -> dict[int, float | None]:
-    return {step_of(row): number_of(row, "eval_loss") for row in read_rows(files.metrics) if "eval_loss" in row}
+def evaluations(files: StageFolder) -> dict[int, float]:
+    rows = [row for row in read_rows(files.metrics) if "eval_loss" in row]
+    return {step_of(row): number_of(row, "eval_loss") or 0.0 for row in rows}
+
+
+def test_a_metric_that_no_evaluation_writes_ends_the_first_trial_at_once(tmp_path: Path) -> None:
+    config = compose(["+experiment=llama_lora", "study=seeds", "study.metric=eval_acuracy", f"output_dir={tmp_path}"])
+    watch = metric_watch(config)
+    files = RunFolder(tmp_path / config.name).stage("sft")
+    files.root.mkdir(parents=True)
+    assert watch("sft") is False, "no evaluation yet"
+    row = {"step": 0, "eval_seconds": 0.1, "eval_trained_tokens": 9, "eval_loss": 1.5, "eval_accuracy": 0.5}
+    files.metrics.write_text(json.dumps(row) + "\n")
+    assert watch("dpo") is False, "another stage"
+    with pytest.raises(
+        WrongMetric, match=r"eval_acuracy is no result of sft's evaluation; there are eval_loss, eval_accuracy$"
+    ):
+        watch("sft")
 
 
 def test_weak_seeds_stop_and_the_best_ends_as_if_it_had_never_paused(bench: Bench) -> None:
@@ -97,20 +119,26 @@ def test_a_search_goes_on_after_an_interrupt_and_its_results_are_those_of_its_ru
     done = bench.run("hunt", *SEARCH)
     assert done.code == 0, done.told
     report = report_of(bench, "hunt")
-    results = {}
-    for trial in report["trials"]:
+    assert [trial["state"] for trial in report["trials"][:2]] == ["finished", "stopped as weak"]
+    curves = [evaluations(RunFolder(bench.runs / trial["name"]).stage("sft")) for trial in report["trials"]]
+    for trial, curve in zip(report["trials"], curves, strict=True):
         run = RunFolder(bench.runs / trial["name"])
-        config, result = read_json(run.run)["config"], read_json(run.stage("sft").result)
+        config = read_json(run.run)["config"]
         assert config["stages"]["sft"]["optimizer"]["lr"] == float(trial["values"]["stages.sft.optimizer.lr"])
         assert config["tuning"]["rank"] == int(trial["values"]["tuning.rank"])
-        assert config["study"] == {"kind": "none"} and trial["value"] == result["eval_loss_after"]
-        results[trial["name"]] = trial["value"]
-    assert len(set(results.values())) == 3 and report["best"] == min(results, key=results.__getitem__)
-    assert len(list((bench.runs / "hunt-trial_1" / "sft" / "attempts").glob("?.json"))) == 2, "it was resumed"
+        assert config["study"] == {"kind": "none"}
+        if trial["state"] == "finished":
+            assert trial["value"] == read_json(run.stage("sft").result)["eval_loss_after"]
+            continue
+        assert trial["why"] == "worse than the median at step 10" and 10 <= trial["steps"] < 100, trial
+        assert curve[10] > curves[0][10] and trial["value"] is None and not run.stage("sft").result.exists()
+    results = {trial["name"]: trial["value"] for trial in report["trials"] if trial["value"] is not None}
+    assert report["best"] == min(results, key=results.__getitem__)
+    assert len(list((bench.runs / "hunt-trial_1" / "sft" / "attempts").glob("?.json"))) == 2, "it was taken up again"
     assert (bench.runs / "hunt-study" / "report.png").read_bytes().startswith(b"\x89PNG")
     told = bench.run("hunt", verb="report", words=[str(bench.runs / "hunt-study")])
     assert told.code == 0 and f"the best is {report['best']}" in told.out
-    assert json.loads((bench.runs / "hunt-study" / "report.json").read_text()) == report
+    assert report_of(bench, "hunt") == report
 
     other = bench.run("hunt", *SEARCH, "tuning.alpha=4,8")
     assert other.code == 2 and "space" in other.error, other.told
