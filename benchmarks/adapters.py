@@ -3,7 +3,7 @@
     python benchmarks/adapters.py table [METHOD ...]       some 40 minutes on one core: the table of docs/adapters.md
     python benchmarks/adapters.py arc FOLDER [STEPS ROWS]  some 25 minutes on one core: ARC-easy from FOLDER/arc-easy_{train,test}.jsonl
 
-A cell is eight steps on a tiny model at two gloo ranks, the same again from the checkpoint of step 4, and the same in one process. A
+A cell is four steps on a tiny model at two gloo ranks, the same again from the checkpoint of step 2, and the same in one process. A
 method's last column is the whole command with its proof, under the last sharding that it works with.
 """
 
@@ -55,6 +55,8 @@ METHODS = {
 }
 SHARDINGS = ("none", "zero1", "zero2", "zero3")
 QUANTIZATIONS = ("none", "nf4")
+CUT = 2
+"""The step whose checkpoint the second run begins with."""
 
 
 def main() -> int:
@@ -67,83 +69,93 @@ def main() -> int:
 
 
 def table(methods: list[str]) -> int:
-    """Prints a row for each method and quantization; 1 where a cell did not do what it must."""
-    from cells import make_place
+    """Prints a row for each method and quantization; 1 where a cell did not do what it must.
 
-    wrong = 0
-    print(f"| method | base | {' | '.join(SHARDINGS)} | the command |\n|---|---|{'---|' * 5}", flush=True)
+    All cells of a kind run in one set of ranks, one after the other: importing takes longer than a cell.
+    """
+    from cells import Cell, make_place, train
+
     with tempfile.TemporaryDirectory() as folder:
         place = make_place(Path(folder))
-        for method in methods:
-            for quantization in QUANTIZATIONS:
-                cells, whole = _row(place, method, quantization)
-                wrong += sum("WRONG" in cell for cell in (*cells, whole))
-                print(f"| {method} | {quantization} | {' | '.join(cells)} | {whole} |", flush=True)
+        rows = [(method, quantization) for quantization in QUANTIZATIONS for method in methods]
+        cells = {(*row, sharding): _made(place, *row, sharding) for row in rows for sharding in SHARDINGS}
+        named = [name for name in cells.values() if name is not None]
+        train(place, [Cell(run=str(place.run(name))) for name in named], ranks=2)
+        again = [Cell(run=str(place.branch(name, f"{name}-again", step=CUT)), attempt=2) for name in named]
+        train(place, again, ranks=2)
+        alone = [
+            str(_make(place, method, quantization, "none", ranks=1))
+            for method, quantization in rows
+            if cells[method, quantization, "none"]
+        ]
+        train(place, [Cell(run=run) for run in alone], ranks=1)
+        return _print_table(place, rows, cells)
+
+
+def _print_table(place: Any, rows: list[tuple[str, str]], cells: dict[tuple[str, str, str], str | None]) -> int:
+    wrong = 0
+    print(
+        f"| method | base | {' | '.join(SHARDINGS)} | the command |\n|---|---|{'---|' * (len(SHARDINGS) + 1)}",
+        flush=True,
+    )
+    for row in rows:
+        open_ones = [sharding for sharding in SHARDINGS if cells[*row, sharding]]
+        told = [_cell(place, row, cells[*row, sharding]) for sharding in SHARDINGS]
+        told.append(_whole_command(place, row, open_ones[-1]) if open_ones else "-")
+        wrong += sum("WRONG" in cell for cell in told)
+        print(f"| {' | '.join([*row, *told])} |", flush=True)
     return 1 if wrong else 0
 
 
-def _row(place: Any, method: str, quantization: str) -> tuple[list[str], str]:
-    from cells import Cell, train
-
-    words = (*METHODS[method], f"quantization={quantization}", "stages.sft.optimizer.lr=5e-3")
-    key = f"{method.replace(', ', '-').replace('+', 'p')}-{quantization}"
-    names = {sharding: f"{key}-{sharding}" for sharding in SHARDINGS}
-    told = {sharding: _refusal(place, name, (*words, f"sharding={sharding}")) for sharding, name in names.items()}
-    open_ones = [sharding for sharding in SHARDINGS if told[sharding] is None]
-    if not open_ones:
-        return ["refused" for _ in SHARDINGS], "-"
-    straight = [Cell(run=str(place.run(names[sharding]))) for sharding in open_ones]
-    again = [(names[sharding], f"{names[sharding]}-again") for sharding in open_ones]
-    try:
-        train(place, straight, ranks=2)
-        branches = [Cell(run=str(place.branch(name, other, step=4)), attempt=2) for name, other in again]
-        train(place, branches, ranks=2)
-        alone = f"{key}-alone"
-        place.make(alone, *words, "sharding=none", ranks=1)
-        train(place, [Cell(run=str(place.run(alone)))], ranks=1)
-    except AssertionError as error:
-        faults = [line for line in str(error).splitlines() if "Error" in line]
-        return [f"WRONG {' '.join(faults[:2])}"] * len(SHARDINGS), "-"
-    cells = ["refused" if told[s] is not None else _cell(place, names[s], alone) for s in SHARDINGS]
-    return cells, _whole_command(place, key, (*words, f"sharding={open_ones[-1]}"))
+def _words(method: str, quantization: str, sharding: str) -> tuple[str, ...]:
+    steps = ("stages.sft.max_steps=4", "stages.sft.optimizer.lr=5e-3")
+    return (*METHODS[method], f"quantization={quantization}", f"sharding={sharding}", *steps)
 
 
-def _refusal(place: Any, name: str, words: tuple[str, ...]) -> str | None:
-    """Makes the run, or says why it may not be."""
+def _key(*parts: str) -> str:
+    return "-".join(parts).replace(", ", "-").replace("+", "p")
+
+
+def _make(place: Any, method: str, quantization: str, sharding: str, *, ranks: int) -> Path:
+    name = _key(method, quantization, sharding if ranks > 1 else "alone")
+    return place.make(name, *_words(method, quantization, sharding), ranks=ranks)
+
+
+def _made(place: Any, method: str, quantization: str, sharding: str) -> str | None:
+    """The name of a run, or None where the configuration's rules refuse it."""
     from orchestrator.errors import ConfigError
 
     try:
-        place.make(name, *words, ranks=2)
-    except ConfigError as error:
-        return str(error)
-    return None
+        return _make(place, method, quantization, sharding, ranks=2).name
+    except ConfigError:
+        return None
 
 
-def _cell(place: Any, name: str, alone: str) -> str:
+def _cell(place: Any, row: tuple[str, str], name: str | None) -> str:
+    """Largest relative distance of loss and gradient norm from one process, and whether a resume is the same to the bit."""
     from cells import largest_difference
 
-    straight, again, one = place.rows(name), place.rows(f"{name}-again"), place.rows(alone)
+    if name is None:
+        return "refused"
+    straight, again, one = place.rows(name), place.rows(f"{name}-again"), place.rows(_key(*row, "alone"))
     keys = ("loss", "grad_norm")
-    same = sorted(again) == [5, 6, 7, 8] and all(
-        again[step][key] == straight[step][key] for step in again for key in keys
-    )
+    same = sorted(again) == [3, 4] and all(again[step][key] == straight[step][key] for step in again for key in keys)
     off = max(largest_difference(straight, one, key) for key in keys)
-    learns = float(str(straight[8]["loss"])) != float(str(straight[1]["loss"]))
+    learns = float(str(straight[4]["loss"])) != float(str(straight[1]["loss"]))
     return ("" if same and off < 1e-4 and learns else "WRONG ") + f"{off:.0e}, {'=' if same else 'differs'}"
 
 
-def _whole_command(place: Any, key: str, words: tuple[str, ...]) -> str:
+def _whole_command(place: Any, row: tuple[str, str], sharding: str) -> str:
     """The distance of the re-opened artifact's loss from the trainer's."""
+    import tiny
     from running import Bench
 
     bench = Bench(root=place.root)
-    if not (place.root / "held_out.jsonl").exists():
-        import tiny
-
-        tiny.write_rows(place.root / "held_out.jsonl", 9, start=1000)
-    done = bench.run(f"{key}-whole", *words, "cluster.processes_per_node=2", "launcher=torchrun")
+    tiny.write_rows(place.root / "held_out.jsonl", 9, start=1000)
+    more = ("cluster.processes_per_node=2", "launcher=torchrun")
+    done = bench.run(_key(*row, "whole"), *_words(*row, sharding), *more)
     if done.code:
-        return f"WRONG {done.told[-600:]}"
+        return f"WRONG {[line for line in done.told.splitlines() if 'rror' in line][:2]}"
     proof = done.result()["proof"]
     return f"{abs(proof['reopened_loss'] - proof['loss']):.0e}"
 

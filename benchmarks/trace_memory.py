@@ -271,6 +271,8 @@ def modes(family: str) -> Iterator[tuple[str, Mode]]:
         target_modules="all-linear",
         use_rslora=False,
         use_dora=False,
+        init="default",
+        lora_plus_ratio=None,
     )
     mixture = dimensions(family, 2).num_experts > 0
     for tuning, settings in (("full", None), ("lora", lora)):

@@ -1,6 +1,6 @@
 """Where each adapter works: the one table of it, as data, and the sentences that refuse the rest; no torch.
 
-Every cell was run by `benchmarks/adapters.py` at two ranks; what it found is in docs/adapters.md.
+`benchmarks/adapters.py` runs the cells at two ranks; docs/adapters.md tells what it found, and which cells were not run.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ LIMITS: Mapping[str, Limits] = {
     ),
 }
 PISSA = Limits(
-    shardings={},
+    shardings={"zero3": "the base lies in shards where its principal part is sought, and that was not tested"},
     nf4="the residual would have to be quantised in its turn",
     stages=("sft", "dpo", "evaluate", "merge"),
 )

@@ -24,7 +24,7 @@ from orchestrator.training.logprobs import places_of
 from orchestrator.training.model import load_model, quiet
 from orchestrator.training.optimizers import RATE, build_optimizer
 from orchestrator.training.rank_allocation import KEPT, RankAllocation
-from orchestrator.training.tuning import apply_tuning
+from orchestrator.training.tuning import apply_tuning, keep_input_types
 
 MERGED = {
     "lora": ("tuning=lora",),
@@ -40,6 +40,13 @@ MERGED = {
     "adalora": ("tuning=adalora",),
 }
 VIRTUAL = {"prompt": ("tuning=prompt",), "prefix": ("tuning=prefix",)}
+REFT = {"loreft": ("tuning=loreft",), "direft": ("tuning=loreft", "tuning.variant=direft")}
+IN_16_BITS = [
+    (method, precision)
+    for method in (*MERGED, *VIRTUAL, *REFT)
+    for precision in ("autocast", "bfloat16")
+    if (method, precision) != ("oft, exact", "bfloat16")  # refused by the rules
+]
 IDS_BT = torch.arange(3, 43).reshape(2, 20)
 
 
@@ -202,3 +209,22 @@ def test_the_penalty_is_that_of_peft(folder: Path) -> None:
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "precision"), IN_16_BITS)
+def test_sixteen_bits_train_every_parameter(folder: Path, method: str, precision: str) -> None:
+    """Autocast over fp32 adapters, as without DeepSpeed; and adapters of 16 bits, as ZeRO-1 and ZeRO-2 hold them."""
+    config = _config(folder, *{**MERGED, **VIRTUAL, **REFT}[method], "model.dtype=bfloat16")
+    model: Any = apply_tuning(load_model(folder, config, weights_dtype=torch.bfloat16), config).train()
+    if precision == "bfloat16":
+        model.to(torch.bfloat16)
+    else:
+        keep_input_types(model)
+    labels_BT = IDS_BT.masked_fill(torch.arange(20) < 8, -100)
+    query = Query(labels_BT=labels_BT, places_K=places_of(labels_BT))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        scores_BT, _ = model(input_ids=IDS_BT, use_cache=False, query=query)
+    scores_BT.sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trained)
+    assert any(bool(p.grad.any()) for p in trained if p.grad is not None)
