@@ -46,8 +46,6 @@ def first_layers(folder: Path, layers: int) -> Path:
         model = AutoModelForCausalLM.from_pretrained(whole)
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = layers
-        if model.config.layer_types is not None:
-            model.config.layer_types = model.config.layer_types[:layers]
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(whole).save_pretrained(folder)
     return folder

@@ -6,6 +6,7 @@ As a program (under torchrun) it is one rank: argv[1] is a JSON list of cells. A
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import math
 import os
@@ -41,6 +42,10 @@ class Cell:
     """SIGKILL rank 0 in the middle of ("accumulation", step) or ("evaluation", step)."""
     expect: str | None = None
     """Words of the error that the cell must end with."""
+    stage: str = "sft"
+    """Name and kind of the stage."""
+    start: str | None = None
+    """Folder of the classifier that the stage starts from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +160,9 @@ def _train_cell(cell: Cell) -> None:
     from safetensors.torch import save_file
 
     from orchestrator.config.run import RunConfig
-    from orchestrator.stages.sft import plan_course
-    from orchestrator.training.context import Context, Record
+    from orchestrator.stages import STAGES
+    from orchestrator.training.classifier import build_classifier
+    from orchestrator.training.context import Context, Record, Start
     from orchestrator.training.gather import gather_trainable
     from orchestrator.training.job import Hooks, Progress
     from orchestrator.training.loop import train as train_job
@@ -172,12 +178,12 @@ def _train_cell(cell: Cell) -> None:
         del os.environ[name]
     run = Path(cell.run)
     config = RunConfig.model_validate(read_json(run / "run.json")["config"], strict=False)
-    folder = RunFolder(run).stage("sft")
-    inputs = _bring_inputs(config, "sft", run_directory=run)
+    folder = RunFolder(run).stage(cell.stage)
+    inputs = _bring_inputs(config, cell.stage, run_directory=run)
     context = Context(
         config=config,
-        name="sft",
-        stage=config.stages["sft"],
+        name=cell.stage,
+        stage=config.stages[cell.stage],
         folder=folder,
         run_file=run / "run.json",
         attempt=cell.attempt,
@@ -185,11 +191,14 @@ def _train_cell(cell: Cell) -> None:
         base_folder=Path(inputs["base_folder"]),
         train_data=Path(inputs["train"]),
         evaluation_data=None,
+        start=None if cell.start is None else Start(stage="before", folder=Path(cell.start), kind="classifier_model"),
     )
     runtime = start_runtime(config, context.stage)
     record = Record(context, rank=runtime.rank)
-    session = open_session(context, runtime, record, build_policy)
-    job, _, checkpointer, progress = assemble(session, plan_course)
+    build = build_policy if cell.stage == "sft" else build_classifier
+    session = open_session(context, runtime, record, build)
+    plan_course = importlib.import_module(STAGES[cell.stage]).plan_course
+    job, course, checkpointer, progress = assemble(session, plan_course)
     asked: list[bool] = []
 
     def passed(place: str, step: int) -> None:
@@ -217,7 +226,7 @@ def _train_cell(cell: Cell) -> None:
         roll_back=checkpointer.roll_back,
         fault=record.skipped_update,
         stop_reason=stop_reason,
-        begin=lambda step: {},
+        begin=course.begin,
         took=lambda step, rows: None,
     )
     train_job(_dying(_poisoned(job, cell.poison), cell, record), progress, hooks)

@@ -17,7 +17,17 @@ from orchestrator.jobs import render
 from orchestrator.plan import make_plan, resolve
 
 LAUNCHERS = ("local", "torchrun", "slurm")
-RUN_HERE = ("llama_dpo", "llama_full", "llama_lora", "llama_lpft", "llama_qlora", "llama_reward", "llama_rlhf")
+RUN_HERE = (
+    "llama_classify",
+    "llama_dpo",
+    "llama_full",
+    "llama_lora",
+    "llama_lpft",
+    "llama_qlora",
+    "llama_reward",
+    "llama_rlhf",
+    "llama_weak_supervision",
+)
 RECIPES = (
     "llama3_70b_qlora_zero3",
     "llama3_8b_full_zero3",
@@ -38,7 +48,7 @@ def config_of(experiment: str, launcher: str, folder: Path) -> RunConfig:
 
 def test_the_experiments_are_those_of_the_issue() -> None:
     assert experiments() == sorted(RUN_HERE + RECIPES)
-    assert len(CASES) == 13 * 3
+    assert len(CASES) == 15 * 3
 
 
 @pytest.mark.parametrize(("experiment", "launcher"), CASES)
