@@ -12,7 +12,8 @@ from orchestrator.compose import CONF, compose
 from orchestrator.config.adapters import ADAPTER_TUNINGS
 from orchestrator.config.limits import LIMITS, ZERO
 from orchestrator.config.model import Architecture
-from orchestrator.config.run import RunConfig, rule_problems
+from orchestrator.config.rules import rule_problems
+from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.estimate.flops import flops_per_token
 from orchestrator.estimate.states import state_memory, trainable_parameters

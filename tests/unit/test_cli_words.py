@@ -17,11 +17,11 @@ TOLD_TOGETHER = {
         ("llama_full", "llama_full is no override; did you mean +experiment=llama_full?"),
     ],
     "groups": [
-        ("tuning=lorra", "tuning=lorra: there is no such tuning; did you mean lora? There are: freeze, full, lora"),
+        ("tuning=lorra", "tuning=lorra: there is no such tuning; did you mean lora? There are: adalora, freeze, full, ia3, lora, loreft, oft, prefix, prompt, vera"),
         ("sharding=", "sharding=: there is no such sharding; there are: auto, none, zero1, zero2, zero3, zero3_offload"),
         ("tracking=3", "tracking=3: there is no such tracking; there are: none, wandb"),
         ("quantization=null", "quantization=null: there is no such quantization; did you mean none? There are: nf4, none"),
-        ("~tuning", "~tuning: a group cannot be removed; choose one of freeze, full, lora"),
+        ("~tuning", "~tuning: a group cannot be removed; choose one of adalora, freeze, full, ia3, lora, loreft, oft, prefix, prompt, vera"),
         ("+launcher=local", "+launcher=local: launcher is chosen already; type launcher=local"),
         ("optimizer=adamw", "optimizer=adamw: optimizer belongs to a stage; type optimizer@stages.sft.optimizer=adamw"),
         ("experiment=llama_full", "experiment=llama_full: an experiment is added; type +experiment=llama_full"),
@@ -33,7 +33,7 @@ TOLD_TOGETHER = {
         ("stages.sft.optimizer.lrr=1", "stages.sft.optimizer.lrr: unknown key; did you mean stages.sft.optimizer.lr?"),
         ("stages.sft.optimzer.lr=1", "stages.sft.optimzer.lr: unknown key; did you mean stages.sft.optimizer.lr?"),
         ("stages.stf.max_steps=1", "stages.stf.max_steps: unknown key; did you mean stages.sft.max_steps?"),
-        ("+stages.sft.optimizer.rank=1", "stages.sft.optimizer.rank: unknown key; allowed are beta1, beta2, epsilon, layer_decay, lr, max_grad_norm, name, weight_decay"),
+        ("+stages.sft.optimizer.rank=1", "stages.sft.optimizer.rank: unknown key; allowed are beta1, beta2, epsilon, head_lr, layer_decay, lr, max_grad_norm, name, weight_decay"),
         ("+stages.sft.schedul.name=x", "stages.sft.schedul: unknown key; did you mean schedule?"),
         ("stages.sft.batch={global_sizee: 4}", "stages.sft.batch.global_sizee: unknown key; did you mean global_size?"),
         ("stages.sft.data.mix=[{path: x, formatt: text}]", "stages.sft.data.mix.0.formatt: unknown key; did you mean format?"),
@@ -51,7 +51,7 @@ TOLD_TOGETHER = {
         ("stages.sft.optimizer.lr=-1", "stages.sft.optimizer.lr: input should be greater than 0, not -1"),
         ("stages.sft.optimizer.beta1=nan", "stages.sft.optimizer.beta1: input should be less than or equal to 1, not NaN"),
         ("model.dtype=fp16", "model.dtype: input should be 'float32' or 'bfloat16', not \"fp16\""),
-        ("tuning.method=lorra", "tuning.method: 'lorra' is not one of 'full', 'freeze', 'lora'"),
+        ("tuning.method=lorra", "tuning.method: 'lorra' is not one of 'full', 'freeze', 'lora', 'ia3', 'prompt', 'prefix', 'vera', 'oft', 'adalora', 'loreft'"),
         ("name=a/b", "name: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$', not \"a/b\""),
         ("stages.sft.data.deduplicate=maybe", 'stages.sft.data.deduplicate: input should be a valid boolean, not "maybe"'),
     ],
@@ -216,4 +216,8 @@ def test_words_win_over_files_and_later_words_over_earlier_ones() -> None:
 def test_help_lists_the_experiments_and_answers_zero(ask: Asker) -> None:
     for words in ((), ("--help",), ("-h",), ("plan", "--help")):
         answer = ask(*words)
-        assert answer.code == 0 and "llama_rlhf, mixtral_8x7b_lora_zero3" in answer.out and answer.errors == ()
+        assert (
+            answer.code == 0
+            and "llama_rlhf, llama_weak_supervision, mixtral_8x7b_lora_zero3" in answer.out
+            and answer.errors == ()
+        )
