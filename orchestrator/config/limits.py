@@ -34,7 +34,21 @@ class Limits:
 
 
 LIMITS: Mapping[str, Limits] = {
-    "lora": Limits(shardings={}, stages=("sft", "reward", "dpo", "grpo", "evaluate", "merge")),
+    "lora": Limits(
+        shardings={},
+        stages=(
+            "sft",
+            "reward",
+            "dpo",
+            "grpo",
+            "classify",
+            "self_training",
+            "evaluate",
+            "interpolate",
+            "soup",
+            "merge",
+        ),
+    ),
     "ia3": Limits(shardings={}),
     "vera": Limits(shardings={}),
     "oft": Limits(shardings={}),
