@@ -123,6 +123,8 @@ def _nearest(config: RunConfig, name: str, kinds: tuple[str, ...]) -> str | None
 
 def _auto_kinds(stage: Stage) -> tuple[str, ...]:
     """What `start_from: auto` looks for."""
+    if isinstance(stage, EvaluateStage):
+        return (*POLICY_KINDS, *CLASSIFIER_KINDS)
     return CLASSIFIER_KINDS if isinstance(stage, SelfTrainingStage) else POLICY_KINDS
 
 
@@ -145,9 +147,10 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
     if (
         isinstance(stage, EvaluateStage | InterpolateStage | MergeStage)
         and start in (None, "auto")
-        and not any(_makes_policy(config, name) for name in before)
+        and not any(config.stages[one].kind in _start_kinds(stage) for one in before if one in config.stages)
     ):
-        yield f"stages.{name}.start_from: no stage before {name} makes a policy; put one into the pipeline, such as sft"
+        what = "makes a policy or a classifier" if isinstance(stage, EvaluateStage) else "makes a policy"
+        yield f"stages.{name}.start_from: no stage before {name} {what}; put one into the pipeline, such as sft"
     yield from _blend_problems(config, name, before)
     if isinstance(stage, PolicyStage) and not stage.rewards:
         yield f"stages.{name}.rewards: there is none; add for example {{source: exact_match, weight: 1.0, options: {{}}}}"
@@ -198,10 +201,6 @@ def _template_problems(config: RunConfig, name: str, source: str) -> Iterator[st
             f"stages.{name}.data.chat_template: {ours or THE_TOKENIZERS}, but it reads {source}, which uses "
             f"{theirs or THE_TOKENIZERS}; give both the same"
         )
-
-
-def _makes_policy(config: RunConfig, name: str) -> bool:
-    return name in config.stages and config.stages[name].kind in POLICY_KINDS
 
 
 def _input_problems(

@@ -13,6 +13,7 @@ from orchestrator.config.ends import FIRST_SET, EvaluateStage
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.rundir import publish, write_json, write_manifest
 from orchestrator.training.artifact import open_artifact
+from orchestrator.training.classifier_sets import class_table, classifier_scores
 from orchestrator.training.context import Context, Record
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.finish import finish_scoring
@@ -37,6 +38,9 @@ def run(context: Context) -> int:
     record.event("start", world_size=1)
     started = time.time()
     runtime = start_single_runtime(context.config, autocast=False)
+    if context.start is not None and context.start.kind.startswith("classifier_"):
+        report = _classifier_report(context, runtime, record)
+        return _finish(context, record, report, report, started)
     scorer = open_scorer(context, runtime)
     for line in told_sets(scorer):
         record.say(line)
@@ -53,9 +57,23 @@ def run(context: Context) -> int:
         name: {"shift": shifts.get(name), **{model: sets[model][name].to_json() for model in sets}}
         for name in sets["base"]
     }
-    _write(context, {**told, "sets": by_set, "lost": lost})
-    summary = {"scores": told, "sets": by_set, "lost": lost, "seconds": time.time() - started}
-    return finish_scoring(context, record, summary, kind="report")
+    report = {"sets": by_set, "lost": lost}
+    return _finish(context, record, {**told, **report}, {"scores": told, **report}, started)
+
+
+def _classifier_report(context: Context, runtime: Runtime, record: Record) -> dict[str, Any]:
+    scores = classifier_scores(context, runtime)
+    for line in class_table(scores):
+        record.say(line)
+    return {"sets": {name: one.to_json() for name, one in scores.items()}}
+
+
+def _finish(
+    context: Context, record: Record, report: Mapping[str, Any], summary: Mapping[str, Any], started: float
+) -> int:
+    """Writes the report, and the result with its summary."""
+    _write(context, report)
+    return finish_scoring(context, record, {**summary, "seconds": time.time() - started}, kind="report")
 
 
 def _before_and_after(

@@ -48,15 +48,23 @@ def labelled_objective(runtime: Runtime, classes: Classes, rows: PreparedRows) -
 
 @torch.no_grad()
 def all_logits_DC(
-    runtime: Runtime, model: torch.nn.Module, rows: PreparedRows, *, outputs: int, micro_size: int
+    runtime: Runtime,
+    model: torch.nn.Module,
+    rows: PreparedRows,
+    *,
+    outputs: int,
+    micro_size: int,
+    limit: int | None = None,
 ) -> torch.Tensor:
-    """fp32 on the host, of every document of the set; every rank calls it and gets all."""
+    """fp32 on the host, of every document of the set, or of its first `limit` rows (zeros then for the others'); every rank
+    calls it and gets all."""
+    count = rows.rows if limit is None else min(limit, rows.rows)
     logits_DC = torch.zeros(len(rows.document_offsets) - 1, outputs)
     was_training = model.training
     model.eval()
-    for first in range(0, rows.rows, micro_size * runtime.world_size):
+    for first in range(0, count, micro_size * runtime.world_size):
         begin = first + runtime.rank * micro_size
-        indices = [index if index < rows.rows else -1 for index in range(begin, begin + micro_size)]
+        indices = [index if index < count else -1 for index in range(begin, begin + micro_size)]
         batch = rows.batch(indices).to(runtime.device)
         answers_DC, _ = document_answers(runtime, model, batch)
         if batch.document_ids:

@@ -158,3 +158,31 @@ def test_a_number_is_predicted_from_a_base_in_4_bits(bench: Bench) -> None:
 def _artifact(done: Done) -> Path:
     stage: StageFolder = done.folder.stage("classify")
     return stage.artifact
+
+
+def test_a_classifier_is_scored_on_sets_in_and_out_of_distribution(bench: Bench) -> None:
+    """The held-out rows as first set give what training told of them; a set of wrong labels gives what is left of them."""
+    wrong = [
+        {**row, "label": {"red": "green", "green": "blue", "blue": "red"}[str(row["label"])]}
+        for row in colours(1000, 15)
+    ]
+    write_labelled(bench.root / "shifted.jsonl", wrong)
+    words = words_of(
+        bench.root,
+        "scored",
+        "pipeline=[classify,evaluate]",
+        "+stage@stages.evaluate=evaluate",
+        f"stages.evaluate.data.train.path={bench.root / 'held_out_colours.jsonl'}",
+        "stages.evaluate.data.train.format=classification",
+        f"stages.evaluate.sets={{shifted: {{path: {bench.root / 'shifted.jsonl'}, shift: true}}}}",
+        "stages.classify.max_steps=20",
+    )
+    done = bench.run("scored", words=words)
+    assert done.code == 0, done.told
+    held_out = read_json(done.folder.stage("classify").result)["classification"]["held_out"]
+    sets = read_json(done.folder.stage("evaluate").result)["sets"]
+    assert sets["data"]["accuracy"] == pytest.approx(held_out["accuracy"]) and not sets["data"]["shift"]
+    assert sets["data"]["confusion"] == held_out["confusion"]
+    assert sets["shifted"]["shift"] and sets["shifted"]["accuracy"] <= 1 - sets["data"]["accuracy"] + 1e-6
+    assert sets["data"]["commonest_class"] == pytest.approx(5 / 15)
+    assert read_json(done.folder.stage("evaluate").artifact / "report.json")["sets"] == sets

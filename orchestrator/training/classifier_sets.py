@@ -1,0 +1,97 @@
+"""A classifier on several sets: its own measures on each, beside what always saying the commonest class would be right in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+
+from orchestrator.config.ends import FIRST_SET, EvaluateStage, shifts_of
+from orchestrator.errors import ConfigError
+from orchestrator.training.classes import Classes, read_classes, targets_of
+from orchestrator.training.classifier import open_classifier, refuse_other_rows
+from orchestrator.training.classifying import all_logits_DC, judged
+from orchestrator.training.context import Context
+from orchestrator.training.data.rows import PreparedRows
+from orchestrator.training.model import DTYPES
+from orchestrator.training.runtime import Runtime
+
+HEADINGS = ("rows", "loss", "accuracy", "f1_macro", "mcc", "pearson", "mse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScores:
+    """How a classifier does on one set."""
+
+    shift: bool
+    report: Mapping[str, Any]
+    """Rows, loss, measures, and the report of its problem (classes, confusion matrix)."""
+    commonest: float | None
+    """Share of the rows with the set's commonest class; None where a row has no single class."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"shift": self.shift, **self.report, "commonest_class": self.commonest}
+
+
+def classifier_scores(context: Context, runtime: Runtime) -> dict[str, ClassScores]:
+    """By set, `data` first, over the first `rows` rows. ConfigError where the stage asks for what a classifier cannot do."""
+    stage = cast("EvaluateStage", context.stage)
+    _refuse_generation(context, stage)
+    refuse_other_rows(context)
+    assert context.start is not None, "the pipeline's rules ask for a start"
+    dtype = DTYPES[context.config.model.dtype]
+    classes = read_classes(context.start.folder)
+    model = open_classifier(
+        context.start.folder,
+        context.config,
+        base_folder=context.base_folder,
+        weights_dtype=dtype,
+        packed=False,
+    )
+    model.to(runtime.device).eval()
+    shifts = shifts_of(stage)
+    return {
+        name: _scores(runtime, model, classes, PreparedRows.open(folder), stage=stage, shift=shifts[name])
+        for name, folder in {FIRST_SET: context.train_data, **context.sets}.items()
+    }
+
+
+def _scores(
+    runtime: Runtime, model: torch.nn.Module, classes: Classes, rows: PreparedRows, *, stage: EvaluateStage, shift: bool
+) -> ClassScores:
+    logits_DC = all_logits_DC(
+        runtime, model, rows, outputs=classes.outputs, micro_size=stage.micro_size, limit=stage.rows
+    )
+    targets = targets_of(rows, classes)
+    is_seen_D = torch.arange(len(logits_DC)) < stage.rows
+    targets = replace(targets, has_label_D=targets.has_label_D & is_seen_D)
+    _, _, report = judged(logits_DC, targets, classes)
+    commonest = None
+    if classes.problem == "single_label":
+        labels = targets.of_D[targets.has_label_D]
+        commonest = float(labels.bincount().max()) / len(labels)
+    return ClassScores(shift=shift, report=report, commonest=commonest)
+
+
+def _refuse_generation(context: Context, stage: EvaluateStage) -> None:
+    """A classifier writes nothing."""
+    asked = [name for name, wanted in (("exact_match", stage.exact_match), ("rewards", bool(stage.rewards))) if wanted]
+    if asked:
+        raise ConfigError(
+            f"stages.{context.name}.{asked[0]}: {context.name} scores a classifier, which generates no answer; take it out"
+        )
+
+
+def class_table(scores: Mapping[str, ClassScores]) -> list[str]:
+    """Lines of a Markdown table: a row for each set, a column for each measure that its problem has."""
+    first = next(iter(scores.values())).report
+    measures = [name for name in HEADINGS if name in first]
+    lines = [f"| set | {' | '.join(measures)} | commonest class |", "|---|" + "---|" * (len(measures) + 1)]
+    for name, one in scores.items():
+        label = f"{name} (shift)" if one.shift else name
+        cells = [str(one.report[key]) if key == "rows" else f"{one.report[key]:.3f}" for key in measures]
+        told = "" if one.commonest is None else f"{one.commonest:.3f}"
+        lines.append(f"| {label} | {' | '.join(cells)} | {told} |")
+    return lines
