@@ -87,6 +87,8 @@ def _told(result: dict[str, Any]) -> list[str]:
     """What an evaluation or a merge found."""
     lines = [f"{result['artifact']['kind']:<17} {result['artifact']['path']}"]
     if result["kind"] == "evaluate":
+        if "scores" not in result:  # of a classifier
+            return [*lines, *(_told_set(name, told) for name, told in result["sets"].items())]
         scores = result["scores"]
         return [
             *lines,
@@ -109,6 +111,12 @@ def _told(result: dict[str, Any]) -> list[str]:
         ]
     merged = f"{result['kl']:.2e} nats a token from the trained model, same next token {result['agreement']:.2%}"
     return [*lines, f"merged            into the {result['way']}: {merged}"]
+
+
+def _told_set(name: str, told: dict[str, Any]) -> str:
+    """What a classifier did on one set."""
+    numbers = [f"{key} {value:.4f}" for key, value in told.items() if isinstance(value, float)]
+    return f"{name + (' (shift)' if told['shift'] else ''):<17} {told['rows']} rows: {', '.join(numbers)}"
 
 
 def _judged(result: dict[str, Any]) -> list[str]:

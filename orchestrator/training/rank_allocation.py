@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from orchestrator.config.adapters import AdaloraTuning
+from orchestrator.config.run import Tuning
+from orchestrator.training.runtime import Runtime
 
 IMPORTANCE, UNCERTAINTY, KEPT = "importance", "uncertainty", "kept"
 """Of a weight (equations 9 and 10), and 1 for the singular values that the last allocation left."""
@@ -59,6 +61,13 @@ class RankAllocation:
             state[UNCERTAINTY] = self._allocator.exp_avg_unc[name]
             if ".lora_E." in name:
                 state[KEPT] = (parameter != 0).to(parameter.dtype)
+
+
+def allocation_of(runtime: Runtime, model: Any, optimizer: Any, tuning: Tuning, *, steps: int) -> RankAllocation | None:
+    """Of Accelerate's prepared model and optimizer; None under another tuning."""
+    if not isinstance(tuning, AdaloraTuning):
+        return None
+    return RankAllocation(runtime.accelerator.unwrap_model(model), optimizer.optimizer, tuning, steps=steps)
 
 
 def _distance(factor: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
-from orchestrator.config.adapters import AdaloraTuning
 from orchestrator.config.model import FreezeTuning, LoraTuning
 from orchestrator.dataset.ledger import Ledger, ledger_path
 from orchestrator.dataset.order import Order, make_order
@@ -30,7 +29,7 @@ from orchestrator.training.model import weights_dtype
 from orchestrator.training.objectives import Objective, Rows, proof_objective
 from orchestrator.training.optimizers import build_optimizer
 from orchestrator.training.profiled import train_profiled
-from orchestrator.training.rank_allocation import RankAllocation
+from orchestrator.training.rank_allocation import allocation_of
 from orchestrator.training.runtime import Runtime, start_runtime
 from orchestrator.training.telling import flops_of, peak_flops, tell_head, tell_size
 from orchestrator.training.tuning import build_policy, keep_input_types
@@ -162,7 +161,7 @@ def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Ch
         flops_per_token=flops_of(context),
         peak_flops=peak_flops(context),
         unfreezing=session.unfreezing,
-        allocation=_allocation(session, steps),
+        allocation=allocation_of(runtime, session.model, session.optimizer, context.config.tuning, steps=steps),
     )
     if session.unfreezing is not None:
         session.unfreezing.plan(
@@ -180,14 +179,6 @@ def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Ch
     if progress is not None:
         record.say(f"going on from step {progress.step} of {steps}")
     return job, course, checkpointer, progress or Progress(step=0, tokens=0, trained_tokens=0)
-
-
-def _allocation(session: Session, steps: int) -> RankAllocation | None:
-    tuning = session.context.config.tuning
-    if not isinstance(tuning, AdaloraTuning):
-        return None
-    module = session.runtime.accelerator.unwrap_model(session.model)
-    return RankAllocation(module, session.optimizer.optimizer, tuning, steps=steps)
 
 
 def supervised_course(session: Session, objective: Objective) -> Course:
