@@ -51,7 +51,7 @@ def generate(arguments: Sequence[str]) -> int:
     wanted = ("--prompt", "--stage", "--examples", "--max-new-tokens")
     options, folders = split_options(arguments, with_value=wanted)
     folder = RunFolder(run_folder_argument(folders, "generate"))
-    stage = _stage_of(folder, options.get("--stage"), "makes a policy or a classifier", CLASSIFIER_KINDS)
+    stage = _stage_of(folder, options.get("--stage"), "make a policy or a classifier", CLASSIFIER_KINDS)
     for name in ("--examples", "--max-new-tokens"):
         if not options.get(name, "1").isdigit():
             raise ConfigError(f"{name} {options[name]}: a number is needed")
@@ -66,7 +66,7 @@ def export(arguments: Sequence[str]) -> int:
     """A folder that can be published: adapter merged, measured, with a card, opened again."""
     options, folders = split_options(arguments, with_value=("--stage", "--to", "--max-kl"))
     folder = RunFolder(run_folder_argument(folders, "export"))
-    stage = _stage_of(folder, options.get("--stage"), "makes a policy", ())
+    stage = _stage_of(folder, options.get("--stage"), "make a policy", ())
     if not folder.stage(stage).result.exists():
         raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")
     _refuse_what_cannot_be_merged(folder, stage)
@@ -109,9 +109,8 @@ def _stage_of(folder: RunFolder, chosen: str | None, what: str, more: tuple[str,
     policies = [name for name in config.pipeline if config.stages[name].kind in kinds]
     stage = chosen or (policies[-1] if policies else "")
     if stage not in policies:
-        raise ConfigError(
-            f"--stage {stage}: a stage that {what} is asked for; there are {', '.join(policies) or 'none'}"
-        )
+        given = f"--stage {stage}" if stage else str(folder.root)
+        raise ConfigError(f"{given}: the stages that {what} are {', '.join(policies) or 'none'}")
     return stage
 
 

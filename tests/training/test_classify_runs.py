@@ -87,7 +87,7 @@ def test_generate_names_the_classes_and_export_refuses(bench: Bench, weak: Done)
         any(f"{name} 0." in line or f"{name} 1." in line for name in NAMES.values()) for line in lines
     )
     refused = bench.run("weak", words=[str(weak.folder.root)], verb="export")
-    assert refused.code == 2 and "a stage that makes a policy is asked for; there are none" in refused.told
+    assert refused.code == 2 and "the stages that make a policy are none" in refused.told
 
 
 def test_an_adapter_on_an_encoder_is_opened_by_the_words_that_are_printed(bench: Bench) -> None:
