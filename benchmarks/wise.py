@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 WORDS = 50
-TRAIN_ROWS, TEST_ROWS, CHOICE_ROWS = 480, 120, 40
+TRAIN_ROWS, TEST_ROWS, CHOICE_ROWS = 480, 100, 30
 ANSWERS = ("negative", "positive")
 QUESTION = "Is this review positive or negative? Answer with one word.\n\n"
 ALPHAS = {"wise_ft": "[0.0,0.2,0.4,0.6,0.8,1.0]", "wise_lpft": "[0.5,1.0]"}
@@ -44,16 +44,16 @@ def main() -> int:
 
 
 def _ft_words(rows: Path) -> list[str]:
-    return ["+experiment=llama_full", "pipeline=[sft,wise]", *_training("sft", rows, steps=60, rate="5e-5")]
+    return ["+experiment=llama_full", "pipeline=[sft,wise]", *_training("sft", rows, steps=60, rate="2e-5")]
 
 
 def _lpft_words(rows: Path) -> list[str]:
-    head = _training("head", rows, steps=60, rate="2e-4")
-    return ["+experiment=llama_lpft", "pipeline=[head,sft,wise]", *head, *_training("sft", rows, steps=60, rate="5e-5")]
+    head = _training("head", rows, steps=30, rate="2e-4")
+    return ["+experiment=llama_lpft", "pipeline=[head,sft,wise]", *head, *_training("sft", rows, steps=30, rate="2e-5")]
 
 
 def _training(stage: str, rows: Path, *, steps: int, rate: str) -> list[str]:
-    """One pass over the training rows."""
+    """60 steps in all, of 8 rows: one pass over the training rows."""
     return [
         f"stages.{stage}.data.train.path={rows / 'train.jsonl'}",
         f"stages.{stage}.data.eval.path=none",
