@@ -33,7 +33,7 @@ TOLD_TOGETHER = {
         ("stages.sft.optimizer.lrr=1", "stages.sft.optimizer.lrr: unknown key; did you mean stages.sft.optimizer.lr?"),
         ("stages.sft.optimzer.lr=1", "stages.sft.optimzer.lr: unknown key; did you mean stages.sft.optimizer.lr?"),
         ("stages.stf.max_steps=1", "stages.stf.max_steps: unknown key; did you mean stages.sft.max_steps?"),
-        ("+stages.sft.optimizer.rank=1", "stages.sft.optimizer.rank: unknown key; allowed are beta1, beta2, epsilon, layer_decay, lr, max_grad_norm, name, weight_decay"),
+        ("+stages.sft.optimizer.rank=1", "stages.sft.optimizer.rank: unknown key; allowed are beta1, beta2, epsilon, head_lr, layer_decay, lr, max_grad_norm, name, weight_decay"),
         ("+stages.sft.schedul.name=x", "stages.sft.schedul: unknown key; did you mean schedule?"),
         ("stages.sft.batch={global_sizee: 4}", "stages.sft.batch.global_sizee: unknown key; did you mean global_size?"),
         ("stages.sft.data.mix=[{path: x, formatt: text}]", "stages.sft.data.mix.0.formatt: unknown key; did you mean format?"),
@@ -204,4 +204,4 @@ def test_words_win_over_files_and_later_words_over_earlier_ones() -> None:
 def test_help_lists_the_experiments_and_answers_zero(ask: Asker) -> None:
     for words in ((), ("--help",), ("-h",), ("plan", "--help")):
         answer = ask(*words)
-        assert answer.code == 0 and "llama_rlhf, mixtral_8x7b_lora_zero3" in answer.out and answer.errors == ()
+        assert answer.code == 0 and "llama_rlhf, llama_weak_supervision, mixtral_8x7b_lora_zero3" in answer.out and answer.errors == ()

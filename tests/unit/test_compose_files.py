@@ -87,7 +87,7 @@ def test_a_group_of_the_users_own_is_judged_like_ours(ask: Asker) -> None:
         (b"", "FILE:1 must say `# @package _global_`, so that the file's keys stand at the root"),
         (
             b"# @package _global_\ndefaults:\n  - /stage@stages.sft: stf\n",
-            "In 'experiment/mine': Could not find 'stage/stf' Available options in 'stage': dpo evaluate grpo merge reward sft",
+            "In 'experiment/mine': Could not find 'stage/stf' Available options in 'stage': classify dpo evaluate grpo merge reward self_training sft",
         ),
     ],
 )
