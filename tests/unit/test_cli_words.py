@@ -204,4 +204,8 @@ def test_words_win_over_files_and_later_words_over_earlier_ones() -> None:
 def test_help_lists_the_experiments_and_answers_zero(ask: Asker) -> None:
     for words in ((), ("--help",), ("-h",), ("plan", "--help")):
         answer = ask(*words)
-        assert answer.code == 0 and "llama_rlhf, llama_weak_supervision, mixtral_8x7b_lora_zero3" in answer.out and answer.errors == ()
+        assert (
+            answer.code == 0
+            and "llama_rlhf, llama_weak_supervision, mixtral_8x7b_lora_zero3" in answer.out
+            and answer.errors == ()
+        )
