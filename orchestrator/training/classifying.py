@@ -142,4 +142,8 @@ def classifier_proof(session: Session, objective: Objective) -> Evaluation:
     """The trainer's own score of what the re-opened artifact is scored on: held-out rows, or the first train rows."""
     rows = session.held or session.rows
     micro_size = session.context.stage.batch.micro_size
-    return evaluate(session.runtime, session.model, objective, rows, micro_size=micro_size, limit=PROOF_ROWS)
+    first = next(
+        index for index in range(rows.rows) if objective.weight(rows, [index])
+    )  # the judge saw that there is one
+    limit = max(PROOF_ROWS, first + 1)
+    return evaluate(session.runtime, session.model, objective, rows, micro_size=micro_size, limit=limit)
