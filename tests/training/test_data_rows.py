@@ -23,6 +23,7 @@ from transformers import (
 
 from orchestrator.errors import ConfigError
 from orchestrator.training import attention, attention_blocks
+from orchestrator.training.classes import Classes, targets_of
 from orchestrator.training.data.prepare import ensure_prepared
 from orchestrator.training.data.rows import IGNORED, Batch, PreparedRows
 
@@ -160,11 +161,9 @@ def test_prompts_and_classes(folder: Path) -> None:
         folder / "classes.jsonl", [{"text": f"t{i}", "label": ["good", "bad", "ugly"][i % 3]} for i in range(6)]
     )
     classes = prepared(folder, "classes")
-    assert classes.meta.classes == ("bad", "good", "ugly") and classes.batch([0, 1, 2]).values_D.tolist() == [
-        1.0,
-        0.0,
-        2.0,
-    ]
+    assert classes.meta.classes == ("bad", "good", "ugly")
+    names = Classes(problem="single_label", names=classes.meta.classes)
+    assert targets_of(classes, names).of_D.tolist() == [1, 0, 2, 1, 0, 2]
     write_jsonl(
         folder / "feedback.jsonl", [{"prompt": "p", "completion": f" c{i}", "label": i % 2 == 0} for i in range(4)]
     )
