@@ -149,8 +149,8 @@ def test_stop_saves_and_the_next_start_goes_on(tmp_path: Path) -> None:
 def test_ctrl_c_saves_and_a_second_one_kills(tmp_path: Path, interrupts: int, exit_code: int) -> None:
     spec = make_spec(tmp_path, settings={"steps": 1000, "step_seconds": 0.1 if interrupts == 1 else 600})
     running = launch(local.render(spec), spec)
-    started = Path(spec.stage_directory, "seen", "rank-1.attempt-1.json")
-    wait_until(started.exists, seconds=20, what="rank 1")
+    started = [Path(spec.stage_directory, "seen", f"rank-{rank}.attempt-1.json") for rank in (0, 1)]
+    wait_until(lambda: all(file.exists() for file in started), seconds=20, what="both ranks")
     left = [KeyboardInterrupt] * interrupts
 
     def tick() -> None:
