@@ -1,6 +1,6 @@
 """WiSE-FT and LP-FT on sentiment: SmolLM2-135M-Instruct answers `positive` or `negative`, trained on films, tested on films and shops.
 
-    python benchmarks/wise.py DATA [RUNS [wise_ft|wise_lpft]]      about 40 minutes on one free core; prints the tables of docs/robustness.md
+    python benchmarks/wise.py DATA [RUNS [wise_ft|wise_lpft]]      about 35 minutes on one free core; prints the tables of docs/robustness.md
 
 DATA holds imdb_dev.jsonl, imdb_test.jsonl and yelp_test.jsonl with the fields text and label (0 negative, 1 positive). Both
 runs are the whole command: training, interpolation between the instruct model (theta_0, zero-shot) and the tuned one, choice of a
