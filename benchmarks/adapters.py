@@ -55,6 +55,8 @@ METHODS = {
 }
 SHARDINGS = ("none", "zero1", "zero2", "zero3")
 QUANTIZATIONS = ("none", "nf4")
+LONGEST = 3600
+"""Seconds for one set of ranks."""
 CUT = 2
 """The step whose checkpoint the second run begins with."""
 
@@ -80,15 +82,15 @@ def table(methods: list[str]) -> int:
         rows = [(method, quantization) for quantization in QUANTIZATIONS for method in methods]
         cells = {(*row, sharding): _made(place, *row, sharding) for row in rows for sharding in SHARDINGS}
         named = [name for name in cells.values() if name is not None]
-        train(place, [Cell(run=str(place.run(name))) for name in named], ranks=2)
+        train(place, [Cell(run=str(place.run(name))) for name in named], ranks=2, timeout=LONGEST)
         again = [Cell(run=str(place.branch(name, f"{name}-again", step=CUT)), attempt=2) for name in named]
-        train(place, again, ranks=2)
+        train(place, again, ranks=2, timeout=LONGEST)
         alone = [
             str(_make(place, method, quantization, "none", ranks=1))
             for method, quantization in rows
             if cells[method, quantization, "none"]
         ]
-        train(place, [Cell(run=run) for run in alone], ranks=1)
+        train(place, [Cell(run=run) for run in alone], ranks=1, timeout=LONGEST)
         return _print_table(place, rows, cells)
 
 

@@ -127,10 +127,15 @@ def environment(place: Place) -> dict[str, str]:
     return {**os.environ, **quiet, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def train(place: Place, cells: Sequence[Cell], *, ranks: int) -> str:
+def train(place: Place, cells: Sequence[Cell], *, ranks: int, timeout: float = 600) -> str:
     """Trains the cells one after the other on so many gloo ranks; what was printed. Fails where a cell fails."""
     done = subprocess.run(
-        command(cells, ranks=ranks), env=environment(place), cwd=place.root, capture_output=True, text=True, timeout=600
+        command(cells, ranks=ranks),
+        env=environment(place),
+        cwd=place.root,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr

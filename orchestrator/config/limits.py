@@ -167,6 +167,11 @@ def _limit_problems(setting: Setting, limits: Limits, what: str) -> Iterator[str
 def _lora_problems(setting: Setting, tuning: LoraTuning) -> Iterator[str]:
     if tuning.init == "loftq" and not isinstance(setting.quantization, Nf4Quantization):
         yield "tuning.init: loftq makes up for the rounding of nf4, and the base is not quantised; type quantization=nf4"
+    if tuning.use_dora and isinstance(setting.quantization, Nf4Quantization) and setting.sharding.strategy == "zero3":
+        yield (
+            "sharding: tuning.use_dora=true unpacks nf4 weights and puts others in their place, which ZeRO-3 does not know; "
+            "type sharding=zero2, or tuning.use_dora=false"
+        )
     if not tuning.is_pissa:
         return
     yield from _limit_problems(setting, PISSA, f"tuning.init={tuning.init}")

@@ -31,6 +31,10 @@ REFUSED = {
     "pissa on nf4": (("tuning=lora", "tuning.init=pissa", "quantization=nf4"), "type quantization=none"),
     "pissa in shards": (("tuning=lora", "tuning.init=pissa", "sharding=zero3"), "type sharding=zero2"),
     "pissa with dora": (("tuning=lora", "tuning.init=pissa", "tuning.use_dora=true"), "type tuning.use_dora=false"),
+    "dora unpacked in shards": (
+        ("tuning=lora", "tuning.use_dora=true", "quantization=nf4", "sharding=zero3"),
+        "type sharding=zero2",
+    ),
     "loftq without nf4": (("tuning=lora", "tuning.init=loftq"), "type quantization=nf4"),
     "ia3 without the module": (("tuning=ia3", "tuning.feedforward_modules=[up_proj]"), "up_proj must stand in"),
     "loreft nowhere": (
