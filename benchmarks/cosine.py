@@ -2,9 +2,9 @@
 
     python benchmarks/cosine.py FOLDER [RUNS [SEEDS]]     FOLDER holds trec_{train,dev,test}.jsonl (text, label, weak)
 
-The lowest 8 layers of SmolLM2-135M (57 M parameters), trained whole: on the weak labels of 640 questions (54 % right) with early
-stopping on 100 labelled ones, then COSINE over the same questions; and on the true labels of the same 640, as long. Accuracy on
-200 test questions, counted by transformers alone. About 8 minutes a seed on one core that has nothing else to do.
+SmolLM2-135M with LoRA (r=8, all linear layers) and a new head: on the weak labels of 1,600 questions (53 % right) with early stopping
+on 200 labelled ones, then COSINE over the same questions; and on the true labels of the same 1,600. Accuracy on the 603 test
+questions, counted by transformers and PEFT alone. About 20 minutes a seed on one core that has nothing else to do.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from pathlib import Path
 
 import questions
 
-LAYERS, TRAIN_ROWS, DEV_ROWS, TEST_ROWS = 8, 640, 100, 200
-WEAK_STEPS, SELF_STEPS = 60, 60
-STOPPING = "early_stopping={metric: eval_accuracy, mode: max, patience: 4, min_delta: 0.0}"
+TRAIN_ROWS, DEV_ROWS, TEST_ROWS = 1600, 200, 603
+WEAK_STEPS, SELF_STEPS = 120, 150
+TUNING = ("tuning=lora", "tuning.rank=8", "tuning.alpha=16")
+STOPPING = "early_stopping={metric: eval_accuracy, mode: max, patience: 5, min_delta: 0.0}"
 CLASSIFY = (
     f"stages.classify.max_steps={WEAK_STEPS}",
-    "stages.classify.optimizer={lr: 1e-4, head_lr: 1e-3}",
-    "stages.classify.evaluate_every_steps=10",
+    "stages.classify.optimizer={lr: 3e-4, head_lr: 1e-3}",
+    "stages.classify.evaluate_every_steps=8",
     f"stages.classify.{STOPPING}",
 )
 SELF = (
     f"stages.self_training.max_steps={SELF_STEPS}",
-    "stages.self_training.optimizer={lr: 5e-5}",
-    "stages.self_training.evaluate_every_steps=10",
+    "stages.self_training.optimizer={lr: 1e-4}",
+    "stages.self_training.evaluate_every_steps=15",
     f"stages.self_training.{STOPPING}",
-    "stages.self_training.period=20",
+    "stages.self_training.period=30",
 )
 """The period is the paper's 250 in the proportion of the rows; its other settings are the defaults."""
 RESULTS = ("weak labels", "COSINE", "full supervision")
@@ -43,8 +44,7 @@ def main(folder: Path, runs: Path, seeds: int) -> int:
         name: questions.write_first(folder / f"trec_{name}.jsonl", runs / f"{name}.jsonl", rows)
         for name, rows in sizes.items()
     }
-    base = questions.first_layers(runs / "base", LAYERS)
-    found = [one_seed(runs, files, base, seed) for seed in range(seeds)]
+    found = [one_seed(runs, files, seed) for seed in range(seeds)]
     print(
         "| method | " + " | ".join(f"seed {seed}" for seed in range(seeds)) + " | mean |\n|---|" + "---:|" * (seeds + 1)
     )
@@ -56,9 +56,9 @@ def main(folder: Path, runs: Path, seeds: int) -> int:
     return 0
 
 
-def one_seed(runs: Path, files: dict[str, Path], base: Path, seed: int) -> tuple[float, float, float]:
+def one_seed(runs: Path, files: dict[str, Path], seed: int) -> tuple[float, float, float]:
     """Accuracy on the test questions of the three, in order."""
-    common = ["+experiment=llama_weak_supervision", f"output_dir={runs}", f"seed={seed}", f"model.base={base}"]
+    common = ["+experiment=llama_weak_supervision", f"output_dir={runs}", f"seed={seed}", *TUNING]
     weak, full = f"weak-{seed}", f"full-{seed}"
     stages = ("classify", "self_training")
     data = [
@@ -79,9 +79,10 @@ def one_seed(runs: Path, files: dict[str, Path], base: Path, seed: int) -> tuple
     )
     told = questions.result_of(runs / weak, "self_training")
     print(f"seed {seed}: weak labels {told['weak_labels']}; pseudo-labels {told['pseudo_labels']}", flush=True)
+    base = Path(told["base"]["folder"])
     artifacts = (runs / weak / "classify", runs / weak / "self_training", runs / full / "classify")
     first, second, third = (
-        questions.accuracy_by_transformers(stage / "artifact", files["test"]) for stage in artifacts
+        questions.accuracy_by_transformers(stage / "artifact", files["test"], base=base) for stage in artifacts
     )
     print(f"seed {seed}: {first:.3f} {second:.3f} {third:.3f}", flush=True)
     return first, second, third

@@ -68,13 +68,25 @@ def result_of(folder: Path, stage: str) -> dict[str, Any]:
     return json.loads((folder / stage / "result.json").read_text(encoding="utf-8"))
 
 
-def accuracy_by_transformers(artifact: Path, questions: Path) -> float:
-    """Share of questions that a folder's model and tokenizer get right, opened as anybody would."""
+def opened(artifact: Path, base: Path) -> Any:
+    """The classifier in fp32, as anybody would open it: a whole model, or an adapter on its base."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    if not (artifact / "adapter_config.json").exists():
+        return AutoModelForSequenceClassification.from_pretrained(artifact).float().eval()
+    settings = AutoConfig.from_pretrained(artifact)
+    model = AutoModelForSequenceClassification.from_pretrained(base, config=settings).float()
+    return PeftModel.from_pretrained(model, artifact).float().eval()
+
+
+def accuracy_by_transformers(artifact: Path, questions: Path, *, base: Path) -> float:
+    """Share of questions that a folder's model and tokenizer get right."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(artifact)
-    model = AutoModelForSequenceClassification.from_pretrained(artifact).float().eval()
+    model = opened(artifact, base)
     rows = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
     right = 0
     for first in range(0, len(rows), 16):

@@ -287,7 +287,7 @@ def modes(family: str) -> Iterator[tuple[str, Mode]]:
                 for checkpointing in (False, True):
                     mode = Mode(
                         precision=cast("Precision", precision),
-                        checkpointing=checkpointing,
+                        checkpoint_every=int(checkpointing),
                         attention=cast("AttentionPath", attention),
                         lora=settings,
                     )

@@ -59,7 +59,15 @@ class ModelConfig(Section):
     """Attention implementation; `auto` is the fastest exact one: by document on packed rows, else sdpa."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: less memory, about a third (full) to a half (LoRA) more time."""
+    checkpoint_every: PositiveInt
+    """With `gradient_checkpointing`: one layer in so many is recomputed, the others keep their activations; 1: all are."""
+    compile: bool
+    """Compile every layer (torch.compile): fused kernels after some minutes of compiling; best with packed rows, which have one shape."""
     preset: ModelPreset | None
+
+    def recomputed_layers(self, layers: int) -> int:
+        """Of so many layers, those that gradient checkpointing computes again."""
+        return -(-layers // self.checkpoint_every) if self.gradient_checkpointing else 0
 
 
 class FullTuning(Section):

@@ -6,7 +6,7 @@ import json
 
 from pydantic import ValidationError
 
-from orchestrator.config.adapters import ADAPTER_TUNINGS
+from orchestrator.config.adapters import ADAPTER_TUNINGS, LoreftTuning
 from orchestrator.config.alignment import DpoStage, PolicyStage
 from orchestrator.config.base import JsonValue
 from orchestrator.config.classification import ClassifyStage, SelfTrainingStage, classification_problems
@@ -123,11 +123,29 @@ def _method_problems(config: RunConfig) -> list[str]:
     if isinstance(sharding, ZeroSharding) and sharding.offload_parameters != "none" and sharding.strategy != "zero3":
         problems.append(f"sharding.offload_parameters: only zero3 can offload parameters, not {sharding.strategy}")
     problems += _zero_plus_problems(config)
+    problems += _compile_problems(config)
     if config.model.attention == "flash_attention_2" and config.model.dtype == "float32":
         problems.append(
             "model.attention: flash_attention_2 needs 16 bits; type model.dtype=bfloat16 or model.attention=sdpa"
         )
     return problems
+
+
+def _compile_problems(config: RunConfig) -> list[str]:
+    """What torch.compile was not seen to do right with."""
+    if not config.model.compile:
+        return []
+    reasons = {
+        "sharding=zero3 gathers weights in the middle of a layer": config.sharding.strategy == "zero3",
+        "tuning=loreft hooks itself into layers": isinstance(config.tuning, LoreftTuning),
+        "quantization=nf4 unpacks weights in kernels of its own": isinstance(config.quantization, Nf4Quantization),
+    }
+    problems = [f"model.compile: {why}; type model.compile=false" for why, is_so in reasons.items() if is_so]
+    return problems + [
+        f"model.compile: stages.{name} generates, and every new length would be compiled; type model.compile=false"
+        for name in config.pipeline
+        if isinstance(config.stages[name], PolicyStage)
+    ]
 
 
 def _zero_plus_problems(config: RunConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from orchestrator.adapter_counts import kept_numbers_per_token, low_rank
@@ -56,7 +56,18 @@ class ActivationMemory:
 
 
 def activation_memory(model: Architecture, config: RunConfig, load: Load) -> ActivationMemory:
-    """The peaks, from the traced moments of the way that the run trains."""
+    """The peaks; between those of keeping all layers and of recomputing all by the share of layers that is recomputed."""
+    peaks = _peaks(model, config, load)
+    if not config.model.gradient_checkpointing or config.model.checkpoint_every == 1:
+        return peaks
+    keeping = config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": False})})
+    recomputed, kept = asdict(peaks), asdict(_peaks(model, keeping, load))
+    share = config.model.recomputed_layers(model.num_hidden_layers) / model.num_hidden_layers
+    return ActivationMemory(**{name: share * recomputed[name] + (1 - share) * kept[name] for name in kept})
+
+
+def _peaks(model: Architecture, config: RunConfig, load: Load) -> ActivationMemory:
+    """From the traced moments of the way that the run trains."""
     at = _dimensions(model, config, load)
     moments = moments_of(model, mode_of(model, config, load))
     extra = _dropout_bytes(model, config, load) + _dora_bytes(model, config, load) + _adapter_bytes(model, config, load)

@@ -30,7 +30,7 @@ def exchanged_bytes(model: Architecture, config: RunConfig, *, micro_batches: in
         case "zero2":
             return micro_batches * gradients + parameters
         case "zero3":
-            passes = gathering_passes(config)
+            passes = gathering_passes(model, config)
             gathered = share * (frozen_bytes(model, config) + width * trained)
             return micro_batches * (passes * gathered + gradients)
 
@@ -59,15 +59,15 @@ def offload_seconds(model: Architecture, config: RunConfig, *, micro_batches: in
         adam = trained * config.cluster.processes_per_node / CPU_ADAM_PARAMETERS_PER_SECOND
     if sharding.offload_parameters == "cpu":
         shard = frozen_bytes(model, config) / config.world_size + width * trained
-        moved += micro_batches * gathering_passes(config) * shard
+        moved += micro_batches * gathering_passes(model, config) * shard
     if not moved:
         return 0.0
     return None if host is None else adam + moved / (host * 1e9)
 
 
-def gathering_passes(config: RunConfig) -> int:
+def gathering_passes(model: Architecture, config: RunConfig) -> float:
     """Times that a micro-batch walks through the weights: forward, backward, and the recomputation."""
-    return 3 if config.model.gradient_checkpointing else 2
+    return 2 + config.model.recomputed_layers(model.num_hidden_layers) / model.num_hidden_layers
 
 
 def dequantised_bytes(model: Architecture, config: RunConfig, *, micro_batches: int) -> float:
@@ -75,7 +75,7 @@ def dequantised_bytes(model: Architecture, config: RunConfig, *, micro_batches: 
     if not isinstance(config.quantization, Nf4Quantization):
         return 0.0
     linear = frozen_bytes(model, config, per_linear=2.5, per_embedding=0.0)
-    return micro_batches * gathering_passes(config) * linear
+    return micro_batches * gathering_passes(model, config) * linear
 
 
 def _width(config: RunConfig) -> int:

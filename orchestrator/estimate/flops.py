@@ -76,17 +76,16 @@ def _freeze_flops(model: Architecture, tuning: FreezeTuning, attention: float, *
 
 
 def executed_flops_per_token(model: Architecture, config: RunConfig, *, length: float) -> float:
-    """FLOPs that the device really does for one token: with gradient checkpointing the layers' forward twice.
+    """FLOPs that the device really does for one token: the forward pass of recomputed layers twice.
 
     Then full fine-tuning takes 8N + 4F and LoRA 6N + 4F + 8 N_lora; the head is not recomputed.
     """
     useful = flops_per_token(model, config, length=length)
-    if not config.model.gradient_checkpointing:
-        return useful
+    share = config.model.recomputed_layers(model.num_hidden_layers) / model.num_hidden_layers
     again = 2.0 * matrices_of(model).layers + attention_flops(model, length=length)
     if isinstance(config.tuning, ADAPTER_TUNINGS):
         again += 2.0 * multiplied_per_token(model, config.tuning)
-    return useful + again
+    return useful + share * again
 
 
 def forward_flops_per_token(model: Architecture, config: RunConfig, *, length: float) -> float:

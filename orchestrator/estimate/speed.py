@@ -133,7 +133,7 @@ def _weight_reading_seconds(model: Architecture, config: RunConfig) -> float:
     """Least time of a micro-batch, however few tokens it has: every pass reads the weights."""
     width = 2.0 if config.model.dtype == "bfloat16" else 4.0
     weights = frozen_bytes(model, config) + width * trainable_parameters(model, config)
-    return _memory_seconds(config, gathering_passes(config) * weights)
+    return _memory_seconds(config, gathering_passes(model, config) * weights)
 
 
 def _update_seconds(model: Architecture, config: RunConfig) -> float:

@@ -27,6 +27,8 @@ def register() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if DOCUMENTS in ALL_ATTENTION_FUNCTIONS:  # maybe as compiled layers want it
+        return
     ALL_ATTENTION_FUNCTIONS.register(DOCUMENTS, documents_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(DOCUMENTS, documents_mask)
 

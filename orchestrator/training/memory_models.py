@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from orchestrator.architecture_families import family_of
 from orchestrator.config.model import Architecture, LoraTuning
 from orchestrator.training.adapters import lora_settings
+from orchestrator.training.layerwise import recompute_layers
 from orchestrator.training.memory_trace import CudaAutocast, Precision
 
 AttentionPath = Literal["sdpa", "masked", "eager"]
@@ -23,7 +24,8 @@ class Mode:
     """How the model is trained, as far as its activations know."""
 
     precision: Precision
-    checkpointing: bool
+    checkpoint_every: int
+    """One layer in so many is recomputed; 0: none is."""
     attention: AttentionPath
     lora: LoraTuning | None
 
@@ -75,8 +77,8 @@ def build_model(model: Architecture, mode: Mode) -> torch.nn.Module:
         attn_implementation="eager" if mode.attention == "eager" else f"traced_{mode.attention}",
         dtype=torch.bfloat16 if held else torch.float32,
     )
-    if mode.checkpointing:
-        built.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _recomputed_as_on_cuda})
+    if mode.checkpoint_every:
+        recompute_layers(built, every=mode.checkpoint_every, context_fn=_recomputed_as_on_cuda)
     if mode.lora is None:
         return built
     from peft import get_peft_model

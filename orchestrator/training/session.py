@@ -23,6 +23,7 @@ from orchestrator.training.early_stopping import judged, metric_of
 from orchestrator.training.evaluation import Evaluation, evaluate, values_of
 from orchestrator.training.finish import finish_stage
 from orchestrator.training.job import Hooks, Job, Progress
+from orchestrator.training.layerwise import compile_layers
 from orchestrator.training.loop import is_over, pauses
 from orchestrator.training.measuring import keep_measured, measuring
 from orchestrator.training.model import weights_dtype
@@ -121,6 +122,10 @@ def open_session(context: Context, runtime: Runtime, record: Record, build_model
     model = build_model(context, dtype, rows.is_packed)
     if runtime.autocast_dtype is not None:
         keep_input_types(model)
+    if config.model.compile:
+        layers = compile_layers(model)
+        record.event("compile", layers=layers)
+        record.say(f"{layers} layers are compiled at their first use, which may take minutes")
     tell_size(record, model)
     tell_head(record, model, runtime.device)
     tuning = config.tuning

@@ -22,6 +22,7 @@ from orchestrator.training.adapters import (
 )
 from orchestrator.training.causal import attach_adapted_head
 from orchestrator.training.context import Context
+from orchestrator.training.layerwise import recompute_layers
 from orchestrator.training.model import load_model, load_scorer
 from orchestrator.training.reft import attach_reft, load_reft
 
@@ -107,7 +108,7 @@ def apply_tuning(
     Under SEQ_CLS the head is trained too, and saved with the adapter.
     """
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model, every=config.model.checkpoint_every)
         model.config.use_cache = False
     match config.tuning:
         case FullTuning():

@@ -72,7 +72,7 @@ def error_of(model: Architecture, config: RunConfig, length: int) -> tuple[float
     precision = cast("Precision", mode_of(model, config, load).split("/")[1])
     mode = Mode(
         precision=precision,
-        checkpointing=config.model.gradient_checkpointing,
+        checkpoint_every=config.model.checkpoint_every if config.model.gradient_checkpointing else 0,
         attention="sdpa",
         lora=config.tuning if isinstance(config.tuning, LoraTuning) else None,
     )
@@ -98,6 +98,17 @@ def test_peaks_are_those_of_the_real_modules() -> None:
     assert max(sizes) <= 0.10
 
 
+@pytest.mark.parametrize("every", [2, 5])
+def test_some_layers_recomputed_are_between_all_and_none(every: int) -> None:
+    model = facts("llama", 32000, 1024, 2816, (16, 4, 64))
+    config = compose(["+experiment=llama_lora", "model.gradient_checkpointing=true", f"model.checkpoint_every={every}"])
+    traced, forecast = error_of(model, config, 2048)
+    assert abs(forecast / traced - 1) <= 0.05
+    whole, _ = error_of(model, settings("lora", "none", True), 2048)
+    none, _ = error_of(model, settings("lora", "none", False), 2048)
+    assert whole < traced < none
+
+
 def test_two_trackers_see_the_same_peak() -> None:
     """torch's MemTracker, which knows nothing of ours."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -106,7 +117,7 @@ def test_two_trackers_see_the_same_peak() -> None:
     from orchestrator.training import memory_trace
 
     model = facts("llama", 32000, 1024, 2816, (16, 4, 64))
-    mode = Mode(precision="bfloat16", checkpointing=False, attention="sdpa", lora=None)
+    mode = Mode(precision="bfloat16", checkpoint_every=0, attention="sdpa", lora=None)
     ours = trace(lambda: build_model(model, mode), rows=1, length=1024, precision="bfloat16").peak
     with torch.device("meta"):
         module = build_model(model, mode).train()
