@@ -1,4 +1,4 @@
-"""Liger's kernel of the loss head beside torch's own, on a CPU through Triton's interpreter; run by test_head.py, prints JSON.
+"""Liger's kernel of the loss head beside torch's own, on a CPU through Triton's interpreter; run by test_liger.py, prints JSON.
 
 The interpreter lacks two things that a soft cap needs: floats as arguments of a kernel (they stay Python floats, and
 Liger asks for `softcap.to(float32)`), and the device's tanh ("extern_elementwise not supported in interpreter mode"). Both are
