@@ -25,6 +25,7 @@ from orchestrator.dataset.splits import held_out_rows
 from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.estimate.rows import PreparedFacts
 from orchestrator.ingredients import blend_problems
+from orchestrator.kernels import head_problems, liger_is_installed
 from orchestrator.measured import find_measured
 from orchestrator.plan import DataFacts
 
@@ -56,6 +57,7 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
         if name in config.pipeline and stage.data.chat_template and not Path(stage.data.chat_template).is_file()
     ]
     problems += blend_problems(config)
+    problems += head_problems(config, has_liger=liger_is_installed())
     if problems:
         raise DataError(problems)
     assert base is not None
@@ -88,6 +90,7 @@ def _with_preparation(config: RunConfig, name: str, base: Base, data: DataFacts)
     stage, config = config.stages[name], config.for_stage(name)
     if not isinstance(stage, TrainingStage):
         return data
+    data = replace(data, has_liger=liger_is_installed())
     if base.architecture is not None:
         data = replace(data, measured=find_measured(config, name, base.architecture))
     prepared = _prepared(config, stage)

@@ -24,6 +24,7 @@ from orchestrator.estimate.records import MemoryForecast
 from orchestrator.estimate.rows import PreparedFacts
 from orchestrator.estimate.states import trainable_parameters
 from orchestrator.forecasting import NOTHING, epoch_steps, forecast_fields, shape_for
+from orchestrator.kernels import kernel_fields
 from orchestrator.measured import Measured
 from orchestrator.pipeline import MODEL_PREFIX, STAGE_PREFIX, inputs_of, resolve_starts
 from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
@@ -45,6 +46,8 @@ class DataFacts:
     """None where the rows are not prepared yet."""
     measured: tuple[Measured, str] | None = None
     """The newest measurement that holds for the stage, and the run that made it."""
+    has_liger: bool = False
+    """Whether Liger's kernels are installed where the plan is made."""
 
 
 class StagePlan(Section):
@@ -82,6 +85,9 @@ class StagePlan(Section):
     time: TimePlan | None
     cost: CostPlan | None
     checkpointing: CheckpointPlan | None
+    attention: str | None
+    """What computes it, in words, as the log will tell; None, like `loss_head`, for a stage that trains nothing."""
+    loss_head: str | None
     deepspeed: dict[str, Any] | None
     script: str
     outputs: tuple[str, ...]
@@ -175,7 +181,7 @@ def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_d
 def _scoring_plan(stage: ScoringStage | MergeStage) -> dict[str, Any]:
     """A stage without an optimizer runs in one process."""
     names = ("global_size", "accumulation_steps", "steps_per_epoch", "steps", "warmup_steps", "trainable_parameters")
-    unknown = dict.fromkeys([*names, "flops_per_token", "deepspeed", *NOTHING])
+    unknown = dict.fromkeys([*names, "flops_per_token", "attention", "loss_head", "deepspeed", *NOTHING])
     return {**unknown, "micro_size": stage.micro_size, "world_size": 1, "learning_rates": {}}
 
 
@@ -201,6 +207,7 @@ def _training_plan(config: RunConfig, stage: TrainingStage, base: Base, data: Da
         if model is None
         else flops_per_token(model, config, length=shape_for(stage, data).attended),
         **forecast_fields(config, stage, model, data, steps=steps),
+        **kernel_fields(config, stage, model, has_liger=data.has_liger),
         "deepspeed": deepspeed_dict(config, stage),
     }
 

@@ -225,6 +225,8 @@ def _stage_rows(stage: StagePlan) -> list[tuple[str, str]]:
             or (UNKNOWN if stage.global_size is not None else "none"),
         ),
         ("parameters", _parameters(stage)),
+        *([] if stage.attention is None else [("attention", stage.attention)]),
+        *([] if stage.loss_head is None else [("loss head", stage.loss_head)]),
         ("memory per device", memory_line(stage.memory)),
         *forecast_rows(stage),
         ("script", stage.script),

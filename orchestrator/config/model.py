@@ -57,6 +57,9 @@ class ModelConfig(Section):
     """Compute dtype; trainable parameters keep fp32 master weights either way."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"]
     """Attention implementation; `auto` is the fastest exact one: by document on packed rows, else sdpa."""
+    loss_head: Literal["auto", "torch", "liger"]
+    """What makes the summed cross-entropy of SFT: `liger` is Liger's Triton kernel (GPUs; package liger-kernel), `auto` takes it where
+    it runs, else torch's own, which makes everything else either way."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: less memory, about a third (full) to a half (LoRA) more time."""
     checkpoint_every: PositiveInt

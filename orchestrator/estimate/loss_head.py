@@ -7,6 +7,9 @@
 - For the time of the call: `TEMPORARY_LOGITS` times a chunk's fp32 logits; where the weights are trained, in the backward
   pass also V x W x (4 bytes + 2 x those of the compute type) at the end of it, of which the last part is the gradient that
   stays; where autocast runs fp32 weights in 16 bits, a 16-bit copy (V x W x 2 bytes) in each of the two passes.
+
+Liger's kernel (`model.loss_head`) keeps as much and has chunks of about K x W numbers (K trained tokens), in the compute type: less than
+torch's. The forecast reckons with torch's.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype, *, p
         raise CheckpointError(
             [f"{folder}: {kind.replace('_', ' ')}: {', '.join(names[:5])}" for kind, names in faults.items()]
         )
-    attach_head(model)
+    attach_head(model, choice=config.model.loss_head)
     return model
 
 

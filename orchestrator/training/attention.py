@@ -1,15 +1,16 @@
 """Exact attention in which documents of a packed row never see each other, without a dense mask over the row.
 
-One name, `documents`, for transformers' `attn_implementation`. What is computed follows from the machine:
+One name, `documents`, for transformers' `attn_implementation`. What is computed follows from the machine (`kernels.documents_path`):
 - CPU, 16-bit, short documents: documents of like length are multiplied together as blocks (the flash kernels of torch are
   slow on CPU in 16 bits: figures in docs/data.md);
 - CPU otherwise: torch's flash kernel document by document;
-- CUDA, 16-bit: torch's `varlen_attn`, one kernel over all documents.
+- CUDA, 16-bit: torch's `varlen_attn`, one kernel over all documents, where it takes the heads; else document by document.
 Boundaries come as `cu_seq_lens_q` (`Batch.model_inputs`) or, where a caller gives none, from restarting position ids.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, cast
 
@@ -17,9 +18,8 @@ import torch
 from torch.nn import functional
 
 from orchestrator.errors import ConfigError
+from orchestrator.kernels import DOCUMENTS, documents_path
 from orchestrator.training.attention_blocks import attend_in_blocks, plan_groups
-
-DOCUMENTS = "documents"
 
 
 def register() -> None:
@@ -95,17 +95,38 @@ def documents_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **settings
         )
-    boundaries = settings.get("cu_seq_lens_q")
+    boundaries, longest = settings.get("cu_seq_lens_q"), settings.get("max_length_q")
     if boundaries is None:
-        boundaries = boundaries_of(settings.get("position_ids"), query.shape[0], query.shape[2])
+        B, _, T, _ = query.shape
+        boundaries, longest = _boundaries_once(settings.get("position_ids"), B, T, query.device), None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     query, key, value = _same_dtype(query, key, value)
-    if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0:
-        return _varlen(query, key, value, boundaries, settings.get("max_length_q"), scale), None
-    edges = tuple(cast("list[int]", boundaries.tolist()))
-    if query.dtype == torch.float32 or dropout > 0.0:
-        return _one_by_one(query, key, value, edges, scale, dropout), None
-    return _in_blocks(query, key, value, edges, scale), None
+    match documents_path(
+        query.device.type,
+        is_half=query.element_size() == 2,
+        head_dims=(query.shape[-1], value.shape[-1]),
+        has_dropout=dropout > 0.0,
+    ):
+        case "varlen":
+            return _varlen(query, key, value, boundaries, longest, scale), None
+        case "blocks":
+            return _in_blocks(query, key, value, _edges(boundaries), scale), None
+        case "one by one":
+            return _one_by_one(query, key, value, _edges(boundaries), scale, dropout), None
+
+
+@lru_cache(maxsize=8)
+def _edges(boundaries: torch.Tensor) -> tuple[int, ...]:
+    """The boundaries as numbers. Kept by tensor, since every layer asks again, and on a GPU each asking waits for the device."""
+    return tuple(cast("list[int]", boundaries.tolist()))
+
+
+@lru_cache(maxsize=8)
+def _boundaries_once(
+    position_ids: torch.Tensor | None, num_rows: int, length: int, device: torch.device
+) -> torch.Tensor:
+    """`boundaries_of` on the device, kept by tensor as `_edges` is: finding restarts waits for a GPU too."""
+    return boundaries_of(position_ids, num_rows, length).to(device)
 
 
 def _refuse_unknown(settings: dict[str, Any], *, is_packed: bool, causal: bool) -> None:
@@ -156,10 +177,9 @@ def _varlen(
     longest: int | None,
     scale: float,
 ) -> torch.Tensor:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # torch before 2.10
-        return _one_by_one(query, key, value, tuple(cast("list[int]", boundaries.tolist())), scale, 0.0)
+    """torch's varlen_attn; the boundaries are on the device as int32 already where a batch brought them."""
+    from torch.nn.attention.varlen import varlen_attn
+
     B, _, T, _ = query.shape
     edges = boundaries.to(device=query.device, dtype=torch.int32)
     most = longest if longest is not None else T

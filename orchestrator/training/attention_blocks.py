@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import torch
 
-BLOCK_TOKENS = 512
-"""Documents up to this long are computed as blocks in 16 bits; longer ones by the flash kernel, whose memory is linear."""
+from orchestrator.kernels import BLOCK_TOKENS
+
 KEPT_TOKENS = 256
 """Blocks up to this long keep their weights for the backward pass; longer ones compute them again."""
 BLOCK_SCORES = 1 << 16

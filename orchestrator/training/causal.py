@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from orchestrator.kernels import NO_HEAD, HeadChoice, HeadKernel, head_kernel, head_words, liger_is_installed
+from orchestrator.training import liger
 from orchestrator.training.head import Shape, Term, chunked_logprobs_K
 from orchestrator.training.logprobs import Place, token_entropies_BT, token_logprobs_BT
 from orchestrator.training.replica import narrowed
@@ -40,15 +42,16 @@ class Query:
     """Each document's tokens before its first trained one, for a model that treats them apart; None: it must find them."""
 
 
-def attach_head(model: Any) -> None:
+def attach_head(model: Any, *, choice: HeadChoice = "auto") -> None:
     """Teaches a causal model to answer a `Query` with (logprobs_BT, entropies_BT or None), fp32; else it does as before.
 
+    `choice` is `model.loss_head`.
     Does nothing a second time. A model whose logits are not its head's products on a small copy of it goes on to make
     its own logits, and only then are the tokens scored: `head_of` tells which.
     """
     if hasattr(model, "loss_head"):
         return
-    model.__class__ = _scoring_class(type(model), _known_head(model))
+    model.__class__ = _scoring_class(type(model), _known_head(model), choice)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         head.__class__ = _chunking_class(nn.Linear)
@@ -63,25 +66,26 @@ def attach_adapted_head(model: Any) -> None:
         head.__class__ = _chunking_class(Linear)
 
 
-def head_of(model: Any, device: torch.device) -> str:
-    """How the unwrapped model scores tokens on a device, in words."""
+def head_of(model: Any, device: torch.device, *, is_summed: bool = True) -> str:
+    """How the unwrapped model scores tokens on a device, in words; `is_summed` as in `Query`."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = getattr(base, "loss_head", None)
     if known is None:
-        return "none: the model gives no log-probabilities"
+        return NO_HEAD
     if not known:
         return f"whole logits: a small copy of {type(base).__name__} did not show its logits to be its head's products"
     if not hasattr(base.get_output_embeddings(), "products"):
         return f"logits of the trained tokens: the head is a {type(base.get_output_embeddings()).__name__}"
-    return f"{kernel_name(device)}, on trained tokens alone"
+    is_plain = base.get_output_embeddings().products.__func__ is _plain_products
+    return head_words(_kernel_of(base, device) if is_summed and is_plain else "torch", device.type)
 
 
-def kernel_name(device: torch.device) -> str:
-    """The seam for other kernels: the one that scores tokens on this device. Only torch's own is here, on all of them."""
-    return f"chunked cross-entropy in plain torch ({device.type})"
+def _kernel_of(model: Any, device: torch.device) -> HeadKernel:
+    """The seam of the kernels: the one that scores sums on this device; what it does not take is torch's."""
+    return head_kernel(model.head_choice, device.type, has_liger=liger_is_installed())
 
 
-def _scoring_class(original: type, known: bool) -> type:
+def _scoring_class(original: type, known: bool, choice: HeadChoice) -> type:
     """A class of the same name, which config.json will hold."""
 
     @functools.wraps(original.forward)  # type: ignore[attr-defined]  # generate() reads the signature
@@ -97,9 +101,8 @@ def _scoring_class(original: type, known: bool) -> type:
             return logprobs_BT, None
         return logprobs_BT, token_entropies_BT(logits_BTV, query.labels_BT, temperature=query.temperature)
 
-    return type(
-        original.__name__, (original,), {"forward": forward, "loss_head": known, "__module__": original.__module__}
-    )
+    added = {"forward": forward, "loss_head": known, "head_choice": choice, "__module__": original.__module__}
+    return type(original.__name__, (original,), added)
 
 
 def _scores_BT(model: Any, query: Query, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -113,6 +116,7 @@ def _scores_BT(model: Any, query: Query, inputs: dict[str, Any]) -> tuple[torch.
         temperature=query.temperature,
         entropies=query.entropies,
         is_summed=query.is_summed,
+        kernel=_kernel_of(model, hidden_BTW.device),
     )
     head = model.get_output_embeddings()
     if hasattr(head, "products"):
@@ -152,12 +156,21 @@ def _chunking_class(original: type) -> type:
             return original.forward(self, hidden_KW, *arguments, **options)  # type: ignore[attr-defined]
         layer = self.base_layer if original is not nn.Linear else self
         hidden_KW = hidden_KW.to(_compute_type(hidden_KW, layer.weight))
-        return chunked_logprobs_K(self.products(hidden_KW), layer.bias, **options)
+        return _logprobs_K(self.products(hidden_KW), layer.bias, **options)
 
     products = _plain_products if original is nn.Linear else _adapted_products
     return type(
         original.__name__, (original,), {"forward": forward, "products": products, "__module__": original.__module__}
     )
+
+
+def _logprobs_K(
+    terms: Sequence[Term], bias_V: torch.Tensor | None, *, targets_K: torch.Tensor, shape: Shape
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `chunked_logprobs_K` answers, by Liger where it takes the question."""
+    if liger.takes(terms, targets_K, shape):
+        return liger.summed_logprobs_K(terms[0], bias_V, targets_K, shape.softcap), None
+    return chunked_logprobs_K(terms, bias_V, targets_K, shape)
 
 
 def _compute_type(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

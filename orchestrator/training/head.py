@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from orchestrator.estimate.loss_head import chunk_rows
+from orchestrator.kernels import HeadKernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Shape:
     """The caller promises to sum the log-probabilities, whatever it multiplies the sum by: all have one gradient."""
     rows: int | None = None
     """Tokens of a chunk; None takes `chunk_rows`."""
+    kernel: HeadKernel = "torch"
+    """Who may make the log-probabilities where another kernel than this module's takes what is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from orchestrator.cache import locked
 from orchestrator.config.model import FullTuning, ModelConfig, Nf4Quantization
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ModelError
+from orchestrator.kernels import DOCUMENTS, attention_name
 from orchestrator.rundir import file_digest, publish, write_manifest
 from orchestrator.training import attention
 from orchestrator.training.causal import NOT_FOR_A_BACKBONE, attach_head
@@ -72,7 +73,7 @@ def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, p
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.base: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     keep_weights_in_place(model)
-    attach_head(model)
+    attach_head(model, choice=config.model.loss_head)
     return model
 
 
@@ -117,12 +118,10 @@ def _scoring_every_token(model: Any) -> PreTrainedModel:
 
 def attention_of(config: RunConfig, *, packed: bool) -> str:
     """transformers' name of the attention: `auto` computes packed rows document by document, others by sdpa."""
-    if config.model.attention != "auto":
-        return config.model.attention
-    if not packed:
-        return "sdpa"
-    attention.register()
-    return attention.DOCUMENTS
+    name = attention_name(config.model.attention, packed=packed)
+    if name == DOCUMENTS:
+        attention.register()
+    return name
 
 
 def keep_weights_in_place(model: torch.nn.Module) -> None:

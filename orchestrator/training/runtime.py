@@ -18,6 +18,7 @@ from orchestrator.config.model import ZeroSharding
 from orchestrator.config.run import RunConfig, accumulation_steps
 from orchestrator.config.stages import TrainingStage
 from orchestrator.errors import ConfigError
+from orchestrator.kernels import liger_is_installed, liger_problem
 from orchestrator.zero import deepspeed_dict
 
 
@@ -99,6 +100,9 @@ def start_runtime(config: RunConfig, stage: TrainingStage) -> Runtime:
             "sharding.quantized_weights, sharding.quantized_gradients: their kernels need GPUs, and torch sees none here; "
             "set both to false"
         )
+    refused = liger_problem(config.model.loss_head, ("cpu" if uses_cpu else "cuda",), has_liger=liger_is_installed())
+    if refused is not None:
+        raise ConfigError(refused)
     settings = deepspeed_dict(config, stage)
     bfloat16 = config.model.dtype == "bfloat16"
     handlers = [InitProcessGroupKwargs(backend="gloo")] if uses_cpu and "RANK" in os.environ else []

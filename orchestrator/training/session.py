@@ -32,7 +32,7 @@ from orchestrator.training.optimizers import build_optimizer
 from orchestrator.training.profiled import train_profiled
 from orchestrator.training.rank_allocation import allocation_of
 from orchestrator.training.runtime import Runtime, start_runtime
-from orchestrator.training.telling import flops_of, peak_flops, tell_head, tell_size
+from orchestrator.training.telling import flops_of, peak_flops, tell_kernels, tell_size
 from orchestrator.training.tuning import build_policy, keep_input_types
 from orchestrator.training.unfreezing import Unfreezing, gradual_unfreezing
 
@@ -127,7 +127,7 @@ def open_session(context: Context, runtime: Runtime, record: Record, build_model
         record.event("compile", layers=layers)
         record.say(f"{layers} layers are compiled at their first use, which may take minutes")
     tell_size(record, model)
-    tell_head(record, model, runtime.device)
+    tell_kernels(context, record, model, runtime.device)
     tuning = config.tuning
     is_gradual = isinstance(tuning, FreezeTuning) and tuning.is_gradual
     ratio = tuning.lora_plus_ratio if isinstance(tuning, LoraTuning) else None

@@ -1,11 +1,14 @@
-"""What a stage tells of itself before its first step: its size, its loss head, its FLOPs."""
+"""What a stage tells of itself before its first step: its size, its kernels, its FLOPs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from orchestrator.architecture import read_architecture
 from orchestrator.estimate.flops import flops_per_token
+from orchestrator.kernels import attention_of_stage, sums_logprobs
 from orchestrator.training.causal import head_of
 from orchestrator.training.context import Context, Record
 from orchestrator.training.measuring import attended_tokens
@@ -18,9 +21,20 @@ def tell_size(record: Record, model: torch.nn.Module) -> None:
     record.say(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
 
 
-def tell_head(record: Record, model: torch.nn.Module, device: torch.device) -> None:
-    head = head_of(model, device)
+def tell_kernels(context: Context, record: Record, model: torch.nn.Module, device: torch.device) -> None:
+    """Attention and loss head, in the words of the plan."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = attention_of_stage(
+        context.config,
+        context.stage,
+        read_architecture(context.base_folder),
+        device.type,
+        name=base.config._attn_implementation,
+    )
+    head = head_of(model, device, is_summed=sums_logprobs(context.stage))
+    record.event("attention", attention=attention)
     record.event("head", head=head)
+    record.say(f"attention: {attention}")
     record.say(f"loss head: {head}")
 
 
