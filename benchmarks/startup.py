@@ -1,7 +1,8 @@
-"""How long the login side takes to answer: the median wall time of fresh processes. Run: python benchmarks/startup.py [RUNS]"""
+"""How long the login side takes to answer: median times of fresh processes. Run: python benchmarks/startup.py [RUNS]"""
 
 from __future__ import annotations
 
+import resource
 import statistics
 import subprocess
 import sys
@@ -24,22 +25,24 @@ def main() -> int:
     slow = 0
     with tempfile.TemporaryDirectory() as folder:
         seconds_of(["--help"], 0, Path(folder))  # the byte code is written
-        print(f"{'command':<24} {'median':>8} {'fastest':>8} {'allowed':>8}   of {runs} runs")
+        print(f"{'command':<24} {'median':>8} {'fastest':>8} {'allowed':>8} {'of processor':>13}   of {runs} runs")
         for name, (words, code, allowed) in COMMANDS.items():
-            taken = [seconds_of(words, code, Path(folder)) for _ in range(runs)]
+            taken, worked = zip(*(seconds_of(words, code, Path(folder)) for _ in range(runs)), strict=True)
             median = statistics.median(taken)
             slow += median > allowed
-            print(f"{name:<24} {median:7.2f}s {min(taken):7.2f}s {allowed:7.1f}s")
+            print(f"{name:<24} {median:7.2f}s {min(taken):7.2f}s {allowed:7.1f}s {statistics.median(worked):12.2f}s")
     return 1 if slow else 0
 
 
-def seconds_of(words: list[str], code: int, folder: Path) -> float:
-    start = time.perf_counter()
+def seconds_of(words: list[str], code: int, folder: Path) -> tuple[float, float]:
+    """Seconds by the clock, and of the processor: the second is less disturbed by what else the machine does."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator", *words], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == code, done.stderr
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter() - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
+
+COLLECTED_EVERY = 50_000
+"""New objects between two looks for garbage: a command makes many thousands at its start, and hardly any garbage."""
 
 
 def _forget_working_folder() -> None:
@@ -15,6 +19,7 @@ def _forget_working_folder() -> None:
 
 def main() -> int:
     _forget_working_folder()
+    gc.set_threshold(COLLECTED_EVERY)
     from orchestrator.cli import main as run_command
 
     return run_command(sys.argv[1:])

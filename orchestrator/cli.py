@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
@@ -56,6 +57,24 @@ python -m orchestrator [VERB] [overrides | RUN_DIR]     takes a pretrained langu
 
 
 Verb = Callable[[Sequence[str]], int]
+VERBS = {
+    "run": "commands",
+    "plan": "commands",
+    "render": "commands",
+    "resume": "commands",
+    "check": "looking",
+    "prepare": "looking",
+    "verify-resume": "looking",
+    "audit": "looking",
+    "status": "inspection",
+    "logs": "inspection",
+    "cancel": "inspection",
+    "generate": "inspection",
+    "export": "inspection",
+    "report": "inspection",
+    "doctor": "inspection",
+}
+"""The module of every verb, imported only where it is asked for."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,44 +105,26 @@ def _dispatch(argv: list[str]) -> int:
         return _help()
     word = argv[0]
     if "=" in word or word.startswith(("+", "-", "~")):
-        return _verbs()["run"](argv)
-    verbs = _verbs()
-    if word not in verbs:
-        guess = nearest(word, verbs)
+        return _verb("run")(argv)
+    if word not in VERBS:
+        guess = nearest(word, VERBS)
         raise ConfigError(
-            f"{word}: no such verb" + (f"; did you mean {guess}?" if guess else f"; verbs are {', '.join(verbs)}")
+            f"{word}: no such verb" + (f"; did you mean {guess}?" if guess else f"; verbs are {', '.join(VERBS)}")
         )
     if "-h" in argv[1:] or "--help" in argv[1:]:
         return _help()
-    return verbs[word](argv[1:])
+    return _verb(word)(argv[1:])
 
 
-def _verbs() -> dict[str, Verb]:
-    from orchestrator import commands, inspection, looking
-
-    return {
-        "run": commands.run,
-        "plan": commands.plan,
-        "render": commands.render,
-        "resume": commands.resume,
-        "check": looking.check,
-        "prepare": looking.prepare,
-        "verify-resume": looking.verify_resume,
-        "audit": looking.audit,
-        "status": inspection.status,
-        "logs": inspection.logs,
-        "cancel": inspection.cancel,
-        "generate": inspection.generate,
-        "export": inspection.export,
-        "report": inspection.report,
-        "doctor": inspection.doctor,
-    }
+def _verb(name: str) -> Verb:
+    module = importlib.import_module(f"orchestrator.{VERBS[name]}")
+    return vars(module)[name.replace("-", "_")]
 
 
 def _help() -> int:
-    from orchestrator.compose import experiments
+    from orchestrator.words import CONF, choices_of
 
-    print(USAGE.format(experiments=", ".join(experiments())))
+    print(USAGE.format(experiments=", ".join(choices_of("experiment", [CONF]))))
     return EXIT_DONE
 
 

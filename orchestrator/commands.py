@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launchers.spec import InvalidValueError
-from orchestrator.advising import print_advice, settled_words
 from orchestrator.compose import Composed, examine
 from orchestrator.config.rules import parse
 from orchestrator.config.run import RunConfig
@@ -17,7 +17,6 @@ from orchestrator.errors import (
     ConfigError,
     OrchestratorError,
 )
-from orchestrator.execution import WHOLE, Part, execute, execute_all, freeze_run
 from orchestrator.facts import gather
 from orchestrator.freezing import read_config
 from orchestrator.jobs import render as render_script
@@ -29,6 +28,9 @@ from orchestrator.sweep import FLAGS, combinations, first_words, is_sweep
 from orchestrator.tables import print_plan, print_scaling
 from orchestrator.zero_sizes import sized
 
+if TYPE_CHECKING:
+    from orchestrator.execution import Part
+
 SHARED = (".batch: global_size", ".rollout.prompts:")
 """Rules on sharing rows among ranks: the scaling table tells them row by row."""
 ADVISE = "advise=true"
@@ -38,6 +40,8 @@ def plan(arguments: Sequence[str]) -> int:
     """Prints what would happen, or what else would fit (advise=true), or a list of numbers of nodes side by side; writes nothing."""
     words, form = _take_format(arguments)
     if ADVISE in words:
+        from orchestrator.advising import print_advice
+
         words, config_directory = _take_config_directory([word for word in words if word != ADVISE])
         print_advice(composed_words(words, config_directory), config_directory, as_json=form == "json")
         return EXIT_DONE
@@ -82,6 +86,8 @@ def _scaling(arguments: Sequence[str], counts: Sequence[int], form: str) -> int:
 
 def render(arguments: Sequence[str]) -> int:
     """Writes the scripts into the run folder and prints them; submits nothing."""
+    from orchestrator.execution import freeze_run
+
     for config, planned in _runs(arguments):
         if not isinstance(config.study, NoStudy):
             raise ConfigError(
@@ -97,6 +103,8 @@ def render(arguments: Sequence[str]) -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """Checks, plans and launches; continues what is unfinished and skips what is done. With -m, one run each."""
+    from orchestrator.execution import WHOLE, execute, execute_all
+
     words, part = _take_part(arguments)
     if is_sweep(words):
         config = _first_config(words)
@@ -116,6 +124,7 @@ def run(arguments: Sequence[str]) -> int:
 def resume(arguments: Sequence[str]) -> int:
     """Goes on with a run from its folder alone."""
     from orchestrator.cli import run_folder_argument
+    from orchestrator.execution import execute
 
     folder = RunFolder(run_folder_argument(arguments, "resume"))
     config = load_config(folder)
@@ -152,6 +161,8 @@ def planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
     words, config_directory = _take_config_directory(arguments)
     composed = examine(words, config_directory=config_directory)
     if composed.autos and not composed.problems:
+        from orchestrator.advising import settled_words
+
         kept = [word for word in words if word != "sharding=auto"]
         composed = examine([*kept, *settled_words(composed, config_directory)], config_directory=config_directory)
     config, problems = composed.config, composed.problems
@@ -215,6 +226,8 @@ def _take_format(arguments: Sequence[str]) -> tuple[list[str], str]:
 
 def _take_part(arguments: Sequence[str]) -> tuple[list[str], Part]:
     """The words without `--from STAGE` and `--only STAGE`."""
+    from orchestrator.execution import Part
+
     rest: list[str] = []
     chosen: dict[str, str] = {}
     words = iter(arguments)

@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +17,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.pipeline import pipeline_problems
 from orchestrator.words import (
+    CONF,
     Override,
     choices_of,
     chooses_group,
@@ -27,8 +28,10 @@ from orchestrator.words import (
     parse_word,
 )
 
+if TYPE_CHECKING:
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
 AUTO = "auto"
-CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +134,30 @@ def _parse(overrides: Sequence[str], experiments: Sequence[str]) -> tuple[list[O
 
 
 def _compose(choices: Sequence[str], roots: Sequence[Path]) -> DictConfig:
-    """The tree of the chosen files."""
-    from hydra import compose as hydra_compose
+    """The tree of the chosen files.
 
-    with _hydra(roots):
-        return hydra_compose("config", overrides=list(choices))
+    Hydra also composes settings of its own, which nothing here reads and which take half of the time: they are left out
+    where no file speaks of them.
+    """
+    from hydra import compose as hydra_compose
+    from hydra._internal.config_repository import CachingConfigRepository
+    from hydra._internal.defaults_list import create_defaults_list
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    with _hydra(roots) as loader:
+        if _speaks_of_hydra(roots):
+            return hydra_compose("config", overrides=list(choices))
+        files = CachingConfigRepository(loader.repository)
+        words = OverridesParser.create().parse_overrides(list(choices))
+        chosen = create_defaults_list(
+            repo=files, config_name="config", overrides_list=words, prepend_hydra=False, skip_missing=False
+        )
+        return loader._compose_config_from_defaults_list(chosen.defaults, files)  # pyright: ignore[reportPrivateUsage]
+
+
+def _speaks_of_hydra(roots: Sequence[Path]) -> bool:
+    """Whether a file may hold a `hydra:` section (a search path, say), or choose one of Hydra's own groups."""
+    return any(b"hydra" in file.read_bytes() for root in roots for file in root.rglob("*.yaml") if file.is_file())
 
 
 def _set(tree: DictConfig, word: Override) -> None:
@@ -170,7 +192,7 @@ def _told(roots: Sequence[Path]) -> Generator[None]:
 
 
 @contextmanager
-def _hydra(roots: Sequence[Path]) -> Generator[None]:
+def _hydra(roots: Sequence[Path]) -> Generator[ConfigLoaderImpl]:
     """Hydra over the folders, the first of them first."""
     from hydra import initialize_config_dir
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -182,7 +204,7 @@ def _hydra(roots: Sequence[Path]) -> Generator[None]:
         for root in reversed(roots[:-1]):  # hydra.searchpath would put them last, and hide them
             loader.config_search_path.prepend("folder of the user", f"file://{root}", "main")
         loader.repository.initialize_sources(loader.config_search_path)
-        yield
+        yield loader
 
 
 def _one_line(error: Exception) -> str:
@@ -193,13 +215,11 @@ def _one_line(error: Exception) -> str:
 
 def _places(choices: Sequence[str], accepted: Sequence[Override], roots: Sequence[Path]) -> dict[str, str]:
     """FILE:LINE of every key that a file gave its value; keys that a word of the command line set are left out."""
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
     from orchestrator.places import find_places
 
-    with _hydra(roots):
-        loader = GlobalHydra.instance().config_loader()
+    with _hydra(roots) as loader:
         defaults = loader.compute_defaults_list("config", list(choices), RunMode.RUN).defaults
     found = [(_file_of(str(entry.config_path), roots), str(entry.package or "")) for entry in defaults]
     places = find_places((file, package) for file, package in found if file is not None)

@@ -7,7 +7,6 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from launchers.process import Launch, Outcome, launch
@@ -29,12 +28,10 @@ from orchestrator.freezing import all_or_nothing, freeze
 from orchestrator.identity import changed_content
 from orchestrator.jobs import job_spec
 from orchestrator.jobs import render as render_script
-from orchestrator.metrics.console import show_progress, view_of_stage
 from orchestrator.pipeline import descendants, fresh_stages, inputs_of, may_be_made_anew, set_aside
 from orchestrator.plan import Plan, run_directory_of
 from orchestrator.resume import may_differ
 from orchestrator.rundir import RunFolder, StageFolder, os_sentence, read_json, write_json
-from orchestrator.submission import submit, submit_arrays
 from orchestrator.tables import print_result, warn_lines
 
 PACKAGES = (
@@ -88,6 +85,8 @@ def execute(
         if stage not in unfinished and folder.stage(stage).result.exists():
             print(f"{stage}: done already; its result is {folder.stage(stage).result}")
     if config.launcher.kind == "slurm":
+        from orchestrator.submission import submit
+
         return submit(config, unfinished, preparations) if unfinished else EXIT_DONE
     for stage in unfinished:
         code = _launch_stage(config, planned, folder, stage, watch)
@@ -155,6 +154,8 @@ def execute_all(runs: Sequence[tuple[RunConfig, Plan]]) -> int:
 
 
 def _submit_arrays(runs: Sequence[tuple[RunConfig, Plan]]) -> int:
+    from orchestrator.submission import submit_arrays
+
     for config, planned in runs:
         validate_data(config)
         freeze_run(config, planned, [render_script(config, stage) for stage in config.pipeline])
@@ -176,6 +177,8 @@ def _launch_stage(config: RunConfig, planned: Plan, folder: RunFolder, stage: st
     spec = job_spec(config, stage)
     print(f"{stage}: {spec.script_path}; log {files.logs}", flush=True)
     with launch(render_script(config, stage), spec) as running:
+        from orchestrator.metrics.console import show_progress, view_of_stage  # it draws: imported while the job starts
+
         interrupts = 0
         is_running = _watched(running, lambda: watch(stage))
         while running.is_running():
@@ -274,6 +277,8 @@ def _environment() -> dict[str, JsonValue]:
 
 
 def _version(name: str) -> str | None:
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launchers import local, sbatch, torchrun
+from launchers import local, torchrun
 from launchers.spec import ClusterSettings, JobSpec, Script
 from orchestrator.cache import cache_folder
 from orchestrator.config.model import NoSharding
@@ -84,6 +84,8 @@ def render(config: RunConfig, stage: str) -> Script:
         case "torchrun":
             return torchrun.render(spec)
         case "slurm":
+            from launchers import sbatch
+
             return sbatch.render(spec)
 
 

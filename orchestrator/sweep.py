@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import product
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.errors import HydraException
+from typing import TYPE_CHECKING
 
 from orchestrator.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 FLAGS = ("-m", "--multirun")
 _UNUSUAL = re.compile(r"[^A-Za-z0-9.+-]+")
@@ -47,6 +47,8 @@ def first_words(arguments: Sequence[str]) -> list[str]:
 
 
 def _first(word: str) -> str:
+    from hydra.core.override_parser.types import IntervalSweep
+
     override = _parse(word)
     value = None if override is None else override.value()
     if isinstance(value, IntervalSweep):
@@ -69,6 +71,9 @@ def _values(word: str) -> list[str] | None:
 
 
 def _parse(word: str) -> Override | None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     if word.startswith("-") or "=" not in word:
         return None
     try:

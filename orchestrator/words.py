@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from orchestrator.errors import ConfigError, nearest
 
+CONF = Path(__file__).resolve().parent.parent / "conf"
 TOP_GROUPS = ("model", "tuning", "quantization", "sharding", "cluster", "launcher", "tracking", "study")
 OPEN_MAPS = ("environment", "columns", "sets")
 """Maps whose keys the user chooses."""

@@ -9,7 +9,8 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from orchestrator.ingredients import Elsewhere, members_elsewhere, read_member, 
 from orchestrator.pipeline import inputs_of, stage_digest
 from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
 from orchestrator.stages import STAGES
-from orchestrator.training.imports import leave_out_unused
+from orchestrator.training.imports import leave_out_deepspeed, leave_out_unused, uncollected
 from orchestrator.training.stop import StopRequest, job_deadline
 
 PREPARE_POLL_SECONDS = 0.05
@@ -44,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     stop = StopRequest(folder.stop, deadline=job_deadline(os.environ, lead_seconds=config.cluster.stop_lead_seconds))
     try:
-        return _run_stage(config, options.stage, run_file, attempt=attempt, stop=stop, began=began)
+        with uncollected():
+            run = _made_ready(config, options.stage, run_file, attempt=attempt, stop=stop, began=began)
+        return run()
     except BaseException as error:
         return _die(folder, attempt, rank, error)
 
@@ -59,7 +62,11 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _run_stage(config: RunConfig, name: str, run_file: Path, *, attempt: int, stop: StopRequest, began: float) -> int:
+def _made_ready(
+    config: RunConfig, name: str, run_file: Path, *, attempt: int, stop: StopRequest, began: float
+) -> Callable[[], int]:
+    """What runs the stage, once its inputs are here and its modules are imported."""
+    leave_out_deepspeed(config)
     folder = RunFolder(run_file.parent).stage(name)
     stage, config = config.stages[name], config.for_stage(name)
     artifacts = {source: read_artifact(RunFolder(run_file.parent), source) for source in inputs_of(config, name)}
@@ -94,7 +101,7 @@ def _run_stage(config: RunConfig, name: str, run_file: Path, *, attempt: int, st
         content_digests=content,
         digest=stage_digest(config, name, {source: artifact.digest for source, artifact in artifacts.items()}),
     )
-    return module.run(context)
+    return partial(module.run, context)
 
 
 def _start(stage: Stage, artifacts: Mapping[str, Artifact]) -> Any:

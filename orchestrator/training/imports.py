@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
-from orchestrator.config.model import Nf4Quantization
+from orchestrator.config.model import Nf4Quantization, NoSharding
 from orchestrator.config.run import RunConfig, training_stages
 
 BITSANDBYTES = "bitsandbytes"
+DEEPSPEED = "deepspeed"
+
+
+@contextmanager
+def uncollected() -> Generator[None]:
+    """Imports make objects by the hundred thousand and leave none to collect: the collector would look at all again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def leave_out_deepspeed(config: RunConfig) -> None:
+    """Makes DeepSpeed look as if it were not installed where the run shards nothing: Accelerate imports it whenever it can, to
+    ask whether a model is DeepSpeed's. Must be asked before transformers is imported, which looks for it once."""
+    if isinstance(config.sharding, NoSharding):
+        sys.modules.setdefault(DEEPSPEED, None)  # type: ignore[arg-type]
 
 
 def leave_out_unused(config: RunConfig, base_folder: Path) -> None:

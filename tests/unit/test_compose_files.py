@@ -110,3 +110,12 @@ def test_an_unknown_experiment_lists_the_users_too(ask: Asker) -> None:
     write_yaml(ask.folder, "experiment/mine", "name: mine\n")
     (told,) = ask.refused("plan", "--config-dir", "own", "+experiment=miine")
     assert "did you mean mine?" in told and "llama_lora" in told
+
+
+def test_a_file_that_speaks_of_hydra_is_composed_the_same(tmp_path: Path) -> None:
+    """Hydra's own settings are composed only where a file speaks of them: a recipe that comes from elsewhere may."""
+    write_yaml(tmp_path, "experiment/mine", "name: mine\n")
+    without = compose(["+experiment=mine", "tuning=lora"], config_directory=tmp_path / "own")
+    head = HEAD.replace("  - _self_", "  - override /hydra/job_logging: none\n  - _self_")
+    write_yaml(tmp_path, "experiment/mine", "name: mine\nhydra: {verbose: true}\n", head=head)
+    assert compose(["+experiment=mine", "tuning=lora"], config_directory=tmp_path / "own") == without
