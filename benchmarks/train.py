@@ -35,6 +35,7 @@ OURS = {
     "ours_packed": ["stages.sft.data.packing=best_fit"],
 }
 WARM_UP = 2
+HELD_ROWS = 16
 RATE = 2e-4
 
 
@@ -76,7 +77,7 @@ def prepared(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     lines = options.file.read_text(encoding="utf-8").splitlines()
     train, held = place / "train.jsonl", place / "held.jsonl"
     train.write_text("\n".join(lines[: options.rows]) + "\n", encoding="utf-8")
-    held.write_text("\n".join(lines[options.rows : options.rows + 32]) + "\n", encoding="utf-8")
+    held.write_text("\n".join(lines[options.rows : options.rows + HELD_ROWS]) + "\n", encoding="utf-8")
     model = data.base_folder()
     folders = {}
     for name, path, packing in (("padded", train, "none"), ("packed", train, "best_fit"), ("held", held, "none")):
@@ -103,7 +104,7 @@ def prepared(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         "all_steps": rows.rows // options.batch,
         "padded_rows": options.batch,
         "packed_rows": packed_rows,
-        "held_rows": 32,
+        "held_rows": HELD_ROWS,
         "mean": mean,
     }
     (place / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
@@ -143,6 +144,8 @@ def ours(name: str, spec: Mapping[str, Any], turn: int) -> dict[str, Any]:
         f"stages.sft.batch.global_size={size}",
         f"stages.sft.batch.micro_size={size}",
         f"stages.sft.max_steps={spec['steps']}",
+        "stages.sft.checkpoint.rehearse=false",
+        "stages.sft.checkpoint.probe_rows=0",
         "schedule@stages.sft.schedule=constant",
         "stages.sft.schedule.warmup_ratio=0",
         f"stages.sft.optimizer.lr={spec['lr']}",

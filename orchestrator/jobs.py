@@ -42,7 +42,7 @@ def job_spec(config: RunConfig, stage: str) -> JobSpec:
         cluster=_settings(config),
         secrets_file=str(secrets_file(run.root)),
         single_process_direct=not trains
-        or (config.launcher.kind == "local" and isinstance(config.sharding, NoSharding)),
+        or (config.launcher.kind != "slurm" and isinstance(config.sharding, NoSharding)),
     )
 
 
