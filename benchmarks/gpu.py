@@ -1,9 +1,9 @@
 """Plan beside real on one GPU: memory, tokens a second and MFU of an 8B-shaped model with random weights, through the whole command.
 
-    python benchmarks/gpu.py [--tiny] [--lengths 2048,4096,8192,16384] [--steps 6]      about 2 minutes a cell on one H200
+    python benchmarks/gpu.py [--tiny] [--lengths 2048,4096,8192,16384] [--steps 6] [--only methods|switches]
 
-Cells: full, LoRA and QLoRA, with and without checkpointing, at every length. Each is a run of its own, with loading, evaluation, a save
-and the proof. The forecast is compared without what torch's allocator cannot see (context, communication) and without slack. A cell
+Cells: full, LoRA and QLoRA, with and without checkpointing, at every length; then LoRA at `--switch-length` tokens with one switch
+changed at a time. About 2 minutes a cell on one H200. Each is a run of its own, with loading, evaluation, a save and the proof. The forecast is compared without what torch's allocator cannot see (context, communication) and without slack. A cell
 that runs out of memory must have been NO or TIGHT in the plan. `--tiny` takes a model of two small layers, to try the script on a CPU.
 """
 
@@ -29,6 +29,20 @@ METHODS = {
     "lora": ("tuning=lora",),
     "qlora": ("tuning=lora", "quantization=nf4"),
 }
+SWITCHES = {
+    "as it is": (),
+    "packed documents of a quarter": ("packed",),
+    "compiled layers": ("model.compile=true",),
+    "compiled layers, packed": ("packed", "model.compile=true"),
+    "loss head in plain torch": ("model.loss_head=torch",),
+    "loss head of Liger": ("model.loss_head=liger",),
+    "attention by sdpa, packed": ("packed", "model.attention=sdpa"),
+    "all layers recomputed": ("model.gradient_checkpointing=true",),
+    "one layer in two recomputed": ("model.gradient_checkpointing=true", "model.checkpoint_every=2"),
+    "8-bit states": ("optimizer@stages.sft.optimizer=adamw_8bit",),
+    "nf4 base": ("quantization=nf4",),
+}
+"""Words beside those of LoRA; `packed` stands for rows that hold four documents."""
 UNSEEN = ("context", "communication", "slack")
 """Parts of the forecast that torch's allocator does not count."""
 LLAMA_8B = {
@@ -45,45 +59,77 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--lengths", default="2048,4096,8192,16384")
+    parser.add_argument("--switch-length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--only", choices=("methods", "switches"))
     options = parser.parse_args()
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_model(root / "model", TINY if options.tiny else LLAMA_8B)
-        print("| method | checkpointing | tokens | plan | forecast GiB | real GiB | error | tokens/s | MFU |")
-        print("|---|---|---|---|---|---|---|---|---|")
-        for method, words in METHODS.items():
-            for checkpointing in ("false", "true"):
-                for length in (int(text) for text in options.lengths.split(",")):
-                    more = (*words, f"model.gradient_checkpointing={checkpointing}", *hardware_words(options.tiny))
-                    wrong += cell(root, method, checkpointing, length, options.steps, more)
+        if options.only != "switches":
+            wrong += methods(root, options)
+        if options.only != "methods":
+            wrong += switches(root, options)
     print(f"\n{wrong} cells were FIT in the plan and ran out of memory")
     return 1 if wrong else 0
 
 
-def cell(root: Path, method: str, checkpointing: str, length: int, steps: int, words: tuple[str, ...]) -> bool:
-    """Runs one cell and prints its row; whether the plan was wrong about it."""
-    rows = root / f"rows-{length}.jsonl"
+def methods(root: Path, options: argparse.Namespace) -> int:
+    head("method | checkpointing | tokens")
+    wrong = 0
+    for method, words in METHODS.items():
+        for checkpointing, told in (("false", "off"), ("true", "on")):
+            for length in (int(text) for text in options.lengths.split(",")):
+                more = (*words, f"model.gradient_checkpointing={checkpointing}", *hardware_words(options.tiny))
+                start = f"{method} | {told} | {length:,}"
+                wrong += cell(
+                    root, f"{method}-{checkpointing}-{length}", start, more, length=length, steps=options.steps
+                )
+    return wrong
+
+
+def switches(root: Path, options: argparse.Namespace) -> int:
+    """LoRA without checkpointing, and each switch on it."""
+    head("LoRA with")
+    wrong = 0
+    for number, (name, words) in enumerate(SWITCHES.items()):
+        length = options.switch_length
+        parts = 4 if "packed" in words else 1
+        more = (*METHODS["lora"], *(word for word in words if word != "packed"), *hardware_words(options.tiny))
+        wrong += cell(root, f"switch-{number}", name, more, length=length, steps=options.steps, parts=parts)
+    return wrong
+
+
+def head(first: str) -> None:
+    columns = f"{first} | plan | forecast GiB | real GiB | error | tokens/s | MFU"
+    print(f"\n| {columns} |\n|{'---|' * (columns.count('|') + 1)}", flush=True)
+
+
+def cell(root: Path, name: str, start: str, words: tuple[str, ...], *, length: int, steps: int, parts: int = 1) -> bool:
+    """Runs one cell, whose rows hold `parts` documents, and prints its row; whether the plan was wrong about it."""
+    rows = root / f"rows-{length}-{parts}.jsonl"
     if not rows.exists():
-        row = json.dumps({"instruction": "Say", "output": "a " * (length // 2)})
-        rows.write_text(f"{row}\n" * (steps + 8), encoding="utf-8")
-    name = f"{method}-{checkpointing}-{length}"
+        row = json.dumps({"instruction": "Say", "output": "a " * (length // 2 // parts - 16)})
+        rows.write_text(f"{row}\n" * ((steps + 8) * parts), encoding="utf-8")
     argv = [sys.executable, "-m", "orchestrator", "run", "+experiment=llama_lora", f"name={name}", *words]
     argv += [
         f"output_dir={root / 'runs'}", f"model.base={root / 'model'}", "tracking=none", "launcher=local",
         f"stages.sft.data.train.path={rows}", "stages.sft.data.eval.path=none", f"stages.sft.data.max_length={length}",
-        "stages.sft.data.truncation=accept", "stages.sft.data.packing=none", f"stages.sft.max_steps={steps}",
-        "stages.sft.batch.global_size=1", "stages.sft.batch.micro_size=1", "stages.sft.checkpoint.every_steps=null",
-        "stages.sft.checkpoint.rehearse=false",
+        "stages.sft.data.truncation=accept", f"stages.sft.data.packing={'best_fit' if parts > 1 else 'none'}",
+        f"stages.sft.max_steps={steps}", "stages.sft.batch.global_size=1", "stages.sft.batch.micro_size=1",
+        "stages.sft.checkpoint.every_steps=null", "stages.sft.checkpoint.rehearse=false",
     ]  # fmt: skip
     done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
     run = RunFolder(root / "runs" / name)
+    if not run.plan.exists():
+        print(f"| {start} | refused: {done.stderr.strip()[-160:]} | | | | | |", flush=True)
+        return False
     memory: dict[str, Any] = read_json(run.plan)["stages"][0]["memory"]
     forecast = max(
         sum(size for part, size in phase["device"].items() if part not in UNSEEN) for phase in memory["phases"]
     )
-    start = f"| {method} | {'on' if checkpointing == 'true' else 'off'} | {length:,} | {memory['verdict']} | {forecast:.2f} |"
+    start = f"| {start} | {memory['verdict']} | {forecast:.2f} |"
     if done.returncode != 0:
         is_memory = "out of memory" in done.stdout + done.stderr
         print(f"{start} {'out of memory' if is_memory else done.stderr.strip()[-200:]} | | | |", flush=True)
