@@ -30,6 +30,20 @@ def write_encoder(folder: Path, family: str, *, seed: int = 0) -> Path:
     return folder
 
 
+def write_decoder(folder: Path, family: str, *, seed: int = 0) -> Path:
+    """A random decoder of two small layers beside the tokenizer of the tiny Llama."""
+    import tiny
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tiny.write_tokenizer(folder)
+    facts = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
+    facts |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.1}
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **facts)).save_pretrained(folder)
+    return folder
+
+
 def write_letters(folder: Path) -> int:
     """BERT's marks around letters; the size of the vocabulary."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

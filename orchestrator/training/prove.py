@@ -43,8 +43,11 @@ def prove(config: RunConfig, stage: Stage, folder: StageFolder) -> float:
         model: torch.nn.Module = open_model(folder.artifact, config, dtype, packed=False).to(runtime.device)
     else:
         model = _open(config, stage, folder, rows, dtype, Path(expected["base_folder"])).to(runtime.device)
-        if not expected["autocast"] and config.quantization.scheme == "none":
-            model.to(dtype)
+        is_cast = (
+            not expected["autocast"] and config.sharding.strategy != "zero3"
+        )  # which leaves fp32 adapters as they are
+        if is_cast and config.quantization.scheme == "none":
+            hold_parameters(model, dtype)
         if expected["autocast"] and isinstance(config.tuning, FreezeTuning):  # the types of training
             has_new_head = stage.kind in ("reward", *CLASSIFIER_KINDS)
             freeze(cast("PreTrainedModel", model), config.tuning, has_new_head=has_new_head)
@@ -61,6 +64,12 @@ def prove(config: RunConfig, stage: Stage, folder: StageFolder) -> float:
             f"{expected['loss']:.5f}; they differ by {difference:.2g}, {LOSS_TOLERANCE} is allowed"
         )
     return scored.loss
+
+
+def hold_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in one type, as DeepSpeed holds them; buffers stay as they are: rotary frequencies in 16 bits are others."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _open(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from classifying import ENCODERS, colours, write_encoder, write_labelled
+from classifying import ENCODERS, colours, write_decoder, write_encoder, write_labelled
 
 from orchestrator.compose import compose
 from orchestrator.config.run import RunConfig
@@ -214,17 +214,17 @@ def test_rows_without_a_label_are_refused_dropped_or_kept(root: Path) -> None:
     assert other.meta.classes == ("-1", "1")
 
 
-def test_packed_rows_have_the_loss_of_single_ones(runtime: Runtime, root: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_packed_rows_have_the_loss_of_single_ones(runtime: Runtime, root: Path, family: str) -> None:
     """Each text is read at its own end, and sees no other."""
+    base = root / family if family == "llama" else write_decoder(root / family, family)
     given = colours(0, 12)
     losses, counts = [], []
     for packing in ("none", "best_fit"):
         rows = prepared(root, given, f"stages.classify.data.packing={packing}", "stages.classify.data.max_length=96")
-        config = config_of(root / "llama")
+        config = config_of(base)
         torch.manual_seed(1)
-        model = load_classifier(
-            root / "llama", config, CLASSES, weights_dtype=torch.float32, packed=rows.is_packed
-        ).eval()
+        model = load_classifier(base, config, CLASSES, weights_dtype=torch.float32, packed=rows.is_packed).eval()
         objective = classify_objective(runtime, CLASSES, {rows.digest: targets_of(rows, CLASSES)})
         with torch.no_grad():
             losses.append(objective.terms(model, rows.batch(range(rows.rows)))[0].item())

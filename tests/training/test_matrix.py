@@ -118,3 +118,11 @@ def test_bfloat16_gradient_checkpointing_and_8_bit_states_train(bench: Bench) ->
     )
     done = bench.run("switches", *words)
     assert done.result()["eval_loss_after"] < done.result()["eval_loss_before"]
+
+
+@pytest.mark.parametrize("sharding", ["zero2", "zero3"])
+def test_in_sixteen_bits_the_artifact_scores_what_the_ranks_scored(bench: Bench, sharding: str) -> None:
+    """To the bit: a buffer in another type (rotary frequencies) would show."""
+    words = ("model.dtype=bfloat16", f"sharding={sharding}", "cluster.processes_per_node=2", "launcher=torchrun")
+    proof = bench.run(f"sixteen-{sharding}", *words, "stages.sft.max_steps=2").result()["proof"]
+    assert proof["reopened_loss"] == pytest.approx(proof["loss"], abs=1e-9)
