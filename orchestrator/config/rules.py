@@ -124,6 +124,11 @@ def _method_problems(config: RunConfig) -> list[str]:
         problems.append(f"sharding.offload_parameters: only zero3 can offload parameters, not {sharding.strategy}")
     problems += _zero_plus_problems(config)
     problems += _compile_problems(config)
+    if config.model.checkpoint_every > 1 and not config.model.gradient_checkpointing:
+        problems.append(
+            f"model.checkpoint_every: {config.model.checkpoint_every}, but no layer is recomputed; type "
+            "model.gradient_checkpointing=true, or model.checkpoint_every=1"
+        )
     if config.model.attention == "flash_attention_2" and config.model.dtype == "float32":
         problems.append(
             "model.attention: flash_attention_2 needs 16 bits; type model.dtype=bfloat16 or model.attention=sdpa"

@@ -43,10 +43,8 @@ def prove(config: RunConfig, stage: Stage, folder: StageFolder) -> float:
         model: torch.nn.Module = open_model(folder.artifact, config, dtype, packed=False).to(runtime.device)
     else:
         model = _open(config, stage, folder, rows, dtype, Path(expected["base_folder"])).to(runtime.device)
-        is_cast = (
-            not expected["autocast"] and config.sharding.strategy != "zero3"
-        )  # which leaves fp32 adapters as they are
-        if is_cast and config.quantization.scheme == "none":
+        leaves_adapters = config.sharding.strategy == "zero3"  # in fp32, as PEFT made them
+        if not expected["autocast"] and not leaves_adapters and config.quantization.scheme == "none":
             hold_parameters(model, dtype)
         if expected["autocast"] and isinstance(config.tuning, FreezeTuning):  # the types of training
             has_new_head = stage.kind in ("reward", *CLASSIFIER_KINDS)

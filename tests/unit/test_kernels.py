@@ -13,6 +13,7 @@ from orchestrator import kernels
 from orchestrator.bases import Base
 from orchestrator.compose import compose
 from orchestrator.config.model import Architecture
+from orchestrator.errors import ConfigError
 from orchestrator.kernels import documents_path, head_kernel, head_problems, liger_problem
 from orchestrator.plan import DataFacts, make_plan, resolve
 
@@ -132,3 +133,17 @@ def test_liger_by_name_for_a_pipeline_that_has_no_use_for_it_is_refused() -> Non
     assert head_problems(compose([LORA, *cuda]), has_liger=True) == []
     assert len(head_problems(compose([LORA, *cuda]), has_liger=False)) == 1
     assert head_problems(compose([LORA, *cuda, "launcher.python=/opt/python"]), has_liger=False) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("model.checkpoint_every=2",), r"model\.checkpoint_every: 2, .* type model\.gradient_checkpointing=true"),
+        (("model.compile=true", "sharding=zero3"), r"model\.compile: sharding=zero3 .* type model\.compile=false"),
+        (("model.compile=true", "tuning=loreft"), r"model\.compile: tuning=loreft .* type model\.compile=false"),
+        (("model.compile=true", "quantization=nf4"), r"model\.compile: quantization=nf4 .* type model\.compile=false"),
+    ],
+)
+def test_settings_of_layers_that_cannot_be_obeyed_are_refused(words: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        compose(["+experiment=llama_lora", *words])
