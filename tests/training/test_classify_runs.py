@@ -31,6 +31,7 @@ def weak(bench: Bench) -> Done:
         "sharding=zero2",
         "cluster.processes_per_node=2",
         "launcher=torchrun",
+        "tuning.layers=all",
         "stages.classify.max_steps=12",
         "stages.classify.evaluate_every_steps=4",
         "stages.self_training.evaluate_every_steps=3",
