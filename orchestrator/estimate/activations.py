@@ -11,7 +11,7 @@ from orchestrator.architecture_families import linear_layers
 from orchestrator.config.adapters import ADAPTER_TUNINGS
 from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization, ZeroSharding
 from orchestrator.config.run import RunConfig
-from orchestrator.estimate.loss_head import TEMPORARY_LOGITS, chunk_rows, kept_bytes_per_token
+from orchestrator.estimate.loss_head import chunk_rows, kept_bytes_per_token, temporary_bytes
 from orchestrator.estimate.polynomials import Dimensions, Polynomial, moments_of, peak, value
 from orchestrator.estimate.states import adapter_width, compute_width, trained_width
 
@@ -132,11 +132,10 @@ def chunked_head_bytes(model: Architecture, config: RunConfig, load: Load) -> He
     """As `loss_head.py` says. The gradient of a trained head that stays is counted with the gradients."""
     trains_head = not isinstance(config.tuning, ADAPTER_TUNINGS)
     matrix, width = model.vocab_size * model.hidden_size, compute_width(config)
-    rows = chunk_rows(
-        model.vocab_size, "cpu" if load.on_cpu else "cuda", trained_width=model.hidden_size if trains_head else 0
-    )
+    device = "cpu" if load.on_cpu else "cuda"
+    rows = chunk_rows(model.vocab_size, device, trained_width=model.hidden_size if trains_head else 0)
     scored = load.tokens * load.trained_share
-    chunk = TEMPORARY_LOGITS * 4 * min(rows, scored) * model.vocab_size
+    chunk = temporary_bytes(model.vocab_size, device, rows=min(rows, scored), compute_bytes=width)
     copied = 2.0 * matrix if trains_head and trained_width(config) > width else 0.0
     gradient = matrix * (4.0 + width) if trains_head else 0.0
     return HeadBytes(

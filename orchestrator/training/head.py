@@ -1,6 +1,7 @@
 """The loss head: from hidden states to log-probabilities in chunks, logits never whole; knows tensors only: must not import the rest.
 
-K trained tokens, C of them in a chunk, W hidden size, V vocabulary entries. What it costs stands in estimate/loss_head.py.
+K trained tokens, C of them in a chunk, L of these in a block, W hidden size, V vocabulary entries. A chunk is what is multiplied at once, a
+block what is scored at once, in at least fp32: on a CPU few rows, so that they stay in its cache. What it costs stands in estimate/loss_head.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.estimate.loss_head import chunk_rows
+from orchestrator.estimate.loss_head import block_rows, chunk_rows
 from orchestrator.kernels import HeadKernel
 
 
@@ -89,22 +90,22 @@ class _ChunkedHead(torch.autograd.Function):
         with torch.autocast(targets_K.device.type, enabled=False):
             run = _Run(ctx.shape, targets_K, bias_V, hiddens, weights)
             gradients = _Gradients(ctx.needs_input_grad[2:], bias_V, run.hiddens, run.weights)
-            run.backward(scale_K, gradients)
+            run.backward(-scale_K, gradients)
         return None, None, *gradients.as_types_of(bias_V, weights)
 
 
 def _scaled(gradients: Sequence[torch.Tensor | None], scale_K: torch.Tensor) -> list[torch.Tensor | None]:
-    """Bias, hidden states, weights: those of tokens by each token's scale, the sums over tokens by the one scale of all.
+    """Those of bias, hidden states, weights, which are of -log p: by each token's scale, and sums over tokens by the one scale of all.
 
     The sums are scaled where they stand: autograd refuses a second backward pass over them.
     """
     bias_V, *pairs = gradients
     hiddens, weights = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
-    scale_K1 = scale_K.unsqueeze(1)
+    scale_K1 = -scale_K.unsqueeze(1)
     by_hidden = [
         None if one_KW is None else torch.mul(one_KW, scale_K1, out=torch.empty_like(one_KW)) for one_KW in hiddens
     ]
-    scale = scale_K[0] if len(scale_K) else scale_K.new_zeros(())
+    scale = -scale_K[0] if len(scale_K) else scale_K.new_zeros(())
     return [
         None if bias_V is None else bias_V.mul_(scale),
         *by_hidden,
@@ -140,16 +141,17 @@ class _Gradients:
             for one in self._by_weight
         ]
 
-    def add(self, chunk: slice, by_logits_CV: torch.Tensor) -> None:
-        """Takes the gradient of what is minimised by the logits of a chunk."""
+    def add_bias(self, by_logits_LV: torch.Tensor) -> None:
         if self._bias_V is not None:
-            self._bias_V += by_logits_CV.sum(0)
-        by_logits_CV = by_logits_CV.to(self._hiddens[0].dtype)
+            self._bias_V += by_logits_LV.sum(0)
+
+    def add(self, chunk: slice, by_products_CV: torch.Tensor) -> None:
+        """Takes the gradient of the negative log-probabilities by the products of a chunk, in the compute type."""
         for place, hidden_KW in enumerate(self._hiddens):
             if (gradient_KW := self._by_hidden[place]) is not None:
-                torch.mm(by_logits_CV, self._weights[place], out=gradient_KW[chunk])
+                torch.mm(by_products_CV, self._weights[place], out=gradient_KW[chunk])
             if (gradient_VW := self._by_weight[place]) is not None:
-                _add_product(gradient_VW, by_logits_CV.t(), hidden_KW[chunk], self._scratch[place])
+                _add_product(gradient_VW, by_products_CV.t(), hidden_KW[chunk], self._scratch[place])
 
     def as_types_of(self, bias_V: torch.Tensor | None, weights: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Of the bias, of every hidden and of every weight, each in the type of what it is the gradient of."""
@@ -173,59 +175,112 @@ class _Run:
         self._shape, self._targets_K, self.hiddens = shape, targets_K, hiddens
         self.weights = [weight.to(hidden.dtype) for hidden, weight in zip(hiddens, weights, strict=True)]
         self._bias_V = bias_V
-        self._precise = torch.promote_types(hiddens[0].dtype, torch.float32)
+        compute, vocabulary = hiddens[0].dtype, len(weights[0])
+        self._precise = torch.promote_types(compute, torch.float32)
+        assert shape.rows is not None, "it is settled before"
+        rows = min(shape.rows, len(targets_K))
+        self._block_rows = block_rows(vocabulary, targets_K.device.type, rows=rows)
+        block = hiddens[0].new_empty(self._block_rows, vocabulary, dtype=self._precise)
+        self._products = hiddens[0].new_empty(rows, vocabulary)
+        self._probabilities = block
+        self._logits = None if compute == self._precise else torch.empty_like(block)
 
     def forward(self, gradients: _Gradients | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log-probabilities, entropies); the gradients of the log-probabilities' sum where there is room for them."""
+        """(log-probabilities, entropies); the gradients of the negative log-probabilities' sum where there is room for them."""
         logprobs_K = self._targets_K.new_empty(len(self._targets_K), dtype=self._precise)
         entropies_K = logprobs_K.new_zeros(len(self._targets_K) if self._shape.entropies else 0)
         for chunk in self._chunks():
-            logprobs_CV, slope_CV = self._logprobs_CV(chunk)
-            targets_C1 = self._targets_K[chunk].unsqueeze(1)
-            logprobs_K[chunk] = logprobs_CV.gather(1, targets_C1).squeeze(1)
-            if self._shape.entropies:
-                entropies_K[chunk] = -(logprobs_CV.exp() * logprobs_CV).sum(1)
+            products_CV = self._products_CV(chunk)
+            for rows in _parts(chunk.start, chunk.stop, self._block_rows):
+                scored = self._scored(products_CV, chunk, rows)
+                logprobs_K[rows] = scored.logprobs_L
+                if self._shape.entropies:
+                    entropies_K[rows] = scored.entropies_L
+                if gradients is not None:
+                    self._keep_gradient(scored, products_CV, gradients)
             if gradients is not None:
-                gradients.add(chunk, self._by_logits_CV(logprobs_CV, slope_CV, targets_C1))
+                gradients.add(chunk, products_CV)
         return logprobs_K, entropies_K
 
     def backward(self, scale_K: torch.Tensor, gradients: _Gradients) -> None:
-        """The logits once more, and the gradients of the log-probabilities' sum, each times its scale."""
+        """The logits once more, and the gradients of the negative log-probabilities' sum, each times its scale."""
         for chunk in self._chunks():
-            logprobs_CV, slope_CV = self._logprobs_CV(chunk)
-            by_logits_CV = self._by_logits_CV(logprobs_CV, slope_CV, self._targets_K[chunk].unsqueeze(1))
-            gradients.add(chunk, by_logits_CV.mul_(scale_K[chunk].unsqueeze(1)))
+            products_CV = self._products_CV(chunk)
+            for rows in _parts(chunk.start, chunk.stop, self._block_rows):
+                scored = self._scored(products_CV, chunk, rows)
+                self._keep_gradient(scored, products_CV, gradients, scale_K[rows].unsqueeze(1))
+            gradients.add(chunk, products_CV)
 
     def _chunks(self) -> Iterator[slice]:
-        tokens, rows = len(self._targets_K), self._shape.rows
-        assert rows is not None, "it is settled before"
-        return (slice(first, min(first + rows, tokens)) for first in range(0, tokens, rows))
+        return _parts(0, len(self._targets_K), max(1, len(self._products)))
 
-    def _logprobs_CV(self, chunk: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities of every vocabulary entry; the derivative of the capped logits where they are capped."""
+    def _products_CV(self, chunk: slice) -> torch.Tensor:
+        """Hidden states by weights, in the compute type and in one room for all chunks."""
         (hidden_KW, *more), (weight_VW, *others) = self.hiddens, self.weights
-        logits_CV = hidden_KW[chunk] @ weight_VW.t()
+        products_CV = torch.mm(hidden_KW[chunk], weight_VW.t(), out=self._products[: chunk.stop - chunk.start])
         for other_KW, other_VW in zip(more, others, strict=True):
-            logits_CV.addmm_(other_KW[chunk], other_VW.t())
+            products_CV.addmm_(other_KW[chunk], other_VW.t())
         if self._bias_V is not None:
-            logits_CV += self._bias_V
-        logits_CV, slope_CV = logits_CV.to(self._precise), None
-        if self._shape.softcap is not None:
-            tanh_CV = logits_CV.div_(self._shape.softcap).tanh_()
-            logits_CV, slope_CV = tanh_CV * self._shape.softcap, 1 - tanh_CV.square()
-        if self._shape.temperature != 1:
-            logits_CV.div_(self._shape.temperature)
-        return logits_CV.log_softmax(1), slope_CV
+            products_CV += self._bias_V
+        return products_CV
 
-    def _by_logits_CV(
-        self, logprobs_CV: torch.Tensor, slope_CV: torch.Tensor | None, targets_C1: torch.Tensor
-    ) -> torch.Tensor:
-        """The gradient of each target's log-probability by the products: (1 at the target) - p. Takes logprobs_CV's place."""
-        by_logits_CV = logprobs_CV.exp_().neg_()
-        by_logits_CV.scatter_add_(1, targets_C1, by_logits_CV.new_ones(()).expand_as(targets_C1))
+    def _scored(self, products_CV: torch.Tensor, chunk: slice, rows: slice) -> _Scored:
+        """What a block of rows says of its targets. Takes the products' place where they are precise enough."""
+        block = slice(rows.start - chunk.start, rows.stop - chunk.start)
+        logits_LV, slope_LV = self._logits_LV(products_CV[block])
+        targets_L1 = self._targets_K[rows].unsqueeze(1)
+        target_L1, most_L1 = logits_LV.gather(1, targets_L1), logits_LV.amax(1, keepdim=True)
+        p_LV = torch.softmax(logits_LV, 1, out=self._probabilities[: len(logits_LV)])
+        total_L1 = (
+            most_L1 - p_LV.amax(1, keepdim=True).log()
+        )  # log(sum(exp(logits))): the likeliest has p = exp(most) / sum
+        entropies_L = -(logits_LV.sub_(total_L1).mul_(p_LV)).sum(1) if self._shape.entropies else None
+        logprobs_L = (target_L1 - total_L1).squeeze(1)
+        return _Scored(block, targets_L1, logprobs_L, entropies_L, p_LV, slope_LV)
+
+    def _logits_LV(self, products_LV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits in at least fp32; the derivative of the capped logits where they are capped."""
+        logits_LV, slope_LV = products_LV, None
+        if self._logits is not None:
+            logits_LV = self._logits[: len(products_LV)].copy_(products_LV)
+        if self._shape.softcap is not None:
+            tanh_LV = logits_LV.div_(self._shape.softcap).tanh_()
+            slope_LV = 1 - tanh_LV.square()
+            logits_LV = tanh_LV.mul_(self._shape.softcap)
         if self._shape.temperature != 1:
-            by_logits_CV.div_(self._shape.temperature)
-        return by_logits_CV if slope_CV is None else by_logits_CV.mul_(slope_CV)
+            logits_LV.div_(self._shape.temperature)
+        return logits_LV, slope_LV
+
+    def _keep_gradient(
+        self, scored: _Scored, products_CV: torch.Tensor, gradients: _Gradients, scale_L1: torch.Tensor | None = None
+    ) -> None:
+        """Puts the gradient of -log p by the products, p - (1 at the target), into the products' place."""
+        by_logits_LV = scored.p_LV
+        by_logits_LV.scatter_add_(1, scored.targets_L1, by_logits_LV.new_full((), -1).expand_as(scored.targets_L1))
+        if scale_L1 is not None:
+            by_logits_LV.mul_(scale_L1)
+        if self._shape.temperature != 1:
+            by_logits_LV.div_(self._shape.temperature)
+        if scored.slope_LV is not None:
+            by_logits_LV.mul_(scored.slope_LV)
+        gradients.add_bias(by_logits_LV)
+        products_CV[scored.block] = by_logits_LV
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A block of L tokens of a chunk: log-probabilities and entropies, and what the gradient is made of."""
+
+    block: slice
+    targets_L1: torch.Tensor
+    logprobs_L: torch.Tensor
+    entropies_L: torch.Tensor | None
+    p_LV: torch.Tensor
+    slope_LV: torch.Tensor | None
+
+
+def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
 
 
 def _add_product(

@@ -120,6 +120,7 @@ CASES = [
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_it_equals_whole_logits(kind: str, tuning: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.estimate.loss_head.CPU_CHUNK_BYTES", 4 * VOCABULARY)
+    monkeypatch.setattr("orchestrator.estimate.loss_head.CPU_BLOCK_BYTES", 4 * VOCABULARY)  # 8 rows of 32 at a time
     model = _tuned(_model(kind), tuning)
     assert head_of(model, CPU).startswith("chunked") == (tuning != "dora-head")
     ids_BT, labels_BT = _inputs()
