@@ -10,6 +10,7 @@ import torch
 
 from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.order import Order
+from orchestrator.training.batches import Batches
 from orchestrator.training.early_stopping import NOT_STOPPING, Stopping
 from orchestrator.training.health import HEALTHY, Health
 from orchestrator.training.objectives import Objective, Rows
@@ -29,6 +30,8 @@ class Job:
     objective: Objective
     stage: TrainingStage
     rows: Rows
+    batches: Batches
+    """Of `rows`."""
     order: Order
     steps: int
     flops_per_token: float | None
@@ -77,16 +80,10 @@ class Hooks:
 
 
 def watched(hooks: Hooks, profiler: Profiler) -> Hooks:
-    """The same effects, each as a span of the profile; a step begins where its rows are made ready."""
-
-    def begin(step: int) -> Mapping[str, Any]:
-        profiler.begin_step()
-        with profiler.span("rollout"):
-            return hooks.begin(step)
-
+    """The same effects, each as a span of the profile."""
     return replace(
         hooks,
-        begin=begin,
+        begin=profiler.watch(hooks.begin, "rollout"),
         record=profiler.watch(hooks.record, "logging"),
         evaluate=profiler.watch(hooks.evaluate, "evaluation"),
         save=profiler.watch(hooks.save, "saving"),

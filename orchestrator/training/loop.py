@@ -15,7 +15,7 @@ from orchestrator.schedule import learning_rate_factor
 from orchestrator.training.health import Health, after_step, find_fault, must_go_back, reason_to_give_up
 from orchestrator.training.job import Hooks, Job, Progress, StepResult
 from orchestrator.training.optimizers import set_learning_rate
-from orchestrator.training.profiling import span
+from orchestrator.training.profiling import begin_step, span
 from orchestrator.training.step_record import metrics_row, micro_batches_of, real_indices, row_ids_of
 
 
@@ -27,6 +27,7 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
     stop = _agree_to_stop(job, hooks) or pauses(job, progress)
     while not is_over(job, progress) and not stop:
         step = progress.step + 1
+        begin_step(job.profiler)
         start = time.perf_counter()
         told = hooks.begin(step)
         seconds = time.perf_counter() - start
@@ -122,7 +123,7 @@ def accumulate_gradients(job: Job, step: int, health: Health, weight: float, *, 
     scale = job.runtime.world_size * len(micro_batches) / weight
     summed = torch.zeros(1 + len(job.objective.measures), device=job.runtime.device, dtype=torch.float64)
     sums = Sums(totals=(), stop=False, fault=None, data_seconds=0.0)
-    for position, (batch, seconds) in enumerate(_timed_batches(job, micro_batches)):
+    for position, (batch, seconds) in enumerate(_timed_batches(job, step, micro_batches)):
         with accelerator.accumulate(job.model):
             with span(job.profiler, "forward"):
                 loss, *measures = job.objective.terms(job.model, batch)
@@ -181,11 +182,13 @@ def _agree_to_stop(job: Job, hooks: Hooks) -> bool:
     return wishes > 0
 
 
-def _timed_batches(job: Job, micro_batches: Sequence[Any]) -> Iterator[tuple[Any, float]]:
-    for indices in micro_batches:
+def _timed_batches(job: Job, step: int, micro_batches: Sequence[Any]) -> Iterator[tuple[Any, float]]:
+    """Each batch, and how long it was waited for; while it is computed the next one is made, at last that of the next step."""
+    upcoming = [*micro_batches[1:], micro_batches_of(job, step + 1)[0] if step < job.steps else None]
+    for indices, then in zip(micro_batches, upcoming, strict=True):
         start = time.perf_counter()
         with span(job.profiler, "data"):
-            batch = job.rows.batch(indices).to(job.runtime.device)
+            batch = job.batches.take(indices, then=then)
         yield batch, time.perf_counter() - start
 
 

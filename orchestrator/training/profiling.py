@@ -29,6 +29,12 @@ def span(profiler: Profiler | None, name: str) -> AbstractContextManager[Any]:
     return nullcontext() if profiler is None else profiler.span(name)
 
 
+def begin_step(profiler: Profiler | None) -> None:
+    """An optimizer step begins."""
+    if profiler is not None:
+        profiler.begin_step()
+
+
 class Profiler:
     """Owns torch's profiler of one attempt on one rank."""
 
@@ -41,6 +47,7 @@ class Profiler:
         self._open: list[float] = []
         """For every span that is open, the seconds of those inside it."""
         self._steps = 0
+        self._writing_seconds = 0.0
         self._began = time.perf_counter()
         traced = min(TRACED_STEPS, steps)
         warm_up = min(WARM_UP_STEPS, steps - traced)
@@ -90,7 +97,7 @@ class Profiler:
 
     def close(self) -> Mapping[str, float]:
         """Writes the breakdown; seconds a step by span, and what no span covers as `other`."""
-        whole = (time.perf_counter() - self._began) / max(1, self._steps)
+        whole = (time.perf_counter() - self._began - self._writing_seconds) / max(1, self._steps)
         self._torch.stop()
         steps = max(1, self._steps)
         by_span = {name: seconds / steps for name, seconds in self._seconds.items()}
@@ -104,6 +111,8 @@ class Profiler:
             torch.cuda.synchronize(self._device)
 
     def _write_trace(self, traced: profile) -> None:
+        """Its own seconds belong to no step."""
+        began = time.perf_counter()
         traced.export_chrome_trace(str(self._folder / f"{self._label}.trace.json.gz"))
         events = traced.key_averages()
         order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
@@ -112,6 +121,7 @@ class Profiler:
         table = events.table(sort_by=order, row_limit=TOP_OPERATORS)
         head = f"collectives in the traced steps, beside others' work or not: {seconds:.3f} s\n"
         write_text(self._folder / f"{self._label}.operators.txt", head + table + "\n")
+        self._writing_seconds += time.perf_counter() - began
 
 
 def told_shares(told: Mapping[str, float]) -> dict[str, float | str]:

@@ -16,6 +16,7 @@ from orchestrator.dataset.order import Order, make_order
 from orchestrator.errors import EXIT_SAVED
 from orchestrator.schedule import total_steps
 from orchestrator.training.autopsy import autopsy, ran_out_of_memory
+from orchestrator.training.batches import Batches
 from orchestrator.training.checkpoint import Checkpointer, Subject
 from orchestrator.training.context import Context, Record
 from orchestrator.training.data.rows import PreparedRows
@@ -101,6 +102,7 @@ def _train(context: Context, runtime: Runtime, record: Record, plan_course: Plan
         metric_of(before, stopping, stage=context.name)
     record.event("train", step=progress.step, steps=job.steps)
     progress = train_profiled(context, record, job, progress, hooks_of(session, course, checkpointer))
+    job.batches.close()
     waited = time.perf_counter()
     checkpointer.close()
     record.event("trained", step=progress.step, close_seconds=time.perf_counter() - waited)
@@ -161,6 +163,7 @@ def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Ch
         objective=course.objective,
         stage=stage,
         rows=course.rows,
+        batches=Batches(course.rows, runtime.device, reads_ahead=isinstance(course.rows, PreparedRows)),
         order=course.order,
         steps=steps,
         flops_per_token=flops_of(context),

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from orchestrator.compose import compose
 from orchestrator.dataset.order import BatchOrder
 from orchestrator.plan import resolve
+from orchestrator.training.batches import Batches
 from orchestrator.training.data.prepare import ensure_prepared
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.health import Health
@@ -52,6 +53,7 @@ def main(model_folder: str, rows_file: str, micro_size: str, out: str) -> None:
         objective=sft_objective(runtime),
         stage=stage,
         rows=rows,
+        batches=Batches(rows, runtime.device),
         order=BatchOrder(rows.rows, 8, 0),
         steps=1,
         flops_per_token=None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -82,9 +82,13 @@ class Batch:
     def to(self, device: torch.device | str) -> Self:
         """The batch on a device; what is on it already stays."""
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pinned(self) -> Self:
+        """The batch in memory from which a GPU copies by itself, while it computes."""
+        return self._moved(torch.Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         return replace(
             self,
             input_ids_BT=move(self.input_ids_BT),
