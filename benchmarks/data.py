@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,84 +93,101 @@ def compare(ways: dict[str, Callable[[], int]], *, rounds: int, unit: str, refer
         print("the machine was busy: no verdict on wall seconds")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Rows to prepare, and what with."""
+
+    path: Path
+    columns: dict[str, str]
+    tokenizer_folder: Path
+    tokenizer: Any
+    scratch: Path
+
+    @property
+    def fields(self) -> tuple[str, str]:
+        return self.columns.get("instruction", "instruction"), self.columns.get("output", "output")
+
+    def rows(self) -> Any:
+        import datasets
+
+        cache = str(self.scratch / "datasets")
+        return datasets.load_dataset("json", data_files=str(self.path), split="train", cache_dir=cache)
+
+
 def bench_prepare(path: Path, columns: dict[str, str], rounds: int) -> None:
     """Rows/s of preparing (chat template, labels, packing, on disk) against plain `datasets.map` doing less."""
     import datasets
     from transformers import AutoTokenizer
 
-    from orchestrator.training.data.prepare import ensure_prepared
-
     datasets.disable_progress_bars()
     datasets.disable_caching()
     folder = base_folder()
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    scratch = Path(tempfile.mkdtemp(prefix="data-benchmark-"))
-    prompt, answer = columns.get("instruction", "instruction"), columns.get("output", "output")
-
-    def ours() -> int:
-        shutil.rmtree(scratch / "cache", ignore_errors=True)
-        config = data_config(path, columns, packing="best_fit")
-        found = ensure_prepared(
-            config, tokenizer_folder=folder, cache=scratch / "cache", seed=0, say=lambda sentence: None
-        )
-        return found.train_statistics.source_rows
-
-    def loaded() -> Any:
-        return datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(scratch / "datasets"))
-
-    def per_row() -> int:
-        """As TRL's tokenize: the conversation and its prompt, row by row."""
-
-        def encode(row: dict[str, str]) -> dict[str, list[int]]:
-            asked = [{"role": "user", "content": row[prompt]}]
-            ids = tokenizer.apply_chat_template(
-                [*asked, {"role": "assistant", "content": row[answer]}], return_dict=True
-            )["input_ids"]
-            start = len(tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"])
-            return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
-
-        rows = loaded()
-        return len(rows.map(encode, remove_columns=rows.column_names))
-
-    def batched(*, labels: bool) -> int:
-        """As fast as `map` goes: whole batches to the Rust tokenizer, which takes all cores."""
-
-        def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
-            asked = [[{"role": "user", "content": text}] for text in rows[prompt]]
-            chats = [
-                [*one, {"role": "assistant", "content": text}] for one, text in zip(asked, rows[answer], strict=True)
-            ]
-            texts = tokenizer.apply_chat_template(chats, tokenize=False)
-            ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            if not labels:
-                return {"input_ids": ids}
-            prompts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            starts = [len(one) for one in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
-            return {
-                "input_ids": ids,
-                "labels": [[-100] * start + one[start:] for start, one in zip(starts, ids, strict=True)],
-            }
-
-        rows = loaded()
-        return len(rows.map(encode, batched=True, remove_columns=rows.column_names))
-
+    work = Work(
+        path=path,
+        columns=columns,
+        tokenizer_folder=folder,
+        tokenizer=AutoTokenizer.from_pretrained(str(folder)),
+        scratch=Path(tempfile.mkdtemp(prefix="data-benchmark-")),
+    )
     ways: dict[str, Callable[[], int]] = {
-        "ours: labels, packed, on disk": ours,
-        "datasets.map, a row at a time": per_row,
-        "datasets.map, batched": lambda: batched(labels=True),
-        "datasets.map, batched, no labels": lambda: batched(labels=False),
+        "ours: labels, packed, on disk": lambda: prepared_anew(work),
+        "datasets.map, a row at a time": lambda: mapped_by_row(work),
+        "datasets.map, batched": lambda: mapped_in_batches(work, labels=True),
+        "datasets.map, batched, no labels": lambda: mapped_in_batches(work, labels=False),
     }
     compare(ways, rounds=rounds, unit="rows", reference="datasets.map, a row at a time")
     started = time.perf_counter()
-    ensure_prepared(
-        data_config(path, columns, packing="best_fit"),
-        tokenizer_folder=folder,
-        cache=scratch / "cache",
-        seed=0,
-        say=print,
-    )
+    prepared(work, say=print)
     print(f"a hit: {1000 * (time.perf_counter() - started):.1f} ms")
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(work.scratch, ignore_errors=True)
+
+
+def prepared(work: Work, *, say: Callable[[str], None]) -> Any:
+    from orchestrator.training.data.prepare import ensure_prepared
+
+    config = data_config(work.path, work.columns, packing="best_fit")
+    return ensure_prepared(
+        config, tokenizer_folder=work.tokenizer_folder, cache=work.scratch / "cache", seed=0, say=say
+    )
+
+
+def prepared_anew(work: Work) -> int:
+    shutil.rmtree(work.scratch / "cache", ignore_errors=True)
+    return prepared(work, say=lambda sentence: None).train_statistics.source_rows
+
+
+def mapped_by_row(work: Work) -> int:
+    """As TRL's tokenize: the conversation and its prompt, row by row."""
+    (prompt, answer), template = work.fields, work.tokenizer.apply_chat_template
+
+    def encode(row: dict[str, str]) -> dict[str, list[int]]:
+        asked = [{"role": "user", "content": row[prompt]}]
+        ids = template([*asked, {"role": "assistant", "content": row[answer]}], return_dict=True)["input_ids"]
+        start = len(template(asked, add_generation_prompt=True, return_dict=True)["input_ids"])
+        return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
+
+    rows = work.rows()
+    return len(rows.map(encode, remove_columns=rows.column_names))
+
+
+def mapped_in_batches(work: Work, *, labels: bool) -> int:
+    """As fast as `map` goes: whole batches to the Rust tokenizer, which takes all cores."""
+    (prompt, answer), tokenizer = work.fields, work.tokenizer
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
+        asked = [[{"role": "user", "content": text}] for text in rows[prompt]]
+        chats = [[*one, {"role": "assistant", "content": text}] for one, text in zip(asked, rows[answer], strict=True)]
+        texts = tokenizer.apply_chat_template(chats, tokenize=False)
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if not labels:
+            return {"input_ids": ids}
+        prompts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        starts = [len(one) for one in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+        trained = [[-100] * start + one[start:] for start, one in zip(starts, ids, strict=True)]
+        return {"input_ids": ids, "labels": trained}
+
+    rows = work.rows()
+    return len(rows.map(encode, batched=True, remove_columns=rows.column_names))
 
 
 def bench_packing(files: list[tuple[Path, dict[str, str]]]) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 WORDS = 50
 TRAIN_ROWS, TEST_ROWS, CHOICE_ROWS = 480, 100, 30
@@ -27,12 +28,12 @@ def main() -> int:
     data, runs = Path(sys.argv[1]).resolve(), Path(sys.argv[2] if len(sys.argv) > 2 else "runs").resolve()
     rows = runs / "wise_rows"
     rows.mkdir(parents=True, exist_ok=True)
-    films, shops = _balanced(data / "imdb_dev.jsonl"), _balanced(data / "yelp_test.jsonl")
-    _write(rows / "train.jsonl", films[:TRAIN_ROWS])
-    _write(rows / "films_choice.jsonl", films[TRAIN_ROWS : TRAIN_ROWS + CHOICE_ROWS])
-    _write(rows / "films_test.jsonl", _balanced(data / "imdb_test.jsonl")[:TEST_ROWS])
-    _write(rows / "shops_test.jsonl", shops[:TEST_ROWS])
-    _write(rows / "shops_choice.jsonl", shops[TEST_ROWS : TEST_ROWS + CHOICE_ROWS])
+    films, shops = asked(data / "imdb_dev.jsonl"), asked(data / "yelp_test.jsonl")
+    write(rows / "train.jsonl", films[:TRAIN_ROWS])
+    write(rows / "films_choice.jsonl", films[TRAIN_ROWS : TRAIN_ROWS + CHOICE_ROWS])
+    write(rows / "films_test.jsonl", asked(data / "imdb_test.jsonl")[:TEST_ROWS])
+    write(rows / "shops_test.jsonl", shops[:TEST_ROWS])
+    write(rows / "shops_choice.jsonl", shops[TEST_ROWS : TEST_ROWS + CHOICE_ROWS])
     for name, words in (("wise_ft", _ft_words(rows)), ("wise_lpft", _lpft_words(rows))):
         if name not in (sys.argv[3:] or ALPHAS):
             continue
@@ -81,20 +82,26 @@ def _common(rows: Path) -> list[str]:
     ]
 
 
-def _balanced(path: Path) -> list[dict[str, str]]:
-    """Rows in a fixed random order, both answers in turns, each text cut to its first words."""
+def asked(path: Path) -> list[dict[str, str]]:
+    """Balanced rows as questions to an instruct model."""
+    return [
+        {"instruction": QUESTION + row["text"], "input": "", "output": ANSWERS[row["label"]]} for row in balanced(path)
+    ]
+
+
+def balanced(path: Path) -> list[dict[str, Any]]:
+    """Rows in a fixed random order, both labels in turns, each text cut to its first words."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     random.Random(0).shuffle(rows)
     sides = [[row for row in rows if row["label"] == label] for label in (0, 1)]
-    return [_row(row) for pair in zip(*sides, strict=False) for row in pair]
+    return [
+        {"text": " ".join(str(row["text"]).replace("\\n", " ").split()[:WORDS]), "label": int(row["label"])}
+        for pair in zip(*sides, strict=False)
+        for row in pair
+    ]
 
 
-def _row(row: dict[str, object]) -> dict[str, str]:
-    text = " ".join(str(row["text"]).replace("\\n", " ").split()[:WORDS])
-    return {"instruction": QUESTION + text, "input": "", "output": ANSWERS[int(str(row["label"]))]}
-
-
-def _write(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -15,8 +15,9 @@ from orchestrator.bases import Base, find_base, local_folder
 from orchestrator.cache import cache_folder
 from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.data import DataConfig, SourceConfig
+from orchestrator.config.ends import EvaluateStage
 from orchestrator.config.model import Architecture
-from orchestrator.config.run import RunConfig, Stage, data_sets_of
+from orchestrator.config.run import RunConfig, Stage, data_sets_of, makes_classifier
 from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.lengths import prepared_facts
 from orchestrator.dataset.parts import find_prepared
@@ -75,7 +76,7 @@ def _encoder_problems(model: Architecture, config: RunConfig) -> list[str]:
         f"stages.{name}: {config.model.base} is an encoder, which {stage.kind} cannot train; take stage=classify, or a decoder "
         "such as Llama or Qwen"
         for name, stage in stages.items()
-        if stage.kind not in CLASSIFIER_KINDS
+        if not _is_of_classifiers(config, name)
     ]
     return problems + [
         f"stages.{name}.data.packing: {config.model.base} is an encoder, in which packed texts would see each other; type "
@@ -83,6 +84,13 @@ def _encoder_problems(model: Architecture, config: RunConfig) -> list[str]:
         for name, stage in stages.items()
         if stage.kind in CLASSIFIER_KINDS and stage.data.packing != "none"
     ]
+
+
+def _is_of_classifiers(config: RunConfig, name: str) -> bool:
+    """Whether a stage trains, blends or scores classifiers."""
+    stage = config.stages[name]
+    scored = stage.start_from if isinstance(stage, EvaluateStage) else name
+    return scored in config.stages and makes_classifier(config, scored)
 
 
 def _with_preparation(config: RunConfig, name: str, base: Base, data: DataFacts) -> DataFacts:

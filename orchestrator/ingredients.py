@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orchestrator.config.ends import InterpolateStage, SoupStage
-from orchestrator.config.model import LoraTuning
-from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS, LoraTuning
+from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage, made_kind
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.rundir import MANIFEST, RunFolder, read_json
 
@@ -51,7 +51,7 @@ def read_member(member: str) -> Elsewhere:
         config = RunConfig.model_validate(read_json(run.run)["config"], strict=False)
     except ValidationError:
         raise ConfigError(f"{member}: another version wrote {run.run}; run it anew to take it as a member") from None
-    policies = [name for name in config.pipeline if config.stages[name].kind in POLICY_KINDS]
+    policies = [name for name in config.pipeline if made_kind(config, name) in POLICY_KINDS]
     wanted = stage or (policies[-1] if policies else "")
     if wanted not in policies:
         raise ConfigError(
@@ -86,9 +86,11 @@ def _member_problems(config: RunConfig, name: str) -> Iterator[str]:
             "model.base": (theirs.model.base, ours.model.base),
             "model.dtype": (theirs.model.dtype, ours.model.dtype),
             "quantization": (theirs.quantization.scheme, ours.quantization.scheme),
-            "tuning.method": (theirs.tuning.method, ours.tuning.method),
         }
-        if theirs.tuning.method == ours.tuning.method:
+        both_whole = all(isinstance(one.tuning, WHOLE_MODEL_TUNINGS) for one in (theirs, ours))
+        if not both_whole:
+            pairs["tuning.method"] = (theirs.tuning.method, ours.tuning.method)
+        if not both_whole and theirs.tuning.method == ours.tuning.method:
             pairs |= {
                 f"tuning.{key}": (str(value), str(ours.tuning.model_dump()[key]))
                 for key, value in theirs.tuning.model_dump().items()

@@ -102,11 +102,11 @@ def _refuse_what_cannot_be_merged(folder: RunFolder, stage: str) -> None:
 def _stage_of(folder: RunFolder, chosen: str | None, what: str, more: tuple[str, ...]) -> str:
     """The stage asked for, or the last one that makes a policy; `more` kinds are allowed too, `what` says it in words."""
     from orchestrator.commands import load_config
-    from orchestrator.config.run import POLICY_KINDS
+    from orchestrator.config.run import POLICY_KINDS, made_kind
 
     config = load_config(folder)
     kinds = (*POLICY_KINDS, *more)
-    policies = [name for name in config.pipeline if config.stages[name].kind in kinds]
+    policies = [name for name in config.pipeline if made_kind(config, name) in kinds]
     stage = chosen or (policies[-1] if policies else "")
     if stage not in policies:
         given = f"--stage {stage}" if stage else str(folder.root)

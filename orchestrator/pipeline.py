@@ -10,8 +10,9 @@ from typing import Any
 from orchestrator.config.alignment import PolicyStage, RewardSource
 from orchestrator.config.base import JsonValue
 from orchestrator.config.classification import CLASSIFIER_KINDS, ClassifyStage, SelfTrainingStage
-from orchestrator.config.ends import EvaluateStage, InterpolateStage, MergeStage, SoupStage
-from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage
+from orchestrator.config.ends import EvaluateStage, InterpolateStage, MergeStage, ScoringStage, SoupStage
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS
+from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage, made_kind, makes_classifier
 from orchestrator.config.stages import TrainingStage
 from orchestrator.identity import changed_content
 from orchestrator.ingredients import grows_rank, stages_beside
@@ -24,14 +25,16 @@ THE_TOKENIZERS = "the tokenizer's own"
 
 
 def resolve_starts(config: RunConfig) -> RunConfig:
-    """The same configuration with the name of a stage (or null) in the place of every `start_from: auto`."""
-    stages = {
-        name: stage.model_copy(update={"start_from": _nearest(config, name, _auto_kinds(stage))})
-        if stage.start_from == "auto"
-        else stage
-        for name, stage in config.stages.items()
-    }
-    return config.model_copy(update={"stages": stages})
+    """The same configuration with the name of a stage (or null) in the place of every `start_from: auto`.
+
+    In the order of the pipeline: what an interpolation makes follows from where it starts.
+    """
+    for name in dict.fromkeys([*config.pipeline, *config.stages]):
+        stage = config.stages.get(name)
+        if stage is not None and stage.start_from == "auto":
+            start = stage.model_copy(update={"start_from": _nearest(config, name, _auto_kinds(stage))})
+            config = config.model_copy(update={"stages": {**config.stages, name: start}})
+    return config
 
 
 def inputs_of(config: RunConfig, name: str) -> tuple[str, ...]:
@@ -117,13 +120,13 @@ def _nearest(config: RunConfig, name: str, kinds: tuple[str, ...]) -> str | None
     if name not in config.pipeline:
         return None
     before = config.pipeline[: config.pipeline.index(name)]
-    makers = [earlier for earlier in before if earlier in config.stages and config.stages[earlier].kind in kinds]
+    makers = [earlier for earlier in before if earlier in config.stages and made_kind(config, earlier) in kinds]
     return makers[-1] if makers else None
 
 
 def _auto_kinds(stage: Stage) -> tuple[str, ...]:
     """What `start_from: auto` looks for."""
-    if isinstance(stage, EvaluateStage):
+    if isinstance(stage, EvaluateStage | InterpolateStage):
         return (*POLICY_KINDS, *CLASSIFIER_KINDS)
     return CLASSIFIER_KINDS if isinstance(stage, SelfTrainingStage) else POLICY_KINDS
 
@@ -144,14 +147,20 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
     for source in inputs_of(config, name):
         if source in before and source in config.stages:
             yield from _template_problems(config, name, source)
-    if (
-        isinstance(stage, EvaluateStage | InterpolateStage | MergeStage)
-        and start in (None, "auto")
-        and not any(config.stages[one].kind in _start_kinds(stage) for one in before if one in config.stages)
-    ):
-        what = "makes a policy or a classifier" if isinstance(stage, EvaluateStage) else "makes a policy"
-        yield f"stages.{name}.start_from: no stage before {name} {what}; put one into the pipeline, such as sft"
+    if isinstance(stage, EvaluateStage | InterpolateStage | MergeStage) and start in (None, "auto"):
+        what = "makes a policy" if isinstance(stage, MergeStage) else "makes a policy or a classifier"
+        if any(made_kind(config, one) in _start_kinds(stage) for one in before if one in config.stages):
+            yield f"stages.{name}.start_from: null; it must be a stage before {name} that {what}, or auto, the nearest one"
+        else:
+            yield f"stages.{name}.start_from: no stage before {name} {what}; put one into the pipeline, such as sft"
     yield from _blend_problems(config, name, before)
+    if (
+        isinstance(stage, ScoringStage)
+        and start in before
+        and start in config.stages
+        and makes_classifier(config, start)
+    ):
+        yield from _scored_classifier_problems(config, name)
     if isinstance(stage, PolicyStage) and not stage.rewards:
         yield f"stages.{name}.rewards: there is none; add for example {{source: exact_match, weight: 1.0, options: {{}}}}"
     for number, reward in enumerate(rewards_of(config, name)):
@@ -164,20 +173,13 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
 
 
 def _blend_problems(config: RunConfig, name: str, before: tuple[str, ...]) -> Iterator[str]:
-    """Ingredients that are no stage before this one, too few, tuned differently, or that cannot be trained on."""
+    """Ingredients that are no stage before this one, too few, or that cannot be trained on; `rules.py` has their tunings."""
     stage, field = config.stages[name], f"stages.{name}"
+    of_classifiers = isinstance(stage, InterpolateStage) and makes_classifier(config, name)
     for beside in stages_beside(stage):
         key = "members" if isinstance(stage, SoupStage) else "origin"
-        yield from _input_problems(config, f"{field}.{key}", beside, before, POLICY_KINDS)
-        if (
-            beside in before
-            and beside in config.stages
-            and config.for_stage(beside).tuning != config.for_stage(name).tuning
-        ):
-            yield (
-                f"{field}.{key}: {beside} is tuned by {config.for_stage(beside).tuning.method}, {name} by "
-                f"{config.for_stage(name).tuning.method}; ingredients have their tuning in common"
-            )
+        kinds = CLASSIFIER_KINDS if of_classifiers else POLICY_KINDS
+        yield from _input_problems(config, f"{field}.{key}", beside, before, kinds)
     if isinstance(stage, SoupStage):
         first = () if stage.start_from is None else (STAGE_PREFIX + stage.start_from,)
         ingredients = (*first, *stage.members)
@@ -194,6 +196,42 @@ def _blend_problems(config: RunConfig, name: str, before: tuple[str, ...]) -> It
         )
 
 
+def _scored_classifier_problems(config: RunConfig, name: str) -> Iterator[str]:
+    """What a stage asks of a classifier that it cannot do."""
+    stage = config.stages[name]
+    assert isinstance(stage, ScoringStage)
+    asked = ["exact_match"] if stage.exact_match else []
+    asked += ["rewards"] if isinstance(stage, EvaluateStage) and stage.rewards else []
+    yield from (
+        f"stages.{name}.{key}: {stage.start_from} is a classifier, which generates no answer; take it out"
+        for key in asked
+    )
+    given = {"options": stage.options} | {f"sets.{key}.options": entry.options for key, entry in stage.sets.items()}
+    yield from (
+        f"stages.{name}.{key}: {stage.start_from} is a classifier, whose options are its classes; type auto"
+        for key, options in given.items()
+        if options not in ("auto", "none")
+    )
+    if isinstance(stage, InterpolateStage):
+        yield from _classifier_blend_problems(config, name, stage)
+
+
+def _classifier_blend_problems(config: RunConfig, name: str, stage: InterpolateStage) -> Iterator[str]:
+    tuning, learnt = config.for_stage(name).tuning, config.stages[str(stage.start_from)]
+    if isinstance(learnt, ClassifyStage) and learnt.problem == "regression" and stage.choose_by == "accuracy":
+        yield f"stages.{name}.choose_by: {stage.start_from} predicts a number, which has no accuracy; type loss"
+    if stage.origin is None:
+        yield (
+            f"stages.{name}.origin: null is the base, which has no head for the classes of {stage.start_from}; name an earlier classifier, "
+            "such as a stage that trains the head alone (tuning: freeze with layers: none)"
+        )
+    if not isinstance(tuning, WHOLE_MODEL_TUNINGS):
+        yield (
+            f"stages.{name}: classifiers are interpolated as whole models, and {stage.start_from} is tuned by {tuning.method}; type "
+            "tuning=full or tuning=freeze"
+        )
+
+
 def _template_problems(config: RunConfig, name: str, source: str) -> Iterator[str]:
     ours, theirs = config.stages[name].data.chat_template, config.stages[source].data.chat_template
     if ours != theirs:
@@ -206,7 +244,9 @@ def _template_problems(config: RunConfig, name: str, source: str) -> Iterator[st
 def _input_problems(
     config: RunConfig, field: str, wanted: str | None, before: tuple[str, ...], kinds: tuple[str, ...]
 ) -> Iterator[str]:
-    fitting = [name for name in before if name in config.stages and config.stages[name].kind in kinds]
+    fitting = [name for name in before if name in config.stages and made_kind(config, name) in kinds]
     if wanted not in fitting:
         there = f"there are {', '.join(fitting)}" if fitting else "there is none in the pipeline"
+        if wanted in before and wanted in config.stages and made_kind(config, wanted) != config.stages[wanted].kind:
+            there = f"it makes a classifier; {there}"
         yield f"{field}: {wanted} is no stage of kind {' or '.join(kinds)} before this one; {there}"

@@ -46,7 +46,7 @@ class ScoringStage(Section):
     """What every stage has that scores models on named sets."""
 
     start_from: str | None
-    """Stage whose artifact is scored; `auto` is the nearest earlier one that makes a policy."""
+    """Stage whose artifact is scored; `auto` is the nearest earlier one that makes a policy or (evaluate, interpolate) a classifier."""
     data: DataConfig
     """`data.train` is the first set that is scored, under the name `data`; the other settings hold for every set."""
     rows: PositiveInt

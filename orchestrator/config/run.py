@@ -114,6 +114,23 @@ def _tuning_of(config: RunConfig, name: str) -> Tuning:
     return config.tuning
 
 
+def makes_classifier(config: RunConfig, name: str) -> bool:
+    """Whether a stage's artifact tells classes: it trains a classifier, or is an interpolation of two of them."""
+    seen: set[str] = set()
+    while name not in seen:
+        seen.add(name)
+        stage = config.stages[name]
+        if isinstance(stage, InterpolateStage) and stage.start_from in config.stages:
+            name = stage.start_from
+    return config.stages[name].kind in CLASSIFIER_KINDS
+
+
+def made_kind(config: RunConfig, name: str) -> str:
+    """The kind of a stage, by which others go on from it; `classify` of an interpolation of classifiers, since it makes one."""
+    kind = config.stages[name].kind
+    return "classify" if makes_classifier(config, name) and kind not in CLASSIFIER_KINDS else kind
+
+
 def training_stages(config: RunConfig) -> dict[str, TrainingStage]:
     """The stages of the pipeline that train, by name."""
     stages = {name: stage for name, stage in config.stages.items() if name in config.pipeline}

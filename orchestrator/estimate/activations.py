@@ -11,7 +11,7 @@ from orchestrator.architecture_families import linear_layers
 from orchestrator.config.adapters import ADAPTER_TUNINGS
 from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization, ZeroSharding
 from orchestrator.config.run import RunConfig
-from orchestrator.estimate.loss_head import chunk_rows, kept_bytes_per_token, temporary_bytes
+from orchestrator.estimate.loss_head import CAPPED, chunk_rows, kept_bytes_per_token, temporary_bytes
 from orchestrator.estimate.polynomials import Dimensions, Polynomial, moments_of, peak, value
 from orchestrator.estimate.states import adapter_width, compute_width, trained_width
 
@@ -135,7 +135,8 @@ def chunked_head_bytes(model: Architecture, config: RunConfig, load: Load) -> He
     device = "cpu" if load.on_cpu else "cuda"
     rows = chunk_rows(model.vocab_size, device, trained_width=model.hidden_size if trains_head else 0)
     scored = load.tokens * load.trained_share
-    chunk = temporary_bytes(model.vocab_size, device, rows=min(rows, scored), compute_bytes=width)
+    is_capped = model.model_type in CAPPED
+    chunk = temporary_bytes(model.vocab_size, device, rows=min(rows, scored), compute_bytes=width, is_capped=is_capped)
     copied = 2.0 * matrix if trains_head and trained_width(config) > width else 0.0
     gradient = matrix * (4.0 + width) if trains_head else 0.0
     return HeadBytes(

@@ -7,7 +7,7 @@ from orchestrator.config.adapters import ADAPTER_TUNINGS
 from orchestrator.config.alignment import PolicyStage, RolloutConfig
 from orchestrator.config.ends import ChoosingStage, EvaluateStage, InterpolateStage, MergeStage, ScoringStage, SoupStage
 from orchestrator.config.model import Architecture, ZeroSharding
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import RunConfig, makes_classifier
 from orchestrator.config.stages import TrainingStage
 from orchestrator.estimate.activations import Load, activation_memory
 from orchestrator.estimate.parts import Parts, Phase
@@ -57,11 +57,12 @@ def scoring_phases(
     )
     width = compute_width(config)
     whole = count_parameters(model).total * width
+    is_of_classifiers = stage.start_from in config.stages and makes_classifier(config, stage.start_from)
     load = Load(
         rows=stage.micro_size,
         length=stage.data.max_length,
         trained_share=1.0,
-        logits="whole",
+        logits="none" if is_of_classifiers else "whole",
         on_cpu=config.cluster.device == "cpu",
         is_packed=False,
     )
@@ -71,7 +72,7 @@ def scoring_phases(
     held: Parts = {"weights": base_bytes(model, config)}
     if isinstance(config.tuning, ADAPTER_TUNINGS):
         held["weights"] += trainable_parameters(model, config) * 4.0
-    elif not isinstance(stage, ChoosingStage):
+    elif not isinstance(stage, ChoosingStage) and not is_of_classifiers:
         held["base beside"] = float(whole)
     rewards = stage.rewards if isinstance(stage, EvaluateStage) else ()
     judges = sum(1 for reward in rewards if reward.source.startswith(("stage:", "model:")))

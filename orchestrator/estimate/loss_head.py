@@ -25,6 +25,8 @@ LEAST_ROWS = 32
 CPU_BLOCK_BYTES = 4 * 2**20
 """Of a block's fp32 logits, so that scoring them stays in a core's cache: a third of the head's time (`benchmarks/head.py`)."""
 LEAST_BLOCK_ROWS = 8
+CAPPED = ("gemma2",)
+"""Families whose logits have a soft cap (2408.00118)."""
 TARGET_BYTES = 8
 
 
@@ -39,10 +41,10 @@ def block_rows(vocabulary: int, device_type: str, *, rows: int) -> int:
     return rows if device_type != "cpu" else min(rows, max(LEAST_BLOCK_ROWS, CPU_BLOCK_BYTES // (4 * vocabulary)))
 
 
-def temporary_bytes(vocabulary: int, device_type: str, *, rows: float, compute_bytes: int) -> float:
+def temporary_bytes(vocabulary: int, device_type: str, *, rows: float, compute_bytes: int, is_capped: bool) -> float:
     """Of a chunk of `rows` tokens, for the time of the call."""
     block = 4 * vocabulary * min(rows, block_rows(vocabulary, device_type, rows=math.ceil(rows)))
-    return compute_bytes * vocabulary * rows + block * (1 if compute_bytes == 4 else 2)
+    return compute_bytes * vocabulary * rows + block * ((1 if compute_bytes == 4 else 2) + is_capped)
 
 
 def kept_bytes_per_token(hidden_size: int, compute_bytes: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from orchestrator.training.classifier import build_classifier, refuse_other_rows, stage_classes
 from orchestrator.training.classifying import Judge, classifier_proof, classify_objective, session_targets
 from orchestrator.training.context import Context
+from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.session import Course, Session, run_training, supervised_course
 
 
@@ -27,5 +28,5 @@ def plan_course(session: Session) -> Course:
 
 def run(context: Context) -> int:
     """Trains, writes, proves and reports; the exit code of the rank."""
-    refuse_other_rows(context)
+    refuse_other_rows(PreparedRows.open(context.train_data), f"stages.{context.name}.data.train")
     return run_training(context, plan_course, build_model=build_classifier)

@@ -11,6 +11,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.training.classifier import build_classifier, refuse_other_rows, stage_classes
 from orchestrator.training.classifying import Judge, classifier_proof, classify_objective, session_targets
 from orchestrator.training.context import Context
+from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.pseudo_labels import PseudoLabels, weak_labels_told
 from orchestrator.training.self_training import self_training_objective, uniform_objective
@@ -52,5 +53,5 @@ def plan_course(session: Session) -> Course:
 
 def run(context: Context) -> int:
     """Trains, writes, proves and reports; the exit code of the rank."""
-    refuse_other_rows(context)
+    refuse_other_rows(PreparedRows.open(context.train_data), f"stages.{context.name}.data.train")
     return run_training(context, plan_course, build_model=build_classifier)

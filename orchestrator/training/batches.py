@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 
-from orchestrator.training.objectives import Rows
+from orchestrator.training.objectives import MicroBatch, Rows
 
 
 class Batches:
@@ -17,10 +16,10 @@ class Batches:
     def __init__(self, rows: Rows, device: torch.device, *, reads_ahead: bool = True) -> None:
         """`reads_ahead` is for rows that stay as they are: those that a step makes for itself are not there before it."""
         self._rows, self._device, self._reads_ahead = rows, device, reads_ahead
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._expected: tuple[tuple[int, ...], Future[Any]] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches", initializer=self._settle)
+        self._expected: tuple[tuple[int, ...], Future[MicroBatch]] | None = None
 
-    def take(self, indices: Sequence[int], *, then: Sequence[int] | None = None) -> Any:
+    def take(self, indices: Sequence[int], *, then: Sequence[int] | None = None) -> MicroBatch:
         """The batch of these rows; `then` are those that will be asked for next, if it is known."""
         wanted, expected = _key(indices), self._expected
         self._expected = None
@@ -33,8 +32,13 @@ class Batches:
         """Ends the thread; what it was making is forgotten."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _made(self, indices: tuple[int, ...]) -> Any:
-        """On a GPU's side in pinned memory, from where it is copied beside the computing."""
+    def _settle(self) -> None:
+        """A new thread's GPU is the first one, whatever the rank's is."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+    def _made(self, indices: tuple[int, ...]) -> MicroBatch:
+        """For a GPU in pinned memory, so that the host does not wait for the copy."""
         batch = self._rows.batch(indices)
         return batch.pinned() if self._device.type == "cuda" else batch
 

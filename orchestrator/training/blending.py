@@ -8,8 +8,9 @@ the factors would be another model.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import RunConfig, makes_classifier
 from orchestrator.errors import CheckpointError
 from orchestrator.rundir import read_json
 from orchestrator.training.artifact import open_model
 from orchestrator.training.causal import attach_adapted_head
+from orchestrator.training.classes import read_classes
+from orchestrator.training.classifier import open_classifier
 from orchestrator.training.context import Context, Start
 from orchestrator.training.model import DTYPES, load_model
 from orchestrator.training.tuning import ADAPTER_WEIGHTS, load_adapter_weights
@@ -46,26 +49,52 @@ class Blend(Protocol):
 def open_blend(context: Context, ingredients: Sequence[Start]) -> Blend:
     """The ingredients of a context's stage as a model; CheckpointError where they do not fit each other."""
     config, base_folder = context.config, context.base_folder
+    if makes_classifier(config, context.name):
+        return classifier_blend(config, base_folder, ingredients)
     if isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
-        return WholeBlend(config, base_folder, ingredients)
+        return whole_blend(config, base_folder, ingredients)
     return AdapterBlend(config, base_folder, ingredients)
+
+
+def whole_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[Start]) -> WholeBlend:
+    """Whole language models."""
+    dtype = DTYPES[config.model.dtype]
+    base = _parameters(load_model(base_folder, config, weights_dtype=dtype))
+    return WholeBlend(base, lambda folder: open_model(folder, config, dtype, packed=False), ingredients)
+
+
+def classifier_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[Start]) -> WholeBlend:
+    """Whole classifiers, whose weights in the blend add up to 1: the base has no head for their classes."""
+    _refuse_other_classes(ingredients)
+
+    def opened(folder: Path) -> torch.nn.Module:
+        dtype = DTYPES[config.model.dtype]
+        return open_classifier(folder, config, base_folder=base_folder, weights_dtype=dtype, packed=False)
+
+    return WholeBlend(None, opened, ingredients)
 
 
 class WholeBlend:
     """Owns a whole model, and the weights of base and ingredients in the host's memory."""
 
-    def __init__(self, config: RunConfig, base_folder: Path, ingredients: Sequence[Start]) -> None:
-        dtype = DTYPES[config.model.dtype]
-        self._base = _parameters(load_model(base_folder, config, weights_dtype=dtype))
+    def __init__(
+        self,
+        base: Tensors | None,
+        open_it: Callable[[Path], torch.nn.Module],
+        ingredients: Sequence[Start],
+    ) -> None:
+        """Without a base (a classifier's head is not in it) the first ingredient stands in its place, and weights add up to 1."""
         self._ingredients: list[Tensors] = []
         for ingredient in ingredients:
-            self.model = open_model(ingredient.folder, config, dtype, packed=False)
+            self.model = open_it(ingredient.folder)
             self._ingredients.append(_parameters(self.model))
-            _refuse_others(ingredient, self._ingredients[-1], self._base)
+            _refuse_others(ingredient, self._ingredients[-1], base or self._ingredients[0])
+        self._base, self._has_base = base or self._ingredients[0], base is not None
         self.model.requires_grad_(False)
 
     @torch.no_grad()
     def put(self, weights: Sequence[float]) -> None:
+        assert self._has_base or math.isclose(sum(weights), 1.0), f"there is no base to take the rest of {weights}"
         for name, parameter in self.model.named_parameters():
             parameter.copy_(weighted(self._base[name], [one[name] for one in self._ingredients], weights))
 
@@ -145,6 +174,17 @@ def _read_adapter(ingredient: Start) -> _Adapter:
 
 def _is_factor(name: str) -> bool:
     return _DOWN.search(name) is not None or _UP.search(name) is not None
+
+
+def _refuse_other_classes(ingredients: Sequence[Start]) -> None:
+    """CheckpointError where two classifiers tell other things apart."""
+    classes = [read_classes(one.folder) for one in ingredients]
+    for one, theirs in zip(ingredients, classes, strict=True):
+        if theirs != classes[0]:
+            raise CheckpointError(
+                f"{one.folder}: it learnt {theirs.problem} over {list(theirs.names)}, {ingredients[0].stage} {classes[0].problem} over "
+                f"{list(classes[0].names)}; ingredients have their classes in common: give both stages the same labels"
+            )
 
 
 def _refuse_others(ingredient: Start, own: Mapping[str, torch.Tensor], first: Tensors, *, shapes: bool = True) -> None:

@@ -181,11 +181,10 @@ def open_classifier(
     return adapted
 
 
-def refuse_other_rows(context: Context) -> None:
-    """DataError where a stage's rows have no labels."""
-    meta = PreparedRows.open(context.train_data).meta
-    if meta.kind != "class":
+def refuse_other_rows(rows: PreparedRows, field: str) -> None:
+    """DataError where the rows that a key names have no labels."""
+    if rows.meta.kind != "class":
         raise DataError(
-            f"stages.{context.name}.data: rows of format {meta.format} have no classes; set data.train.format=classification "
-            "(fields text, label; data.train.columns names other columns)"
+            f"{field}: rows of format {rows.meta.format} have no classes; set their format=classification "
+            "(fields text, label; columns names other columns)"
         )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from orchestrator.config.ends import FIRST_SET, EvaluateStage, shifts_of
-from orchestrator.errors import ConfigError
-from orchestrator.training.classes import Classes, read_classes, targets_of
+from orchestrator.training.classes import Classes, read_classes
 from orchestrator.training.classifier import open_classifier, refuse_other_rows
-from orchestrator.training.classifying import all_logits_DC, judged
+from orchestrator.training.classifying import class_report, first_targets
 from orchestrator.training.context import Context
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.model import DTYPES
@@ -36,10 +35,8 @@ class ClassScores:
 
 
 def classifier_scores(context: Context, runtime: Runtime) -> dict[str, ClassScores]:
-    """By set, `data` first, over the first `rows` rows. ConfigError where the stage asks for what a classifier cannot do."""
+    """By set, `data` first, over the first `rows` rows. DataError where a set has no labels."""
     stage = cast("EvaluateStage", context.stage)
-    _refuse_generation(context, stage)
-    refuse_other_rows(context)
     assert context.start is not None, "the pipeline's rules ask for a start"
     dtype = DTYPES[context.config.model.dtype]
     classes = read_classes(context.start.folder)
@@ -52,36 +49,24 @@ def classifier_scores(context: Context, runtime: Runtime) -> dict[str, ClassScor
     )
     model.to(runtime.device).eval()
     shifts = shifts_of(stage)
+    sets = {name: PreparedRows.open(folder) for name, folder in {FIRST_SET: context.train_data, **context.sets}.items()}
+    for name, rows in sets.items():
+        refuse_other_rows(rows, f"stages.{context.name}" + ("" if name == FIRST_SET else f".sets.{name}"))
     return {
-        name: _scores(runtime, model, classes, PreparedRows.open(folder), stage=stage, shift=shifts[name])
-        for name, folder in {FIRST_SET: context.train_data, **context.sets}.items()
+        name: _scores(runtime, model, classes, rows, stage=stage, shift=shifts[name]) for name, rows in sets.items()
     }
 
 
 def _scores(
     runtime: Runtime, model: torch.nn.Module, classes: Classes, rows: PreparedRows, *, stage: EvaluateStage, shift: bool
 ) -> ClassScores:
-    logits_DC = all_logits_DC(
-        runtime, model, rows, outputs=classes.outputs, micro_size=stage.micro_size, limit=stage.rows
-    )
-    targets = targets_of(rows, classes)
-    is_seen_D = torch.arange(len(logits_DC)) < stage.rows
-    targets = replace(targets, has_label_D=targets.has_label_D & is_seen_D)
-    _, _, report = judged(logits_DC, targets, classes)
+    report = class_report(runtime, model, rows, classes=classes, micro_size=stage.micro_size, limit=stage.rows)
     commonest = None
     if classes.problem == "single_label":
+        targets = first_targets(rows, classes, stage.rows)
         labels = targets.of_D[targets.has_label_D]
         commonest = float(labels.bincount().max()) / len(labels)
     return ClassScores(shift=shift, report=report, commonest=commonest)
-
-
-def _refuse_generation(context: Context, stage: EvaluateStage) -> None:
-    """A classifier writes nothing."""
-    asked = [name for name, wanted in (("exact_match", stage.exact_match), ("rewards", bool(stage.rewards))) if wanted]
-    if asked:
-        raise ConfigError(
-            f"stages.{context.name}.{asked[0]}: {context.name} scores a classifier, which generates no answer; take it out"
-        )
 
 
 def class_table(scores: Mapping[str, ClassScores]) -> list[str]:

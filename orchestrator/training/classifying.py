@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,6 +78,24 @@ def all_logits_DC(
     return logits_DC
 
 
+def class_report(
+    runtime: Runtime, model: torch.nn.Module, rows: PreparedRows, *, classes: Classes, micro_size: int, limit: int
+) -> dict[str, Any]:
+    """Rows, loss, measures and the report of the problem, over the labelled of the first `limit` rows."""
+    targets = first_targets(rows, classes, limit)
+    if not bool(targets.has_label_D.any()):
+        raise DataError(f"{rows.folder}: none of the first {min(limit, rows.rows)} rows has a label to score by")
+    logits_DC = all_logits_DC(runtime, model, rows, outputs=classes.outputs, micro_size=micro_size, limit=limit)
+    return judged(logits_DC, targets, classes)[2]
+
+
+def first_targets(rows: PreparedRows, classes: Classes, limit: int) -> Targets:
+    """Targets of which those behind the first `limit` rows count as unlabelled."""
+    targets = targets_of(rows, classes)
+    is_seen_D = torch.arange(len(targets.has_label_D)) < limit
+    return replace(targets, has_label_D=targets.has_label_D & is_seen_D)
+
+
 def judged(
     logits_DC: torch.Tensor, targets: Targets, classes: Classes
 ) -> tuple[float, dict[str, float], dict[str, Any]]:
@@ -141,9 +160,11 @@ def session_targets(session: Session, classes: Classes) -> dict[str, Targets]:
 def classifier_proof(session: Session, objective: Objective) -> Evaluation:
     """The trainer's own score of what the re-opened artifact is scored on: held-out rows, or the first train rows."""
     rows = session.held or session.rows
+    limit = proof_rows(objective, rows, PROOF_ROWS)
     micro_size = session.context.stage.batch.micro_size
-    first = next(
-        index for index in range(rows.rows) if objective.weight(rows, [index])
-    )  # the judge saw that there is one
-    limit = max(PROOF_ROWS, first + 1)
     return evaluate(session.runtime, session.model, objective, rows, micro_size=micro_size, limit=limit)
+
+
+def proof_rows(objective: Objective, rows: PreparedRows, count: int) -> int:
+    """How many of the first rows a proof scores: `count`, or more where the first label stands behind them; there is one."""
+    return max(count, 1 + next(index for index in range(rows.rows) if objective.weight(rows, [index])))

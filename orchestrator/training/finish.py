@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS, FreezeTuning, LoraTuning
+from orchestrator.config.run import makes_classifier
 from orchestrator.errors import EXIT_DONE, CheckpointError
 from orchestrator.goodput import time_spent
 from orchestrator.metrics.jsonl import read_rows
@@ -166,7 +166,7 @@ def finish_scoring(context: Context, record: Record, summary: dict[str, Any], *,
 def artifact_kind(context: Context) -> str:
     """model, adapter, reward_model, reward_adapter, classifier_model or classifier_adapter."""
     what = "model" if isinstance(context.config.tuning, WHOLE_MODEL_TUNINGS) else "adapter"
-    if context.stage.kind in CLASSIFIER_KINDS:
+    if makes_classifier(context.config, context.name):
         return f"classifier_{what}"
     return f"reward_{what}" if context.stage.kind == "reward" else what
 

@@ -11,9 +11,12 @@ import torch
 
 from orchestrator.config.ends import ScoringStage
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
+from orchestrator.config.run import makes_classifier
 from orchestrator.rundir import write_json
 from orchestrator.training.artifact import adapter_names, check_tensors, write_artifact
 from orchestrator.training.blending import open_blend
+from orchestrator.training.classes import read_classes
+from orchestrator.training.classifying import labelled_objective, proof_rows
 from orchestrator.training.context import Context, Record, Start
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.evaluation import evaluate
@@ -79,9 +82,14 @@ def _write_expectation(context: Context, runtime: Runtime, model: torch.nn.Modul
     if config.quantization.scheme == "none":
         model.to(DTYPES[config.model.dtype])
     rows = PreparedRows.open(context.train_data)
-    objective = proof_objective(runtime, stage, rows.meta.kind)
+    limit = min(stage.rows, PROOF_ROWS)
+    if makes_classifier(config, context.name):
+        objective = labelled_objective(runtime, read_classes(context.folder.artifact), rows)
+        limit = proof_rows(objective, rows, limit)
+    else:
+        objective = proof_objective(runtime, stage, rows.meta.kind)
     model.to(runtime.device).eval()
-    scored = evaluate(runtime, model, objective, rows, micro_size=stage.micro_size, limit=min(stage.rows, PROOF_ROWS))
+    scored = evaluate(runtime, model, objective, rows, micro_size=stage.micro_size, limit=limit)
     expectation = {
         "data": str(context.train_data),
         "rows": scored.rows,

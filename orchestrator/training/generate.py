@@ -14,9 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import RunConfig, makes_classifier
 from orchestrator.dataset.examples import Labelled
 from orchestrator.dataset.formats import Chat, Example, Message, Plain, Prompt, parse_row
 from orchestrator.dataset.sources import held_out_source, locate, settle_format, source_rows
@@ -148,7 +147,7 @@ def _run(options: argparse.Namespace) -> int:
     folder = RunFolder(options.run_file.parent).stage(options.stage)
     base_folder = Path(read_json(folder.result)["base"]["folder"])
     quiet()
-    if config.stages[options.stage].kind in CLASSIFIER_KINDS:
+    if makes_classifier(config, options.stage):
         return classify_texts(config, folder, base_folder, _texts(options, config))
     runtime = start_single_runtime(config, autocast=config.model.dtype == "bfloat16")
     encoder = make_encoder(load_facts(base_folder), config.stages[options.stage].data)

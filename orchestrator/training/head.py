@@ -50,7 +50,7 @@ def chunked_logprobs_K(
     """
     assert shape.temperature > 0, shape.temperature
     tensors = [term.hidden_KW for term in terms] + [term.weight_VW for term in terms]
-    logprobs_K, entropies_K = _ChunkedHead.apply(shape, targets_K, bias_V, *tensors)
+    logprobs_K, entropies_K = _ChunkedHead.apply(shape, torch.is_grad_enabled(), targets_K, bias_V, *tensors)
     return logprobs_K, entropies_K if shape.entropies else None
 
 
@@ -61,9 +61,11 @@ class _ChunkedHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, shape: Shape, targets_K: torch.Tensor, bias_V: Any, *tensors: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, shape: Shape, wants_gradients: bool, targets_K: torch.Tensor, bias_V: Any, *tensors: torch.Tensor
+    ) -> Any:
         hiddens, weights = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        needs = ctx.needs_input_grad[2:]
+        needs = [wants_gradients and needed for needed in ctx.needs_input_grad[3:]]  # true of weights under no_grad too
         trains_head = needs[0] or any(needs[1 + len(hiddens) :])
         at_once = any(needs) and (shape.is_summed or not trains_head)
         vocabulary, width = weights[0].shape
@@ -84,14 +86,14 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale_K: torch.Tensor, _: torch.Tensor) -> Any:  # type: ignore[override]
         if ctx.at_once:
-            return None, None, *_scaled(ctx.saved_tensors, scale_K)
+            return None, None, None, *_scaled(ctx.saved_tensors, scale_K)
         targets_K, bias_V, *tensors = ctx.saved_tensors
         hiddens, weights = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         with torch.autocast(targets_K.device.type, enabled=False):
             run = _Run(ctx.shape, targets_K, bias_V, hiddens, weights)
-            gradients = _Gradients(ctx.needs_input_grad[2:], bias_V, run.hiddens, run.weights)
+            gradients = _Gradients(ctx.needs_input_grad[3:], bias_V, run.hiddens, run.weights)
             run.backward(-scale_K, gradients)
-        return None, None, *gradients.as_types_of(bias_V, weights)
+        return None, None, None, *gradients.as_types_of(bias_V, weights)
 
 
 def _scaled(gradients: Sequence[torch.Tensor | None], scale_K: torch.Tensor) -> list[torch.Tensor | None]:
@@ -184,6 +186,7 @@ class _Run:
         self._products = hiddens[0].new_empty(rows, vocabulary)
         self._probabilities = block
         self._logits = None if compute == self._precise else torch.empty_like(block)
+        self._slopes = None if shape.softcap is None else torch.empty_like(block)
 
     def forward(self, gradients: _Gradients | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probabilities, entropies); the gradients of the negative log-probabilities' sum where there is room for them."""
@@ -231,11 +234,11 @@ class _Run:
         targets_L1 = self._targets_K[rows].unsqueeze(1)
         target_L1, most_L1 = logits_LV.gather(1, targets_L1), logits_LV.amax(1, keepdim=True)
         p_LV = torch.softmax(logits_LV, 1, out=self._probabilities[: len(logits_LV)])
-        total_L1 = (
-            most_L1 - p_LV.amax(1, keepdim=True).log()
-        )  # log(sum(exp(logits))): the likeliest has p = exp(most) / sum
-        entropies_L = -(logits_LV.sub_(total_L1).mul_(p_LV)).sum(1) if self._shape.entropies else None
-        logprobs_L = (target_L1 - total_L1).squeeze(1)
+        likeliest_L1 = p_LV.amax(1, keepdim=True).log()  # log p of any other is less by what its logit is less
+        logprobs_L = (target_L1 - most_L1 + likeliest_L1).squeeze(1)
+        entropies_L = None
+        if self._shape.entropies:
+            entropies_L = -logits_LV.sub_(most_L1).add_(likeliest_L1).mul_(p_LV).sum(1)
         return _Scored(block, targets_L1, logprobs_L, entropies_L, p_LV, slope_LV)
 
     def _logits_LV(self, products_LV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -245,7 +248,8 @@ class _Run:
             logits_LV = self._logits[: len(products_LV)].copy_(products_LV)
         if self._shape.softcap is not None:
             tanh_LV = logits_LV.div_(self._shape.softcap).tanh_()
-            slope_LV = 1 - tanh_LV.square()
+            assert self._slopes is not None
+            slope_LV = torch.square(tanh_LV, out=self._slopes[: len(tanh_LV)]).neg_().add_(1)
             logits_LV = tanh_LV.mul_(self._shape.softcap)
         if self._shape.temperature != 1:
             logits_LV.div_(self._shape.temperature)

@@ -22,6 +22,15 @@ from orchestrator.training.preference_losses import PairLogprobs, pairs_of_docum
 from orchestrator.training.runtime import Runtime
 
 
+class MicroBatch(Protocol):
+    """What a loop moves to its device; its objective knows the rest."""
+
+    def to(self, device: torch.device | str) -> MicroBatch: ...
+    def pinned(self) -> MicroBatch:
+        """In memory from which a GPU copies by itself, so that nobody waits for the copy."""
+        ...
+
+
 class Rows(Protocol):
     """What a loop takes batches from."""
 
@@ -30,7 +39,7 @@ class Rows(Protocol):
     @property
     def lengths(self) -> Any: ...
     def documents_in(self, indices: Sequence[int]) -> int: ...
-    def batch(self, indices: Sequence[int]) -> Any: ...
+    def batch(self, indices: Sequence[int]) -> MicroBatch: ...
     def row_ids(self, index: int) -> tuple[int, ...]: ...
 
 

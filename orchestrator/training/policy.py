@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -59,12 +59,18 @@ class PolicyBatch:
     advantages_B: torch.Tensor
 
     def to(self, device: torch.device | str) -> Self:
+        return self._moved(self.batch.to(device), lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Self:
+        return self._moved(self.batch.pinned(), torch.Tensor.pin_memory)
+
+    def _moved(self, batch: Batch, move: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         return replace(
             self,
-            batch=self.batch.to(device),
-            old_BT=self.old_BT.to(device),
-            reference_BT=self.reference_BT.to(device),
-            advantages_B=self.advantages_B.to(device),
+            batch=batch,
+            old_BT=move(self.old_BT),
+            reference_BT=move(self.reference_BT),
+            advantages_B=move(self.advantages_B),
         )
 
 

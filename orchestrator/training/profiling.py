@@ -82,9 +82,12 @@ class Profiler:
         return watched
 
     def begin_step(self) -> None:
-        """Tells that an optimizer step begins: the one before is over, with all that belongs to it."""
+        """Tells that an optimizer step begins: the one before is over, with all that belongs to it. What torch's profiler then
+        collects and writes belongs to no step."""
         if self._steps:
+            began = time.perf_counter()
             self._torch.step()
+            self._writing_seconds += time.perf_counter() - began
         else:
             self._began = time.perf_counter()
         self._steps += 1
@@ -111,8 +114,6 @@ class Profiler:
             torch.cuda.synchronize(self._device)
 
     def _write_trace(self, traced: profile) -> None:
-        """Its own seconds belong to no step."""
-        began = time.perf_counter()
         traced.export_chrome_trace(str(self._folder / f"{self._label}.trace.json.gz"))
         events = traced.key_averages()
         order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
@@ -121,7 +122,6 @@ class Profiler:
         table = events.table(sort_by=order, row_limit=TOP_OPERATORS)
         head = f"collectives in the traced steps, beside others' work or not: {seconds:.3f} s\n"
         write_text(self._folder / f"{self._label}.operators.txt", head + table + "\n")
-        self._writing_seconds += time.perf_counter() - began
 
 
 def told_shares(told: Mapping[str, float]) -> dict[str, float | str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from orchestrator.config.alignment import RewardStage
-from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.ends import MergeStage
 from orchestrator.config.model import FreezeTuning
-from orchestrator.config.run import RunConfig, Stage
+from orchestrator.config.run import RunConfig, makes_classifier
 from orchestrator.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, CheckpointError, OrchestratorError
 from orchestrator.rundir import RunFolder, StageFolder, read_json, read_manifest, write_json
 from orchestrator.training.artifact import open_artifact, open_model
@@ -32,8 +32,9 @@ from orchestrator.training.tuning import freeze, hold_masters
 LOSS_TOLERANCE = 1e-3
 
 
-def prove(config: RunConfig, stage: Stage, folder: StageFolder) -> float:
-    """The held-out loss of the re-opened artifact; CheckpointError where it is not the trainer's."""
+def prove(config: RunConfig, name: str, folder: StageFolder) -> float:
+    """The held-out loss of a stage's re-opened artifact; CheckpointError where it is not the trainer's."""
+    stage, is_classifier = config.stages[name], makes_classifier(config, name)
     expected: dict[str, Any] = read_json(folder.proof)
     read_manifest(folder.artifact)
     runtime = start_single_runtime(config, autocast=expected["autocast"])
@@ -42,15 +43,22 @@ def prove(config: RunConfig, stage: Stage, folder: StageFolder) -> float:
     if isinstance(stage, MergeStage):
         model: torch.nn.Module = open_model(folder.artifact, config, dtype, packed=False).to(runtime.device)
     else:
-        model = _open(config, stage, folder, rows, dtype, Path(expected["base_folder"])).to(runtime.device)
+        open_it = open_classifier if is_classifier else partial(open_artifact, scores=isinstance(stage, RewardStage))
+        model = open_it(
+            folder.artifact,
+            base_folder=Path(expected["base_folder"]),
+            config=config,
+            weights_dtype=dtype,
+            packed=rows.is_packed,
+        ).to(runtime.device)
         leaves_adapters = config.sharding.strategy == "zero3"  # in fp32, as PEFT made them
         if not expected["autocast"] and not leaves_adapters and config.quantization.scheme == "none":
             hold_parameters(model, dtype)
         if expected["autocast"] and isinstance(config.tuning, FreezeTuning):  # the types of training
-            has_new_head = stage.kind in ("reward", *CLASSIFIER_KINDS)
+            has_new_head = is_classifier or isinstance(stage, RewardStage)
             freeze(cast("PreTrainedModel", model), config.tuning, has_new_head=has_new_head)
             hold_masters(model)
-    if stage.kind in CLASSIFIER_KINDS:
+    if is_classifier:
         objective = labelled_objective(runtime, read_classes(folder.artifact), rows)
     else:
         objective = proof_objective(runtime, stage, rows.meta.kind)
@@ -70,23 +78,6 @@ def hold_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _open(
-    config: RunConfig, stage: Stage, folder: StageFolder, rows: PreparedRows, dtype: torch.dtype, base_folder: Path
-) -> torch.nn.Module:
-    if stage.kind in CLASSIFIER_KINDS:
-        return open_classifier(
-            folder.artifact, config, base_folder=base_folder, weights_dtype=dtype, packed=rows.is_packed
-        )
-    return open_artifact(
-        folder.artifact,
-        base_folder=base_folder,
-        config=config,
-        weights_dtype=dtype,
-        packed=rows.is_packed,
-        scores=isinstance(stage, RewardStage),
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m orchestrator.training.prove")
     parser.add_argument("run_file", type=Path)
@@ -98,7 +89,7 @@ def main() -> int:
     expected = read_json(folder.proof)
     leave_out_unused(config, Path(expected["base_folder"]))
     try:
-        write_json(folder.proof, {**expected, "reopened_loss": prove(config, config.stages[options.stage], folder)})
+        write_json(folder.proof, {**expected, "reopened_loss": prove(config, options.stage, folder)})
     except OrchestratorError as error:
         write_json(folder.proof, {**expected, "problems": list(error.problems)})
         print("\n".join(error.problems), file=sys.stderr)

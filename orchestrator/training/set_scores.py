@@ -16,6 +16,9 @@ from orchestrator.dataset.meta import Kind
 from orchestrator.dataset.sources import DEMONSTRATION
 from orchestrator.errors import DataError
 from orchestrator.training.answers import Choices, answered_rows, choices_of, option_logprobs_RO
+from orchestrator.training.classes import Classes, read_classes
+from orchestrator.training.classifier import refuse_other_rows
+from orchestrator.training.classifying import class_report
 from orchestrator.training.context import Context
 from orchestrator.training.data.rows import PreparedRows, batch_of
 from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
@@ -70,18 +73,26 @@ class Scorer:
     context: Context
     runtime: Runtime
     sets: tuple[OpenSet, ...]
+    classes: Classes | None = None
+    """What a classifier tells apart; None where a language model is scored."""
 
     def of(self, model: torch.nn.Module) -> dict[str, SetScores]:
         """Scores by set, the general text last where the stage asks for it."""
         stage = cast("ScoringStage", self.context.stage)
         found = {one.name: scores_of(self, model, one) for one in self.sets}
-        if stage.forgetting:
+        if stage.forgetting and self.classes is None:
             found[FORGETTING] = general_text_scores(self.context, self.runtime, model)
         return found
 
 
 def open_scorer(context: Context, runtime: Runtime) -> Scorer:
-    """Opens every prepared set of the stage, and says how many options each has. DataError where options do not fit."""
+    """Opens every prepared set of the stage, and says how many options each has. DataError where options do not fit.
+
+    Where the stage starts from a classifier its classes are the options, and there is no general text to score.
+    """
+    classes = None
+    if context.start is not None and context.start.kind.startswith("classifier_"):
+        classes = read_classes(context.start.folder)
     stage = cast("ScoringStage", context.stage)
     facts = load_facts(context.base_folder)
     shifts = shifts_of(stage)
@@ -92,16 +103,23 @@ def open_scorer(context: Context, runtime: Runtime) -> Scorer:
         rows = PreparedRows.open(folder, pad_to_multiple_of=stage.data.pad_to_multiple_of)
         count = min(stage.rows, rows.rows)
         field = f"stages.{context.name}" + ("" if name == FIRST_SET else f".sets.{name}")
-        choices = choices_of(answered_rows(rows, count), wanted[name], facts, field=field)
+        if classes is not None:
+            refuse_other_rows(rows, field)
+        choices = None if classes else choices_of(answered_rows(rows, count), wanted[name], facts, field=field)
         opened.append(OpenSet(name=name, rows=rows, count=count, shift=shifts[name], choices=choices))
-    return Scorer(context=context, runtime=runtime, sets=tuple(opened))
+    return Scorer(context=context, runtime=runtime, sets=tuple(opened), classes=classes)
 
 
 def told_sets(scorer: Scorer) -> list[str]:
     """A line for each set: rows, shift, and where the options come from."""
+
+    def told(one: OpenSet) -> str:
+        if scorer.classes is not None:
+            return f"classes {', '.join(scorer.classes.names)}" if scorer.classes.names else "a number"
+        return "no options, so no accuracy" if one.choices is None else f"options {', '.join(one.choices.names)}"
+
     return [
-        f"set {one.name}: {one.count} rows, {'out of distribution' if one.shift else 'in distribution'}, "
-        + ("no options, so no accuracy" if one.choices is None else f"options {', '.join(one.choices.names)}")
+        f"set {one.name}: {one.count} rows, {'out of distribution' if one.shift else 'in distribution'}, {told(one)}"
         for one in scorer.sets
     ]
 
@@ -109,7 +127,7 @@ def told_sets(scorer: Scorer) -> list[str]:
 def scores_of(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScores:
     """How a model does on a set, by the kind of its rows: the seam for other kinds of models."""
     kind = one.rows.meta.kind
-    if kind not in SCORERS:
+    if kind not in SCORERS or (kind == "class") != (scorer.classes is not None):
         raise DataError(
             f"stages.{scorer.context.name}: rows of format {one.rows.meta.format} have no answer that a language model could be "
             "scored by; map the columns to instruction and output, with the class in words"
@@ -137,11 +155,22 @@ def _loss_alone(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScor
     return SetScores(rows=one.count, loss=_loss(scorer, model, one))
 
 
+def _class_scores(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScores:
+    """Of the labelled rows among the first ones; a number that is predicted has a loss alone."""
+    assert scorer.classes is not None, "other rows were refused"
+    stage = cast("ScoringStage", scorer.context.stage)
+    report = class_report(
+        scorer.runtime, model, one.rows, classes=scorer.classes, micro_size=stage.micro_size, limit=one.count
+    )
+    return SetScores(rows=report["rows"], loss=report["loss"], accuracy=report.get("accuracy"))
+
+
 SCORERS: Mapping[Kind, Callable[[Scorer, torch.nn.Module, OpenSet], SetScores]] = {
     "text": _text_scores,
     "prompt": _prompt_scores,
     "pair": _loss_alone,
     "feedback": _loss_alone,
+    "class": _class_scores,
 }
 
 

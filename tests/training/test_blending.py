@@ -17,7 +17,7 @@ from orchestrator.compose import compose
 from orchestrator.config.ends import InterpolateStage, SoupStage
 from orchestrator.errors import CheckpointError, DataError
 from orchestrator.training.answers import Answered, choices_of, option_logprobs_RO
-from orchestrator.training.blending import AdapterBlend, WholeBlend, weighted
+from orchestrator.training.blending import AdapterBlend, weighted, whole_blend
 from orchestrator.training.choosing import choose_blend, greedy_members, inner_best
 from orchestrator.training.context import Start
 from orchestrator.training.data.tokenizer import TokenizerFacts, core_tokenizer, load_facts
@@ -104,7 +104,7 @@ def test_whole_models_are_interpolated_parameter_by_parameter(base: Path, tmp_pa
     frozen = "model.layers.0.mlp.up_proj.weight"
     save_file({**after, frozen: before[frozen]}, tuned / "model.safetensors", metadata={"format": "pt"})
     after = load_file(tuned / "model.safetensors")
-    blend = WholeBlend(compose([*WORDS, "tuning=full"]), base, [Start(stage="sft", folder=tuned, kind="model")])
+    blend = whole_blend(compose([*WORDS, "tuning=full"]), base, [Start(stage="sft", folder=tuned, kind="model")])
     for alpha, exact in ((0.0, True), (0.3, False), (1.0, True), (0.0, True)):
         blend.put([alpha])
         for name, parameter in blend.model.named_parameters():

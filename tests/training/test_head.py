@@ -249,6 +249,30 @@ def test_a_forward_pass_of_a_summed_head_counts_the_logits_once() -> None:
         assert (backward.elements > 0) == bool(most), is_summed
 
 
+class _Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name().startswith(("aten::mm", "aten::addmm"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_scoring_alone_makes_no_gradient_of_a_trained_head() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden_KW = torch.randn(70, 5, generator=generator)
+    weight_VW = torch.randn(11, 5, generator=generator, requires_grad=True)
+    targets_K = torch.randint(11, (70,), generator=generator)
+    found = {}
+    for is_graded in (False, True):
+        with torch.set_grad_enabled(is_graded), _Products() as products:
+            term = Term(hidden_KW=hidden_KW, weight_VW=weight_VW)
+            found[is_graded], _ = chunked_logprobs_K([term], None, targets_K, Shape(rows=32, is_summed=True))
+        assert products.count == 3 * (1 + is_graded), "three chunks, and a sum over tokens for each"
+    assert torch.equal(found[False], found[True]) and not found[False].requires_grad
+
+
 def test_the_kernel_agrees_with_finite_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden_KW, weight_VW, low_KR, up_VR = (

@@ -7,6 +7,8 @@ import torch
 
 from orchestrator.config.model import Architecture
 from orchestrator.estimate.activations import Load, loss_bytes
+from orchestrator.estimate.loss_head import kept_bytes_per_token, temporary_bytes
+from orchestrator.training.head import Shape, Term, chunked_logprobs_K
 from orchestrator.training.losses import IGNORED, token_cross_entropy_sum
 from orchestrator.training.memory_trace import LiveBytes
 
@@ -58,3 +60,26 @@ def _terms(hidden_BTH: torch.Tensor, head_HV: torch.Tensor, labels_BT: torch.Ten
     """As an objective's terms: the logits are gone when it returns."""
     logits_BTV = hidden_BTH @ head_HV
     return token_cross_entropy_sum(logits_BTV, labels_BT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("rows", [40, 1200])
+def test_the_chunked_head_takes_what_the_forecast_says(
+    dtype: torch.dtype, softcap: float | None, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen head: a chunk's products, a block's logits and probabilities, and the gradients that are kept."""
+    monkeypatch.setattr("orchestrator.estimate.loss_head.CPU_CHUNK_BYTES", 4 * VOCABULARY * 300)
+    monkeypatch.setattr("orchestrator.estimate.loss_head.CPU_BLOCK_BYTES", 4 * VOCABULARY * 100)
+    hidden_KW = torch.ones(rows, 8, dtype=dtype, requires_grad=True)
+    weight_VW = torch.ones(VOCABULARY, 8, dtype=dtype)
+    targets_K = torch.zeros(rows, dtype=torch.int64)
+    tracker = LiveBytes([hidden_KW, weight_VW, targets_K])
+    with tracker:
+        chunked_logprobs_K(
+            [Term(hidden_KW=hidden_KW, weight_VW=weight_VW)], None, targets_K, Shape(softcap=softcap, is_summed=True)
+        )
+    chunk = temporary_bytes(
+        VOCABULARY, "cpu", rows=min(rows, 300), compute_bytes=dtype.itemsize, is_capped=softcap is not None
+    )
+    assert tracker.peak == pytest.approx(chunk + rows * kept_bytes_per_token(8, dtype.itemsize), rel=0.05)

@@ -122,10 +122,10 @@ def test_the_chunked_head_by_hand() -> None:
     rows = 256 * 2**20 // (4 * 128256)
     frozen = chunked_head_bytes(model, compose(["+experiment=llama3_8b_lora"]), row)
     assert frozen.kept == 4096 * (4096 * 2 + 8)
-    assert frozen.forward == 3.5 * 4 * rows * 128256 and frozen.backward == 0
+    assert frozen.forward == (2 + 4 + 4) * rows * 128256 and frozen.backward == 0, "products, logits and probabilities"
     trained = chunked_head_bytes(model, compose(["+experiment=llama3_8b_lora", "tuning=full"]), row)
     rows = max(rows, 4096 // 4)
-    assert trained.forward == 3.5 * 4 * rows * 128256 + 2 * 128256 * 4096
+    assert trained.forward == (2 + 4 + 4) * rows * 128256 + 2 * 128256 * 4096
     assert trained.backward == trained.forward + 128256 * 4096 * (4 + 2)
 
 

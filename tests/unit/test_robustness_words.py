@@ -121,10 +121,6 @@ def test_other_rows_in_a_set_make_the_stage_anew(ask: Asker, tmp_path: Path) -> 
             ("+experiment=llama_lora", "+stage@stages.s=soup", "+stage@stages.b=sft", "pipeline=[sft,s,b]", "stages.s.members=[x]"),
             "stages.b.start_from: s makes an adapter whose rank is the sum of its ingredients'",
         ),
-        (
-            ("+experiment=llama_lpft", "+stage@stages.s=soup", "pipeline=[head,sft,s]", "stages.s.members=['stage:head']"),
-            "stages.s.members: head is tuned by freeze, s by full; ingredients have their tuning in common",
-        ),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_the_reason(ask: Asker, words: tuple[str, ...], sentence: str) -> None:
@@ -146,3 +142,15 @@ def test_a_member_of_another_run_has_the_same_base_and_tuning(ask: Asker, tmp_pa
     assert "has tuning.method lora, this run full" in tuning
     (told,) = ask.refused("plan", *SOUP, "stages.s.members=['runs/other:merge']")
     assert told.endswith("merge makes no policy; its stages that do are sft")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("+stage@stages.s=soup", "stages.s.members=['stage:head']"),
+        ("+stage@stages.s=interpolate", "stages.s.origin=head", "stages.s.choose=best_id", "stages.s.choose_on=[data]"),
+    ],
+)
+def test_whole_models_are_blended_whatever_of_them_was_trained(words: tuple[str, ...]) -> None:
+    config = compose(["+experiment=llama_lpft", *words, "pipeline=[head,sft,s]"])
+    assert {config.for_stage(name).tuning.method for name in ("head", "sft")} == {"freeze", "full"}

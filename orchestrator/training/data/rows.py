@@ -85,7 +85,7 @@ class Batch:
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Self:
-        """The batch in memory from which a GPU copies by itself, while it computes."""
+        """The batch in memory from which a GPU copies by itself, so that the host does not wait for it."""
         return self._moved(torch.Tensor.pin_memory)
 
     def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Self:
