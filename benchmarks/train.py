@@ -53,6 +53,8 @@ def main() -> int:
                 found[name].append(run)
                 print(f"round {turn + 1}, {name}: {rate_of(run):.0f} real tokens/s", file=sys.stderr, flush=True)
     tell(options, spec, found, waits)
+    if options.plot is not None:
+        draw(options.plot, {name: [rate_of(run) for run in runs] for name, runs in found.items()})
     return 0
 
 
@@ -65,6 +67,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="rows of a padded step")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plot", type=Path, help="a PNG of the rates")
     parser.add_argument("--only", default="", help=f"of {', '.join([*OURS, *PEERS])}")
     return parser.parse_args()
 
@@ -219,6 +222,31 @@ def tell(
     print(f"processes waited for a core before the runs: {statistics.median(waits):.0f} % (most {max(waits):.0f} %)")
     if statistics.median(waits) > data.BUSY_PERCENT:
         print("the machine was busy: no verdict")
+
+
+def draw(path: Path, rates: Mapping[str, Sequence[float]]) -> None:
+    """A bar for the median of every contender, the slowest at the bottom, with a line from its lowest to its highest round."""
+    from matplotlib.figure import Figure
+
+    order = sorted(rates, key=lambda name: statistics.median(rates[name]))
+    medians = [statistics.median(rates[name]) for name in order]
+    figure = Figure(figsize=(6.4, 0.36 * len(order) + 0.8), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#2a6f97" if name in OURS else "#b8b8b8" for name in order]
+    reach = [
+        [median - min(rates[name]) for name, median in zip(order, medians, strict=True)],
+        [max(rates[name]) - median for name, median in zip(order, medians, strict=True)],
+    ]
+    axes.barh(
+        [name.replace("_", ", ", 1) for name in order], medians, color=colours, xerr=reach, error_kw={"linewidth": 1}
+    )
+    for place, median in enumerate(medians):
+        axes.text(
+            8, place, f"{median:.0f}", va="center", fontsize=8, color="white" if colours[place][1] == "2" else "black"
+        )
+    axes.set_xlabel("real tokens a second (median; line: lowest to highest round)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -72,10 +72,19 @@ def print_result(folder: StageFolder, config: RunConfig) -> None:
         end = result["stopped_early_at"]
         ended = "trained to the end" if end is None else f"stopped early at step {end}"
         lines.insert(1, f"early stopping    {ended}; the weights are those of step {result['best_step']}, the best")
-    lines[1:1] = _judged(result)
+    lines[1:1] = [*_worse(before, after), *_judged(result)]
     if result["wandb"]:
         lines.append(f"W&B               {result['wandb']}")
     print("\n".join([f"\nstage {result['stage']} is done and proven", *lines, "load it with", *_loading(result)]))
+
+
+def _worse(before: float | None, after: float | None) -> list[str]:
+    """A stage that did harm says so: a proven artifact is what was trained, which need not be better than its start."""
+    if before is None or after is None or not after > before:
+        return []
+    return [
+        f"warning           the held-out loss rose by {after - before:.4f}: on these rows this is worse than what the stage started from"
+    ]
 
 
 def _speed(tokens_per_second: float | None) -> str:
