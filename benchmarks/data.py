@@ -59,6 +59,14 @@ def pressure() -> float:
         return 0.0
 
 
+def settled_pressure(seconds: float = 30.0) -> float:
+    """The pressure, once that of a run before has died away, or after so many seconds."""
+    until = time.monotonic() + seconds
+    while (busy := pressure()) > BUSY_PERCENT / 4 and time.monotonic() < until:
+        time.sleep(1.0)
+    return busy
+
+
 def cpu_seconds() -> float:
     """CPU seconds of this process and its ended children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

@@ -68,7 +68,7 @@ def row_of(options: argparse.Namespace, spec: Mapping[str, Any], ranks: int, sha
         run = Path(spec["place"]) / "runs" / f"{sharding}-{ranks}-{turn}"
         words = words_of(spec, run, ranks, sharding)
         for name, steps in found.items():
-            waits.append(data.pressure())
+            waits.append(data.settled_pressure())
             steps.append((raw_steps if name == "raw" else our_steps)(spec, words, run, ranks))
             print(
                 f"{sharding}, {ranks} ranks, {name}: {statistics.median(steps[-1]):.3f} s", file=sys.stderr, flush=True
