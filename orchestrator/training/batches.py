@@ -33,8 +33,8 @@ class Batches:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _settle(self) -> None:
-        """A new thread's GPU is the first one, whatever the rank's is."""
-        if self._device.type == "cuda":
+        """A new thread's GPU is the first one, whatever the rank's is; a process alone has no number for it."""
+        if self._device.type == "cuda" and self._device.index is not None:
             torch.cuda.set_device(self._device)
 
     def _made(self, indices: tuple[int, ...]) -> MicroBatch:
