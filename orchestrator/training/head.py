@@ -14,6 +14,7 @@ import torch
 
 from orchestrator.estimate.loss_head import block_rows, chunk_rows
 from orchestrator.kernels import HeadKernel
+from orchestrator.training.head_gradients import HeadGradients, scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class _ChunkedHead(torch.autograd.Function):
         shape = shape if shape.rows else replace(shape, rows=rows)
         with torch.autocast(targets_K.device.type, enabled=False):
             run = _Run(shape, targets_K, bias_V, hiddens, weights)
-            gradients = _Gradients(needs, bias_V, run.hiddens, run.weights) if at_once else None
+            gradients = HeadGradients(needs, bias_V, run.hiddens, run.weights) if at_once else None
             logprobs_K, entropies_K = run.forward(gradients)
         ctx.shape, ctx.trains_head, ctx.at_once = shape, trains_head, at_once
         ctx.mark_non_differentiable(entropies_K)
@@ -86,81 +87,14 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale_K: torch.Tensor, _: torch.Tensor) -> Any:  # type: ignore[override]
         if ctx.at_once:
-            return None, None, None, *_scaled(ctx.saved_tensors, scale_K)
+            return None, None, None, *scaled(ctx.saved_tensors, scale_K)
         targets_K, bias_V, *tensors = ctx.saved_tensors
         hiddens, weights = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         with torch.autocast(targets_K.device.type, enabled=False):
             run = _Run(ctx.shape, targets_K, bias_V, hiddens, weights)
-            gradients = _Gradients(ctx.needs_input_grad[3:], bias_V, run.hiddens, run.weights)
+            gradients = HeadGradients(ctx.needs_input_grad[3:], bias_V, run.hiddens, run.weights)
             run.backward(-scale_K, gradients)
         return None, None, None, *gradients.as_types_of(bias_V, weights)
-
-
-def _scaled(gradients: Sequence[torch.Tensor | None], scale_K: torch.Tensor) -> list[torch.Tensor | None]:
-    """Those of bias, hidden states, weights, which are of -log p: by each token's scale, and sums over tokens by the one scale of all.
-
-    The sums are scaled where they stand: autograd refuses a second backward pass over them.
-    """
-    bias_V, *pairs = gradients
-    hiddens, weights = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
-    scale_K1 = -scale_K.unsqueeze(1)
-    by_hidden = [
-        None if one_KW is None else torch.mul(one_KW, scale_K1, out=torch.empty_like(one_KW)) for one_KW in hiddens
-    ]
-    scale = -scale_K[0] if len(scale_K) else scale_K.new_zeros(())
-    return [
-        None if bias_V is None else bias_V.mul_(scale),
-        *by_hidden,
-        *(None if one is None else one.mul_(scale) for one in weights),
-    ]
-
-
-class _Gradients:
-    """Room for the gradients that are asked for, and how a chunk of tokens adds to them; sums over tokens in at least fp32."""
-
-    def __init__(
-        self,
-        needs: Sequence[bool],
-        bias_V: torch.Tensor | None,
-        hiddens: Sequence[torch.Tensor],
-        weights: Sequence[torch.Tensor],
-    ) -> None:
-        """`needs` of the bias, of every hidden and of every weight."""
-        compute = hiddens[0].dtype
-        precise, number = torch.promote_types(compute, torch.float32), len(hiddens)
-        self._hiddens, self._weights = hiddens, weights
-        self._bias_V = torch.zeros_like(bias_V, dtype=precise) if needs[0] else None  # type: ignore[arg-type]
-        self._by_hidden = [
-            torch.empty_like(hidden) if wanted else None
-            for hidden, wanted in zip(hiddens, needs[1 : 1 + number], strict=True)
-        ]
-        self._by_weight = [
-            torch.zeros_like(weight, dtype=precise) if wanted else None
-            for weight, wanted in zip(weights, needs[1 + number :], strict=True)
-        ]
-        self._scratch = [
-            None if one is None or one.dtype == compute else torch.empty_like(one, dtype=compute)
-            for one in self._by_weight
-        ]
-
-    def add_bias(self, by_logits_LV: torch.Tensor) -> None:
-        if self._bias_V is not None:
-            self._bias_V += by_logits_LV.sum(0)
-
-    def add(self, chunk: slice, by_products_CV: torch.Tensor) -> None:
-        """Takes the gradient of the negative log-probabilities by the products of a chunk, in the compute type."""
-        for place, hidden_KW in enumerate(self._hiddens):
-            if (gradient_KW := self._by_hidden[place]) is not None:
-                torch.mm(by_products_CV, self._weights[place], out=gradient_KW[chunk])
-            if (gradient_VW := self._by_weight[place]) is not None:
-                _add_product(gradient_VW, by_products_CV.t(), hidden_KW[chunk], self._scratch[place])
-
-    def as_types_of(self, bias_V: torch.Tensor | None, weights: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Of the bias, of every hidden and of every weight, each in the type of what it is the gradient of."""
-        types = [None if bias_V is None else bias_V.dtype, *(hidden.dtype for hidden in self._hiddens)]
-        types += [weight.dtype for weight in weights]
-        found = [self._bias_V, *self._by_hidden, *self._by_weight]
-        return [None if one is None else one.to(dtype) for one, dtype in zip(found, types, strict=True)]
 
 
 class _Run:
@@ -188,7 +122,7 @@ class _Run:
         self._logits = None if compute == self._precise else torch.empty_like(block)
         self._slopes = None if shape.softcap is None else torch.empty_like(block)
 
-    def forward(self, gradients: _Gradients | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, gradients: HeadGradients | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probabilities, entropies); the gradients of the negative log-probabilities' sum where there is room for them."""
         logprobs_K = self._targets_K.new_empty(len(self._targets_K), dtype=self._precise)
         entropies_K = logprobs_K.new_zeros(len(self._targets_K) if self._shape.entropies else 0)
@@ -205,7 +139,7 @@ class _Run:
                 gradients.add(chunk, products_CV)
         return logprobs_K, entropies_K
 
-    def backward(self, scale_K: torch.Tensor, gradients: _Gradients) -> None:
+    def backward(self, scale_K: torch.Tensor, gradients: HeadGradients) -> None:
         """The logits once more, and the gradients of the negative log-probabilities' sum, each times its scale."""
         for chunk in self._chunks():
             products_CV = self._products_CV(chunk)
@@ -256,7 +190,7 @@ class _Run:
         return logits_LV, slope_LV
 
     def _keep_gradient(
-        self, scored: _Scored, products_CV: torch.Tensor, gradients: _Gradients, scale_L1: torch.Tensor | None = None
+        self, scored: _Scored, products_CV: torch.Tensor, gradients: HeadGradients, scale_L1: torch.Tensor | None = None
     ) -> None:
         """Puts the gradient of -log p by the products, p - (1 at the target), into the products' place."""
         by_logits_LV = scored.p_LV
@@ -285,13 +219,3 @@ class _Scored:
 
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
-
-
-def _add_product(
-    sum_VW: torch.Tensor, left_VC: torch.Tensor, right_CW: torch.Tensor, scratch_VW: torch.Tensor | None
-) -> None:
-    """sum_VW += left_VC @ right_CW, through a scratch of the factors' type where that is not the sum's."""
-    if scratch_VW is None:
-        sum_VW.addmm_(left_VC, right_CW)
-    else:
-        sum_VW += torch.mm(left_VC, right_CW, out=scratch_VW)

@@ -16,7 +16,8 @@ from launchers.submission import read_jobs
 from orchestrator.metrics.jsonl import read_rows
 from orchestrator.rundir import read_json
 
-STEPS = "stages.sft.max_steps=24"
+STEPS = "stages.sft.max_steps=200"
+"""Some seconds of a tiny model: a signal takes up to one until it is seen, in which a fast machine makes dozens of steps."""
 SLURM = ("sharding=zero2", "launcher=slurm", "cluster=minicluster", STEPS)
 
 
@@ -65,7 +66,7 @@ def test_stopped_twice_on_two_nodes_it_ends_with_the_weights_of_one(
     done = render(bench, "cluster", *SLURM)
     job = run("sbatch", "--parsable", str(done.folder.root / "scripts" / "sft.sbatch"))
     for attempt in (1, 2):
-        reached = attempt * 6
+        reached = step_of(done) + 6
         wait_until(lambda: step_of(done) >= reached, seconds=120, what=f"step {reached}")  # noqa: B023
         run("scancel", "--batch", "--signal=USR2", job)
         record = Path(done.sft.attempts, f"{attempt}.json")
