@@ -21,7 +21,9 @@ import wise
 
 TRAIN_ROWS, TEST_ROWS, CHOICE_ROWS = 480, 400, 60
 STEPS = {"head": 120, "all": 60}
-RATES = {"head": "1e-3", "all": "3e-5"}
+HEAD_RATE = "1e-3"
+"""Of a new head; a probed one goes on at the rate of all."""
+RATES = {"head": HEAD_RATE, "all": "3e-5"}
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SETS = ("data", "shops_test", "films_choice", "shops_choice")
 
@@ -69,9 +71,9 @@ def lpft_words(rows: Path) -> list[str]:
         "+stage@stages.head=classify",
         "+tuning@stages.head.tuning=freeze",
         "stages.head.tuning.layers=none",
-        *training_words("head", rows, "head"),
+        *training_words("head", rows, "head", head_rate=HEAD_RATE),
         "stages.classify.start_from=head",
-        *training_words("classify", rows, "all"),
+        *training_words("classify", rows, "all", head_rate="null"),
         "+stage@stages.wise=interpolate",
         "stages.wise.origin=head",
         f"stages.wise.alphas={list(ALPHAS)}",
@@ -85,13 +87,13 @@ def ft_words(rows: Path) -> list[str]:
         "+experiment=llama_classify",
         "pipeline=[classify,score]",
         "tuning=full",
-        *training_words("classify", rows, "all"),
+        *training_words("classify", rows, "all", head_rate=HEAD_RATE),
         "+stage@stages.score=evaluate",
         *scoring_words("score", rows),
     ]
 
 
-def training_words(stage: str, rows: Path, what: str) -> list[str]:
+def training_words(stage: str, rows: Path, what: str, *, head_rate: str) -> list[str]:
     own = {
         "data.train.path": rows / "train.jsonl",
         "data.eval.path": "none",
@@ -101,7 +103,7 @@ def training_words(stage: str, rows: Path, what: str) -> list[str]:
         "batch.global_size": 8,
         "batch.micro_size": 8,
         "optimizer.lr": RATES[what],
-        "optimizer.head_lr": RATES["head"] if what == "head" else "null",
+        "optimizer.head_lr": head_rate,
         "checkpoint.every_steps": "null",
         "checkpoint.rehearse": "false",
         "log_every_steps": 10,
