@@ -150,8 +150,8 @@ def data_sets_of(stage: Stage) -> dict[str, DataConfig]:
 
 
 def tunings_of(config: RunConfig) -> dict[str, Tuning]:
-    """How each stage of the pipeline that trains is tuned, by name."""
-    return {name: _tuning_of(config, name) for name in training_stages(config)}
+    """How each stage of the pipeline that trains is tuned, by name, in the order of the pipeline."""
+    return {name: _tuning_of(config, name) for name in training_pipeline(config)}
 
 
 def has_new_heads(config: RunConfig) -> bool:
