@@ -22,6 +22,7 @@ from orchestrator.training.model import DTYPES, load_model
 from orchestrator.training.runtime import Runtime, start_single_runtime
 from orchestrator.training.scoring import make_rewards
 from orchestrator.training.set_scores import (
+    NO_GENERAL_TEXT,
     Scorer,
     SetScores,
     lost_line,
@@ -63,6 +64,8 @@ def run(context: Context) -> int:
 
 def _classifier_report(context: Context, runtime: Runtime, record: Record) -> dict[str, Any]:
     scores = classifier_scores(context, runtime)
+    if cast("EvaluateStage", context.stage).forgetting:
+        record.say(NO_GENERAL_TEXT)
     for line in class_table(scores):
         record.say(line)
     return {"sets": {name: one.to_json() for name, one in scores.items()}}

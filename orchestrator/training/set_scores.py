@@ -29,6 +29,7 @@ from orchestrator.training.rollout import Request, end_ids_of, make_generate
 from orchestrator.training.runtime import Runtime
 
 GENERAL_TEXT = DEMONSTRATION / "general_text.txt"
+NO_GENERAL_TEXT = "set forgetting: left out, a classifier has no loss on a text"
 _LAST_MARKS = re.compile(r"[\s.!?]+$")
 
 
@@ -118,9 +119,13 @@ def told_sets(scorer: Scorer) -> list[str]:
             return f"classes {', '.join(scorer.classes.names)}" if scorer.classes.names else "a number"
         return "no options, so no accuracy" if one.choices is None else f"options {', '.join(one.choices.names)}"
 
+    left_out = cast("ScoringStage", scorer.context.stage).forgetting and scorer.classes is not None
     return [
-        f"set {one.name}: {one.count} rows, {'out of distribution' if one.shift else 'in distribution'}, {told(one)}"
-        for one in scorer.sets
+        *(
+            f"set {one.name}: {one.count} rows, {'out of distribution' if one.shift else 'in distribution'}, {told(one)}"
+            for one in scorer.sets
+        ),
+        *([NO_GENERAL_TEXT] if left_out else []),
     ]
 
 

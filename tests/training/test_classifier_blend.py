@@ -96,6 +96,9 @@ def test_every_a_scores_what_transformers_says_of_its_weights(bench: Bench, done
             seen.add(round(scores[name]["loss"], 6))
         assert scores.keys() == {"data", "shifted"}, "a classifier has no loss on a general text"
     assert len(seen) == 2 * len(ALPHAS), "every a is another model"
+    for name in ("wise", "ev"):
+        logs = "".join(file.read_text() for file in done.folder.stage(name).logs.glob("*.log"))
+        assert "set forgetting: left out, a classifier has no loss on a text" in logs, name
 
 
 def test_the_chosen_classifier_is_proven_and_others_go_on_from_it(bench: Bench, done: Done) -> None:
