@@ -210,7 +210,7 @@ def _scored_classifier_problems(config: RunConfig, name: str) -> Iterator[str]:
     yield from (
         f"stages.{name}.{key}: {stage.start_from} is a classifier, whose options are its classes; type auto"
         for key, options in given.items()
-        if options not in ("auto", "none")
+        if options != "auto"
     )
     if isinstance(stage, InterpolateStage):
         yield from _classifier_blend_problems(config, name, stage)

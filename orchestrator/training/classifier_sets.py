@@ -16,6 +16,7 @@ from orchestrator.training.context import Context
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.model import DTYPES
 from orchestrator.training.runtime import Runtime
+from orchestrator.training.set_scores import field_of
 
 HEADINGS = ("rows", "loss", "accuracy", "f1_macro", "mcc", "pearson", "mse")
 
@@ -51,16 +52,26 @@ def classifier_scores(context: Context, runtime: Runtime) -> dict[str, ClassScor
     shifts = shifts_of(stage)
     sets = {name: PreparedRows.open(folder) for name, folder in {FIRST_SET: context.train_data, **context.sets}.items()}
     for name, rows in sets.items():
-        refuse_other_rows(rows, f"stages.{context.name}" + ("" if name == FIRST_SET else f".sets.{name}"))
+        refuse_other_rows(rows, field_of(context, name))
     return {
-        name: _scores(runtime, model, classes, rows, stage=stage, shift=shifts[name]) for name, rows in sets.items()
+        name: _scores(runtime, model, classes, rows, stage=stage, shift=shifts[name], field=field_of(context, name))
+        for name, rows in sets.items()
     }
 
 
 def _scores(
-    runtime: Runtime, model: torch.nn.Module, classes: Classes, rows: PreparedRows, *, stage: EvaluateStage, shift: bool
+    runtime: Runtime,
+    model: torch.nn.Module,
+    classes: Classes,
+    rows: PreparedRows,
+    *,
+    stage: EvaluateStage,
+    shift: bool,
+    field: str,
 ) -> ClassScores:
-    report = class_report(runtime, model, rows, classes=classes, micro_size=stage.micro_size, limit=stage.rows)
+    report = class_report(
+        runtime, model, rows, classes=classes, micro_size=stage.micro_size, limit=stage.rows, field=field
+    )
     commonest = None
     if classes.problem == "single_label":
         targets = first_targets(rows, classes, stage.rows)

@@ -79,12 +79,22 @@ def all_logits_DC(
 
 
 def class_report(
-    runtime: Runtime, model: torch.nn.Module, rows: PreparedRows, *, classes: Classes, micro_size: int, limit: int
+    runtime: Runtime,
+    model: torch.nn.Module,
+    rows: PreparedRows,
+    *,
+    classes: Classes,
+    micro_size: int,
+    limit: int,
+    field: str,
 ) -> dict[str, Any]:
-    """Rows, loss, measures and the report of the problem, over the labelled of the first `limit` rows."""
+    """Rows, loss, measures and the report of the problem, over the labelled of the first `limit` rows; `field` is the set's key.
+
+    DataError where none of them has a label.
+    """
     targets = first_targets(rows, classes, limit)
     if not bool(targets.has_label_D.any()):
-        raise DataError(f"{rows.folder}: none of the first {min(limit, rows.rows)} rows has a label to score by")
+        raise DataError(f"{field}: none of the first {min(limit, rows.rows)} rows has a label to score by")
     logits_DC = all_logits_DC(runtime, model, rows, outputs=classes.outputs, micro_size=micro_size, limit=limit)
     return judged(logits_DC, targets, classes)[2]
 

@@ -103,12 +103,17 @@ def open_scorer(context: Context, runtime: Runtime) -> Scorer:
     for name, folder in folders.items():
         rows = PreparedRows.open(folder, pad_to_multiple_of=stage.data.pad_to_multiple_of)
         count = min(stage.rows, rows.rows)
-        field = f"stages.{context.name}" + ("" if name == FIRST_SET else f".sets.{name}")
+        field = field_of(context, name)
         if classes is not None:
             refuse_other_rows(rows, field)
         choices = None if classes else choices_of(answered_rows(rows, count), wanted[name], facts, field=field)
         opened.append(OpenSet(name=name, rows=rows, count=count, shift=shifts[name], choices=choices))
     return Scorer(context=context, runtime=runtime, sets=tuple(opened), classes=classes)
+
+
+def field_of(context: Context, name: str) -> str:
+    """The key of a set in the configuration."""
+    return f"stages.{context.name}" + ("" if name == FIRST_SET else f".sets.{name}")
 
 
 def told_sets(scorer: Scorer) -> list[str]:
@@ -165,7 +170,13 @@ def _class_scores(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetSc
     assert scorer.classes is not None, "other rows were refused"
     stage = cast("ScoringStage", scorer.context.stage)
     report = class_report(
-        scorer.runtime, model, one.rows, classes=scorer.classes, micro_size=stage.micro_size, limit=one.count
+        scorer.runtime,
+        model,
+        one.rows,
+        classes=scorer.classes,
+        micro_size=stage.micro_size,
+        limit=one.count,
+        field=field_of(scorer.context, one.name),
     )
     return SetScores(rows=report["rows"], loss=report["loss"], accuracy=report.get("accuracy"))
 
