@@ -18,9 +18,9 @@ demo: $(VENV)/.base ## the main job on this machine: LoRA on a small model, abou
 test: $(VENV)/.dev ## every test, real parts; GROUP=unit|training|slurm|end_to_end runs one group, WORKERS=1 one file at a time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(GROUP),tests/$(GROUP),tests) $(ARGS)
 
-check: $(VENV)/.dev ## ruff, pyright, import-linter, shellcheck
+check: $(VENV)/.dev ## ruff, pyright, import-linter, shellcheck, hadolint
 	@.ci/need shellcheck
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports && $(BIN)/hadolint Dockerfile
 	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run -o -path ./.ci/need \) -type f -print0 \
 	  | xargs -0 grep -LZ '@{' | xargs -0 shellcheck
 

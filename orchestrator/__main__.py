@@ -20,6 +20,13 @@ def _forget_working_folder() -> None:
 def main() -> int:
     _forget_working_folder()
     gc.set_threshold(COLLECTED_EVERY)
+    # Before anything of ours is imported: the command line itself imports launchers.
+    from orchestrator.own_packages import foreign_packages
+
+    problems = foreign_packages()
+    if problems:
+        print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
+        return 2
     from orchestrator.cli import main as run_command
 
     return run_command(sys.argv[1:])

@@ -9,7 +9,9 @@ from typing import Any, cast
 
 from orchestrator.errors import ConfigError, nearest
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+PACKAGE = Path(__file__).resolve().parent
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+"""The wheel carries conf/ inside the package, where no other project's conf/ can replace it; a checkout has it at its top."""
 TOP_GROUPS = ("model", "tuning", "quantization", "sharding", "cluster", "launcher", "tracking", "study")
 OPEN_MAPS = ("environment", "columns", "sets")
 """Maps whose keys the user chooses."""

@@ -18,7 +18,7 @@ import orchestrator
 from orchestrator.rundir import RunFolder, read_json
 
 SOURCE = Path(orchestrator.__file__).parent.parent
-PACKAGES = ("conf", "launchers", "slurm", "orchestrator")
+PACKAGES = ("launchers", "slurm", "orchestrator")
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 
 def test_everything_that_is_not_python_is_in_the_wheel(installed: Installed) -> None:
     shipped = set(zipfile.ZipFile(installed.wheel).namelist())
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *PACKAGES]
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "conf", *PACKAGES]
     tracked = subprocess.run(listing, cwd=SOURCE, capture_output=True, text=True, check=True).stdout.split("\n")
-    wanted = {name for name in tracked if name and (SOURCE / name).is_file()}
+    files = {name for name in tracked if name and (SOURCE / name).is_file()}
+    wanted = {f"orchestrator/{name}" if name.startswith("conf/") else name for name in files}
     assert wanted - shipped == set()
     counts = {
         suffix: sum(name.endswith(suffix) for name in shipped)
@@ -78,6 +79,7 @@ def test_everything_that_is_not_python_is_in_the_wheel(installed: Installed) -> 
     assert counts[".yaml"] >= 37 and counts[".jsonl"] == 6
     assert counts[".sh"] + counts[".bash"] >= 6 and counts[".sbatch"] >= 1
     assert not [name for name in shipped if name.split("/")[0] not in PACKAGES and ".dist-info/" not in name]
+    assert [name for name in shipped if name.endswith(".dist-info/licenses/LICENSE")]
     assert not [name for name in shipped if "__pycache__" in name or name.startswith(("tests/", "runs/", "wandb/"))]
 
 
