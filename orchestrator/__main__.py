@@ -27,7 +27,7 @@ def main() -> int:
     if problems:
         print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
         return 2
-    from orchestrator.cli import main as run_command
+    from orchestrator.cli.main import main as run_command
 
     return run_command(sys.argv[1:])
 

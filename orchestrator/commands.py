@@ -33,23 +33,21 @@ if TYPE_CHECKING:
 
 SHARED = (".batch: global_size", ".rollout.prompts:")
 """Rules on sharing rows among ranks: the scaling table tells them row by row."""
-ADVISE = "advise=true"
 
 
-def plan(arguments: Sequence[str]) -> int:
-    """Prints what would happen, or what else would fit (advise=true), or a list of numbers of nodes side by side; writes nothing."""
-    words, form = _take_format(arguments)
-    if ADVISE in words:
+def plan(arguments: Sequence[str], *, advise: bool, as_json: bool) -> int:
+    """Prints what would happen, or what else would fit, or a list of numbers of nodes side by side; writes nothing."""
+    if advise:
         from orchestrator.advising import print_advice
 
-        words, config_directory = _take_config_directory([word for word in words if word != ADVISE])
-        print_advice(composed_words(words, config_directory), config_directory, as_json=form == "json")
+        words, config_directory = _take_config_directory(arguments)
+        print_advice(composed_words(words, config_directory), config_directory, as_json=as_json)
         return EXIT_DONE
-    words, counts = take_node_counts(words)
+    words, counts = take_node_counts(arguments)
     if counts is not None:
-        return _scaling(words, counts, form)
+        return _scaling(words, counts, as_json=as_json)
     for config, planned in _runs(words):
-        if form == "json":
+        if as_json:
             print(planned.model_dump_json(indent=2))
         else:
             print_plan(planned, config)
@@ -64,7 +62,7 @@ def _tell_study(config: RunConfig, planned: Plan) -> None:
         print("\n".join(outlook(config, planned)))
 
 
-def _scaling(arguments: Sequence[str], counts: Sequence[int], form: str) -> int:
+def _scaling(arguments: Sequence[str], counts: Sequence[int], *, as_json: bool) -> int:
     """Plans for several numbers of nodes, side by side; on paper, so no launcher has to be able to start them."""
     words, config_directory = _take_config_directory(arguments)
     composed = examine([*words, f"cluster.nodes={counts[0]}"], config_directory=config_directory)
@@ -77,7 +75,7 @@ def _scaling(arguments: Sequence[str], counts: Sequence[int], form: str) -> int:
     config = resolve(composed.config, Path.cwd())
     base, data = gather(config)
     rows = scaling_rows(config, counts, base=base, data=data)
-    if form == "json":
+    if as_json:
         print(json.dumps([row.model_dump(mode="json") for row in rows], indent=2))
     else:
         print_scaling(rows, config)
@@ -101,32 +99,29 @@ def render(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str], *, part: Part) -> int:
     """Checks, plans and launches; continues what is unfinished and skips what is done. With -m, one run each."""
     from orchestrator.execution import WHOLE, execute, execute_all
 
-    words, part = _take_part(arguments)
-    if is_sweep(words):
-        config = _first_config(words)
+    if is_sweep(arguments):
+        config = _first_config(arguments)
         if isinstance(config.study, NoStudy):
-            return execute_all(planned_runs(words))
+            return execute_all(planned_runs(arguments))
     else:
-        config, planned = planned_run(words)
+        config, planned = planned_run(arguments)
         if isinstance(config.study, NoStudy):
             return execute(config, planned, part=part)
     from orchestrator.study.start import run_study
 
     if part != WHOLE:
         raise ConfigError("--from and --only: a study runs whole pipelines; leave them out, or type study=none")
-    return run_study(words, config, planned_run)
+    return run_study(arguments, config, planned_run)
 
 
-def resume(arguments: Sequence[str]) -> int:
+def resume(folder: RunFolder) -> int:
     """Goes on with a run from its folder alone."""
-    from orchestrator.cli import run_folder_argument
     from orchestrator.execution import execute
 
-    folder = RunFolder(run_folder_argument(arguments, "resume"))
     config = load_config(folder)
     base, data = gather(config)
     return execute(config, make_plan(config, base=base, data=data))
@@ -217,33 +212,6 @@ def _script_problems(config: RunConfig) -> list[str]:
     return list(problems)
 
 
-def _take_format(arguments: Sequence[str]) -> tuple[list[str], str]:
-    forms = [word.removeprefix("format=") for word in arguments if word.startswith("format=")]
-    if forms and forms[-1] not in ("json", "table"):
-        raise ConfigError(f"format={forms[-1]}: json or table is allowed")
-    return [word for word in arguments if not word.startswith("format=")], forms[-1] if forms else "table"
-
-
-def _take_part(arguments: Sequence[str]) -> tuple[list[str], Part]:
-    """The words without `--from STAGE` and `--only STAGE`."""
-    from orchestrator.execution import Part
-
-    rest: list[str] = []
-    chosen: dict[str, str] = {}
-    words = iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in ("--from", "--only"):
-            rest.append(word)
-            continue
-        chosen[name] = value if equals else next(words, "")
-        if not chosen[name]:
-            raise ConfigError(f"{name}: the name of a stage must follow")
-    if len(chosen) == 2:
-        raise ConfigError("--from and --only: one of them")
-    return rest, Part(only=chosen.get("--only"), anew_from=chosen.get("--from"))
-
-
 def _take_config_directory(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     rest: list[str] = []
     directory: Path | None = None
@@ -256,9 +224,7 @@ def _take_config_directory(arguments: Sequence[str]) -> tuple[list[str], Path | 
                 raise ConfigError("--config-dir: one folder must follow, and it may stand once")
             directory = Path(value).expanduser()
         elif word.startswith("-"):
-            raise ConfigError(
-                f"{word}: no such option; -m, --from STAGE, --only STAGE, --config-dir DIR and --help are there"
-            )
+            raise ConfigError(f"{word}: no such option")
         else:
             rest.append(word)
     return rest, directory

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from launchers.process import launch
-from orchestrator.cli import run_folder_argument
 from orchestrator.commands import load_config, planned_run
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.run import RunConfig, training_stages
@@ -37,35 +36,36 @@ def check(arguments: Sequence[str]) -> int:
 
 def prepare(arguments: Sequence[str]) -> int:
     """Tokenises and packs the data of every stage, here or in a Slurm job without GPUs; a run then only maps it."""
-    if len(arguments) == 1 and Path(arguments[0]).is_dir():
-        config = load_config(RunFolder(run_folder_argument(arguments, "prepare")))
-        planned = None
-    else:
-        config, planned = planned_run(arguments)
-    if config.launcher.kind != "slurm":
-        validate_data(config)
-        return _examine("prepare", config, {})
-    if planned is not None:
+    config, planned = planned_run(arguments)
+    if config.launcher.kind == "slurm":
         freeze_run(config, planned, [render(config, stage) for stage in config.pipeline])
-    return submit_preparation(config)
+    return _prepare(config)
 
 
-def audit(arguments: Sequence[str]) -> int:
+def prepare_run(run: RunFolder) -> int:
+    """As `prepare`, for the frozen configuration of a run."""
+    return _prepare(load_config(run))
+
+
+def _prepare(config: RunConfig) -> int:
+    if config.launcher.kind == "slurm":
+        return submit_preparation(config)
+    validate_data(config)
+    return _examine("prepare", config, {})
+
+
+def audit(run: RunFolder) -> int:
     """Proves from the ledgers that every epoch took every row exactly once."""
-    run = RunFolder(run_folder_argument(arguments, "audit"))
     config = load_config(run)
     codes = [_audit_stage(config, name, stage, run.stage(name)) for name, stage in _audited(config).items()]
     return max(codes, default=EXIT_DONE)
 
 
-def verify_resume(arguments: Sequence[str]) -> int:
+def verify_resume(arguments: Sequence[str], *, steps: int) -> int:
     """Trains a few steps straight, and again with a kill in between, and compares every step and tensor."""
-    steps = [word.removeprefix("steps=") for word in arguments if word.startswith("steps=")]
-    if steps and not steps[-1].isdigit():
-        raise ConfigError(f"steps={steps[-1]}: a number is needed")
-    config, _ = planned_run([word for word in arguments if not word.startswith("steps=")])
+    config, _ = planned_run(arguments)
     validate_data(config)
-    proof = prove_resume(config, steps=int(steps[-1]) if steps else 8, start=_start, say=print)
+    proof = prove_resume(config, steps=steps, start=_start, say=print)
     print_proof(proof)
     return EXIT_DONE if proof.first_difference is None else EXIT_DEFECT
 

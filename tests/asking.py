@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import cli
+from orchestrator.cli.main import main
 
 SLURM_SIZE = ("cluster.cpus_per_task=8", "cluster.memory=32G", "cluster.time_limit='1:00:00'")
 ROW = {"instruction": "Say red", "input": "", "output": "red"}
@@ -44,7 +44,7 @@ class Asker:
 
     def __call__(self, *words: str) -> Answer:
         self._capture.readouterr()
-        code = cli.main(words)
+        code = main(words)
         told = self._capture.readouterr()
         return Answer(code, told.out, tuple(line.removeprefix("error: ") for line in told.err.splitlines()))
 

@@ -11,7 +11,7 @@ LORA = "+experiment=llama_lora"
 HEAVY = ("torch", "transformers", "deepspeed", "accelerate", "peft", "bitsandbytes", "datasets", "wandb")
 PROBE = """
 import contextlib, io, json, sys
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 found = {}
 for words in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()):

@@ -61,7 +61,7 @@ ONE_WORD = [
     ("+experiment=llama_full", "+experiment=llama_lora +experiment=llama_full: a run has one experiment; leave out all but one"),
     ("name=???", "name: Missing mandatory value: name"),
     ("name=${nothing}", "name: Interpolation key 'nothing' not found"),
-    ("--dry-run", "--dry-run: no such option; -m, --from STAGE, --only STAGE, --config-dir DIR and --help are there"),
+    ("--dry-run", "--dry-run: plan has no such option; it has --help, --config-dir, --multirun"),
     ("format=xml", "format=xml: json or table is allowed"),
     ("pipeline=[]", "pipeline: no stage to run; add an experiment, such as +experiment=llama_lora"),
     ("pipeline=[sft,dpo]", "pipeline: dpo has no entry under stages; there are ['sft']"),
@@ -165,20 +165,29 @@ def test_faults_of_keys_and_types_are_told_together(ask: Asker) -> None:
     ("words", "sentence"),
     [
         (("plann",), "plann: no such verb; did you mean plan?"),
-        (("xyz",), "xyz: no such verb; verbs are run, plan, render, "),
-        (("status",), "status takes one run folder, or a folder of runs: python -m orchestrator status runs/NAME"),
+        (("xyz",), "xyz: no such verb; verbs are run, resume, plan, "),
+        (
+            ("status",),
+            "status takes one run folder, or a folder of runs: python -m orchestrator status runs/llama_lora",
+        ),
         (("status", "a", "b"), "status takes one run folder, or a folder of runs"),
-        (("resume", "a", "b"), "resume takes one run folder and nothing else: python -m orchestrator resume runs/NAME"),
+        (
+            ("resume", "a", "b"),
+            "resume takes one run folder and nothing else: python -m orchestrator resume runs/llama_lora",
+        ),
         (("resume", "nowhere"), "nowhere is no run folder: it holds no run.json"),
-        (("logs", "--all"), "--all: no such option; there are -f, --follow, --stage, --node"),
+        (("logs", "--all"), "--all: logs has no such option; it has --help, --stage, --node, --follow"),
         (("cancel", "."), ". is no run folder: it holds no run.json"),
-        (("generate", "x", "--temperature", "3"), "--temperature: no such option; there are --prompt, "),
-        (("doctor", "x"), "doctor takes no arguments, not x"),
+        (
+            ("generate", "x", "--temperature", "3"),
+            "--temperature: generate has no such option; it has --help, --stage, ",
+        ),
+        (("doctor", "x"), "doctor takes no arguments: python -m orchestrator doctor"),
         (("plan",), "pipeline: no stage to run; add an experiment, such as +experiment=llama_lora"),
         (("plan", LORA, "llama_full"), "llama_full is no override; did you mean +experiment=llama_full?"),
         (("plan", LORA, ""), "'' is no override ("),
         (("plan", LORA, "x="), "x: unknown key"),
-        (("plan", "--config-dir"), "--config-dir: one folder must follow, and it may stand once"),
+        (("plan", "--config-dir"), "--config-dir: a value must follow"),
         (("plan", "--config-dir", "nowhere"), "--config-dir: nowhere is no folder"),
     ],
 )
@@ -211,13 +220,3 @@ def test_words_win_over_files_and_later_words_over_earlier_ones() -> None:
     assert config.stages["sft"].data.train.columns == {"prompt": "question"}
     assert (config.seed, config.seeds.weights, config.seeds.data) == (4, 4, 5)
     assert config.tuning.method == "lora" and config.tuning.rank == 2
-
-
-def test_help_lists_the_experiments_and_answers_zero(ask: Asker) -> None:
-    for words in ((), ("--help",), ("-h",), ("plan", "--help")):
-        answer = ask(*words)
-        assert (
-            answer.code == 0
-            and "llama_rlhf, llama_weak_supervision, mixtral_8x7b_lora_zero3" in answer.out
-            and answer.errors == ()
-        )

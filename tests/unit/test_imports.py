@@ -58,7 +58,7 @@ def test_the_collector_rests_while_modules_are_imported_and_goes_on_after_a_faul
 
 def test_what_a_verb_does_not_need_is_not_imported(tmp_path: Path) -> None:
     """Nobody waits for Hydra and pydantic to read how a verb is called, nor for the screen and Slurm to see a plan."""
-    program = "import sys; from orchestrator.cli import main; main(sys.argv[1:]); print(*sorted(sys.modules))"
+    program = "import sys; from orchestrator.cli.main import main; main(sys.argv[1:]); print(*sorted(sys.modules))"
 
     def imported(*words: str) -> set[str]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -114,7 +114,7 @@ def test_unknown_hardware_is_no_forecast_and_says_what_to_type(ask: Asker) -> No
 
 def test_the_plan_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
     code = (
-        "import sys; from orchestrator.cli import main; code = main(['plan', '+experiment=llama3_8b_lora']); "
+        "import sys; from orchestrator.cli.main import main; code = main(['plan', '+experiment=llama3_8b_lora']); "
         "bad = {'torch', 'numpy', 'transformers'} & set(sys.modules); print(bad, file=sys.stderr); sys.exit(code or bool(bad))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

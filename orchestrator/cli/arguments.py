@@ -1,0 +1,103 @@
+"""Arguments that several verbs share: overrides, the run folder, a stage, numbers and choices. No heavy imports."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.cli.parser import VerbParser
+from orchestrator.errors import ConfigError
+
+if TYPE_CHECKING:
+    from orchestrator.rundir import RunFolder
+
+
+def add_overrides(parser: VerbParser, *, multirun: bool = False) -> None:
+    """Overrides in Hydra's grammar, and what goes with them; read them with `overrides_of`."""
+    parser.takes = "overrides"
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="+experiment=NAME, group=choice or key=value, as Hydra reads them",
+    )
+    parser.add_argument("--config-dir", metavar="DIR", help="folder with experiments and groups of your own")
+    if multirun:
+        parser.add_argument(
+            "-m", "--multirun", action="store_true", help="one run for each combination of values: key=a,b"
+        )
+
+
+def overrides_of(arguments: argparse.Namespace) -> list[str]:
+    """The overrides, with -m and --config-dir before them where they were given."""
+    flags = ["-m"] if vars(arguments).get("multirun") else []
+    directory: str | None = arguments.config_dir
+    return [*flags, *([] if directory is None else ["--config-dir", directory]), *arguments.overrides]
+
+
+def add_run_folder(parser: VerbParser) -> None:
+    """One run folder; read it with `run_folder_of`."""
+    parser.takes = "one run folder and nothing else"
+    parser.add_argument("run", metavar="RUN_DIR", help="folder of a run: output_dir/name, or wherever it was moved")
+
+
+def run_folder_of(arguments: argparse.Namespace) -> RunFolder:
+    """The run folder, as it was given, absolute; ConfigError where it holds no run.json."""
+    return open_run_folder(arguments.run)
+
+
+def open_run_folder(text: str) -> RunFolder:
+    """The run folder of a path that a person typed."""
+    from orchestrator.rundir import RunFolder
+
+    folder = Path(text).expanduser()
+    if not (folder / "run.json").is_file():
+        raise ConfigError(f"{text} is no run folder: it holds no run.json")
+    return RunFolder(folder.resolve())
+
+
+def add_stage(parser: VerbParser, help: str) -> None:
+    """--stage; None where it is left out."""
+    parser.add_argument("--stage", metavar="STAGE", help=help)
+
+
+def whole_number(smallest: int) -> Callable[[str], int]:
+    """The type of an option: a whole number from `smallest`."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text}: a whole number from {smallest} is needed")
+        return int(text)
+
+    return parse
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """The type of an option: one of some names. Unlike argparse's `choices`, it refuses with our sentence."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text}: {', '.join(choices[:-1])} or {choices[-1]} is allowed")
+        return text
+
+    return parse
+
+
+def add_format(parser: VerbParser) -> None:
+    """format=json among the overrides: for machines."""
+    parser.add_setting(
+        "format", parse=one_of("json", "table"), default="table", help="json       for machines; table is for people"
+    )
+
+
+def number(text: str) -> float:
+    """The type of an option: a number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:  # nan too
+        raise argparse.ArgumentTypeError(f"{text}: a number from 0 is needed")
+    return value

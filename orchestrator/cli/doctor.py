@@ -1,0 +1,18 @@
+"""`doctor`: this machine, the versions and what works."""
+
+from __future__ import annotations
+
+import argparse
+
+from orchestrator.cli.parser import VerbParser
+
+
+def configure(parser: VerbParser) -> None:
+    del parser  # no arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from orchestrator.doctor import report
+
+    del arguments
+    return report()

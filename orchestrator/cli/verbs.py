@@ -1,0 +1,169 @@
+"""The table of verbs: what each does, where its code is, three examples. Must import nothing heavy: every start reads it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+DEFAULT = "run"
+"""The verb of a command line that names none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One verb. Its module has `configure(parser)`, which declares its arguments, and `run(arguments)`, which does it.
+
+    Both are imported for this verb alone, so the module's top may import only argparse and `orchestrator.cli`; the rest
+    belongs inside `run`.
+    """
+
+    name: str
+    group: str
+    summary: str
+    """One line of the top-level help."""
+    examples: tuple[str, str, str]
+    """What follows `python -m orchestrator `."""
+    details: str = ""
+    """More sentences for the verb's own help."""
+
+    @property
+    def module_name(self) -> str:
+        return f"orchestrator.cli.{self.name.replace('-', '_')}"
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(self.module_name)
+
+
+START, LOOK, FOLDER, OTHER = "Train", "Before a run", "A run, from its folder", "Other"
+GROUPS = (START, LOOK, FOLDER, OTHER)
+
+_TABLE = (
+    Verb(
+        name="run",
+        group=START,
+        summary="check, plan and launch; continues an unfinished run (the default verb)",
+        examples=(
+            "run +experiment=llama_lora",
+            "run +experiment=llama_lora name=mine stages.sft.data.train.path=rows.jsonl",
+            "run -m +experiment=llama_lora stages.sft.optimizer.lr=1e-4,2e-4",
+        ),
+        details="study=seeds runs every seed of weights and data; -m study=optuna searches the overrides that hold several values.",
+    ),
+    Verb(
+        name="resume",
+        group=START,
+        summary="go on with an unfinished run, from its folder alone",
+        examples=("resume runs/llama_lora", "resume ../elsewhere/llama_lora", "resume /scratch/me/runs/mine"),
+    ),
+    Verb(
+        name="plan",
+        group=LOOK,
+        summary="stages, data, steps, memory, time and cost; writes nothing",
+        examples=(
+            "plan +experiment=llama_lora sharding=zero2",
+            "plan +experiment=llama3_8b_lora cluster.nodes=1,2,4,...,64",
+            "plan +experiment=llama_lora format=json",
+        ),
+        details="cluster.nodes=1,2,4,...,512 makes it a scaling table; advise=true also shows what else would fit, the fastest first.",
+    ),
+    Verb(
+        name="check",
+        group=LOOK,
+        summary="every row, the masks and one tiny backward, through the code that trains",
+        examples=(
+            "check +experiment=llama_lora",
+            "check +experiment=llama_lora stages.sft.data.train.path=rows.jsonl",
+            "check +experiment=llama_dpo",
+        ),
+    ),
+    Verb(
+        name="render",
+        group=LOOK,
+        summary="write the scripts into the run folder and print them; submits nothing",
+        examples=(
+            "render +experiment=llama_lora",
+            "render +experiment=llama3_8b_lora launcher=slurm",
+            "render -m +experiment=llama_lora seed=1,2",
+        ),
+    ),
+    Verb(
+        name="prepare",
+        group=LOOK,
+        summary="tokenise and pack the data, here or as a CPU job (overrides, or RUN_DIR)",
+        examples=(
+            "prepare +experiment=llama_lora",
+            "prepare +experiment=llama_lora stages.sft.data.packing=true",
+            "prepare runs/llama_lora",
+        ),
+    ),
+    Verb(
+        name="verify-resume",
+        group=LOOK,
+        summary="train a few steps straight and with a kill in between, and compare",
+        examples=(
+            "verify-resume +experiment=llama_lora",
+            "verify-resume +experiment=llama_lora steps=4",
+            "verify-resume +experiment=llama_lora sharding=zero2 steps=6",
+        ),
+    ),
+    Verb(
+        name="status",
+        group=FOLDER,
+        summary="the state of a run, or of every run in a folder",
+        examples=("status runs/llama_lora", "status runs", "status runs/llama_lora --watch"),
+    ),
+    Verb(
+        name="logs",
+        group=FOLDER,
+        summary="the last lines of its newest log",
+        examples=("logs runs/llama_lora", "logs runs/llama_lora -f", "logs runs/llama_rlhf --stage dpo --node 1"),
+    ),
+    Verb(
+        name="cancel",
+        group=FOLDER,
+        summary="ask it to save and end; what does not, is ended",
+        examples=("cancel runs/llama_lora", "cancel runs/mine", "cancel /scratch/me/runs/mine"),
+    ),
+    Verb(
+        name="audit",
+        group=FOLDER,
+        summary="prove that every row was taken exactly once an epoch",
+        examples=("audit runs/llama_lora", "audit runs/mine", "audit /scratch/me/runs/mine"),
+    ),
+    Verb(
+        name="generate",
+        group=FOLDER,
+        summary="answers of the tuned model next to those of its base",
+        examples=(
+            'generate runs/llama_lora --prompt "Who wrote Faust?"',
+            "generate runs/llama_lora --examples 3",
+            "generate runs/llama_lora < prompts.txt",
+        ),
+        details="Without --prompt and --examples, each line of standard input is one prompt.",
+    ),
+    Verb(
+        name="export",
+        group=FOLDER,
+        summary="merge the adapter, measure the result and write a folder to publish",
+        examples=(
+            "export runs/llama_lora",
+            "export runs/llama_lora --to my_model",
+            "export runs/llama_rlhf --stage sft --max-kl 0.05",
+        ),
+    ),
+    Verb(
+        name="report",
+        group=FOLDER,
+        summary="tables and picture of a study (study=seeds, study=optuna) from its trials so far",
+        examples=("report runs/llama_lora-study", "report runs/mine-study", "report /scratch/me/runs/mine-study"),
+    ),
+    Verb(
+        name="doctor",
+        group=OTHER,
+        summary="this machine, the versions, what works, and the first cause of what does not",
+        examples=("doctor", "doctor | grep NO", "doctor > machine.txt"),
+    ),
+)
+VERBS: Mapping[str, Verb] = {verb.name: verb for verb in _TABLE}
