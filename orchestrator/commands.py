@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +23,10 @@ from orchestrator.freezing import read_config
 from orchestrator.jobs import render as render_script
 from orchestrator.jobs import render_scripts
 from orchestrator.plan import Plan, make_plan, resolve
+from orchestrator.plan_table import print_plan, print_scaling
 from orchestrator.rundir import RunFolder
 from orchestrator.scaling import scaling_rows, take_node_counts
 from orchestrator.sweep import FLAGS, combinations, first_words, is_sweep
-from orchestrator.tables import print_plan, print_scaling
 from orchestrator.zero_sizes import sized
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def run(arguments: Sequence[str], *, part: Part) -> int:
     """Checks, plans and launches; continues what is unfinished and skips what is done. With -m, one run each."""
     from orchestrator.execution import WHOLE, execute, execute_all
 
+    began = time.time()
     if is_sweep(arguments):
         config = _first_config(arguments)
         if isinstance(config.study, NoStudy):
@@ -110,7 +112,7 @@ def run(arguments: Sequence[str], *, part: Part) -> int:
     else:
         config, planned = planned_run(arguments)
         if isinstance(config.study, NoStudy):
-            return execute(config, planned, part=part)
+            return execute(config, planned, part=part, began=began)
     from orchestrator.study.start import run_study
 
     if part != WHOLE:
@@ -122,9 +124,10 @@ def resume(folder: RunFolder) -> int:
     """Goes on with a run from its folder alone."""
     from orchestrator.execution import execute
 
+    began = time.time()
     config = load_config(folder)
     base, data = gather(config)
-    return execute(config, make_plan(config, base=base, data=data))
+    return execute(config, make_plan(config, base=base, data=data), began=began)
 
 
 def load_config(folder: RunFolder) -> RunConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from orchestrator.plan import Plan, run_directory_of
 from orchestrator.resume import may_differ
 from orchestrator.rundir import RunFolder, StageFolder, os_sentence, read_json, write_json
 from orchestrator.tables import print_result, warn_lines
+from orchestrator.time_table import duration_words
 
 PACKAGES = (
     "torch",
@@ -70,8 +72,10 @@ def execute(
     *,
     part: Part = WHOLE,
     watch: Watch = lambda _stage: False,
+    began: float | None = None,
 ) -> int:
-    """`preparations` are the Slurm jobs, by what they prepare, that other runs of a multirun have submitted."""
+    """`began` is when the command was given, from where its time counts; now where nothing is known. `preparations` are the Slurm jobs, by what they prepare, that other runs of a multirun have submitted."""
+    started = began = time.time() if began is None else began
     folder = RunFolder(run_directory_of(config))
     unfinished, anew = _to_do(config, folder, part)
     scripts = {stage: render_script(config, stage) for stage in config.pipeline}
@@ -89,10 +93,14 @@ def execute(
 
         return submit(config, unfinished, preparations) if unfinished else EXIT_DONE
     for stage in unfinished:
-        code = _launch_stage(config, planned, folder, stage, watch)
+        code = _launch_stage(config, planned, folder, stage, watch=watch, began=began)
         if code != EXIT_DONE:
             return code
-        print_result(folder.stage(stage), config)
+        ended = time.time()
+        print_result(folder.stage(stage), config, wall_seconds=ended - began)
+        began = ended  # looking at the inputs counts for the first stage, which could not start before
+    if len(unfinished) > 1:
+        print(f"\nall {len(unfinished)} stages took {duration_words((time.time() - started) / 3600)}")
     return EXIT_DONE
 
 
@@ -171,18 +179,29 @@ def _refuse_elsewhere(config: RunConfig, script: Script) -> None:
         )
 
 
-def _launch_stage(config: RunConfig, planned: Plan, folder: RunFolder, stage: str, watch: Watch) -> int:
+def _launch_stage(
+    config: RunConfig, planned: Plan, folder: RunFolder, stage: str, *, watch: Watch, began: float
+) -> int:
     files = folder.stage(stage)
     steps = next(entry.steps for entry in planned.stages if entry.name == stage)
     spec = job_spec(config, stage)
     print(f"{stage}: {spec.script_path}; log {files.logs}", flush=True)
+    launched = time.time()
     with launch(render_script(config, stage), spec) as running:
-        from orchestrator.metrics.console import show_progress, view_of_stage  # it draws: imported while the job starts
+        from orchestrator.metrics.display import show_progress, view_of_stage  # it draws: imported while the job starts
 
         interrupts = 0
         is_running = _watched(running, lambda: watch(stage))
         while running.is_running():
-            view = view_of_stage(stage, metrics_file=files.metrics, events_file=files.events, total_steps=steps or 0)
+            view = view_of_stage(
+                stage,
+                metrics_file=files.metrics,
+                events_file=files.events,
+                phases_file=files.phases,
+                total_steps=steps or 0,
+                since=launched,
+                began=began,
+            )
             try:
                 show_progress(view, is_running)
             except KeyboardInterrupt:

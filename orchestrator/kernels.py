@@ -29,7 +29,7 @@ VARLEN_SINCE = (2, 12)
 VARLEN_HEAD_DIM = 256
 """The flash kernel's widest head; widths are multiples of `VARLEN_HEAD_STEP`."""
 VARLEN_HEAD_STEP = 8
-NO_HEAD = "none: the model gives no log-probabilities"
+NO_HEAD = "scores of the model's own head; no log-probabilities of tokens"
 
 
 def attention_name(choice: str, *, packed: bool) -> str:

@@ -38,6 +38,11 @@ class StageFolder:
         return self.root / "events.jsonl"
 
     @property
+    def phases(self) -> Path:
+        """What the newest attempt is doing; overwritten all the time, and no part of the record."""
+        return self.root / "phases.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

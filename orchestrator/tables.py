@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from orchestrator.config.run import RunConfig
-from orchestrator.memory_table import memory_line, memory_table
-from orchestrator.plan import Plan, StagePlan
+from orchestrator.metrics import phases as phase
+from orchestrator.plan import Plan
 from orchestrator.rundir import StageFolder, read_json
-from orchestrator.scaling import ScalingRow, problems_of, scaling_table
-from orchestrator.time_table import finish_line, forecast_rows
+from orchestrator.time_table import exact_words
 
 PIPED_WIDTH = 120
 """Characters of a line of a table that goes to a file or another program."""
-UNKNOWN = "known after prepare"
 SHOWN_CLASSES = 20
 """A larger confusion matrix is read in result.json."""
-
-
-def print_plan(plan: Plan, config: RunConfig) -> None:
-    """The plan as tables."""
-    console = Console()
-    console.print(_pairs(f"run {plan.name}", _run_rows(plan, config)))
-    for stage in plan.stages:
-        console.print(_pairs(f"stage {stage.name}", _stage_rows(stage)))
-        if stage.memory is not None:
-            console.print(memory_table(stage.memory))
-    warn_lines(plan)
-    finish = finish_line(plan, datetime.now())
-    if finish is not None:
-        console.print(finish)
-    console.print("nothing was written or submitted; the same words without `plan` run it", style="dim")
-
-
-def print_scaling(rows: Sequence[ScalingRow], config: RunConfig) -> None:
-    """A table for every training stage, and why rows are empty."""
-    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
-    for name in dict.fromkeys(row.stage for row in rows):
-        own = [row for row in rows if row.stage == name]
-        console.print(scaling_table(own, f"stage {name} of {config.name}, sharding {config.sharding.strategy}"))
-        known = next((row.time for row in own if row.time is not None and row.time.step_seconds is not None), None)
-        console.print("\n".join([*problems_of(own), *([] if known is None else [f"estimate from {known.basis}"])]))
+WIDEST_COLUMN = 12
+AXES = "true \\ predicted"
+SHOWN_SECONDS = 0.5
+GROUPS = {
+    phase.PREPARING: "data",
+    phase.IMPORTING: "start",
+    phase.LOADING: "load",
+    phase.FIRST_STEP: "steps",
+    phase.TRAINING: "steps",
+    phase.TRIAL: "checkpoints",
+    phase.SAVING: "checkpoints",
+    phase.EVALUATION: "evaluations",
+    phase.WRITING: "writing",
+}
+"""Phases by the words of the line of times; others keep their name."""
 
 
 def warn_lines(plan: Plan) -> None:
@@ -54,36 +38,66 @@ def warn_lines(plan: Plan) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def print_result(folder: StageFolder, config: RunConfig) -> None:
-    """What a finished stage made, and how to use it."""
+def print_result(folder: StageFolder, config: RunConfig, *, wall_seconds: float) -> None:
+    """What a finished stage made, how good it is, where the `wall_seconds` since the command went, and how to use it."""
     result = read_json(folder.result)
-    if "eval_loss_before" not in result:
-        print("\n".join([f"\nstage {result['stage']} is done and proven", *_told(result)]))
-        return
+    is_trained = "eval_loss_before" in result
+    rows = [*(_trained_rows(result) if is_trained else _told(result)), ("time", time_line(result, wall_seconds))]
+    print(f"\nstage {result['stage']} is done and proven")
+    for name, value in rows:
+        print(f"{name:<17} {value}" if name else value)
+    if is_trained:
+        print("\n".join(["load it with", *_loading(result)]))
+
+
+def _trained_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     before, after = result["eval_loss_before"], result["eval_loss_after"]
-    lines = [
-        f"held-out loss     {_loss(before)} before, {_loss(after)} after",
-        f"speed             {_speed(result['tokens_per_second'])}, {result['seconds']:.0f} s in all",
-        f"{result['artifact']['kind']:<17} {result['artifact']['path']}",
-        f"proof             re-opened in a fresh process, it scores {result['proof']['reopened_loss']:.5f}; "
-        f"the trainer scored {result['proof']['loss']:.5f}",
-    ]
-    if "best_step" in result and result["best_step"] is not None:
+    rows = [_held_out(result["kind"], before, after), *_worse(result["kind"], before, after), *_judged(result)]
+    if result["best_step"] is not None:
         end = result["stopped_early_at"]
         ended = "trained to the end" if end is None else f"stopped early at step {end}"
-        lines.insert(1, f"early stopping    {ended}; the weights are those of step {result['best_step']}, the best")
-    lines[1:1] = [*_worse(before, after), *_judged(result)]
-    if result["wandb"]:
-        lines.append(f"W&B               {result['wandb']}")
-    print("\n".join([f"\nstage {result['stage']} is done and proven", *lines, "load it with", *_loading(result)]))
+        rows.append(("early stopping", f"{ended}; the weights are those of step {result['best_step']}, the best"))
+    proof = result["proof"]
+    rows += [
+        (result["artifact"]["kind"].replace("_", " "), result["artifact"]["path"]),
+        (
+            "proof",
+            f"read back from its files by a fresh process: loss {proof['reopened_loss']:.5f}; in training {proof['loss']:.5f}",
+        ),
+        ("speed", _speed(result["tokens_per_second"])),
+    ]
+    return [*rows, *([("W&B", result["wandb"])] if result["wandb"] else [])]
 
 
-def _worse(before: float | None, after: float | None) -> list[str]:
+def time_line(result: dict[str, Any], wall_seconds: float) -> str:
+    """`96 s in all: start 10 s, load 5 s, ...`; what is left of the command's time went before a rank began."""
+    known: dict[str, float] = result["phase_seconds"]
+    parts = {"start": max(0.0, wall_seconds - sum(known.values()))}
+    for name, seconds in known.items():
+        group = GROUPS.get(name, name)
+        parts[group] = parts.get(group, 0.0) + seconds
+    shown = [f"{name} {exact_words(seconds)}" for name, seconds in parts.items() if seconds >= SHOWN_SECONDS]
+    return f"{exact_words(wall_seconds)} in all" + (f": {', '.join(shown)}" if shown else "")
+
+
+def _held_out(kind: str, before: float | None, after: float | None) -> tuple[str, str]:
+    """A policy is judged by its reward, which the record holds as a negative loss."""
+    if kind == "grpo":
+        before, after = (None if value is None else -value for value in (before, after))
+        return "held-out reward", f"{_number(before)} before, {_number(after)} after"
+    return "held-out loss", f"{_number(before)} before, {_number(after)} after"
+
+
+def _worse(kind: str, before: float | None, after: float | None) -> list[tuple[str, str]]:
     """A stage that did harm says so: a proven artifact is what was trained, which need not be better than its start."""
     if before is None or after is None or not after > before:
         return []
+    change = "reward fell" if kind == "grpo" else "loss rose"
     return [
-        f"warning           the held-out loss rose by {after - before:.4f}: on these rows this is worse than what the stage started from"
+        (
+            "warning",
+            f"the held-out {change} by {after - before:.4f}: on these rows this is worse than what the stage started from",
+        )
     ]
 
 
@@ -92,57 +106,60 @@ def _speed(tokens_per_second: float | None) -> str:
     return "unknown" if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s (median of the steps)"
 
 
-def _told(result: dict[str, Any]) -> list[str]:
+def _told(result: dict[str, Any]) -> list[tuple[str, str]]:
     """What an evaluation or a merge found."""
-    lines = [f"{result['artifact']['kind']:<17} {result['artifact']['path']}"]
-    if result["kind"] == "evaluate":
-        if "scores" not in result:  # of a classifier
-            return [*lines, *(_told_set(name, told) for name, told in result["sets"].items())]
-        scores = result["scores"]
-        return [
-            *lines,
-            *(
-                f"{name:<17} {scores['base'][name]:.4f} base, {value:.4f} tuned"
-                for name, value in scores["tuned"].items()
-            ),
-            result["lost"],
-        ]
-    if result["kind"] in ("interpolate", "soup"):
-        chosen = (
-            f"a={result['alpha']:g}, {result['why']}"
-            if result["kind"] == "interpolate"
-            else ", ".join(result["members"])
-        )
-        return [
-            *lines,
-            f"{'chosen' if result['kind'] == 'interpolate' else 'soup of':<17} {chosen}",
-            f"scores            {result['curves']}",
-        ]
-    merged = f"{result['kl']:.2e} nats a token from the trained model, same next token {result['agreement']:.2%}"
-    return [*lines, f"merged            into the {result['way']}: {merged}"]
+    made = (result["artifact"]["kind"].replace("_", " "), result["artifact"]["path"])
+    match result["kind"]:
+        case "evaluate" if "scores" not in result:  # of a classifier
+            return [made, *(_told_set(name, found) for name, found in result["sets"].items())]
+        case "evaluate":
+            base, tuned = result["scores"]["base"], result["scores"]["tuned"]
+            scores = [(name, f"{base[name]:.4f} base, {value:.4f} tuned") for name, value in tuned.items()]
+            return [made, *scores, ("", result["lost"])]
+        case "interpolate":
+            return [made, ("chosen", f"a={result['alpha']:g}, {result['why']}"), ("scores", result["curves"])]
+        case "soup":
+            return [made, ("soup of", ", ".join(result["members"])), ("scores", result["curves"])]
+        case _:
+            merged = (
+                f"{result['kl']:.2e} nats a token from the trained model, same next token {result['agreement']:.2%}"
+            )
+            return [made, ("merged", f"into the {result['way']}: {merged}")]
 
 
-def _told_set(name: str, told: dict[str, Any]) -> str:
+def _told_set(name: str, told: dict[str, Any]) -> tuple[str, str]:
     """What a classifier did on one set."""
     numbers = [f"{key} {value:.4f}" for key, value in told.items() if isinstance(value, float)]
-    return f"{name + (' (shift)' if told['shift'] else ''):<17} {told['rows']} rows: {', '.join(numbers)}"
+    return name + (" (shift)" if told["shift"] else ""), f"{told['rows']} rows: {', '.join(numbers)}"
 
 
-def _judged(result: dict[str, Any]) -> list[str]:
+def _judged(result: dict[str, Any]) -> list[tuple[str, str]]:
     """A classifier's metrics and its confusion matrix."""
     told = result.get("classification")
     if told is None or told["held_out"] is None:
         return []
     held = told["held_out"]
     numbers = [f"{name} {value:.4f}" for name, value in held.items() if isinstance(value, float) and name != "loss"]
-    lines = [f"held-out rows     {held['rows']}: {', '.join(numbers)}"]
+    rows = [("held-out rows", f"{held['rows']}: {', '.join(numbers)}")]
     if "confusion" in held and len(told["names"]) <= SHOWN_CLASSES:
-        width = max(map(len, told["names"]))
-        lines += [
-            f"{'true' if place == 0 else '':<17} {name:<{width}} {' '.join(f'{count:>5}' for count in row)}"
-            for place, (name, row) in enumerate(zip(told["names"], held["confusion"], strict=True))
+        rows += [
+            ("confusion" if place == 0 else " ", text)
+            for place, text in enumerate(_matrix(told["names"], held["confusion"]))
         ]
-    return lines
+    return rows
+
+
+def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[str]:
+    """A confusion matrix with names on both axes; long names are cut in the head, where columns would get too wide."""
+    left = max(len(AXES), *map(len, names))
+    heads = [name if len(name) <= WIDEST_COLUMN else name[: WIDEST_COLUMN - 1] + "~" for name in names]
+    widths = [max(5, len(head)) for head in heads]
+    head = " ".join(f"{name:>{width}}" for name, width in zip(heads, widths, strict=True))
+    rows = [
+        f"{name:<{left}} " + " ".join(f"{count:>{width}}" for count, width in zip(row, widths, strict=True))
+        for name, row in zip(names, counts, strict=True)
+    ]
+    return [f"{AXES:<{left}} {head}", *rows]
 
 
 def _loading(result: dict[str, dict[str, str]]) -> list[str]:
@@ -185,79 +202,5 @@ def _loading_classifier(artifact: dict[str, str], base: dict[str, str]) -> list[
     ]
 
 
-def _loss(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
-
-
-def _pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
-
-
-def _run_rows(plan: Plan, config: RunConfig) -> list[tuple[str, str]]:
-    sharding = plan.sharding if plan.sharding != "none" else "none (DDP)" if config.world_size > 1 else "none"
-    return [
-        ("folder", plan.run_directory),
-        ("base", f"{plan.base} ({plan.base_source}), {config.model.dtype}"),
-        ("method", f"tuning {plan.tuning}, quantization {plan.quantization}, sharding {sharding}"),
-        (
-            "ranks",
-            f"{plan.nodes} nodes x {plan.processes_per_node} processes = {config.world_size}, launcher {plan.launcher}",
-        ),
-    ]
-
-
-def _stage_rows(stage: StagePlan) -> list[tuple[str, str]]:
-    rows = (
-        UNKNOWN if stage.train_rows is None else f"{stage.train_rows:,} train, {stage.evaluation_rows or 0:,} held out"
-    )
-    batch = (
-        "nothing is trained; one process"
-        if stage.global_size is None
-        else f"{stage.global_size} a step = {stage.micro_size} micro x {stage.world_size} ranks x {stage.accumulation_steps} accumulation"
-    )
-    return [
-        (
-            "data",
-            f"{stage.data_source} ({stage.data_format or 'format known after prepare'}), packing {stage.packing}, at most {stage.max_length} tokens",
-        ),
-        ("rows", rows),
-        ("batch", batch),
-        ("steps", _steps(stage)),
-        (
-            "learning rate",
-            ", ".join(f"{rate:.3g} at {point}" for point, rate in stage.learning_rates.items())
-            or (UNKNOWN if stage.global_size is not None else "none"),
-        ),
-        ("parameters", _parameters(stage)),
-        *([] if stage.attention is None else [("attention", stage.attention)]),
-        *([] if stage.loss_head is None else [("loss head", stage.loss_head)]),
-        ("memory per device", memory_line(stage.memory)),
-        *forecast_rows(stage),
-        ("script", stage.script),
-        ("makes", ", ".join(stage.outputs)),
-    ]
-
-
-def _steps(stage: StagePlan) -> str:
-    if stage.steps is None:
-        return UNKNOWN if stage.global_size is not None else "none"
-    epoch = (
-        ""
-        if stage.steps_per_epoch is None
-        else f", {stage.steps_per_epoch} an epoch ({stage.steps / stage.steps_per_epoch:.2f} epochs)"
-    )
-    return f"{stage.steps}{epoch}, {stage.warmup_steps} of them warm-up"
-
-
-def _parameters(stage: StagePlan) -> str:
-    if stage.parameters is not None and stage.global_size is None:
-        return f"{stage.parameters:,}; none is trained"
-    if stage.parameters is None or stage.trainable_parameters is None:
-        return "known after the base was fetched"
-    share = stage.trainable_parameters / stage.parameters
-    return f"{stage.parameters:,}; {stage.trainable_parameters:,} trained ({share:.2%})"

@@ -80,6 +80,16 @@ def duration_words(hours: float) -> str:
     return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:,.0f} days"
 
 
+def exact_words(seconds: float) -> str:
+    """A time that was measured: `4.2 s`, `48 s`, `4 min 31 s`, `2 h 5 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 2:
+        return f"{round(seconds)} s"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def seconds_words(seconds: float) -> str:
     """`0.012 s`, `4.20 s`, `15 s`, `12 min`."""
     if seconds >= 90:

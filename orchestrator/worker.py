@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import shlex
@@ -22,6 +23,8 @@ from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, OrchestratorError
 from orchestrator.identity import content_digests
 from orchestrator.ingredients import Elsewhere, members_elsewhere, read_member, stages_beside
+from orchestrator.metrics import phases as phase
+from orchestrator.metrics.phases import Phases
 from orchestrator.pipeline import inputs_of, stage_digest
 from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
 from orchestrator.stages import STAGES
@@ -44,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     attempt = options.attempt or next_attempt(folder)
     rank = int(os.environ.get("RANK", "0"))
     stop = StopRequest(folder.stop, deadline=job_deadline(os.environ, lead_seconds=config.cluster.stop_lead_seconds))
+    phases = _phases_of(folder, attempt, rank, began)
     try:
         with uncollected():
-            run = _made_ready(config, options.stage, run_file, attempt=attempt, stop=stop, began=began)
+            run = _made_ready(config, options.stage, run_file, attempt=attempt, stop=stop, phases=phases)
         return run()
     except BaseException as error:
         return _die(folder, attempt, rank, error)
@@ -62,10 +66,23 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _phases_of(folder: StageFolder, attempt: int, rank: int, began: float) -> Phases:
+    """The account of this rank; only the first one writes and speaks."""
+    if rank:
+        return Phases(began=began)
+
+    def say(sentence: str) -> None:
+        with contextlib.suppress(OSError):  # a log on a full disk stops no training
+            print(sentence, flush=True)
+
+    return Phases(folder.phases, attempt=attempt, began=began, say=say)
+
+
 def _made_ready(
-    config: RunConfig, name: str, run_file: Path, *, attempt: int, stop: StopRequest, began: float
+    config: RunConfig, name: str, run_file: Path, *, attempt: int, stop: StopRequest, phases: Phases
 ) -> Callable[[], int]:
     """What runs the stage, once its inputs are here and its modules are imported."""
+    phases.begin(phase.PREPARING)
     leave_out_deepspeed(config)
     folder = RunFolder(run_file.parent).stage(name)
     stage, config = config.stages[name], config.for_stage(name)
@@ -75,6 +92,7 @@ def _made_ready(
     inputs = _inputs(config, name, folder, attempt)
     content: dict[str, str] = inputs["content"]
     check_artifacts(config, name, {**artifacts, **elsewhere}, content=content)
+    phases.begin(phase.IMPORTING)
     leave_out_unused(config, Path(inputs["base_folder"]))
     module = importlib.import_module(STAGES[stage.kind])
     from orchestrator.training.context import Context
@@ -89,7 +107,8 @@ def _made_ready(
         run_file=run_file,
         attempt=attempt,
         stop=stop,
-        began=began,
+        began=phases.began,
+        phases=phases,
         base_folder=Path(inputs["base_folder"]),
         train_data=Path(inputs["train"]),
         evaluation_data=Path(inputs["evaluation"]) if inputs["evaluation"] is not None else None,

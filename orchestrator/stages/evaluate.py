@@ -11,6 +11,7 @@ import torch
 
 from orchestrator.config.ends import FIRST_SET, EvaluateStage
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
+from orchestrator.metrics import phases as phase
 from orchestrator.rundir import publish, write_json, write_manifest
 from orchestrator.training.artifact import open_artifact
 from orchestrator.training.classifier_sets import class_table, classifier_scores
@@ -37,8 +38,9 @@ def run(context: Context) -> int:
     """Scores base and tuned model on the same rows of every set, writes a report, and tells both."""
     record = Record(context, rank=0)
     record.event("start", world_size=1)
+    context.phases.begin(phase.LOADING)
     started = time.time()
-    runtime = start_single_runtime(context.config, autocast=False)
+    runtime = start_single_runtime(context.config, autocast=False, phases=context.phases)
     if context.start is not None and context.start.kind.startswith("classifier_"):
         report = _classifier_report(context, runtime, record)
         return _finish(context, record, report, report, started)
@@ -63,6 +65,7 @@ def run(context: Context) -> int:
 
 
 def _classifier_report(context: Context, runtime: Runtime, record: Record) -> dict[str, Any]:
+    context.phases.begin(phase.SCORING, unit=phase.ROWS)
     scores = classifier_scores(context, runtime)
     if cast("EvaluateStage", context.stage).forgetting:
         record.say(NO_GENERAL_TEXT)
@@ -75,6 +78,7 @@ def _finish(
     context: Context, record: Record, report: Mapping[str, Any], summary: Mapping[str, Any], started: float
 ) -> int:
     """Writes the report, and the result with its summary."""
+    context.phases.begin(phase.WRITING)
     _write(context, report)
     return finish_scoring(context, record, {**summary, "seconds": time.time() - started}, kind="report")
 
@@ -84,6 +88,7 @@ def _before_and_after(
 ) -> tuple[dict[str, dict[str, SetScores]], dict[str, dict[str, float]]]:
     """(scores by set, rewards of the first set) of base and tuned model."""
     tuned: Any = _tuned(context).to(runtime.device).eval()
+    context.phases.begin(phase.SCORING, unit=phase.ROWS)
     sets = {"tuned": scorer.of(tuned)}
     rewards = {"tuned": _rewards(context, runtime, tuned)}
     if isinstance(context.config.tuning, WHOLE_MODEL_TUNINGS):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.errors import DataError
+from orchestrator.metrics.phases import COMPLETIONS, ROLLOUTS
 from orchestrator.training.context import Context
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.judging import score_held_out
@@ -40,6 +42,11 @@ def plan_course(session: Session) -> Course:
         reference=reference_policy(session, stage),
     )
     probe = prompt_objective(runtime)
+
+    def begin(step: int) -> Mapping[str, Any]:
+        with context.phases.during(ROLLOUTS, unit=COMPLETIONS):
+            return sampler.begin(step)
+
     micro_size, count = stage.batch.micro_size, stage.checkpoint.probe_rows
     return Course(
         objective=policy_objective(runtime, stage),
@@ -50,7 +57,7 @@ def plan_course(session: Session) -> Course:
         if count
         else None,
         proof=lambda: proof_of(session),
-        begin=sampler.begin,
+        begin=begin,
     )
 
 

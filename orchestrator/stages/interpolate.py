@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from orchestrator.config.ends import InterpolateStage
+from orchestrator.metrics import phases as phase
 from orchestrator.rundir import write_json
 from orchestrator.training.blending import open_blend
 from orchestrator.training.choosing import Chosen, Scores, choose_blend, inner_best
@@ -23,8 +24,9 @@ def run(context: Context) -> int:
     stage = cast("InterpolateStage", context.stage)
     record = Record(context, rank=0)
     record.event("start", world_size=1)
+    context.phases.begin(phase.LOADING)
     started = time.time()
-    runtime = start_single_runtime(context.config, autocast=False)
+    runtime = start_single_runtime(context.config, autocast=False, phases=context.phases)
     scorer = open_scorer(context, runtime)
     shifts = shift_labels(scorer.sets)
     for line in told_sets(scorer):
@@ -70,10 +72,12 @@ def _scores_of_grid(context: Context, runtime: Runtime, scorer: Scorer, record: 
     blend = open_blend(context, _ingredients(context))
     blend.model.to(runtime.device).eval()
     scores: list[Scores] = []
+    context.phases.begin(phase.SCORING, total=len(stage.alphas), unit=phase.BLENDS)
     for alpha in stage.alphas:
         began = time.time()
         blend.put(_weights(context, alpha))
         scores.append(scorer.of(blend.model))
+        context.phases.advance(len(scores), unit=phase.BLENDS)
         record.say(f"a={alpha:g}: scored in {time.time() - began:.0f} s")
     del blend
     gc.collect()

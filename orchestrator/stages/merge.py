@@ -8,6 +8,7 @@ from typing import cast
 
 from orchestrator.config.ends import MergeStage
 from orchestrator.errors import CheckpointError
+from orchestrator.metrics import phases as phase
 from orchestrator.rundir import RunFolder, read_json, write_json
 from orchestrator.training.card import write_card
 from orchestrator.training.context import Context, Record
@@ -24,10 +25,12 @@ def run(context: Context) -> int:
     assert start is not None, "the pipeline's rules ask for a policy before it"
     record = Record(context, rank=0)
     record.event("start", world_size=1)
+    context.phases.begin(phase.LOADING)
     started = time.time()
-    runtime = start_single_runtime(context.config, autocast=False)
+    runtime = start_single_runtime(context.config, autocast=False, phases=context.phases)
     source = Source(config=context.config, base_folder=context.base_folder, artifact=start.folder, kind=start.kind)
     rows = PreparedRows.open(context.train_data)
+    context.phases.begin(phase.MERGING, unit=phase.ROWS)
     model, best, ways = merge(source, rows, runtime, limit=stage.rows, micro_size=stage.micro_size, say=record.say)
     if best.kl > stage.max_kl:
         raise CheckpointError(
@@ -43,6 +46,7 @@ def run(context: Context) -> int:
     told = [asdict(way) for way in ways]
     card = write_card(context.config, results, ways=told, price_per_hour=stage.price_per_hour)
     facts = {"run": context.config.name, "stage": context.name, "kind": "merge", "base": context.config.model.base}
+    context.phases.begin(phase.WRITING)
     write_merged(model, context.folder.artifact, source=source, card=card, facts=facts)
     write_json(
         context.folder.proof,

@@ -10,6 +10,7 @@ from typing import cast
 
 from orchestrator.config.ends import SoupStage
 from orchestrator.config.run import STAGE_PREFIX
+from orchestrator.metrics import phases as phase
 from orchestrator.rundir import write_json
 from orchestrator.training.blending import Blend, open_blend
 from orchestrator.training.choosing import Scores, greedy_members
@@ -23,8 +24,9 @@ def run(context: Context) -> int:
     """Scores base and ingredients, cooks by the recipe, and writes and proves the soup."""
     record = Record(context, rank=0)
     record.event("start", world_size=1)
+    context.phases.begin(phase.LOADING)
     started = time.time()
-    runtime = start_single_runtime(context.config, autocast=False)
+    runtime = start_single_runtime(context.config, autocast=False, phases=context.phases)
     scorer = open_scorer(context, runtime)
     shifts = shift_labels(scorer.sets)
     for line in told_sets(scorer):
@@ -32,6 +34,7 @@ def run(context: Context) -> int:
     ingredients = ingredients_of(context)
     blend = open_blend(context, ingredients)
     blend.model.to(runtime.device).eval()
+    context.phases.begin(phase.SCORING, unit=phase.ROWS)
     columns, kept = _cooked(cast("SoupStage", context.stage), scorer, blend, ingredients)
     del blend
     gc.collect()

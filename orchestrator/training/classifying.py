@@ -70,6 +70,7 @@ def all_logits_DC(
         answers_DC, _ = document_answers(runtime, model, batch)
         if batch.document_ids:
             logits_DC[list(batch.document_ids)] = answers_DC.cpu()
+        runtime.phases.advance(min(first + micro_size * runtime.world_size, count), count)
     model.train(was_training)
     if runtime.world_size > 1:
         shared = logits_DC.to(runtime.device)

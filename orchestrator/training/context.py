@@ -18,6 +18,7 @@ from orchestrator.config.sites import WandbTracking
 from orchestrator.metrics import wandb
 from orchestrator.metrics.console import line
 from orchestrator.metrics.jsonl import RecordFile
+from orchestrator.metrics.phases import TRACKING, Phases
 from orchestrator.rundir import StageFolder
 from orchestrator.training.stop import StopRequest
 
@@ -60,6 +61,8 @@ class Context:
     """Of all that decides the stage's result."""
     began: float = field(default_factory=time.time)
     """When this process began: imports and the bringing of inputs count as start-up."""
+    phases: Phases = field(default_factory=Phases)
+    """Where this attempt says what it is doing."""
     input_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of the artifacts that the stage reads, by stage."""
     content_digests: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -95,6 +98,7 @@ class Record:
             if self.rollbacks:
                 full["rollbacks"] = self.rollbacks
             self._append(self._metrics, full)
+            self._context.phases.spoken()
             _print(line(full, self.total_steps))
 
     def event(self, event: str, **facts: Any) -> None:
@@ -123,6 +127,7 @@ class Record:
     def say(self, sentence: str) -> None:
         """Tells the log."""
         if self._is_main:
+            self._context.phases.spoken()
             _print(sentence)
 
     def finish(self, summary: Mapping[str, Any], *, outcome: wandb.Outcome) -> str | None:
@@ -131,7 +136,9 @@ class Record:
             return None
         tracking = self._context.config.tracking
         assert isinstance(tracking, WandbTracking)
-        told = wandb.finish(self._wandb, summary, outcome=outcome, timeout_seconds=tracking.finish_timeout_seconds)
+        timeout = tracking.finish_timeout_seconds
+        with self._context.phases.during(TRACKING):
+            told = wandb.finish(self._wandb, summary, outcome=outcome, timeout_seconds=timeout)
         self._wandb = None
         return told
 

@@ -46,6 +46,7 @@ def evaluate(
         first = start + runtime.rank * micro_size
         indices = [index if index < count else -1 for index in range(first, first + micro_size)]
         sums += torch.stack([term.double() for term in objective.terms(model, rows.batch(indices).to(runtime.device))])
+        runtime.phases.advance(min(start + per_pass, count), count)
     model.train(was_training)
     weight = objective.weight(rows, range(count))
     loss, *measures = (total / weight for total in runtime.sum_over_ranks(sums.tolist()))

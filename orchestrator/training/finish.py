@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from orchestrator.config.model import WHOLE_MODEL_TUNINGS, FreezeTuning, LoraTun
 from orchestrator.config.run import makes_classifier
 from orchestrator.errors import EXIT_DONE, CheckpointError
 from orchestrator.goodput import time_spent
+from orchestrator.metrics import phases as phase
 from orchestrator.metrics.jsonl import read_rows
 from orchestrator.rundir import MANIFEST, file_digest, read_json, write_json
 from orchestrator.training.adapters import plain_lora
@@ -57,6 +59,7 @@ def finish_stage(
     weights = gather_trainable(runtime, session.model)
     if isinstance(context.config.tuning, FreezeTuning):  # the artifact is a whole model
         weights |= gather_frozen(runtime, session.model)
+    context.phases.begin(phase.WRITING)
     if runtime.is_main:
         _write(session, weights, step=progress.stopping.best_step or progress.step)
         _write_expectation(session, scored)
@@ -115,7 +118,8 @@ def prove_in_fresh_process(context: Context) -> None:
         if name not in NOT_FOR_CHILDREN and not name.startswith("TORCHELASTIC")
     }
     argv = [sys.executable, "-m", "orchestrator.training.prove", str(context.run_file), "--stage", context.name]
-    done = subprocess.run(argv, env=environment, stdin=subprocess.DEVNULL, check=False)
+    with context.phases.handed_over(phase.PROOF):
+        done = subprocess.run(argv, env=environment, stdin=subprocess.DEVNULL, check=False)
     proof = read_json(context.folder.proof)
     if done.returncode != 0 or "reopened_loss" not in proof:
         raise CheckpointError(
@@ -149,6 +153,7 @@ def finish_scoring(context: Context, record: Record, summary: dict[str, Any], *,
         "kind": context.stage.kind,
         "attempt": context.attempt,
         **summary,
+        **_times(context),
         "digest": context.digest,
         "digests": dict(context.content_digests),
         "inputs": dict(context.input_digests),
@@ -156,11 +161,18 @@ def finish_scoring(context: Context, record: Record, summary: dict[str, Any], *,
         "base": {"name": context.config.model.base, "folder": str(context.base_folder)},
         "wandb": told,
     }
+    context.phases.end()
     record.event("finish", step=0)
     record.close_attempt("finished", "the artifact was proven", exit_code=EXIT_DONE)
     write_json(context.folder.result, result)
     record.say(json.dumps(result, indent=2, ensure_ascii=False))
     return EXIT_DONE
+
+
+def _times(context: Context) -> dict[str, Any]:
+    """Seconds of this attempt by phase, and all of them together; `seconds` is the training alone."""
+    by_phase = context.phases.seconds()
+    return {"phase_seconds": by_phase, "attempt_seconds": round(time.time() - context.began, 2)}
 
 
 def artifact_kind(context: Context) -> str:
@@ -193,12 +205,14 @@ def _report(context: Context, record: Record, summary: dict[str, Any]) -> None:
     ]
     told = record.finish({key: value for key, value in summary.items() if value is not None}, outcome="finished")
     manifest = context.folder.artifact / MANIFEST
+    context.phases.end()
     record.event("finish", step=summary["steps"])
     result = {
         "stage": context.name,
         "kind": context.stage.kind,
         "attempt": context.attempt,
         **summary,
+        **_times(context),
         "goodput": _goodput(context),
         "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
         "digest": context.digest,

@@ -12,6 +12,7 @@ import torch
 from orchestrator.config.ends import ScoringStage
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import makes_classifier
+from orchestrator.metrics import phases as phase
 from orchestrator.rundir import write_json
 from orchestrator.training.artifact import adapter_names, check_tensors, write_artifact
 from orchestrator.training.blending import open_blend
@@ -40,6 +41,7 @@ def finish_blend(
     context: Context, runtime: Runtime, record: Record, shares: Sequence[Share], *, summary: Mapping[str, Any]
 ) -> int:
     """Makes the blend anew of what has weight in it, writes, proves and reports; the exit code."""
+    context.phases.begin(phase.WRITING, unit=phase.ROWS)  # it is scored once more, as the proof will score it
     used = [share for share in shares if share.weight] or list(shares[:1])
     blend = open_blend(context, [share.ingredient for share in used])
     blend.put([share.weight for share in used])

@@ -171,6 +171,7 @@ def _logits_of(model: torch.nn.Module, batches: Sequence[Batch], runtime: Runtim
     for batch in batches:
         with runtime.forward_context():
             found.append(model(**batch.model_inputs()).logits.float().cpu())
+        runtime.phases.advance(sum(map(len, found)), sum(len(one.input_ids_BT) for one in batches))
     return found
 
 

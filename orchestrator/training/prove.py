@@ -16,6 +16,7 @@ from orchestrator.config.ends import MergeStage
 from orchestrator.config.model import FreezeTuning
 from orchestrator.config.run import RunConfig, makes_classifier
 from orchestrator.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, CheckpointError, OrchestratorError
+from orchestrator.metrics.phases import Phases
 from orchestrator.rundir import RunFolder, StageFolder, read_json, read_manifest, write_json
 from orchestrator.training.artifact import open_artifact, open_model
 from orchestrator.training.classes import read_classes
@@ -37,7 +38,7 @@ def prove(config: RunConfig, name: str, folder: StageFolder) -> float:
     stage, is_classifier = config.stages[name], makes_classifier(config, name)
     expected: dict[str, Any] = read_json(folder.proof)
     read_manifest(folder.artifact)
-    runtime = start_single_runtime(config, autocast=expected["autocast"])
+    runtime = start_single_runtime(config, autocast=expected["autocast"], phases=Phases.joined(folder.phases))
     dtype = weights_dtype(config, uses_deepspeed=not expected["autocast"])
     rows = PreparedRows.open(Path(expected["data"]))
     if isinstance(stage, MergeStage):

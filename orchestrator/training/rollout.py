@@ -16,6 +16,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from orchestrator.config.alignment import RolloutConfig
+from orchestrator.metrics.phases import COMPLETIONS
 from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
 from orchestrator.training.draws import SeededDraws
 from orchestrator.training.runtime import Runtime
@@ -75,6 +76,7 @@ def make_generate(runtime: Runtime, model: torch.nn.Module, *, end_ids: Sequence
                 for first in range(0, len(requests), settings.generate_size):
                     part = requests[first : first + settings.generate_size]
                     found += _generate(module, part, settings, end_ids=end_ids, pad_id=pad_id, device=runtime.device)
+                    runtime.phases.advance(len(found), len(requests), unit=COMPLETIONS)
         model.train(was_training)
         return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from orchestrator.config.run import RunConfig, accumulation_steps
 from orchestrator.config.stages import TrainingStage
 from orchestrator.errors import ConfigError
 from orchestrator.kernels import liger_is_installed, liger_problem
+from orchestrator.metrics.phases import Phases
 from orchestrator.zero import deepspeed_dict
 
 
@@ -40,6 +41,8 @@ class Runtime:
     uses_deepspeed: bool
     autocast_dtype: torch.dtype | None
     """16-bit type of the forward pass over fp32 weights; None where the weights' own type is used."""
+    phases: Phases = field(default_factory=Phases)
+    """Where loops over rows say how far they are."""
 
     @property
     def rank(self) -> int:
@@ -91,7 +94,7 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def start_runtime(config: RunConfig, stage: TrainingStage) -> Runtime:
+def start_runtime(config: RunConfig, stage: TrainingStage, phases: Phases | None = None) -> Runtime:
     """Builds the Accelerator, with its DeepSpeed dict, and asserts that it is what was configured."""
     uses_cpu = _uses_cpu(config)
     sharding = config.sharding
@@ -119,15 +122,17 @@ def start_runtime(config: RunConfig, stage: TrainingStage) -> Runtime:
         accelerator=accelerator,
         uses_deepspeed=settings is not None,
         autocast_dtype=torch.bfloat16 if bfloat16 and settings is None else None,
+        phases=phases or Phases(),
     )
 
 
-def start_single_runtime(config: RunConfig, *, autocast: bool) -> Runtime:
+def start_single_runtime(config: RunConfig, *, autocast: bool, phases: Phases | None = None) -> Runtime:
     """One process without sharding: for the proof and for generation."""
     return Runtime(
         accelerator=Accelerator(cpu=_uses_cpu(config), mixed_precision="no"),
         uses_deepspeed=False,
         autocast_dtype=torch.bfloat16 if autocast else None,
+        phases=phases or Phases(),
     )
 
 

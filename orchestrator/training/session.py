@@ -14,6 +14,7 @@ from orchestrator.config.model import FreezeTuning, LoraTuning
 from orchestrator.dataset.ledger import Ledger, ledger_path
 from orchestrator.dataset.order import Order, make_order
 from orchestrator.errors import EXIT_SAVED
+from orchestrator.metrics import phases as phase
 from orchestrator.schedule import total_steps
 from orchestrator.training.autopsy import autopsy, ran_out_of_memory
 from orchestrator.training.batches import Batches
@@ -30,6 +31,7 @@ from orchestrator.training.measuring import keep_measured, measuring
 from orchestrator.training.model import weights_dtype
 from orchestrator.training.objectives import Objective, Rows, proof_objective
 from orchestrator.training.optimizers import build_optimizer
+from orchestrator.training.phased import announced
 from orchestrator.training.profiled import train_profiled
 from orchestrator.training.rank_allocation import allocation_of
 from orchestrator.training.runtime import Runtime, start_runtime
@@ -81,7 +83,8 @@ PlanCourse = Callable[[Session], Course]
 
 def run_training(context: Context, plan_course: PlanCourse, *, build_model: BuildModel = build_policy) -> int:
     """Trains, writes and proves; the exit code of the rank. TrainingFailed with an autopsy where memory ran out."""
-    runtime = start_runtime(context.config, context.stage)
+    context.phases.begin(phase.LOADING)
+    runtime = start_runtime(context.config, context.stage, context.phases)
     record = Record(context, rank=runtime.rank)
     try:
         return _train(context, runtime, record, plan_course, build_model)
@@ -96,20 +99,25 @@ def _train(context: Context, runtime: Runtime, record: Record, plan_course: Plan
     started = time.time()
     session = open_session(context, runtime, record, build_model)
     job, course, checkpointer, progress = assemble(session, plan_course)
+    context.phases.begin(phase.FIRST_EVALUATION, unit=phase.ROWS)
     before = None if progress.step else _scored(course, record, 0)
     stopping = context.stage.early_stopping
     if stopping is not None and not progress.step:
         metric_of(before, stopping, stage=context.name)
     record.event("train", step=progress.step, steps=job.steps)
-    progress = train_profiled(context, record, job, progress, hooks_of(session, course, checkpointer))
+    context.phases.begin(phase.FIRST_STEP)
+    hooks = announced(hooks_of(session, course, checkpointer), context.phases, total_steps=job.steps)
+    progress = train_profiled(context, record, job, progress, hooks)
     job.batches.close()
     waited = time.perf_counter()
-    checkpointer.close()
+    with context.phases.during(phase.SAVING):
+        checkpointer.close()
     record.event("trained", step=progress.step, close_seconds=time.perf_counter() - waited)
     keep_measured(session)
     if not is_over(job, progress):
         why = f"pause_at_step={context.stage.pause_at_step}" if pauses(job, progress) else context.stop.reason()
         return _stopped(record, runtime, progress, why or "another rank was asked to stop")
+    context.phases.begin(phase.LAST_EVALUATION, unit=phase.ROWS)
     progress, after = _settled(course, record, checkpointer, progress)
     return finish_stage(session, course, record, progress, before=before, after=after, seconds=time.time() - started)
 

@@ -1,0 +1,254 @@
+"""What a process is doing and how far it has come, for the people who wait for it; must not import torch.
+
+A rank keeps a small file up to date, which any display on any machine can follow, and writes lines into its log. A command
+that works in the foreground shows one live line on a terminal, or a few plain lines elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+STARTING = "starting the processes"
+PREPARING = "preparing data"
+IMPORTING = "importing the libraries"
+LOADING = "loading the model"
+FIRST_EVALUATION = "first evaluation"
+FIRST_STEP = "first step"
+TRAINING = "training"
+TRIAL = "checkpoint trial"
+SAVING = "saving a checkpoint"
+EVALUATION = "evaluation"
+ROLLOUTS = "rollouts"
+SCORING = "scoring"
+MERGING = "merging"
+LAST_EVALUATION = "last evaluation"
+WRITING = "writing the artifact"
+PROOF = "proof"
+TRACKING = "closing W&B"
+
+ROWS = "rows"
+STEPS = "steps"
+COMPLETIONS = "completions"
+BLENDS = "blends"
+
+FIRST_BEAT_SECONDS = 5.0
+LONGEST_SILENCE_SECONDS = 60.0
+_TICK_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A piece of work that takes time."""
+
+    name: str
+    began: float
+    done: int | None = None
+    total: int | None = None
+    unit: str = ""
+    """What `done` and `total` count; empty where only a clock can be shown."""
+
+    def sentence(self, now: float) -> str:
+        """`first evaluation, 32 of 58 rows, 12 s`."""
+        count = f", {self.done or 0:,} of {self.total:,} {self.unit}" if self.total else ""
+        return f"{self.name}{count}, {max(0.0, now - self.began):.0f} s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The content of the file: the phase at work, and the seconds of those that have ended."""
+
+    attempt: int
+    began: float
+    now: Phase | None = None
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    """By name, in the order in which they first began; what a nested phase took belongs to that phase alone."""
+
+
+def read_report(path: Path) -> Report | None:
+    """None where no process has written one yet."""
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        now = None if raw["now"] is None else Phase(**raw["now"])
+        return Report(attempt=raw["attempt"], began=raw["began"], now=now, seconds=raw["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a display shows what it can; the record of a run is elsewhere
+
+
+def is_due(silent_seconds: float, phase_seconds: float) -> bool:
+    """Whether a plain log should hear of a phase again: after 5, 10, 20, 40 seconds, then once a minute."""
+    # A share of the phase's own age doubles the pauses, so a phase of an hour costs a log some 65 lines.
+    return silent_seconds >= min(LONGEST_SILENCE_SECONDS, max(FIRST_BEAT_SECONDS, phase_seconds / 2))
+
+
+class Phases:
+    """Owns the account of one process. On ranks other than the first it has neither file nor voice.
+
+    A thread writes and speaks: loops over rows only set a number, and a phase that never calls back still has its clock.
+    """
+
+    def __init__(
+        self,
+        file: Path | None = None,
+        *,
+        attempt: int = 0,
+        began: float | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self._file, self._say = file, say
+        self._report = Report(attempt=attempt, began=time.time() if began is None else began)
+        self._outer: list[Phase] = []
+        self._since = self._report.began
+        self._spoke = time.time()
+        self._is_dirty = self._is_handed_over = False
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def joined(cls, file: Path) -> Phases:
+        """The account of a process that has handed over its phase, for the process that works on it."""
+        found = read_report(file)
+        phases = cls(file if found else None)
+        if found is not None:
+            phases._report = found
+            phases._start()
+        return phases
+
+    @property
+    def began(self) -> float:
+        """When the process began."""
+        return self._report.began
+
+    def begin(self, name: str, *, total: int | None = None, unit: str = "") -> None:
+        """End the phase at work and all around it, and begin another."""
+        with self._lock:
+            self._close()
+            self._outer.clear()
+            self._open(Phase(name=name, began=time.time(), total=total, unit=unit))
+
+    @contextlib.contextmanager
+    def during(self, name: str, *, total: int | None = None, unit: str = "") -> Generator[None]:
+        """A phase inside the one at work, which goes on afterwards; its seconds are not counted twice."""
+        with self._lock:
+            outer = self._report.now
+            self._close()
+            if outer is not None:
+                self._outer.append(outer)
+            self._open(Phase(name=name, began=time.time(), total=total, unit=unit))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._close()
+                if self._outer:
+                    self._now(self._outer.pop())
+                self._write()
+
+    @contextlib.contextmanager
+    def handed_over(self, name: str) -> Generator[None]:
+        """A phase that another process works on: it writes into the file, and this one only speaks of what it reads there."""
+        with self.during(name, unit=ROWS):
+            self._is_handed_over = True
+            try:
+                yield
+            finally:
+                self._is_handed_over = False
+
+    def is_at(self, name: str) -> bool:
+        """Whether this is the phase at work."""
+        return self._report.now is not None and self._report.now.name == name
+
+    def advance(self, done: int, total: int | None = None, *, unit: str = ROWS) -> None:
+        """How far the phase at work is. Cheap; nothing happens where that phase counts something else."""
+        with self._lock:
+            now = self._report.now
+            if now is None or now.unit != unit:
+                return
+            self._report = replace(
+                self._report, now=replace(now, done=done, total=now.total if total is None else total)
+            )
+            self._is_dirty = True
+
+    def end(self) -> dict[str, float]:
+        """End the phase at work; the seconds of all phases."""
+        with self._lock:
+            self._close()
+            self._outer.clear()
+            self._write()
+        return self.seconds()
+
+    def seconds(self) -> dict[str, float]:
+        """Of every phase, the one at work included."""
+        now, known = self._report.now, dict(self._report.seconds)
+        if now is not None:
+            known[now.name] = known.get(now.name, 0.0) + time.time() - self._since
+        return {name: round(value, 2) for name, value in known.items()}
+
+    def spoken(self) -> None:
+        """The log has just heard something else, and can wait for the next sign of life."""
+        self._spoke = time.time()
+
+    def close(self) -> None:
+        """Stop the thread; the file stays."""
+        self.end()
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _open(self, phase: Phase) -> None:
+        is_new = phase.name not in self._report.seconds
+        self._now(phase)
+        self._report.seconds.setdefault(phase.name, 0.0)
+        self._write()
+        if self._say is not None and is_new:  # rollouts and saves come again and again; their own rows tell of them
+            self._say(phase.name)
+        self.spoken()
+        self._start()
+
+    def _now(self, phase: Phase | None) -> None:
+        self._report = replace(self._report, now=phase)
+        self._since = time.time()
+
+    def _close(self) -> None:
+        now, seconds = self._report.now, self._report.seconds
+        if now is not None:
+            seconds[now.name] = seconds.get(now.name, 0.0) + time.time() - self._since
+            self._now(None)
+
+    def _start(self) -> None:
+        if self._thread is None and (self._file is not None or self._say is not None):
+            self._thread = threading.Thread(target=self._tick, name="phases", daemon=True)
+            self._thread.start()
+
+    def _tick(self) -> None:
+        while not self._ended.wait(_TICK_SECONDS):
+            with self._lock:
+                if self._is_dirty and not self._is_handed_over:
+                    self._write()
+                now, time_now = self._report.now, time.time()
+                if self._say is None or now is None or not is_due(time_now - self._spoke, time_now - now.began):
+                    continue
+            if self._is_handed_over and self._file is not None:
+                found = read_report(self._file)
+                now = now if found is None or found.now is None else found.now
+            self._say(now.sentence(time_now))
+            self.spoken()
+
+    def _write(self) -> None:
+        """Replace the file. It is not synced and may fail: a display is no reason to slow or stop a job."""
+        self._is_dirty = False
+        if self._file is None:
+            return
+        temporary = self._file.with_name(f".{self._file.name}.tmp")
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(asdict(self._report)), encoding="utf-8")
+            temporary.replace(self._file)
