@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from orchestrator.config.alignment import PolicyStage, RewardSource
+from orchestrator.config.alignment import PolicyStage, RewardSource, RewardStage
 from orchestrator.config.base import JsonValue
 from orchestrator.config.classification import CLASSIFIER_KINDS, ClassifyStage, SelfTrainingStage
 from orchestrator.config.ends import EvaluateStage, InterpolateStage, MergeStage, ScoringStage, SoupStage
@@ -17,7 +17,9 @@ from orchestrator.config.stages import TrainingStage
 from orchestrator.identity import changed_content
 from orchestrator.ingredients import grows_rank, stages_beside
 from orchestrator.resume import settings_that_matter
+from orchestrator.rewards.extensions import CALLBACK, METRIC
 from orchestrator.rewards.load import problems_of
+from orchestrator.rewards.python_file import file_problems
 from orchestrator.rundir import RunFolder, read_json
 
 MODEL_PREFIX = "model:"
@@ -170,6 +172,21 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
             yield from _input_problems(config, f"{field}.source", wanted, before, ("reward",))
         elif not reward.source.startswith(MODEL_PREFIX):
             yield from (f"{field}: {problem}" for problem in problems_of(reward.source, reward.options))
+    if isinstance(stage, TrainingStage):
+        yield from _function_problems(name, stage)
+
+
+def _function_problems(name: str, stage: TrainingStage) -> Iterator[str]:
+    """What is wrong with the user's own metrics and callbacks; their files are parsed and not executed."""
+    metrics = stage.metrics.functions
+    for form, key, functions in ((METRIC, "metrics.functions", metrics), (CALLBACK, "callbacks", stage.callbacks)):
+        for number, function in enumerate(functions):
+            problems = file_problems(function.source, function.options, form)
+            yield from (f"stages.{name}.{key}.{number}: {problem}" for problem in problems)
+    if metrics and isinstance(stage, RewardStage):
+        yield f"stages.{name}.metrics.functions: a reward model answers nothing that they could measure; leave them out"
+    elif metrics and stage.data.eval.path == "none":
+        yield f"stages.{name}.metrics.functions: nothing is held out to measure; leave out stages.{name}.data.eval.path=none"
 
 
 def _blend_problems(config: RunConfig, name: str, before: tuple[str, ...]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from orchestrator.architecture import count_parameters
 from orchestrator.bases import Base, looks_like_folder
@@ -13,6 +13,7 @@ from orchestrator.config.alignment import PolicyStage, RewardSource
 from orchestrator.config.base import Section
 from orchestrator.config.data import DataConfig, SourceConfig
 from orchestrator.config.ends import EvaluateStage, MergeStage, ScoringStage, SoupStage
+from orchestrator.config.functions import FunctionSource
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps, tunings_of
 from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.sources import DEMONSTRATIONS
@@ -31,6 +32,7 @@ from orchestrator.schedule import learning_rate_factor, total_steps, warmup_step
 from orchestrator.zero import deepspeed_dict
 from orchestrator.zero_sizes import sized
 
+AnyFunction = TypeVar("AnyFunction", bound=FunctionSource)
 KEYWORDS = (*DEMONSTRATIONS, "auto", "none")
 
 
@@ -255,6 +257,10 @@ def _resolved_stage(stage: Stage, working_folder: Path) -> Stage:
         "chat_template": None if data.chat_template is None else str(_absolute(data.chat_template, working_folder)),
     }
     changes: dict[str, object] = {"data": DataConfig.model_copy(data, update=update)}
+    if isinstance(stage, TrainingStage):
+        functions = tuple(_resolved_function(function, working_folder) for function in stage.metrics.functions)
+        changes["metrics"] = stage.metrics.model_copy(update={"functions": functions})
+        changes["callbacks"] = tuple(_resolved_function(function, working_folder) for function in stage.callbacks)
     if isinstance(stage, PolicyStage | EvaluateStage):
         changes["rewards"] = tuple(_resolved_reward(reward, working_folder) for reward in stage.rewards)
     if isinstance(stage, ScoringStage):
@@ -272,13 +278,18 @@ def _resolved_stage(stage: Stage, working_folder: Path) -> Stage:
 
 def _resolved_reward(reward: RewardSource, working_folder: Path) -> RewardSource:
     """Files of functions and folders of models become absolute."""
-    source = reward.source
-    if source.startswith(MODEL_PREFIX):
-        source = MODEL_PREFIX + str(_absolute(source.removeprefix(MODEL_PREFIX), working_folder))
-    elif ".py:" in source:
-        file, _, function = source.rpartition(":")
-        source = f"{_absolute(file, working_folder)}:{function}"
-    return reward.model_copy(update={"source": source})
+    if not reward.source.startswith(MODEL_PREFIX):
+        return _resolved_function(reward, working_folder)
+    folder = _absolute(reward.source.removeprefix(MODEL_PREFIX), working_folder)
+    return reward.model_copy(update={"source": f"{MODEL_PREFIX}{folder}"})
+
+
+def _resolved_function(function: AnyFunction, working_folder: Path) -> AnyFunction:
+    """A user's file becomes absolute; the names of built-in functions stay."""
+    if ".py:" not in function.source:
+        return function
+    file, _, name = function.source.rpartition(":")
+    return function.model_copy(update={"source": f"{_absolute(file, working_folder)}:{name}"})
 
 
 def _resolved_source(source: SourceConfig, working_folder: Path) -> SourceConfig:

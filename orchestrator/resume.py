@@ -29,6 +29,8 @@ FREE_OF_A_STAGE = (
     "checkpoint",
     "faults",
     "ledger",
+    "metrics",
+    "callbacks",
     "log_every_steps",
     "evaluate_every_steps",
     "pause_at_step",
@@ -48,7 +50,10 @@ def _decisive(config: RunConfig) -> frozenset[str]:
     """Keys that are free but where early stopping judges by them, or the loss looks at the pairs of a micro-batch."""
     stages = training_stages(config)
     judged = {
-        f"stages.{name}.evaluate_every_steps" for name, stage in stages.items() if stage.early_stopping is not None
+        f"stages.{name}.{key}"
+        for name, stage in stages.items()
+        if stage.early_stopping is not None
+        for key in ("evaluate_every_steps", "metrics")
     }
     paired = {
         f"stages.{name}.batch.micro_size" for name, stage in stages.items() if isinstance(stage, SelfTrainingStage)

@@ -15,6 +15,7 @@ from orchestrator.config.base import (
     Section,
     Text,
 )
+from orchestrator.config.functions import FunctionSource
 from orchestrator.config.stages import TrainingStage
 
 
@@ -48,7 +49,7 @@ class DpoStage(TrainingStage):
     """Weight of bad rows in KTO."""
 
 
-class RewardSource(Section):
+class RewardSource(FunctionSource):
     """One reward of a policy stage."""
 
     source: Text
@@ -56,8 +57,6 @@ class RewardSource(Section):
     built-in function, or `FILE.py:function`."""
     weight: float
     """The rewards are added with these weights."""
-    options: dict[str, bool | int | float | str]
-    """Keyword arguments of a function."""
 
 
 class RolloutConfig(Section):

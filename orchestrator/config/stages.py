@@ -9,6 +9,7 @@ from pydantic import Field
 from orchestrator.config.adapters import Tuning
 from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section, Text
 from orchestrator.config.data import DataConfig
+from orchestrator.config.functions import FunctionSource, MetricsConfig
 
 
 class BatchConfig(Section):
@@ -124,6 +125,10 @@ class TrainingStage(Section):
     data: DataConfig
     ledger: bool
     """Write the rows of every step to samples/, so that `audit` can prove that each row was taken exactly once an epoch."""
+    metrics: MetricsConfig
+    """Functions of your own, measured at every evaluation."""
+    callbacks: tuple[FunctionSource, ...]
+    """`function(event, values, ...)`, called on the first rank with every event and row of metrics; it may return "stop"."""
     log_every_steps: PositiveInt
     evaluate_every_steps: PositiveInt | None
     """Steps between evaluations; null evaluates before the first and after the last step only."""

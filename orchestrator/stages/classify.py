@@ -21,6 +21,7 @@ def plan_course(session: Session) -> Course:
     return replace(
         supervised_course(session, objective),
         score=judge.score,
+        answers=judge.answers,
         proof=lambda: classifier_proof(session, objective),
         summary=judge.summary,
     )

@@ -11,6 +11,7 @@ from orchestrator.config.alignment import PolicyStage
 from orchestrator.errors import DataError
 from orchestrator.metrics.phases import COMPLETIONS, ROLLOUTS
 from orchestrator.training.context import Context
+from orchestrator.training.custom_metrics import greedy_answers
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.judging import score_held_out
 from orchestrator.training.objectives import prompt_objective
@@ -58,6 +59,7 @@ def plan_course(session: Session) -> Course:
         else None,
         proof=lambda: proof_of(session),
         begin=begin,
+        answers=None if session.held is None else greedy_answers(context, runtime, session.model, session.held),
     )
 
 

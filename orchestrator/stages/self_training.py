@@ -42,6 +42,7 @@ def plan_course(session: Session) -> Course:
     return replace(
         supervised_course(session, self_training_objective(runtime, stage, labels.of)),
         score=judge.score,
+        answers=judge.answers,
         probe=(lambda: evaluate(runtime, session.model, probe, session.rows, micro_size=micro_size, limit=count).loss)
         if count
         else None,

@@ -35,6 +35,16 @@ class Classes:
         """Numbers that the head gives."""
         return len(self.names) if self.problem != "regression" else 1
 
+    def in_words(self, logits_C: torch.Tensor) -> str:
+        """The predicted class; those over one half, joined by commas, where there may be several; the number of a regression."""
+        match self.problem:
+            case "single_label":
+                return self.names[int(logits_C.argmax())]
+            case "multi_label":
+                return ", ".join(name for name, logit in zip(self.names, logits_C.tolist(), strict=True) if logit > 0)
+            case "regression":
+                return f"{float(logits_C[0]):g}"
+
     def settings(self) -> dict[str, Any]:
         """What a model's config.json says of them, in transformers' words."""
         names = self.names or ("value",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.errors import DataError
+from orchestrator.rewards.builtin import Sample
 from orchestrator.training.class_losses import class_losses_D
 from orchestrator.training.class_metrics import multi_label_report, regression_report, single_label_report
 from orchestrator.training.classes import Classes, Targets, documents_of_batch, targets_of
 from orchestrator.training.classifier import document_answers
 from orchestrator.training.data.rows import Batch, PreparedRows
+from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
 from orchestrator.training.evaluation import Evaluation, evaluate
 from orchestrator.training.objectives import Objective, Rows
 from orchestrator.training.runtime import Runtime
@@ -154,6 +157,29 @@ class Judge:
         )
         loss, measures, self.report = judged(logits_DC, self._targets[held.digest], self._classes)
         return Evaluation(loss=loss, trained_tokens=0, rows=held.rows, measures=measures)
+
+    def answers(self) -> list[Sample]:
+        """The predicted classes of the first held-out rows as completions, for the user's own metrics; every rank calls it."""
+        held, context, runtime = self._session.held, self._session.context, self._session.runtime
+        assert held is not None, "metrics without held-out rows are refused by the rules"
+        count = min(context.stage.metrics.rows, held.rows)
+        micro_size = context.stage.batch.micro_size
+        logits_DC = all_logits_DC(
+            runtime, self._session.model, held, outputs=self._classes.outputs, micro_size=micro_size, limit=count
+        )
+        tokenizer = core_tokenizer(load_facts(context.base_folder).core)
+
+        def sample(index: int) -> Sample:
+            document = held.document_of(index)
+            return Sample(
+                prompt=tokenizer.decode(held.document_ids(document).tolist(), skip_special_tokens=True),
+                completion=self._classes.in_words(logits_DC[document]),
+                tokens=0,
+                is_finished=True,
+                row=json.loads(held.extra(held.unit_of(document)) or "{}"),
+            )
+
+        return [sample(index) for index in range(runtime.rank, count, runtime.world_size)]
 
     def summary(self) -> dict[str, Any]:
         """What result.json tells of the last judgement."""

@@ -15,11 +15,13 @@ from typing import Any
 from orchestrator.attempts import Attempt, State, write_attempt
 from orchestrator.config.run import RunConfig, Stage
 from orchestrator.config.sites import WandbTracking
+from orchestrator.config.stages import TrainingStage
 from orchestrator.metrics import wandb
 from orchestrator.metrics.console import line
 from orchestrator.metrics.jsonl import RecordFile
 from orchestrator.metrics.phases import TRACKING, Phases
 from orchestrator.rundir import StageFolder
+from orchestrator.training.callbacks import Callbacks
 from orchestrator.training.stop import StopRequest
 
 
@@ -82,8 +84,11 @@ class Record:
         self._wandb: wandb.WandbProcess | None = None
         self._lock = threading.Lock()
         self._unwritten: list[tuple[RecordFile, dict[str, Any]]] = []
+        self._callbacks: Callbacks | None = None
         if not self._is_main:
             return
+        if isinstance(context.stage, TrainingStage) and context.stage.callbacks:
+            self._callbacks = Callbacks(context.stage.callbacks, ask_to_stop=context.stop.ask, warn=warn)
         context.folder.root.mkdir(parents=True, exist_ok=True)
         self._metrics = RecordFile(context.folder.metrics)
         self._events = RecordFile(context.folder.events)
@@ -100,11 +105,16 @@ class Record:
             self._append(self._metrics, full)
             self._context.phases.spoken()
             _print(line(full, self.total_steps))
+            if self._callbacks is not None:
+                self._callbacks.call("step" if "loss" in row else "evaluation", full)
 
     def event(self, event: str, **facts: Any) -> None:
         """Appends to events.jsonl: start, train, save, stop, resume, skip, fault, trained, finish."""
         if self._is_main:
-            self._append(self._events, {"event": event, "attempt": self._context.attempt, "time": time.time(), **facts})
+            full = {"event": event, "attempt": self._context.attempt, "time": time.time(), **facts}
+            self._append(self._events, full)
+            if self._callbacks is not None:
+                self._callbacks.call(event, full)
 
     def _append(self, file: RecordFile, row: dict[str, Any]) -> None:
         """Keeps rows that a full disk refuses, and writes them before the next one: the record stops no training."""

@@ -10,12 +10,12 @@ import torch
 from orchestrator.config.ends import EvaluateStage
 from orchestrator.training.context import Context
 from orchestrator.training.data.rows import PreparedRows
-from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
 from orchestrator.training.evaluation import Evaluation
+from orchestrator.training.prompts import prompt_of
 from orchestrator.training.rollout import Request, end_ids_of, make_generate, seed_of
 from orchestrator.training.runtime import Runtime
-from orchestrator.training.sampling import Sampler, as_scored
-from orchestrator.training.scoring import Rewards
+from orchestrator.training.sampling import Sampler
+from orchestrator.training.scoring import Rewards, as_scored
 
 HELD_OUT_PROMPTS = 32
 
@@ -76,15 +76,3 @@ def generated_rewards(
         **means,
         "completion_tokens": statistics.fmean(float(one.sample.tokens) for one in scored),
     }
-
-
-def prompt_of(context: Context, rows: PreparedRows, index: int) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """(prompt ids, the row for rewards): of a set of prompts, or of a row with its answer, which is the reference then."""
-    if rows.meta.kind == "prompt":
-        prompt = rows.prompt(index)
-        return prompt.ids, prompt.extra
-    ids, trained = rows.document(rows.document_of(index))
-    first = int(trained.argmax())
-    tokenizer = core_tokenizer(load_facts(context.base_folder).core)
-    answer = tokenizer.decode(ids[first:].tolist(), skip_special_tokens=True).strip()
-    return tuple(ids[:first].tolist()), {"answer": answer}

@@ -13,8 +13,6 @@ from orchestrator.checkpoints import saved_steps
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.errors import TrainingFailed
 from orchestrator.metrics.jsonl import RecordFile
-from orchestrator.rewards.builtin import Sample
-from orchestrator.training.context import Context
 from orchestrator.training.data.rows import batch_of
 from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
 from orchestrator.training.losses import IGNORED
@@ -33,7 +31,7 @@ from orchestrator.training.policy_health import Health, health_of, judge
 from orchestrator.training.policy_losses import advantages_PG
 from orchestrator.training.reference_policy import UseReference
 from orchestrator.training.rollout import Completion, Generate, Request, seed_of
-from orchestrator.training.scoring import Rewards, Scored
+from orchestrator.training.scoring import Rewards, Scored, as_scored
 from orchestrator.training.session import Session
 
 SHOWN_SAMPLES = 4
@@ -174,19 +172,6 @@ class Sampler:
                     "advantage": one.advantage,
                 }
                 file.append(row)
-
-
-def as_scored(context: Context, request: Request, completion: Completion, row: Mapping[str, Any]) -> Scored:
-    """Ids and texts of a completion."""
-    tokenizer = core_tokenizer(load_facts(context.base_folder).core)
-    sample = Sample(
-        prompt=tokenizer.decode(list(request.prompt), skip_special_tokens=True),
-        completion=tokenizer.decode(list(completion.ids), skip_special_tokens=True),
-        tokens=len(completion.ids),
-        is_finished=completion.is_finished,
-        row=row,
-    )
-    return Scored(prompt_ids=request.prompt, completion_ids=completion.ids, sample=sample)
 
 
 def with_advantages(sequences: Sequence[Sampled], stage: PolicyStage) -> list[Sampled]:

@@ -19,9 +19,10 @@ from orchestrator.rewards.load import load_reward
 from orchestrator.training.artifact import open_artifact
 from orchestrator.training.context import Context
 from orchestrator.training.data.rows import batch_of
-from orchestrator.training.data.tokenizer import load_facts
+from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
 from orchestrator.training.model import DTYPES, load_scorer
 from orchestrator.training.objectives import document_scores
+from orchestrator.training.rollout import Completion, Request
 from orchestrator.training.runtime import Runtime
 
 
@@ -32,6 +33,19 @@ class Scored:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     sample: Sample
+
+
+def as_scored(context: Context, request: Request, completion: Completion, row: Mapping[str, Any]) -> Scored:
+    """Ids and texts of a completion."""
+    tokenizer = core_tokenizer(load_facts(context.base_folder).core)
+    sample = Sample(
+        prompt=tokenizer.decode(list(request.prompt), skip_special_tokens=True),
+        completion=tokenizer.decode(list(completion.ids), skip_special_tokens=True),
+        tokens=len(completion.ids),
+        is_finished=completion.is_finished,
+        row=row,
+    )
+    return Scored(prompt_ids=request.prompt, completion_ids=completion.ids, sample=sample)
 
 
 Score = Callable[[Sequence[Scored]], list[float]]

@@ -20,6 +20,7 @@ from orchestrator.training.autopsy import autopsy, ran_out_of_memory
 from orchestrator.training.batches import Batches
 from orchestrator.training.checkpoint import Checkpointer, Subject
 from orchestrator.training.context import Context, Record
+from orchestrator.training.custom_metrics import Answers, greedy_answers, with_metrics
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.early_stopping import judged, metric_of
 from orchestrator.training.evaluation import Evaluation, evaluate, values_of
@@ -71,6 +72,8 @@ class Course:
     proof: Callable[[], Evaluation]
     """What the re-opened artifact must score again."""
     begin: Callable[[int], Mapping[str, Any]] = lambda _step: {}
+    answers: Answers | None = None
+    """What the model answers to held-out rows, for the user's own metrics; None for stages that answer nothing."""
     summary: Callable[[], Mapping[str, Any]] = dict
     """What result.json tells beside the usual; rank 0 calls it after the last step."""
 
@@ -162,6 +165,8 @@ def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Ch
     context, runtime, record = session.context, session.runtime, session.record
     stage = context.stage
     course = plan_course(session)
+    if course.answers is not None:
+        course = replace(course, score=with_metrics(stage.metrics, runtime, course.score, course.answers))
     steps = total_steps(max_steps=stage.max_steps, epochs=stage.epochs, steps_per_epoch=course.order.steps_per_epoch)
     record.total_steps = steps
     job = Job(
@@ -215,6 +220,7 @@ def supervised_course(session: Session, objective: Objective) -> Course:
         score=lambda: None if held is None else score_on(held, None),
         probe=(lambda: score_on(rows, count).loss) if count else None,
         proof=lambda: proof_of(session),
+        answers=None if held is None else greedy_answers(context, session.runtime, session.model, held),
     )
 
 

@@ -23,8 +23,8 @@ from orchestrator.training.context import Context
 from orchestrator.training.data.rows import PreparedRows, batch_of
 from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
 from orchestrator.training.evaluation import evaluate
-from orchestrator.training.judging import prompt_of
 from orchestrator.training.objectives import prompt_objective, proof_objective
+from orchestrator.training.prompts import prompt_of
 from orchestrator.training.rollout import Request, end_ids_of, make_generate
 from orchestrator.training.runtime import Runtime
 

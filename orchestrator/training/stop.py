@@ -27,6 +27,10 @@ class StopRequest:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._reason = self._reason or signal.Signals(number).name
 
+    def ask(self, reason: str) -> None:
+        """Stop at the next step boundary, for a reason of this process itself; the first reason counts."""
+        self._reason = self._reason or reason
+
     def reason(self) -> str | None:
         """Why this rank wants to stop; None while it does not."""
         if self._reason is None and self._stop_file.exists():

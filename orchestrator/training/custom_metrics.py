@@ -1,0 +1,118 @@
+"""A user's own metrics of held-out answers, measured with every evaluation. Must not know stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.config.alignment import RolloutConfig
+from orchestrator.config.functions import MetricsConfig
+from orchestrator.errors import ConfigError
+from orchestrator.rewards.builtin import Sample
+from orchestrator.rewards.extensions import Metric, load_metric
+from orchestrator.training.context import Context
+from orchestrator.training.data.rows import PreparedRows
+from orchestrator.training.evaluation import Evaluation
+from orchestrator.training.prompts import prompt_of
+from orchestrator.training.rollout import Request, end_ids_of, make_generate
+from orchestrator.training.runtime import Runtime
+from orchestrator.training.scoring import as_scored
+
+Answers = Callable[[], list[Sample]]
+"""This rank's share of the held-out answers, rows rank, rank + ranks, ...; every rank calls it."""
+Score = Callable[[], Evaluation | None]
+
+
+def with_metrics(settings: MetricsConfig, runtime: Runtime, score: Score, answers: Answers) -> Score:
+    """`score`, with the user's metrics among its measures; `score` itself where there are none."""
+    if not settings.functions:
+        return score
+    functions = [load_metric(function.source, function.options) for function in settings.functions]
+
+    def scored() -> Evaluation | None:
+        found = score()
+        if found is None:
+            return None
+        measured = _measured(functions, _gathered(runtime, answers()), runtime)
+        clashes = sorted(measured.keys() & {*found.measures, "loss", "trained_tokens", "seconds"})
+        if clashes:
+            raise ConfigError(f"metrics: {', '.join(clashes)} is a column of the tool; give another name")
+        return replace(found, measures={**found.measures, **measured})
+
+    return scored
+
+
+def greedy_answers(context: Context, runtime: Runtime, model: torch.nn.Module, held: PreparedRows) -> Answers:
+    """Greedy completions of the prompts of held-out rows; `row["answer"]` is the row's own answer where it has one."""
+    settings = context.stage.metrics
+    rollout = RolloutConfig(
+        prompts=settings.rows,
+        group_size=1,
+        passes=1,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        generate_size=context.stage.batch.micro_size,
+        engine="batch",
+    )
+
+    def answers() -> list[Sample]:
+        ends = end_ids_of(runtime.accelerator.unwrap_model(model), context.base_folder)
+        generate = make_generate(runtime, model, end_ids=ends, pad_id=held.meta.pad_id)
+        mine = range(runtime.rank, min(settings.rows, held.rows), runtime.world_size)
+        asked = [prompt_of(context, held, index) for index in mine]
+        if not all(ids for ids, _ in asked):
+            raise ConfigError(
+                f"stages.{context.name}.metrics: held-out rows of plain text have no prompt to answer; leave out functions, "
+                "or give rows with prompts as data.eval.path"
+            )
+        requests = [Request(prompt=ids, seed=0) for ids, _ in asked]
+        completions = generate(requests, rollout)
+        return [
+            as_scored(context, request, completion, row).sample
+            for request, completion, (_, row) in zip(requests, completions, asked, strict=True)
+        ]
+
+    return answers
+
+
+def _gathered(runtime: Runtime, mine: Sequence[Sample]) -> list[Sample]:
+    """The samples of all ranks in the order of their rows, on every rank."""
+    if runtime.world_size == 1:
+        return list(mine)
+    parts: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(parts, [asdict(sample) for sample in mine])
+    longest = max(len(part) for part in parts)
+    return [Sample(**part[place]) for place in range(longest) for part in parts if place < len(part)]
+
+
+def _measured(functions: Sequence[Metric], samples: Sequence[Sample], runtime: Runtime) -> dict[str, float]:
+    """Rank 0 measures for all: a metric that draws random numbers must not let ranks disagree on early stopping."""
+    outcome: list[Any] = [None]
+    if runtime.is_main:
+        outcome[0] = _outcome(functions, samples)
+    if runtime.world_size > 1:
+        dist.broadcast_object_list(outcome)
+    # Raised on every rank: one that raised alone would leave the others waiting in the next collective.
+    if isinstance(outcome[0], ConfigError):
+        raise ConfigError(outcome[0].problems)
+    return outcome[0]
+
+
+def _outcome(functions: Sequence[Metric], samples: Sequence[Sample]) -> Mapping[str, float] | ConfigError:
+    measured: dict[str, float] = {}
+    try:
+        for function in functions:
+            columns = function(samples)
+            twice = sorted(columns.keys() & measured.keys())
+            if twice:
+                return ConfigError(f"metrics: {', '.join(twice)} is returned by two functions; give another name")
+            measured |= columns
+    except ConfigError as error:
+        return error
+    return measured
