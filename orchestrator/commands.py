@@ -173,7 +173,7 @@ def planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
     if problems:
         raise ConfigError(problems)
     config = sized(config, base.architecture)
-    return config, make_plan(config, base=base, data=data)
+    return config, make_plan(config, base=base, data=data, notes=composed.notes)
 
 
 def composed_words(words: Sequence[str], config_directory: Path | None) -> Composed:

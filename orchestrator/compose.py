@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from orchestrator.config.rules import parse_types, rule_problems
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.pipeline import pipeline_problems
+from orchestrator.recipes import Origins, fit, take_recipes
 from orchestrator.words import (
     CONF,
     Override,
@@ -43,6 +45,8 @@ class Composed:
     """Every problem of words, keys and rules."""
     autos: tuple[str, ...]
     """Keys whose value is to be chosen by the plan; the configuration holds the smallest one in their place."""
+    notes: tuple[str, ...]
+    """Every value of a preset that gave way to what was typed, or to the number of ranks."""
 
 
 def compose(overrides: Sequence[str], *, config_directory: Path | None = None) -> RunConfig:
@@ -76,6 +80,8 @@ def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -
         accepted = [word for word in values if word.text not in unknown]
         for word in accepted:
             _set(tree, word)
+        origins = _origins(choices, accepted, roots)
+        take_recipes(tree, origins)
         autos = take_autos(tree)
         plain: Any = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     try:
@@ -83,8 +89,9 @@ def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -
     except ConfigError as error:
         places = _places(choices, accepted, roots)
         raise ConfigError([*problems, *(_with_place(problem, places) for problem in error.problems)]) from None
+    config, notes = fit(config, origins)
     problems += rule_problems(config) + pipeline_problems(config)
-    return Composed(config=config, problems=problems, autos=autos)
+    return Composed(config=config, problems=problems, autos=autos, notes=notes)
 
 
 def take_autos(tree: DictConfig) -> tuple[str, ...]:
@@ -227,6 +234,12 @@ def _places(choices: Sequence[str], accepted: Sequence[Override], roots: Sequenc
         places["experiment"] = f"{file}:1"
     typed = {word.key for word in accepted}
     return {key: place for key, place in places.items() if not any(_related(key, word) for word in typed)}
+
+
+def _origins(choices: Sequence[str], accepted: Sequence[Override], roots: Sequence[Path]) -> Origins:
+    """Where values come from. Files are looked through only where a folder of the user's takes part: it costs a composition."""
+    find = None if len(roots) == 1 else cache(lambda: _places(choices, (), roots))
+    return Origins(typed=tuple(word.key for word in accepted), find_places=find)
 
 
 def _file_of(config_path: str, roots: Sequence[Path]) -> Path | None:

@@ -81,9 +81,15 @@ def shape_for(stage: TrainingStage, data: DataFacts) -> RowShape:
 
 
 def _guessed_steps(stage: TrainingStage, data: DataFacts) -> int | None:
-    """Steps from the size of the files, where packing decides; None where not even that is known."""
-    if not data.bytes or stage.epochs is None or stage.data.packing == "none":
+    """Steps from the size of the files, where packing decides; None where not even that is known, or `max_steps` says it."""
+    per_epoch = guessed_epoch_steps(stage, data)
+    if per_epoch is None or stage.max_steps is not None:
         return None
-    rows = guessed_packed_rows(data.bytes, stage.data.max_length)
-    per_epoch = steps_per_epoch(rows, stage.batch.global_size)
-    return total_steps(max_steps=stage.max_steps, epochs=stage.epochs, steps_per_epoch=per_epoch)
+    return total_steps(max_steps=None, epochs=stage.epochs, steps_per_epoch=per_epoch)
+
+
+def guessed_epoch_steps(stage: TrainingStage, data: DataFacts) -> int | None:
+    """Steps of an epoch of packed rows, from the size of the files; None where that is unknown too."""
+    if not data.bytes or stage.data.packing == "none":
+        return None
+    return steps_per_epoch(guessed_packed_rows(data.bytes, stage.data.max_length), stage.batch.global_size)

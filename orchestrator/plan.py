@@ -27,6 +27,7 @@ from orchestrator.estimate.states import trainable_parameters
 from orchestrator.forecasting import NOTHING, epoch_steps, forecast_fields, shape_for
 from orchestrator.kernels import kernel_fields
 from orchestrator.measured import Measured
+from orchestrator.passes import pass_warnings
 from orchestrator.pipeline import MODEL_PREFIX, STAGE_PREFIX, inputs_of, resolve_starts
 from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
 from orchestrator.zero import deepspeed_dict
@@ -110,6 +111,8 @@ class Plan(Section):
     processes_per_node: int
     stages: tuple[StagePlan, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """Every value of a preset that gave way to what was typed, or to the number of ranks. Frozen plans of older runs have none."""
 
 
 def resolve(config: RunConfig, working_folder: Path) -> RunConfig:
@@ -128,8 +131,8 @@ def resolve(config: RunConfig, working_folder: Path) -> RunConfig:
     )
 
 
-def make_plan(config: RunConfig, *, base: Base, data: Mapping[str, DataFacts]) -> Plan:
-    """The plan of a resolved configuration, from what is known of its base and data. Pure."""
+def make_plan(config: RunConfig, *, base: Base, data: Mapping[str, DataFacts], notes: Sequence[str] = ()) -> Plan:
+    """The plan of a resolved configuration, from what is known of its base and data; `notes` are of its composition. Pure."""
     config = sized(config, base.architecture)
     run_directory = run_directory_of(config)
     stages = tuple(_stage_plan(config, name, base, data[name], run_directory) for name in config.pipeline)
@@ -146,7 +149,8 @@ def make_plan(config: RunConfig, *, base: Base, data: Mapping[str, DataFacts]) -
         nodes=config.cluster.nodes,
         processes_per_node=config.cluster.processes_per_node,
         stages=stages,
-        warnings=tuple(_warnings(base, stages)),
+        warnings=(*_warnings(base, stages), *pass_warnings(config, data)),
+        notes=tuple(notes),
     )
 
 

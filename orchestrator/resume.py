@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from orchestrator.config.base import JsonValue
 from orchestrator.config.classification import SelfTrainingStage
-from orchestrator.config.run import RunConfig, training_stages
+from orchestrator.config.run import RunConfig, fitting_micro_size, training_stages
 from orchestrator.errors import ConfigError
 from orchestrator.rundir import flatten
 
@@ -127,11 +127,3 @@ def is_below(key: str, roots: frozenset[str]) -> bool:
     """Whether a dotted key is one of the roots or stands below one."""
     parts = key.split(".")
     return any(".".join(parts[:depth]) in roots for depth in range(1, len(parts) + 1))
-
-
-def fitting_micro_size(*, global_size: int, micro_size: int, world_size: int) -> int | None:
-    """The largest micro-batch up to `micro_size` that divides a rank's share of the global batch; None where nothing does."""
-    share, rest = divmod(global_size, world_size)
-    if rest:
-        return None
-    return next(size for size in range(min(micro_size, share), 0, -1) if share % size == 0)

@@ -9,13 +9,12 @@ from rich.table import Table
 from orchestrator.bases import Base
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.base import Section
-from orchestrator.config.run import RunConfig, training_stages
+from orchestrator.config.run import RunConfig, fitting_micro_size, training_stages
 from orchestrator.config.stages import TrainingStage
 from orchestrator.errors import ConfigError
 from orchestrator.estimate.cost import CostPlan
 from orchestrator.estimate.forecast import CheckpointPlan, TimePlan
 from orchestrator.plan import DataFacts, StagePlan, make_plan
-from orchestrator.resume import fitting_micro_size
 from orchestrator.time_table import duration_words, seconds_words
 
 KEY = "cluster.nodes="

@@ -12,11 +12,11 @@ ROUNDING = 1e-9
 
 
 def total_steps(*, max_steps: int | None, epochs: float | None, steps_per_epoch: int) -> int:
-    """Optimizer steps of a stage: the smaller of `max_steps` and `epochs`, the last epoch's part rounded up."""
-    by_epochs = math.ceil(epochs * steps_per_epoch) if epochs is not None else None
-    choices = [steps for steps in (max_steps, by_epochs) if steps is not None]
-    assert choices, "the configuration's rules ask for one of them"
-    return min(choices)
+    """Optimizer steps of a stage: `max_steps`, as in other trainers also where `epochs` are given; else the epochs' steps, rounded up."""
+    if max_steps is not None:
+        return max_steps
+    assert epochs is not None, "the configuration's rules ask for one of them"
+    return math.ceil(epochs * steps_per_epoch)
 
 
 def steps_per_epoch(rows: int, global_size: int) -> int:

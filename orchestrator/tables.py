@@ -34,6 +34,8 @@ GROUPS = {
 
 
 def warn_lines(plan: Plan) -> None:
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 

@@ -31,10 +31,12 @@ from orchestrator.config.run import (
     RESERVED_STAGE_NAMES,
     RunConfig,
     Stage,
+    fitting_micro_size,
     training_pipeline,
     training_stages,
     tunings_of,
 )
+from orchestrator.config.stages import TrainingStage
 from orchestrator.config.study import pause_problems, study_problems
 from orchestrator.errors import ConfigError
 
@@ -104,7 +106,7 @@ def _batch_problems(config: RunConfig) -> list[str]:
                 f"stages.{name}.batch: global_size {stage.batch.global_size} is not a multiple of micro_size x ranks = "
                 f"{stage.batch.micro_size} x ({config.cluster.nodes} nodes x {config.cluster.processes_per_node} "
                 f"processes) = {per_pass}; {stage.batch.global_size} / {per_pass} = "
-                f"{stage.batch.global_size / per_pass:.3g}; try stages.{name}.batch.global_size={allowed}"
+                f"{stage.batch.global_size / per_pass:.3g}; try {_smaller(name, stage, world)}stages.{name}.batch.global_size={allowed}"
             )
     problems += [
         f"stages.{name}.data.tokens_per_batch: a micro-batch is one batch of the budget; type stages.{name}.batch.micro_size=1"
@@ -112,6 +114,14 @@ def _batch_problems(config: RunConfig) -> list[str]:
         if stage.data.tokens_per_batch is not None and stage.batch.micro_size != 1
     ]
     return problems
+
+
+def _smaller(name: str, stage: TrainingStage, ranks: int) -> str:
+    """The way that keeps the global batch, and with it the result; empty where the ranks cannot share it at all."""
+    fitting = fitting_micro_size(
+        global_size=stage.batch.global_size, micro_size=stage.batch.micro_size, world_size=ranks
+    )
+    return "" if fitting is None else f"stages.{name}.batch.micro_size={fitting}, or "
 
 
 def _method_problems(config: RunConfig) -> list[str]:

@@ -163,3 +163,11 @@ def has_new_heads(config: RunConfig) -> bool:
 def accumulation_steps(config: RunConfig, stage: TrainingStage) -> int:
     """Micro-batches of one rank in one optimizer step; the rule `batch_problems` makes it exact."""
     return stage.batch.global_size // (stage.batch.micro_size * config.world_size)
+
+
+def fitting_micro_size(*, global_size: int, micro_size: int, world_size: int) -> int | None:
+    """The largest micro-batch up to `micro_size` that divides a rank's share of the global batch; None where nothing does."""
+    share, rest = divmod(global_size, world_size)
+    if rest:
+        return None
+    return next(size for size in range(min(micro_size, share), 0, -1) if share % size == 0)

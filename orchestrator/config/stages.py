@@ -16,9 +16,9 @@ class BatchConfig(Section):
     """How many sequences an optimizer step and a forward pass take."""
 
     global_size: PositiveInt
-    """Sequences (packed rows where packing is on) per optimizer step, over all ranks."""
+    """Sequences (packed rows where packing is on) per optimizer step, over all ranks. A preset's grows to what the ranks can share."""
     micro_size: PositiveInt
-    """Sequences of one forward pass on one rank."""
+    """Sequences of one forward pass on one rank. A preset's shrinks to what divides a rank's share of `global_size`."""
 
 
 class OptimizerConfig(Section):
@@ -112,9 +112,9 @@ class TrainingStage(Section):
     start_from: str | None
     """Earlier stage whose artifact is trained on; `auto` is the nearest one that makes a policy, null the base itself."""
     max_steps: PositiveInt | None
-    """Optimizer steps; null leaves it to `epochs`."""
+    """Optimizer steps, whatever `epochs` says; null leaves the length to `epochs`."""
     epochs: PositiveFloat | None
-    """Passes over the rows; null leaves it to `max_steps`. Where both are given, the smaller wins."""
+    """Passes over the rows. Typing one of the two takes the place of a preset's other; where both are typed, `max_steps` decides."""
     tuning: Tuning | None
     """Another tuning than the run's, for this stage alone; null is the run's. Only whole-model tunings (full, freeze) may differ."""
     batch: BatchConfig

@@ -12,8 +12,9 @@ import pytest
 
 from orchestrator import checkpoints
 from orchestrator.compose import compose
+from orchestrator.config.run import fitting_micro_size
 from orchestrator.errors import ConfigError
-from orchestrator.resume import elsewhere, fitting_micro_size, refuse_changes
+from orchestrator.resume import elsewhere, refuse_changes
 from orchestrator.rundir import MANIFEST, StageFolder
 
 RANKS = 2

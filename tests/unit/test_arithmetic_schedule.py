@@ -110,8 +110,9 @@ def test_a_level_opens_every_so_many_steps() -> None:
         (None, 0.5, 35, 18),
         (None, 2.0, 1, 2),
         (60, 3, 34, 60),
-        (600, 3, 34, 102),
-        (1, 0.01, 34, 1),
+        (600, 3, 34, 600),
+        (2, 0.01, 34, 2),
+        (None, 0.01, 34, 1),
     ],
 )
 def test_steps_of_a_stage(max_steps: int | None, epochs: float | None, per_epoch: int, expected: int) -> None:

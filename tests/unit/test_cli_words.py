@@ -80,9 +80,9 @@ SEVERAL_WORDS = {
         "7 / 4 = 1.75; try stages.sft.batch.global_size=4",
     ),
     "batch smaller than a pass": (
-        ("stages.sft.batch.global_size=3",),
+        ("stages.sft.batch.global_size=3", "stages.sft.batch.micro_size=4"),
         "stages.sft.batch: global_size 3 is not a multiple of micro_size x ranks = 4 x (1 nodes x 1 processes) = 4; "
-        "3 / 4 = 0.75; try stages.sft.batch.global_size=4",
+        "3 / 4 = 0.75; try stages.sft.batch.micro_size=3, or stages.sft.batch.global_size=4",
     ),
     "ZeRO++ under zero2": (
         ("sharding=zero2", "sharding.hpz_partition_size=1"),

@@ -1,0 +1,65 @@
+"""How often `max_steps` goes over a user's rows, in a sentence; must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from orchestrator.config.alignment import PolicyStage
+from orchestrator.config.run import RunConfig, training_pipeline
+from orchestrator.config.stages import TrainingStage
+from orchestrator.dataset.sources import DEMONSTRATIONS
+from orchestrator.forecasting import epoch_steps, guessed_epoch_steps
+from orchestrator.schedule import total_steps
+
+if TYPE_CHECKING:
+    from orchestrator.plan import DataFacts
+
+USUAL_EPOCHS = 3
+"""What is offered where rows are repeated too often; conf/stage/sft.yaml says the same."""
+MANY_PASSES = 5.0
+"""More passes than this over a user's rows are rarely meant: fine-tuning takes 1 to 5."""
+
+
+def pass_warnings(config: RunConfig, data: Mapping[str, DataFacts]) -> list[str]:
+    """A sentence for every stage whose `max_steps` sees only a part of the user's rows, or sees them very often."""
+    stages = training_pipeline(config)
+    return [
+        sentence
+        for name, stage in stages.items()
+        if name in data and (sentence := _sentence(name, stage, data[name])) is not None
+    ]
+
+
+def _sentence(name: str, stage: TrainingStage, data: DataFacts) -> str | None:
+    """The demonstration's own recipe knows its rows, and `epochs` need no explanation."""
+    exact = epoch_steps(stage, data)
+    per_epoch = exact or guessed_epoch_steps(stage, data)
+    is_ours = stage.data.train.path in DEMONSTRATIONS and not stage.data.mix
+    if stage.max_steps is None or per_epoch is None or is_ours:
+        return None
+    passes = stage.max_steps / per_epoch
+    is_short = stage.max_steps < per_epoch
+    if not is_short and passes <= MANY_PASSES:
+        return None
+    epochs = 1 if is_short else USUAL_EPOCHS
+    steps = total_steps(max_steps=None, epochs=epochs, steps_per_epoch=per_epoch)
+    about = "" if exact else "about "
+    over = _over(stage, data, about=about)
+    seen = (
+        f"sees {about}{passes:.2g} of a pass over {over}: most are never trained on"
+        if passes < 0.5
+        else f"ends before one pass over {over} ({about}{passes:.2f} of it)"
+        if is_short
+        else f"is {about}{passes:.3g} passes over {over}"
+    )
+    return (
+        f"stages.{name}.max_steps={stage.max_steps} {seen}; for {'a whole pass' if is_short else f'{epochs} passes'} type "
+        f"stages.{name}.epochs={epochs} in its place ({about}{steps:,} steps)"
+    )
+
+
+def _over(stage: TrainingStage, data: DataFacts, *, about: str) -> str:
+    what = "prompts" if isinstance(stage, PolicyStage) else "rows"
+    is_counted = data.train_rows is not None and not about and stage.data.packing == "none"
+    return f"the {data.train_rows:,} {what}" if is_counted else f"the {what}"
