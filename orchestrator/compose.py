@@ -81,13 +81,14 @@ def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -
         for word in accepted:
             _set(tree, word)
         origins = _origins(choices, accepted, roots)
-        take_recipes(tree, origins)
+        moved = take_recipes(tree, origins)
         autos = take_autos(tree)
         plain: Any = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     try:
         config = parse_types(plain)
     except ConfigError as error:
         places = _places(choices, accepted, roots)
+        places |= {key: places[own] for key, own in moved.items() if own in places}
         raise ConfigError([*problems, *(_with_place(problem, places) for problem in error.problems)]) from None
     config, notes = fit(config, origins)
     problems += rule_problems(config) + pipeline_problems(config)

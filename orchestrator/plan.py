@@ -27,8 +27,8 @@ from orchestrator.estimate.states import trainable_parameters
 from orchestrator.forecasting import NOTHING, epoch_steps, forecast_fields, shape_for
 from orchestrator.kernels import kernel_fields
 from orchestrator.measured import Measured
-from orchestrator.passes import pass_warnings
 from orchestrator.pipeline import MODEL_PREFIX, STAGE_PREFIX, inputs_of, resolve_starts
+from orchestrator.plan_warnings import plan_warnings
 from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
 from orchestrator.zero import deepspeed_dict
 from orchestrator.zero_sizes import sized
@@ -149,7 +149,7 @@ def make_plan(config: RunConfig, *, base: Base, data: Mapping[str, DataFacts], n
         nodes=config.cluster.nodes,
         processes_per_node=config.cluster.processes_per_node,
         stages=stages,
-        warnings=(*_warnings(base, stages), *pass_warnings(config, data)),
+        warnings=tuple(plan_warnings(config, base, stages, data)),
         notes=tuple(notes),
     )
 
@@ -229,27 +229,6 @@ def _memory_forecast(config: RunConfig, stage: Stage, base: Base) -> MemoryForec
     if base.architecture is None:
         return None
     return memory_forecast(base.architecture, config, stage, memory_gib=config.cluster.hardware.memory_gib)
-
-
-def _warnings(base: Base, stages: Sequence[StagePlan]) -> list[str]:
-    warnings: list[str] = []
-    if base.source == "package":
-        warnings.append(
-            f"the base comes from the package {base.place}: 4-bit weights, dequantised; not the hub's original"
-        )
-    for stage in stages:
-        memory = stage.memory
-        if memory is not None and memory.verdict in ("TIGHT", "NO"):
-            host = (
-                ""
-                if memory.node_memory_gib is None
-                else f", a node's host {memory.node_gib:.0f} of {memory.node_memory_gib:g}"
-            )
-            warnings.append(
-                f"stages.{stage.name}: {memory.verdict}: {memory.low:.1f} to {memory.high:.1f} GiB of {memory.memory_gib:g} in phase "
-                f"{memory.binding}{host}; `plan advise=true` with the same words tells what fits"
-            )
-    return warnings
 
 
 def _resolved_stage(stage: Stage, working_folder: Path) -> Stage:

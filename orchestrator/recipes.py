@@ -16,10 +16,7 @@ from orchestrator.config.classification import SelfTrainingStage
 from orchestrator.config.run import RunConfig, fitting_micro_size, training_pipeline
 from orchestrator.config.stages import BatchConfig, TrainingStage
 from orchestrator.dataset.sources import DEMONSTRATIONS
-from orchestrator.words import CONF
-
-RECIPE = "demonstration"
-"""Below a stage: the values that hold while the stage trains on the rows that ship with this tool."""
+from orchestrator.words import CONF, RECIPE
 
 
 class Origin(IntEnum):
@@ -49,15 +46,18 @@ class Origins:
         return Origin.PRESET if place is None or place.startswith(f"{CONF}/") else Origin.FILE
 
 
-def take_recipes(tree: DictConfig, origins: Origins) -> None:
+def take_recipes(tree: DictConfig, origins: Origins) -> dict[str, str]:
     """Removes every stage's recipe of the demonstration, and sets its values where the stage trains on that set alone.
+
+    Returns the keys that were set, with the key of the recipe that each value comes from.
 
     A recipe that makes 272 short rows stick in two minutes is wrong for rows of another number and length, so the stage itself
     says what holds for rows of a user's own.
     """
     stages = OmegaConf.select(tree, "stages", default=None)
+    moved: dict[str, str] = {}
     if not isinstance(stages, DictConfig):
-        return
+        return moved
     for name in map(str, stages):
         recipe = OmegaConf.select(tree, f"stages.{name}.{RECIPE}", default=None)
         if not isinstance(recipe, DictConfig):
@@ -71,6 +71,8 @@ def take_recipes(tree: DictConfig, origins: Origins) -> None:
             target, own = f"stages.{name}.{key}", f"stages.{name}.{RECIPE}.{key}"
             if origins.of(target) <= origins.of(own):
                 OmegaConf.update(tree, target, value, force_add=True)
+                moved[target] = own
+    return moved
 
 
 def fit(config: RunConfig, origins: Origins) -> tuple[RunConfig, tuple[str, ...]]:

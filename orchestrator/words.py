@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 """The wheel carries conf/ inside the package, where no other project's conf/ can replace it; a checkout has it at its top."""
 TOP_GROUPS = ("model", "tuning", "quantization", "sharding", "cluster", "launcher", "tracking", "study")
+RECIPE = "demonstration"
+"""Section of a stage in an experiment file: values for the rows that ship with this tool. No hint leads into it."""
 OPEN_MAPS = ("environment", "columns", "sets")
 """Maps whose keys the user chooses."""
 
@@ -111,7 +113,8 @@ def key_problems(word: Override, keys: Sequence[str]) -> list[str]:
 
 def _nearest_key(key: str, keys: Sequence[str]) -> str | None:
     """The key most like this one: first among those that end alike, then as a whole, then by a similar ending."""
-    last = {known: known.rpartition(".")[2] for known in sorted(keys)}
+    keys = [known for known in sorted(keys) if not any(part == RECIPE for part in known.split("."))]
+    last = {known: known.rpartition(".")[2] for known in keys}
     ending = key.rpartition(".")[2]
     alike = [known for known in last if last[known] == ending]
     guess = nearest(key, alike) or nearest(key, keys) or next(iter(alike), None)

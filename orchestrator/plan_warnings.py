@@ -1,10 +1,11 @@
-"""How often `max_steps` goes over a user's rows, in a sentence; must not import torch."""
+"""What a plan warns of: where the base comes from, memory, and how often the rows are seen; must not import torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from orchestrator.bases import Base
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.run import RunConfig, training_pipeline
 from orchestrator.config.stages import TrainingStage
@@ -13,7 +14,7 @@ from orchestrator.forecasting import epoch_steps, guessed_epoch_steps
 from orchestrator.schedule import total_steps
 
 if TYPE_CHECKING:
-    from orchestrator.plan import DataFacts
+    from orchestrator.plan import DataFacts, StagePlan
 
 USUAL_EPOCHS = 3
 """What is offered where rows are repeated too often; conf/stage/sft.yaml says the same."""
@@ -21,7 +22,35 @@ MANY_PASSES = 5.0
 """More passes than this over a user's rows are rarely meant: fine-tuning takes 1 to 5."""
 
 
-def pass_warnings(config: RunConfig, data: Mapping[str, DataFacts]) -> list[str]:
+def plan_warnings(
+    config: RunConfig, base: Base, stages: Sequence[StagePlan], data: Mapping[str, DataFacts]
+) -> list[str]:
+    """Every warning of a plan, in the order in which they are printed."""
+    return [*_warnings(base, stages), *_pass_warnings(config, data)]
+
+
+def _warnings(base: Base, stages: Sequence[StagePlan]) -> list[str]:
+    warnings: list[str] = []
+    if base.source == "package":
+        warnings.append(
+            f"the base comes from the package {base.place}: 4-bit weights, dequantised; not the hub's original"
+        )
+    for stage in stages:
+        memory = stage.memory
+        if memory is not None and memory.verdict in ("TIGHT", "NO"):
+            host = (
+                ""
+                if memory.node_memory_gib is None
+                else f", a node's host {memory.node_gib:.0f} of {memory.node_memory_gib:g}"
+            )
+            warnings.append(
+                f"stages.{stage.name}: {memory.verdict}: {memory.low:.1f} to {memory.high:.1f} GiB of {memory.memory_gib:g} in phase "
+                f"{memory.binding}{host}; `plan advise=true` with the same words tells what fits"
+            )
+    return warnings
+
+
+def _pass_warnings(config: RunConfig, data: Mapping[str, DataFacts]) -> list[str]:
     """A sentence for every stage whose `max_steps` sees only a part of the user's rows, or sees them very often."""
     stages = training_pipeline(config)
     return [
