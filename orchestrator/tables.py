@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from orchestrator.config.run import RunConfig
+from orchestrator.loading import loading_lines
 from orchestrator.metrics import phases as phase
 from orchestrator.plan import Plan
 from orchestrator.rundir import StageFolder, read_json
@@ -49,7 +51,7 @@ def print_result(folder: StageFolder, config: RunConfig, *, wall_seconds: float)
     for name, value in rows:
         print(f"{name:<17} {value}" if name else value)
     if is_trained:
-        print("\n".join(["load it with", *_loading(result)]))
+        print("\n".join(["load it with", *_loading(result, folder.artifact)]))
 
 
 def _trained_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -164,44 +166,10 @@ def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[str]:
     return [f"{AXES:<{left}} {head}", *rows]
 
 
-def _loading(result: dict[str, dict[str, str]]) -> list[str]:
+def _loading(result: dict[str, dict[str, str]], folder: Path) -> list[str]:
+    """Not indented: these lines are made to be pasted."""
     artifact, base = result["artifact"], result["base"]
-    if artifact["kind"].startswith("reward_"):
-        return [
-            "  from transformers import AutoModelForSequenceClassification as Scorer",
-            *(["  from peft import PeftModel"] if artifact["kind"] == "reward_adapter" else []),
-            f"  model = Scorer.from_pretrained({base['folder'] if artifact['kind'] == 'reward_adapter' else artifact['path']!r}, num_labels=1)",
-            *(
-                [f"  model = PeftModel.from_pretrained(model, {artifact['path']!r})"]
-                if artifact["kind"] == "reward_adapter"
-                else []
-            ),
-        ]
-    if artifact["kind"].startswith("classifier_"):
-        return _loading_classifier(artifact, base)
-    if artifact["kind"] == "model":
-        return [
-            "  from transformers import AutoModelForCausalLM",
-            f"  model = AutoModelForCausalLM.from_pretrained({artifact['path']!r})",
-        ]
-    return [
-        "  from peft import PeftModel",
-        "  from transformers import AutoModelForCausalLM",
-        f"  base = AutoModelForCausalLM.from_pretrained({base['folder']!r})",
-        f"  model = PeftModel.from_pretrained(base, {artifact['path']!r})",
-    ]
-
-
-def _loading_classifier(artifact: dict[str, str], base: dict[str, str]) -> list[str]:
-    start = "  from transformers import AutoModelForSequenceClassification as Classifier"
-    if artifact["kind"] == "classifier_model":
-        return [start, f"  model = Classifier.from_pretrained({artifact['path']!r})"]
-    return [
-        start.replace("import", "import AutoConfig,"),
-        "  from peft import PeftModel",
-        f"  config = AutoConfig.from_pretrained({artifact['path']!r})",
-        f"  model = PeftModel.from_pretrained(Classifier.from_pretrained({base['folder']!r}, config=config), {artifact['path']!r})",
-    ]
+    return loading_lines(str(folder), kind=artifact["kind"], base=base["folder"], folder=folder)
 
 
 def _number(value: float | None) -> str:

@@ -44,7 +44,7 @@ def run(context: Context) -> int:
         if name != context.name and run_folder.stage(name).result.exists()
     }
     told = [asdict(way) for way in ways]
-    card = write_card(context.config, results, ways=told, price_per_hour=stage.price_per_hour)
+    card = write_card(context.config, results, ways=told, price_per_hour=stage.price_per_hour, folder=start.folder)
     facts = {"run": context.config.name, "stage": context.name, "kind": "merge", "base": context.config.model.base}
     context.phases.begin(phase.WRITING)
     write_merged(model, context.folder.artifact, source=source, card=card, facts=facts)

@@ -16,18 +16,24 @@ from transformers import PreTrainedModel
 from orchestrator.bases import TOKENIZER_FILES
 from orchestrator.config.adapters import LoreftTuning
 from orchestrator.config.classification import CLASSIFIER_KINDS
+from orchestrator.config.data import DataConfig
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.rundir import publish, write_manifest
 from orchestrator.training.adapters import save_adapter, saved_shapes
 from orchestrator.training.causal import attach_adapted_head, attach_head
+from orchestrator.training.data.encode import template_source
+from orchestrator.training.data.tokenizer import load_facts
 from orchestrator.training.model import DTYPES, attention_of, load_model, load_scorer
 from orchestrator.training.reft import attach_reft, load_reft, read_settings, save_reft
 from orchestrator.training.tuning import load_adapter
 
 FROM_ZERO = ("lora_B", "lora_E", "vera_lambda_b", "oft_R")
 """Adapter tensors that are all zero before the first step."""
+CARD = "README.md"
+CHAT_FORMATS = ("alpaca", "messages", "sharegpt")
+"""Formats whose rows are rendered with a chat template, the tool's own where the tokenizer has none."""
 COMPANIONS = (
     *TOKENIZER_FILES,
     "tokenizer_config.json",
@@ -70,10 +76,21 @@ def write_artifact(
     for name in COMPANIONS:
         if (base_folder / name).is_file() and not (temporary / name).exists():
             shutil.copyfile(base_folder / name, temporary / name)
+    _write_template(temporary, config.stages[str(facts["stage"])].data, base_folder, data_format=str(facts["format"]))
+    # PEFT leaves an empty form here; the card is written once there is a proof to report, and is no part of the manifest.
+    (temporary / CARD).unlink(missing_ok=True)
     for file in temporary.iterdir():
         file.chmod(0o644)  # safetensors makes files that nobody else may read
     write_manifest(temporary, facts)
     publish(temporary, folder)
+
+
+def _write_template(folder: Path, data: DataConfig, base_folder: Path, *, data_format: str) -> None:
+    """The chat template that the rows were rendered with, where it is not the tokenizer's own: prompts need the same one."""
+    facts = load_facts(base_folder)
+    if data.chat_template is None and (facts.chat_template is not None or data_format not in CHAT_FORMATS):
+        return
+    (folder / "chat_template.jinja").write_text(template_source(facts, data), encoding="utf-8")
 
 
 def _write_classes(adapted: Any, folder: Path) -> None:

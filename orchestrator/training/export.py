@@ -48,7 +48,7 @@ def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_k
         for name in config.pipeline[: config.pipeline.index(stage) + 1]
         if run.stage(name).result.exists()
     }
-    card = write_card(config, results, ways=[asdict(way) for way in ways], price_per_hour=None)
+    card = write_card(config, results, ways=[asdict(way) for way in ways], price_per_hour=None, folder=artifact.path)
     facts = {"run": config.name, "stage": stage, "kind": "export", "base": config.model.base}
     write_merged(model, target, source=source, card=card, facts=facts)
     del model

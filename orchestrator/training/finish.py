@@ -15,13 +15,15 @@ import torch
 
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS, FreezeTuning, LoraTuning
 from orchestrator.config.run import makes_classifier
+from orchestrator.dataset.meta import read_meta
 from orchestrator.errors import EXIT_DONE, CheckpointError
 from orchestrator.goodput import time_spent
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import MANIFEST, file_digest, read_json, write_json
+from orchestrator.rundir import MANIFEST, file_digest, read_json, write_json, write_text
 from orchestrator.training.adapters import plain_lora
-from orchestrator.training.artifact import adapter_names, check_tensors, round_as_saved, write_artifact
+from orchestrator.training.artifact import CARD, adapter_names, check_tensors, round_as_saved, write_artifact
+from orchestrator.training.card import artifact_card
 from orchestrator.training.context import Context, Record
 from orchestrator.training.evaluation import Evaluation
 from orchestrator.training.gather import gather_frozen, gather_trainable
@@ -89,6 +91,7 @@ def _write(session: Session, weights: Mapping[str, torch.Tensor], *, step: int) 
         "tuning": context.config.tuning.method,
         "base": context.config.model.base,
         "data": session.rows.digest,
+        "format": session.rows.meta.format,
     }
     write_artifact(
         module, weights, context.folder.artifact, base_folder=context.base_folder, config=context.config, facts=facts
@@ -163,6 +166,7 @@ def finish_scoring(context: Context, record: Record, summary: dict[str, Any], *,
     }
     context.phases.end()
     record.event("finish", step=0)
+    _write_card(context, result)
     record.close_attempt("finished", "the artifact was proven", exit_code=EXIT_DONE)
     write_json(context.folder.result, result)
     record.say(json.dumps(result, indent=2, ensure_ascii=False))
@@ -181,6 +185,22 @@ def artifact_kind(context: Context) -> str:
     if makes_classifier(context.config, context.name):
         return f"classifier_{what}"
     return f"reward_{what}" if context.stage.kind == "reward" else what
+
+
+def _write_card(context: Context, result: Mapping[str, Any]) -> None:
+    """The artifact's README.md; a merged folder has a card of its own, and a report is no model."""
+    if result["artifact"]["kind"] in ("merged", "report"):
+        return
+    held_out = context.evaluation_data
+    card = artifact_card(
+        context.config,
+        context.name,
+        result,
+        folder=context.folder.artifact,
+        train=read_meta(context.train_data),
+        held_out=None if held_out is None else read_meta(held_out),
+    )
+    write_text(context.folder.artifact / CARD, card)
 
 
 def _recorded_first_loss(context: Context) -> float | None:
@@ -227,6 +247,7 @@ def _report(context: Context, record: Record, summary: dict[str, Any]) -> None:
         "proof": {"loss": proof["loss"], "reopened_loss": proof["reopened_loss"], "rows": proof["rows"]},
         "wandb": told,
     }
+    _write_card(context, result)
     record.close_attempt("finished", "the artifact was proven", exit_code=EXIT_DONE)
     write_json(context.folder.result, result)
     record.say(json.dumps(result, indent=2, ensure_ascii=False))

@@ -12,6 +12,7 @@ import torch
 from orchestrator.config.ends import ScoringStage
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import makes_classifier
+from orchestrator.dataset.meta import read_meta
 from orchestrator.metrics import phases as phase
 from orchestrator.rundir import write_json
 from orchestrator.training.artifact import adapter_names, check_tensors, write_artifact
@@ -69,6 +70,7 @@ def _write(context: Context, model: torch.nn.Module, used: Sequence[Share], reco
         "kind": context.stage.kind,
         "tuning": config.tuning.method,
         "base": config.model.base,
+        "format": read_meta(context.train_data).format,
         "blend": {share.ingredient.stage: share.weight for share in used},
     }
     write_artifact(model, weights, context.folder.artifact, base_folder=context.base_folder, config=config, facts=facts)

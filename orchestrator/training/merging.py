@@ -81,8 +81,12 @@ def write_merged(model: Any, folder: Path, *, source: Source, card: str, facts: 
     model.config.use_cache = True
     model.save_pretrained(temporary)
     for name in (*COMPANIONS, *TOKENIZER_FILES):
-        if (source.base_folder / name).is_file() and not (temporary / name).exists():
-            shutil.copyfile(source.base_folder / name, temporary / name)
+        # The artifact's own files first: its chat template is the one that training used.
+        found = next(
+            (folder / name for folder in (source.artifact, source.base_folder) if (folder / name).is_file()), None
+        )
+        if found is not None and not (temporary / name).exists():
+            shutil.copyfile(found, temporary / name)
     problems = fit_problems(temporary, model)
     if problems:
         shutil.rmtree(temporary, ignore_errors=True)

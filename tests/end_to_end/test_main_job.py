@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from asking import files_of
+from loading import check_scripts
 from peft import PeftModel
 from running import Bench, Done
 from safetensors.torch import load_file
@@ -89,6 +90,10 @@ def test_peft_loads_the_adapter_and_it_changes_the_model(bench: Bench, done: Don
     assert bool(torch.isfinite(after_BTV).all()) and not torch.allclose(before_BTV, after_BTV, atol=1e-4)
 
 
+def test_the_printed_and_the_carded_script_load_it(done: Done) -> None:
+    check_scripts(done.sft, done.out)
+
+
 def test_wandb_wrote_one_offline_run(done: Done) -> None:
     (file,) = done.sft.wandb.rglob("*.wandb")
     assert file.parent.name.startswith("offline-run-") and file.stat().st_size > 1000
@@ -139,5 +144,7 @@ def test_the_configuration_in_the_folder_is_whole_and_absolute(bench: Bench, don
 def test_a_whole_model_is_scored_as_it_is_saved(bench: Bench) -> None:
     """Masters are fp32 and the file is bfloat16: what is rounded by the save is rounded before the last score."""
     words = ("tuning=full", "model.dtype=bfloat16", "launcher=local", "stages.sft.optimizer.lr=1e-2")
-    proof = bench.run("rounded", *words).result()["proof"]
+    ended = bench.run("rounded", *words)
+    proof = ended.result()["proof"]
     assert proof["reopened_loss"] == pytest.approx(proof["loss"], abs=2e-6)
+    check_scripts(ended.sft, ended.out)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from aligning import pipeline_words, write_sets
+from loading import carded_script, pasted
 from running import Bench, Done
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -84,6 +85,7 @@ def test_the_merged_model_is_the_trained_one_and_stands_alone(pipeline: Done, be
     card = (folder / "README.md").read_text()
     assert "base_model:" in card and "| sft | sft | 4 |" in card and "device hours" in card and "KL" in card
     assert read_json(pipeline.folder.stage("merge").result)["kl"] < 1e-6
+    assert pasted(carded_script(folder), folder=folder).strip()
 
 
 def is_in_its_middle(files: StageFolder) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import pytest
 from aligning import words_of, write_sets
+from loading import check_scripts
 from running import Bench, Done, make_bench
 from safetensors.torch import load_file
 
@@ -104,6 +105,7 @@ def test_a_reward_model_is_reported_and_loads_by_the_printed_words(bench: Bench)
     saved = load_file(f"{result['artifact']['path']}/adapter_model.safetensors")
     head = next(value for name, value in saved.items() if name.endswith("score.weight"))
     assert (scorer.base_model.model.score.modules_to_save["default"].weight == head).all()
+    check_scripts(done.folder.stage("reward"), done.out)
 
 
 def test_killed_between_two_steps_of_a_rollout_it_ends_as_if_nothing_had_happened(bench: Bench) -> None:

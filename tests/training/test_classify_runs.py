@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from classifying import colours, words_of, write_encoder, write_labelled, write_sets
+from loading import check_scripts
 from running import Bench, Done, make_bench
 
 from orchestrator.metrics.jsonl import read_rows
@@ -78,6 +79,7 @@ def test_weak_supervision_end_to_end(bench: Bench, weak: Done) -> None:
     assert {int(str(row["step"])) for row in told} >= {0, 4, 8, 12} and "eval_f1_macro" in told[0]
     assert read_json(weak.folder.stage("classify").prepared)["train"]
     assert "true              blue" in weak.out and "f1_macro" in weak.out
+    check_scripts(weak.folder.stage("self_training"), weak.out)
 
 
 def test_generate_names_the_classes_and_export_refuses(bench: Bench, weak: Done) -> None:
@@ -132,6 +134,7 @@ def test_an_adapter_on_an_encoder_is_opened_by_the_words_that_are_printed(bench:
     assert float((said == wanted).float().mean()) == pytest.approx(
         result["classification"]["held_out"]["accuracy_of_labels"]
     )
+    check_scripts(stage, done.out)
 
 
 def test_a_number_is_predicted_from_a_base_in_4_bits(bench: Bench) -> None:
