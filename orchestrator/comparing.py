@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.errors import RunFolderError
 from orchestrator.goodput import TimeSpent, time_spent
@@ -14,6 +16,8 @@ from orchestrator.measured import Measured, read_measured
 from orchestrator.rundir import RunFolder, read_json
 from orchestrator.time_table import duration_words, seconds_words
 
+MOST_TIMES = 4
+"""Stages whose time is accounted for in `status`; of more, ask for one run."""
 SHOWN_PARTS = (
     "training", "rollout", "startup", "evaluation", "saving", "replayed", "proof", "gaps", "other",
 )  # fmt: skip
@@ -37,26 +41,31 @@ def comparisons(runs: Sequence[RunFolder]) -> list[Comparison]:
     return [found for run in runs for found in _of_run(run)]
 
 
-def comparison_table(found: Sequence[Comparison]) -> Table:
-    """Planned / real for a person."""
-    table = Table(box=None, pad_edge=False, title="plan / real", title_justify="left", title_style="bold")
-    for name in ("run", "stage", "tokens/s", "step", "memory GiB", "of the peak", "goodput", "time went to"):
-        table.add_column(name, no_wrap=name != "time went to")
+def measurement_view(found: Sequence[Comparison]) -> RenderableType:
+    """What was measured, with the plan's forecast in brackets where there is one, and where the time went."""
+    table = Table(box=None, pad_edge=False, title="measured (and planned)", title_justify="left", title_style="bold")
+    for name in ("run", "stage", "tokens/s", "a step", "memory, GiB", "of the peak FLOP/s"):
+        if name != "of the peak FLOP/s" or any(one.measured.executed_mfu is not None for one in found):
+            table.add_column(name, overflow="fold")
     for one in found:
         real = one.measured
-        mfu = "" if real.executed_mfu is None else f"{real.executed_mfu:.1%}"
-        table.add_row(
+        cells = [
             one.run,
             one.stage,
-            f"{_planned(one.planned_tokens_per_second, ',.0f')} / {real.tokens_per_second:,.0f}",
-            f"{'?' if one.planned_step_seconds is None else seconds_words(one.planned_step_seconds)} / "
-            f"{seconds_words(real.step_seconds)}",
-            f"{_planned(one.planned_memory_gib, '.2f')} / {real.peak_memory_gib:.2f}",
-            mfu,
-            "" if one.spent is None else f"{one.spent.goodput:.1%}",
-            "" if one.spent is None else spent_words(one.spent),
-        )
-    return table
+            _with_plan(f"{real.tokens_per_second:,.0f}", one.planned_tokens_per_second, lambda plan: f"{plan:,.0f}"),
+            _with_plan(seconds_words(real.step_seconds), one.planned_step_seconds, seconds_words),
+            _with_plan(f"{real.peak_memory_gib:.2f}", one.planned_memory_gib, lambda plan: f"{plan:.2f}"),
+        ]
+        if len(table.columns) > len(cells):
+            cells.append("" if real.executed_mfu is None else f"{real.executed_mfu:.1%}")
+        table.add_row(*map(Text, cells))
+    times = [Text(f"time of {one.run} {one.stage}: {spent_words(one.spent)}") for one in found if one.spent is not None]
+    times = times if len(found) <= MOST_TIMES else []
+    return Group(table, *times)
+
+
+def _with_plan(measured: str, planned: float | None, words: Callable[[float], str]) -> str:
+    return measured if planned is None else f"{measured} ({words(planned)})"
 
 
 def spent_words(spent: TimeSpent) -> str:
@@ -92,7 +101,3 @@ def _of_stage(run: RunFolder, planned: dict[str, Any]) -> Comparison | None:
         planned_memory_gib=memory.get("expected"),
         spent=time_spent(folder),
     )
-
-
-def _planned(value: float | None, form: str) -> str:
-    return "?" if value is None else format(value, form)

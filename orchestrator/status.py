@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-
-from rich.table import Table
 
 from orchestrator.attempts import Attempt, read_attempts
 from orchestrator.freezing import read_config
@@ -26,6 +24,8 @@ class StageStatus:
     """One stage as its files and Slurm tell it."""
 
     run: str
+    folder: Path
+    """Of the run."""
     stage: str
     state: str
     """finished, stopped, failed, running, waiting, not started, lost, unknown."""
@@ -38,6 +38,8 @@ class StageStatus:
     eta_seconds: float | None
     attempts: int
     job: str | None
+    newest: Mapping[str, object]
+    """The newest value of every column of metrics.jsonl."""
 
 
 def stage_statuses(folders: Sequence[RunFolder]) -> list[StageStatus]:
@@ -67,34 +69,6 @@ def find_runs(folder: Path) -> list[RunFolder]:
     return [RunFolder(file.parent) for file in sorted(folder.glob("*/run.json"))]
 
 
-def table_of(statuses: Iterable[StageStatus]) -> Table:
-    """The statuses for a person."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("run", "stage", "state", "step", "loss", "eval", "tokens/s", "ETA", "attempts", "job"):
-        table.add_column(
-            name, no_wrap=name != "state", justify="right" if name in ("loss", "eval", "tokens/s") else "left"
-        )
-    for status in statuses:
-        table.add_row(*_cells(status))
-    return table
-
-
-def _cells(status: StageStatus) -> list[str]:
-    state = status.state if not status.why else f"{status.state}: {status.why}"
-    return [
-        status.run,
-        status.stage,
-        state,
-        f"{status.step}/{status.steps}" if status.steps is not None else str(status.step),
-        _number(status.loss, ".4f"),
-        _number(status.eval_loss, ".4f"),
-        _number(status.tokens_per_second, ",.0f"),
-        "" if status.eta_seconds is None or status.state != "running" else duration(status.eta_seconds),
-        str(status.attempts),
-        status.job or "",
-    ]
-
-
 def _status(run: RunFolder, name: str, files: StageFolder, facts: JobFacts | None) -> StageStatus:
     rows = last_attempt_rows(read_rows(files.metrics))
     seen = Progressed()
@@ -105,6 +79,7 @@ def _status(run: RunFolder, name: str, files: StageFolder, facts: JobFacts | Non
     state, why = _state(files, attempts, rows, facts)
     return StageStatus(
         run=run.root.name,
+        folder=run.root,
         stage=name,
         state=state,
         why=why,
@@ -116,6 +91,7 @@ def _status(run: RunFolder, name: str, files: StageFolder, facts: JobFacts | Non
         eta_seconds=None if steps is None else seen.eta_seconds(steps),
         attempts=len(attempts),
         job=None if facts is None else facts.job_id,
+        newest={key: value for row in rows for key, value in row.items()},
     )
 
 
@@ -159,7 +135,3 @@ def _total_steps(files: StageFolder) -> int | None:
 
 def _facts_of(jobs: Sequence[str], facts: Mapping[str, JobFacts]) -> JobFacts | None:
     return facts[jobs[0]] if jobs else None
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

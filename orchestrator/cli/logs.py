@@ -12,11 +12,20 @@ def configure(parser: VerbParser) -> None:
     add_run_folder(parser)
     add_stage(parser, "log of this stage; all of them otherwise")
     parser.add_argument("--node", type=whole_number(0), metavar="N", help="log of this node, from 0")
+    parser.add_argument(
+        "-n",
+        "--lines",
+        type=whole_number(0),
+        metavar="N",
+        help="last lines of each log; 0 shows all, 40 are the default",
+    )
     parser.add_argument("-f", "--follow", action="store_true", help="go on with what is added, until the run ends")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.control import show_logs
+    from orchestrator.log_view import show_logs
 
     run_folder = run_folder_of(arguments)
-    return show_logs(run_folder, stage=arguments.stage, node=arguments.node, follow=arguments.follow)
+    return show_logs(
+        run_folder, stage=arguments.stage, node=arguments.node, lines=arguments.lines, follow=arguments.follow
+    )

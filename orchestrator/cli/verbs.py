@@ -112,13 +112,27 @@ _TABLE = (
         name="status",
         group=FOLDER,
         summary="the state of a run, or of every run in a folder",
-        examples=("status runs/llama_lora", "status runs", "status runs/llama_lora --watch"),
+        examples=(
+            "status runs/llama_lora",
+            "status runs --show lr,optimizer.lr,memory",
+            "status runs/llama_lora --watch",
+        ),
     ),
     Verb(
         name="logs",
         group=FOLDER,
-        summary="the last lines of its newest log",
-        examples=("logs runs/llama_lora", "logs runs/llama_lora -f", "logs runs/llama_rlhf --stage dpo --node 1"),
+        summary="the last lines of its newest logs: steps, evaluations, warnings",
+        examples=(
+            "logs runs/llama_lora -n 100",
+            "logs runs/llama_lora -f",
+            "logs runs/llama_rlhf --stage grpo --node 1",
+        ),
+    ),
+    Verb(
+        name="compare",
+        group=FOLDER,
+        summary="runs side by side: keys that differ, losses, speed, memory, cost",
+        examples=("compare runs/a runs/b", "compare runs", "compare runs/a runs/b ../old/runs/c format=json"),
     ),
     Verb(
         name="cancel",

@@ -14,6 +14,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.meta import Meta
 from orchestrator.loading import loading_lines
+from orchestrator.time_table import seconds_words
 
 TRAINED_BY = {
     "sft": "supervised fine-tuning",
@@ -64,7 +65,7 @@ def artifact_card(
                 "rows": _rows_sentence(train, held_out),
                 "steps": result.get("steps"),
                 "trained tokens": result.get("trained_tokens"),
-                "hours": f"{float(result.get('seconds') or 0.0) / 3600:.2f}",
+                "time": seconds_words(float(result.get("seconds") or 0.0)),
             }
         ),
         "",

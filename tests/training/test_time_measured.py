@@ -71,7 +71,7 @@ def test_the_next_plan_uses_it_and_status_shows_plan_beside_real(done: Done, ben
     assert stage["time"]["basis"].startswith("measured by run first: ") and measured is not None
     assert stage["time"]["tokens_per_second"] == pytest.approx(measured.tokens_per_second, rel=0.1)
     shown = bench.run("first", verb="status", words=[str(done.folder.root)])
-    assert "plan / real" in shown.out and f"/ {measured.tokens_per_second:,.0f}" in shown.out
+    assert "measured (and planned)" in shown.out and f" {measured.tokens_per_second:,.0f} " in shown.out
     unlike = bench.run("third", *LENGTH, *ON_CPU, "tuning=full", "format=json", verb="plan")
     assert json.loads(unlike.out)["stages"][0]["time"]["basis"].startswith("cpu: 35%")
 
