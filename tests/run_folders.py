@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ DIGESTS = {"base": "b1", "tokenizer": "t1", "template": "c1", "code": "1", "data
 
 def write_run(root: Path, name: str, *words: str) -> RunFolder:
     """A run of one sft stage that has not begun."""
-    config = compose(["+experiment=llama_lora", f"name={name}", f"output_dir={root}", "tracking=none", *words])
     folder = RunFolder(root / name)
-    write_json(folder.run, {"orchestrator": "0", "config": config.model_dump(mode="json")})
+    config = _composed(words) | {"name": name, "output_dir": str(root)}
+    write_json(folder.run, {"orchestrator": "0", "config": config})
     return folder
+
+
+@cache
+def _composed(words: tuple[str, ...]) -> dict[str, Any]:
+    return compose(["+experiment=llama_lora", "tracking=none", *words]).model_dump(mode="json")
 
 
 def write_training(files: StageFolder, losses: Sequence[float], *, evaluations: Mapping[int, float]) -> None:
