@@ -23,7 +23,7 @@ from orchestrator.freezing import read_config
 from orchestrator.jobs import render as render_script
 from orchestrator.jobs import render_scripts
 from orchestrator.plan import Plan, make_plan, resolve
-from orchestrator.plan_table import print_plan, print_scaling
+from orchestrator.plan_table import print_plan, print_plans, print_scaling
 from orchestrator.rundir import RunFolder
 from orchestrator.scaling import scaling_rows, take_node_counts
 from orchestrator.sweep import FLAGS, combinations, first_words, is_sweep
@@ -36,7 +36,7 @@ SHARED = (".batch: global_size", ".rollout.prompts:")
 """Rules on sharing rows among ranks: the scaling table tells them row by row."""
 
 
-def plan(arguments: Sequence[str], *, advise: bool, as_json: bool) -> int:
+def plan(arguments: Sequence[str], *, advise: bool, as_json: bool, everything: bool = False) -> int:
     """Prints what would happen, or what else would fit, or a list of numbers of nodes side by side; writes nothing."""
     if advise:
         from orchestrator.advising import print_advice
@@ -47,11 +47,15 @@ def plan(arguments: Sequence[str], *, advise: bool, as_json: bool) -> int:
     words, counts = take_node_counts(arguments)
     if counts is not None:
         return _scaling(words, counts, as_json=as_json)
-    for config, planned in _runs(words):
+    runs = _runs(words)
+    if not as_json and not everything and len(runs) > 1:
+        print_plans(runs)
+        return EXIT_DONE
+    for config, planned in runs:
         if as_json:
             print(planned.model_dump_json(indent=2))
         else:
-            print_plan(planned, config)
+            print_plan(planned, config, everything=everything)
             _tell_study(config, planned)
     return EXIT_DONE
 

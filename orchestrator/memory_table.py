@@ -11,7 +11,18 @@ MEANINGS = {
     "TIGHT": "it may fit: the low estimate does, the high one does not",
     "NO": "not even the low estimate fits",
 }
+WORDS = {"FIT": "fits", "TIGHT": "may not fit", "NO": "does not fit"}
 NEGLIGIBLE_GIB = 0.005
+
+
+def memory_sentence(memory: MemoryForecast | None) -> str:
+    """The forecast in plain words: what one process needs, and whether it has it."""
+    if memory is None:
+        return "known once the base is fetched"
+    needs = f"{memory.expected:.1f} GiB expected ({memory.low:.1f} to {memory.high:.1f})"
+    if memory.verdict is None:
+        return f"{needs}; the memory of the device is not known"
+    return f"{WORDS[memory.verdict]}: {needs} of {memory.memory_gib:g}"
 
 
 def memory_line(memory: MemoryForecast | None) -> str:

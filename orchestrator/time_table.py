@@ -31,6 +31,25 @@ def finish_line(plan: Plan, now: datetime) -> str | None:
     return f"about {duration_words(sum(hours))} of training in all: started now, done {done:%a %d %b %H:%M} (estimate)"
 
 
+def time_sentence(time: TimePlan) -> str:
+    """`10 min: start-up 8 min, then about 2 steps of 3.67 s at 559,262 tokens/s`; what is guessed says so."""
+    if time.step_seconds is None:
+        return "not forecast"
+    speed = f"{seconds_words(time.step_seconds)} a step, {time.tokens_per_second:,.0f} tokens/s"
+    if time.hours is None:
+        return speed
+    parts = [f"start {duration_words(time.startup_seconds / 3600)}"] if time.startup_seconds >= 1 else []
+    if time.evaluation_seconds and time.evaluation_seconds >= 1:
+        parts.append(f"evaluations {duration_words(time.evaluation_seconds / 3600)}")
+    beside = f", with {' and '.join(parts)}" if parts else ""
+    guess = (
+        f" for about {time.steps:,} steps (the number is guessed from the size of the files)"
+        if time.steps_are_guessed
+        else ""
+    )
+    return f"{duration_words(time.hours)}{guess}{beside}; {speed}"
+
+
 def time_words(time: TimePlan) -> str:
     """Step time with its parts, rate, hours."""
     if time.step_seconds is None:

@@ -11,6 +11,11 @@ from orchestrator.cli.parser import VerbParser
 def configure(parser: VerbParser) -> None:
     add_overrides(parser, multirun=True)
     add_format(parser)
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also memory by phase, learning rates, kernels, communication, scripts, goodput",
+    )
     parser.add_setting(
         "advise",
         parse=one_of("true", "false"),
@@ -23,4 +28,4 @@ def run(arguments: argparse.Namespace) -> int:
     from orchestrator.commands import plan
 
     advise = arguments.advise == "true"
-    return plan(overrides_of(arguments), advise=advise, as_json=arguments.format == "json")
+    return plan(overrides_of(arguments), advise=advise, as_json=arguments.format == "json", everything=arguments.all)

@@ -93,7 +93,7 @@ def test_hardware_without_its_place_is_told_where_it_belongs(ask: Asker) -> None
 
 
 def test_the_plan_tells_time_cost_and_checkpoints_in_few_short_lines(ask: Asker) -> None:
-    answer = ask("plan", LLAMA, "cluster.hardware.dollars_per_hour=2.5", "stages.sft.max_steps=1000")
+    answer = ask("plan", LLAMA, "cluster.hardware.dollars_per_hour=2.5", "stages.sft.max_steps=1000", "--all")
     assert answer.code == 0 and max(len(line) for line in answer.out.splitlines()) <= 100
     for part in ("tokens/s a device", "device hours", "kWh, $", "goodput", "every_steps=", "h100: 40%", "(estimate)"):
         assert part in answer.out, answer.out
