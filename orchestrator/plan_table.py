@@ -62,6 +62,8 @@ def print_plans(plans: Sequence[tuple[RunConfig, Plan]]) -> None:
     for _, plan in plans:
         table.add_row(plan.name, ", ".join(stage.name for stage in plan.stages), *_sweep_cells(plan))
     console.print(table)
+    for note in dict.fromkeys(note for _, plan in plans for note in plan.notes):
+        print(f"note: {note}", file=sys.stderr)
     for warning in dict.fromkeys(warning for _, plan in plans for warning in plan.warnings):
         print(f"warning: {warning}", file=sys.stderr)
     console.print(
