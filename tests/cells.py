@@ -123,8 +123,11 @@ def command(cells: Sequence[Cell], *, ranks: int) -> list[str]:
 
 
 def environment(place: Place) -> dict[str, str]:
+    import forking
+
     quiet = {"OMP_NUM_THREADS": "1", "ORCHESTRATOR_CACHE": str(place.root / "cache"), "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **quiet, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "DS_ACCELERATOR": "cpu"}
+    here = {**os.environ, **quiet, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "DS_ACCELERATOR": "cpu"}
+    return forking.environment(here)
 
 
 def train(place: Place, cells: Sequence[Cell], *, ranks: int, timeout: float = 600) -> str:

@@ -1,9 +1,11 @@
 """What every test may use: golden files with a one-command refresh."""
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import forking
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -11,10 +13,15 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--refresh-golden", action="store_true", help="write the golden files anew; then read the diff")
+    parser.addoption(
+        "--no-forks", action="store_true", help="every program in an interpreter of its own, as users run it"
+    )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Started in the background, a shell's child ignores SIGINT, and so would every program that the tests interrupt."""
+    if forking.ADDRESS not in os.environ and not config.getoption("--no-forks"):  # workers of xdist share one server
+        config.add_cleanup(forking.start())
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forking
 import tiny
 
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
@@ -34,7 +35,7 @@ class Bench:
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         cache = {"ORCHESTRATOR_CACHE": str(self.root / "cache"), "HF_HUB_OFFLINE": "1"}
-        return {**os.environ, **cache, **(extra or {})}
+        return forking.environment({**os.environ, **cache}) | (extra or {})
 
     def words(self, name: str, *more: str) -> list[str]:
         """The overrides of a six-step fp32 run on the tiny model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import forking
 import pytest
 from running import Bench, Done, make_bench
 
@@ -33,6 +34,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="session")
 def done(bench: Bench) -> Done:
-    ended = bench.run("job", *WORDS, environment={**SECRETS, "OMP_NUM_THREADS": "1"})
+    ended = bench.run("job", *WORDS, environment={**SECRETS, "OMP_NUM_THREADS": "1", **forking.FRESH})
     assert ended.code == 0, ended.told
     return ended
