@@ -22,6 +22,8 @@ from orchestrator.facts import gather
 from orchestrator.freezing import read_config
 from orchestrator.jobs import render as render_script
 from orchestrator.jobs import render_scripts
+from orchestrator.machine import this_machine, with_device
+from orchestrator.number_type import settle_folder
 from orchestrator.plan import Plan, make_plan, resolve
 from orchestrator.plan_table import print_plan, print_plans, print_scaling
 from orchestrator.rundir import RunFolder
@@ -131,7 +133,10 @@ def resume(folder: RunFolder) -> int:
     began = time.time()
     config = load_config(folder)
     base, data = gather(config)
-    return execute(config, make_plan(config, base=base, data=data), began=began)
+    machine = this_machine()
+    number_type = settle_folder(config, folder, machine)
+    planned = make_plan(with_device(config, machine), base=base, data=data, number_type=number_type)
+    return execute(config, planned, began=began)
 
 
 def load_config(folder: RunFolder) -> RunConfig:
@@ -169,15 +174,16 @@ def planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
         composed = examine([*kept, *settled_words(composed, config_directory)], config_directory=config_directory)
     config, problems = composed.config, composed.problems
     config = resolve(config, Path.cwd())
+    seen = with_device(config, this_machine())
     try:
-        base, data = gather(config)
+        base, data = gather(seen)
     except OrchestratorError as error:
         raise ConfigError([*problems, *error.problems, *_script_problems(config)]) from None
     problems += _script_problems(config)
     if problems:
         raise ConfigError(problems)
-    config = sized(config, base.architecture)
-    return config, make_plan(config, base=base, data=data, notes=composed.notes)
+    planned = make_plan(seen, base=base, data=data, notes=composed.notes, number_type=composed.number_type)
+    return sized(config, base.architecture), planned
 
 
 def composed_words(words: Sequence[str], config_directory: Path | None) -> Composed:

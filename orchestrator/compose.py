@@ -16,6 +16,9 @@ from yaml import YAMLError
 from orchestrator.config.rules import parse_types, rule_problems
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
+from orchestrator.machine import this_machine
+from orchestrator.number_type import AUTO, NumberType, dtype_problem, settle
+from orchestrator.number_type import KEY as NUMBER_TYPE
 from orchestrator.pipeline import pipeline_problems
 from orchestrator.recipes import Origins, fit, take_recipes
 from orchestrator.words import (
@@ -33,8 +36,6 @@ from orchestrator.words import (
 if TYPE_CHECKING:
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
-AUTO = "auto"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Composed:
@@ -47,6 +48,8 @@ class Composed:
     """Keys whose value is to be chosen by the plan; the configuration holds the smallest one in their place."""
     notes: tuple[str, ...]
     """Every value of a preset that gave way to what was typed, or to the number of ranks."""
+    number_type: NumberType
+    """How `model.dtype` was resolved."""
 
 
 def compose(overrides: Sequence[str], *, config_directory: Path | None = None) -> RunConfig:
@@ -83,16 +86,22 @@ def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -
         origins = _origins(choices, accepted, roots)
         moved = take_recipes(tree, origins)
         autos = take_autos(tree)
+        unusable, is_auto = _take_dtype(tree)
         plain: Any = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     try:
         config = parse_types(plain)
     except ConfigError as error:
         places = _places(choices, accepted, roots)
         places |= {key: places[own] for key, own in moved.items() if own in places}
-        raise ConfigError([*problems, *(_with_place(problem, places) for problem in error.problems)]) from None
+        found = [*([] if unusable is None else [unusable]), *error.problems]
+        raise ConfigError([*problems, *(_with_place(problem, places) for problem in found)]) from None
     config, notes = fit(config, origins)
+    number_type = settle(config, this_machine(), is_auto=is_auto)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": number_type.name})})
+    if unusable is not None:
+        problems.append(_with_place(unusable, _places(choices, accepted, roots)))
     problems += rule_problems(config) + pipeline_problems(config)
-    return Composed(config=config, problems=problems, autos=autos, notes=notes)
+    return Composed(config=config, problems=problems, autos=autos, notes=notes, number_type=number_type)
 
 
 def take_autos(tree: DictConfig) -> tuple[str, ...]:
@@ -104,6 +113,17 @@ def take_autos(tree: DictConfig) -> tuple[str, ...]:
     for key in autos:
         OmegaConf.update(tree, key, smallest[key], force_add=True)
     return tuple(key.removesuffix(".strategy") for key in autos)
+
+
+def _take_dtype(tree: DictConfig) -> tuple[str | None, bool]:
+    """Puts a valid type in the place of an `auto`, or of a value that is none: (what is wrong with it, whether it was `auto`)."""
+    value: object = OmegaConf.select(tree, NUMBER_TYPE, default=None)
+    if value is None:
+        return None, False  # the types report a missing key
+    problem = dtype_problem(value)
+    if problem is not None or value == AUTO:
+        OmegaConf.update(tree, NUMBER_TYPE, "float32", force_add=True)
+    return problem, value == AUTO
 
 
 def presets(group: str, config_directory: Path | None = None) -> dict[str, Any]:

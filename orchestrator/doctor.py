@@ -13,6 +13,7 @@ from importlib import metadata
 from orchestrator.bases import hub_is_offline, package_gguf
 from orchestrator.cache import cache_folder
 from orchestrator.errors import EXIT_DONE
+from orchestrator.machine import this_machine
 from orchestrator.rundir import existing_parent
 
 PACKAGES = (
@@ -67,6 +68,7 @@ def report() -> int:
     """Prints the report; 0 even where something optional is missing."""
     print(f"python        {sys.version.split()[0]} at {sys.executable}")
     print(f"machine       {platform.platform()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB")
+    print(f"number type   {_number_type()}")
     print(f"compiler      {shutil.which('g++') or 'none: DeepSpeed cannot compile its CPU helpers'}")
     print(f"Slurm         {shutil.which('sbatch') or 'none on this machine'}")
     print(
@@ -86,6 +88,15 @@ def report() -> int:
     for probe in PROBES:
         print(f"  {probe.name:<22} {_try(probe)}")
     return EXIT_DONE
+
+
+def _number_type() -> str:
+    """What `model.dtype=auto` takes on this machine, and why."""
+    machine = this_machine()
+    device = machine.processor if machine.gpu is None else machine.gpu
+    return (
+        f"model.dtype=auto takes {'bfloat16' if device.has_native_bfloat16 else 'float32'}: {device.bfloat16_reason()}"
+    )
 
 
 def _try(probe: Probe) -> str:

@@ -29,6 +29,7 @@ from orchestrator.freezing import all_or_nothing, freeze
 from orchestrator.identity import changed_content
 from orchestrator.jobs import job_spec
 from orchestrator.jobs import render as render_script
+from orchestrator.number_type import KEY as DTYPE
 from orchestrator.pipeline import descendants, fresh_stages, inputs_of, may_be_made_anew, set_aside
 from orchestrator.plan import Plan, run_directory_of
 from orchestrator.resume import may_differ
@@ -260,6 +261,8 @@ def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> N
     """
     folder = RunFolder(run_directory_of(config))
     record: dict[str, JsonValue] = {"orchestrator": __version__, "config": config.model_dump(mode="json")}
+    if planned.dtype_is_auto:
+        record["auto"] = {DTYPE: planned.dtype_reason}
     is_planned = folder.plan.exists() and folder.run.exists() and read_json(folder.run) == record
     with all_or_nothing(folder.root):
         freeze(folder, record, may_differ=may_differ(config) | may_be_made_anew(config, folder))

@@ -27,6 +27,7 @@ from orchestrator.estimate.states import trainable_parameters
 from orchestrator.forecasting import NOTHING, epoch_steps, forecast_fields, shape_for
 from orchestrator.kernels import kernel_fields
 from orchestrator.measured import Measured
+from orchestrator.number_type import AS_CONFIGURED, NumberType
 from orchestrator.pipeline import MODEL_PREFIX, STAGE_PREFIX, inputs_of, resolve_starts
 from orchestrator.plan_warnings import plan_warnings
 from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
@@ -104,6 +105,9 @@ class Plan(Section):
     launcher: Literal["local", "torchrun", "slurm"]
     base: str
     base_source: str
+    dtype: Literal["float32", "bfloat16"]
+    dtype_is_auto: bool
+    dtype_reason: str
     tuning: str
     quantization: str
     sharding: str
@@ -131,8 +135,18 @@ def resolve(config: RunConfig, working_folder: Path) -> RunConfig:
     )
 
 
-def make_plan(config: RunConfig, *, base: Base, data: Mapping[str, DataFacts], notes: Sequence[str] = ()) -> Plan:
-    """The plan of a resolved configuration, from what is known of its base and data; `notes` are of its composition. Pure."""
+def make_plan(
+    config: RunConfig,
+    *,
+    base: Base,
+    data: Mapping[str, DataFacts],
+    notes: Sequence[str] = (),
+    number_type: NumberType = AS_CONFIGURED,
+) -> Plan:
+    """The plan of a resolved configuration, from what is known of its base and data. Pure.
+
+    `notes` are of its composition, `number_type` says how its dtype came about.
+    """
     config = sized(config, base.architecture)
     run_directory = run_directory_of(config)
     stages = tuple(_stage_plan(config, name, base, data[name], run_directory) for name in config.pipeline)
@@ -142,6 +156,9 @@ def make_plan(config: RunConfig, *, base: Base, data: Mapping[str, DataFacts], n
         launcher=config.launcher.kind,
         base=base.place,
         base_source=base.source,
+        dtype=config.model.dtype,
+        dtype_is_auto=number_type.is_auto,
+        dtype_reason=number_type.reason,
         tuning=" then ".join(dict.fromkeys(tuning.method for tuning in tunings_of(config).values()))
         or config.tuning.method,
         quantization=config.quantization.scheme,
@@ -149,7 +166,10 @@ def make_plan(config: RunConfig, *, base: Base, data: Mapping[str, DataFacts], n
         nodes=config.cluster.nodes,
         processes_per_node=config.cluster.processes_per_node,
         stages=stages,
-        warnings=tuple(plan_warnings(config, base, stages, data)),
+        warnings=(
+            *([] if number_type.warning is None else [number_type.warning]),
+            *plan_warnings(config, base, stages, data),
+        ),
         notes=tuple(notes),
     )
 

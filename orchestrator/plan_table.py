@@ -110,7 +110,8 @@ def _sweep_cells(plan: Plan) -> list[str]:
 def _run_rows(plan: Plan, config: RunConfig) -> Rows:
     return [
         ("folder", plan.run_directory),
-        ("base", f"{plan.base} ({plan.base_source}), {config.model.dtype}"),
+        ("base", f"{plan.base} ({plan.base_source})"),
+        ("number type", f"{plan.dtype}{' (auto)' if plan.dtype_is_auto else ''}: {plan.dtype_reason}"),
         ("method", _method(plan, config)),
         ("runs", _ranks(plan, config)),
     ]

@@ -54,7 +54,8 @@ class ModelConfig(Section):
     revision: str | None
     """Branch, tag or commit on the hub; null is the default branch."""
     dtype: Literal["float32", "bfloat16"]
-    """Compute dtype; trainable parameters keep fp32 master weights either way."""
+    """Compute dtype; trainable parameters keep fp32 master weights either way. `auto` in a file or on the command line is resolved
+    when the configuration is composed: bfloat16 where the device computes it natively, else float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"]
     """Attention implementation; `auto` is the fastest exact one: by document on packed rows, else sdpa."""
     loss_head: Literal["auto", "torch", "liger"]

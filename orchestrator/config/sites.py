@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
+
+from pydantic import model_validator
 
 from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section, Text
 
@@ -40,6 +42,9 @@ class HardwareConfig(Section):
     """Runs on hardware of the same name share what was measured."""
     peak_tflops: PositiveFloat | None
     """Dense bf16 peak in TFLOP/s."""
+    native_bfloat16: bool | None
+    """Whether it multiplies bfloat16 without emulation (GPUs of compute capability 8.0 or later): what `model.dtype=auto` goes
+    by. Null asks the machine, where the ranks run on this one."""
     memory_gib: PositiveFloat | None
     """Memory in GiB."""
     memory_gbytes_per_second: PositiveFloat | None
@@ -54,6 +59,12 @@ class HardwareConfig(Section):
     """Price of one device; null leaves money out of the plan."""
     achieved: Achieved
     """What training makes of the peak."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_files(cls, values: object) -> object:
+        """Run folders and hardware files written before `native_bfloat16` lack it, and go on."""
+        return {"native_bfloat16": None, **cast("dict[str, object]", values)} if isinstance(values, dict) else values
 
 
 class ClusterConfig(Section):

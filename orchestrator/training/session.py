@@ -30,6 +30,7 @@ from orchestrator.training.layerwise import compile_layers
 from orchestrator.training.loop import is_over, pauses
 from orchestrator.training.measuring import keep_measured, measuring
 from orchestrator.training.model import weights_dtype
+from orchestrator.training.number_type import report_number_type
 from orchestrator.training.objectives import Objective, Rows, proof_objective
 from orchestrator.training.optimizers import build_optimizer
 from orchestrator.training.phased import announced
@@ -99,6 +100,7 @@ def run_training(context: Context, plan_course: PlanCourse, *, build_model: Buil
 
 def _train(context: Context, runtime: Runtime, record: Record, plan_course: PlanCourse, build_model: BuildModel) -> int:
     record.event("start", world_size=runtime.world_size, device=str(runtime.device), began=context.began)
+    report_number_type(context, record, runtime.device)
     started = time.time()
     session = open_session(context, runtime, record, build_model)
     job, course, checkpointer, progress = assemble(session, plan_course)

@@ -50,7 +50,7 @@ TOLD_TOGETHER = {
         ("stages.sft.data.train.path=", 'stages.sft.data.train.path: string should have at least 1 character, not ""'),
         ("stages.sft.optimizer.lr=-1", "stages.sft.optimizer.lr: input should be greater than 0, not -1"),
         ("stages.sft.optimizer.beta1=nan", "stages.sft.optimizer.beta1: input should be less than or equal to 1, not NaN"),
-        ("model.dtype=fp16", "model.dtype: input should be 'float32' or 'bfloat16', not \"fp16\""),
+        ("model.dtype=fp16", "model.dtype: fp16 is not supported yet, it comes in a later version; type model.dtype=auto, float32 or bfloat16"),
         ("tuning.method=lorra", "tuning.method: 'lorra' is not one of 'full', 'freeze', 'lora', 'ia3', 'prompt', 'prefix', 'vera', 'oft', 'adalora', 'loreft'"),
         ("name=a/b", "name: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$', not \"a/b\""),
         ("stages.sft.data.deduplicate=maybe", 'stages.sft.data.deduplicate: input should be a valid boolean, not "maybe"'),

@@ -25,6 +25,7 @@ BLOCKS = "documents: blocks by document, one by one where one is longer than 512
 VARLEN = "documents: torch varlen_attn (CUDA, 16 bits)"
 ONE_BY_ONE = "documents: torch sdpa, document by document ({} bits)"
 PACKED = "stages.sft.data.packing=best_fit"
+HALF = "model.dtype=bfloat16"
 
 
 def planned(*words: str, has_liger: bool = False, **changes: Any) -> dict[str, tuple[str | None, str | None]]:
@@ -41,9 +42,9 @@ def planned(*words: str, has_liger: bool = False, **changes: Any) -> dict[str, t
 @pytest.mark.parametrize(
     ("words", "has_liger", "attention", "head"),
     [
-        (("cluster.device=cpu", PACKED), True, BLOCKS, TORCH.format("cpu")),
+        (("cluster.device=cpu", PACKED, HALF), True, BLOCKS, TORCH.format("cpu")),
         (("cluster.device=cpu", PACKED, "model.dtype=float32"), False, ONE_BY_ONE.format("CPU, 32"), TORCH.format("cpu")),
-        (("cluster.device=cpu", "stages.sft.data.packing=none"), False, "sdpa (CPU, 16 bits)", TORCH.format("cpu")),
+        (("cluster.device=cpu", "stages.sft.data.packing=none", HALF), False, "sdpa (CPU, 16 bits)", TORCH.format("cpu")),
         ((*H100, PACKED), True, VARLEN, LIGER.format("cuda")),
         ((*H100, PACKED), False, VARLEN, TORCH.format("cuda")),
         ((*H100, PACKED, "cluster.device=auto"), True, VARLEN, LIGER.format("cuda")),
@@ -53,8 +54,8 @@ def planned(*words: str, has_liger: bool = False, **changes: Any) -> dict[str, t
         ((*H100, PACKED, "tuning.target_modules=[q_proj,lm_head]"), True, VARLEN, TORCH.format("cuda")),
         ((*H100, PACKED, "model.attention=sdpa"), False, "sdpa, one dense mask over the packed row (CUDA, 16 bits)", TORCH.format("cuda")),
         ((*H100, PACKED, "model.attention=flash_attention_2"), False, "flash_attention_2 (CUDA, 16 bits)", TORCH.format("cuda")),
-        ((PACKED,), True, f"{VARLEN} or {BLOCKS}", f"{LIGER.format('cuda')} or {TORCH.format('cpu')}"),
-        (("hardware@cluster.hardware=cpu", PACKED), True, BLOCKS, TORCH.format("cpu")),
+        ((PACKED, HALF), True, f"{VARLEN} or {BLOCKS}", f"{LIGER.format('cuda')} or {TORCH.format('cpu')}"),
+        (("hardware@cluster.hardware=cpu", PACKED, HALF), True, BLOCKS, TORCH.format("cpu")),
     ],
 )  # fmt: skip
 def test_the_plan_names_the_kernels(words: tuple[str, ...], has_liger: bool, attention: str, head: str) -> None:
@@ -99,7 +100,7 @@ def test_a_torch_whose_kernel_lacks_what_is_called_goes_document_by_document(
 
 
 def test_text_and_json_name_them(ask: Asker) -> None:
-    words = ("plan", LORA, "cluster.device=cpu", PACKED)
+    words = ("plan", LORA, "cluster.device=cpu", PACKED, HALF)
     (stage,) = json.loads(ask(*words, "format=json").out)["stages"]
     assert (stage["attention"], stage["loss_head"]) == (BLOCKS, TORCH.format("cpu"))
     told = " ".join(ask(*words).out.split())
