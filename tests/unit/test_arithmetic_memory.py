@@ -86,7 +86,7 @@ def test_what_peft_cannot_do_with_a_mixture_is_refused_before_the_job() -> None:
 @cache
 def states_of(words: tuple[str, ...]) -> tuple[StateMemory, float, RunConfig]:
     """States of Llama-3.1-8B, and what scales them to the 7.5 B of the paper."""
-    config = compose(["+experiment=llama_full", *ON_64, *words])
+    config = compose(["+experiment=llama_full", "model.dtype=bfloat16", *ON_64, *words])
     model = preset("llama3_8b")
     return state_memory(model, config, config.stages["sft"]), 7.5 / count_parameters(model).total, config
 
@@ -145,14 +145,14 @@ def test_useful_flops_are_six_per_matrix_parameter_and_token() -> None:
     model = preset("llama3_8b")
     matrices = 8_030_261_248 - 128256 * 4096
     attention = 3 * 2 * 4096 * 32 * 128 * 32
-    full = compose(["+experiment=llama_full"])
+    full = compose(["+experiment=llama_full", "model.dtype=bfloat16"])
     assert flops_per_token(model, full, length=4096) == 6 * matrices + attention
-    adapter = compose(["+experiment=llama_lora"])
+    adapter = compose(["+experiment=llama_lora", "model.dtype=bfloat16"])
     assert flops_per_token(model, adapter, length=4096) == 4 * matrices + attention + 6 * 41_943_040
 
 
 def test_a_tied_head_is_counted_and_idle_experts_are_not() -> None:
-    config = compose(["+experiment=llama_full"])
+    config = compose(["+experiment=llama_full", "model.dtype=bfloat16"])
     tied = flops_per_token(preset("smollm2_135m"), config, length=1)
     assert tied == 6 * 134_515_008 + 3 * 2 * 9 * 64 * 30
     mixture = flops_per_token(preset("mixtral_8x7b"), config, length=1)
@@ -170,7 +170,7 @@ def test_the_dict_says_what_the_configuration_says() -> None:
         "sharding.persistence_elements=13",
     )
     batch = ("stages.sft.batch.micro_size=2", "stages.sft.optimizer.max_grad_norm=0.5")
-    config = compose(["+experiment=llama_full", *ON_64, *words, *batch])
+    config = compose(["+experiment=llama_full", "model.dtype=bfloat16", *ON_64, *words, *batch])
     assert deepspeed_dict(config, config.stages["sft"]) == {
         "train_batch_size": 256,
         "train_micro_batch_size_per_gpu": 2,
@@ -214,21 +214,21 @@ def test_the_dict_of_a_stage_and_of_fp32(sharding: str, stage: int) -> None:
 
 
 def test_buckets_are_of_the_models_shape_where_nothing_is_said() -> None:
-    config = compose(["+experiment=llama_full", "sharding=zero3"])
+    config = compose(["+experiment=llama_full", "model.dtype=bfloat16", "sharding=zero3"])
     small, large = (sized(config, preset(name)).sharding for name in ("smollm2_135m", "llama3_70b"))
     assert isinstance(small, ZeroSharding) and isinstance(large, ZeroSharding)
     layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
     assert (small.bucket_elements, small.prefetch_elements, small.persistence_elements) == (layer, layer, 100_000)
     assert (large.bucket_elements, large.prefetch_elements) == (200_000_000, 200_000_000)
-    said = compose(["+experiment=llama_full", "sharding=zero3", "sharding.bucket_elements=7"])
+    said = compose(["+experiment=llama_full", "model.dtype=bfloat16", "sharding=zero3", "sharding.bucket_elements=7"])
     kept = sized(said, preset("llama3_70b")).sharding
     assert isinstance(kept, ZeroSharding) and kept.bucket_elements == 7
-    assert sized(compose(["+experiment=llama_full"]), None).sharding.strategy == "none"
+    assert sized(compose(["+experiment=llama_full", "model.dtype=bfloat16"]), None).sharding.strategy == "none"
 
 
 def test_zero_plus_is_told_to_deepspeed() -> None:
     words = ("sharding.hpz_partition_size=8", "sharding.quantized_weights=true", "sharding.quantized_gradients=true")
-    config = compose(["+experiment=llama_full", *ON_64, "sharding=zero3", *words])
+    config = compose(["+experiment=llama_full", "model.dtype=bfloat16", *ON_64, "sharding=zero3", *words])
     rendered = deepspeed_dict(config, config.stages["sft"])
     assert rendered is not None and isinstance(section := rendered["zero_optimization"], dict)
     assert section["zero_hpz_partition_size"] == 8
@@ -236,5 +236,5 @@ def test_zero_plus_is_told_to_deepspeed() -> None:
 
 
 def test_no_dict_without_deepspeed() -> None:
-    config = compose(["+experiment=llama_lora"])
+    config = compose(["+experiment=llama_lora", "model.dtype=bfloat16"])
     assert deepspeed_dict(config, config.stages["sft"]) is None

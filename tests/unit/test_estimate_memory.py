@@ -19,7 +19,7 @@ from orchestrator.estimate.records import MemoryForecast, PhaseForecast, verdict
 from orchestrator.estimate.sharding import bucket_bytes, gathered_bytes, persistent_bytes, secondary_bytes, step_bytes
 
 ROW = Load(rows=1, length=4096, trained_share=1.0, logits="whole", is_packed=False, on_cpu=False)
-EIGHT = ("launcher=torchrun", "cluster.processes_per_node=8", "stages.sft.batch.global_size=64")
+EIGHT = ("model.dtype=bfloat16", "launcher=torchrun", "cluster.processes_per_node=8", "stages.sft.batch.global_size=64")
 
 
 def forecast(

@@ -22,7 +22,7 @@ EVALUATE = ("+experiment=llama_full", "+stage@stages.e=evaluate", "pipeline=[sft
 
 def test_a_stage_sees_its_own_tuning_and_what_reads_it_the_same() -> None:
     words = ("+stage@stages.e=evaluate", "pipeline=[head,sft,e]", "stages.e.start_from=head")
-    config = compose(["+experiment=llama_lpft", *words])
+    config = compose(["+experiment=llama_lpft", "model.dtype=float32", *words])
     assert isinstance(config.tuning, FullTuning) and isinstance(config.for_stage("sft").tuning, FullTuning)
     for name in ("head", "e"):
         tuning = config.for_stage(name).tuning
