@@ -22,7 +22,7 @@ EVALUATE = ("+experiment=llama_full", "+stage@stages.e=evaluate", "pipeline=[sft
 
 def test_a_stage_sees_its_own_tuning_and_what_reads_it_the_same() -> None:
     words = ("+stage@stages.e=evaluate", "pipeline=[head,sft,e]", "stages.e.start_from=head")
-    config = compose(["+experiment=llama_lpft", "model.dtype=float32", *words])
+    config = compose(["+experiment=llama_lpft", *words])
     assert isinstance(config.tuning, FullTuning) and isinstance(config.for_stage("sft").tuning, FullTuning)
     for name in ("head", "e"):
         tuning = config.for_stage(name).tuning
@@ -133,7 +133,7 @@ def test_a_member_of_another_run_has_the_same_base_and_tuning(ask: Asker, tmp_pa
     (folder / "sft").mkdir(parents=True)
     config = compose(["+experiment=llama_lora", "model.dtype=float32"]).model_dump(mode="json")
     (folder / "run.json").write_text(json.dumps({"config": config}))
-    words = (*SOUP, "stages.s.members=[runs/other]")
+    words = (*SOUP, "stages.s.members=[runs/other]", "model.dtype=bfloat16")
     (told,) = ask.refused("plan", *words)
     assert told.endswith(f"sft is not done: there is no {folder}/sft/result.json")
     (folder / "sft" / "result.json").write_text("{}")
