@@ -52,7 +52,7 @@ def test_plans_of_blends_know_what_they_hold(ask: Asker) -> None:
         "stages.s.members=['stage:head']",
     )
     choice = (f"stages.w.sets={sets}", "stages.w.choose_on=[data,far]", "stages.w.exact_match=true")
-    answer = ask("plan", *words, *stages, *choice, "format=json")
+    answer = ask("plan", *words, *stages, *choice, "model.dtype=bfloat16", "format=json")
     assert answer.code == 0, answer
     by_name = {stage["name"]: stage for stage in json.loads(answer.out)["stages"]}
     assert by_name["w"]["input"] == "sft, head" and by_name["s"]["input"] == "sft, head"
