@@ -174,6 +174,20 @@ _TABLE = (
         examples=("report runs/llama_lora-study", "report runs/mine-study", "report /scratch/me/runs/mine-study"),
     ),
     Verb(
+        name="rm",
+        group=FOLDER,
+        summary="delete runs, after a question; refuses a running one and what is no run",
+        examples=("rm runs/a", "rm runs/a runs/b --yes", "rm runs/mine-study"),
+        details="The trials of a study are runs of their own.",
+    ),
+    Verb(
+        name="prune",
+        group=FOLDER,
+        summary="delete what runs no longer need: old checkpoints, superseded stages, unused caches",
+        examples=("prune --dry-run", "prune runs/a", "prune runs --yes"),
+        details="Given a folder of runs, it also looks for prepared data and dequantised bases that none of these runs uses.",
+    ),
+    Verb(
         name="doctor",
         group=OTHER,
         summary="this machine, the versions, what works, and the first cause of what does not",
