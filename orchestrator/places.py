@@ -24,10 +24,10 @@ def find_places(files: Iterable[tuple[Path, str]]) -> dict[str, str]:
 def unreadable_files(roots: Sequence[Path]) -> list[str]:
     """One sentence for every YAML file of the folders that cannot be read as keys and values."""
     files = [file for root in roots for file in sorted(root.rglob("*.yaml")) if file.is_file()]
-    return [problem for file in files for problem in _file_problems(file)]
+    return [problem for file in files for problem in file_problems(file)]
 
 
-def _file_problems(file: Path) -> list[str]:
+def file_problems(file: Path) -> list[str]:
     from omegaconf import OmegaConf
 
     try:

@@ -19,6 +19,12 @@ from orchestrator.rundir import RunFolder, StageFolder, read_json
 MINUTES = 60
 
 
+def latest(overrides: Sequence[str]) -> list[str]:
+    """The overrides with the last value of each key alone, since the command line refuses a key that is given twice."""
+    keys = [text.lstrip("+").partition("=")[0] if "=" in text and text[0] not in "~-" else "" for text in overrides]
+    return [text for place, text in enumerate(overrides) if not keys[place] or keys[place] not in keys[place + 1 :]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """A place with a tiny model, rows, and a cache of its own."""
@@ -39,7 +45,7 @@ class Bench:
 
     def words(self, name: str, *more: str) -> list[str]:
         """The overrides of a six-step fp32 run on the tiny model."""
-        return [
+        defaults = [
             "+experiment=llama_lora",
             f"name={name}",
             f"output_dir={self.runs}",
@@ -51,8 +57,8 @@ class Bench:
             "stages.sft.batch.global_size=8",
             "stages.sft.batch.micro_size=2",
             "tracking=none",
-            *more,
         ]
+        return latest([*defaults, *more])
 
     def run(
         self,
@@ -63,7 +69,13 @@ class Bench:
         environment: Mapping[str, str] | None = None,
     ) -> Done:
         """`words` stand in the place of all overrides."""
-        argv = [sys.executable, "-m", "orchestrator", verb, *(self.words(name, *more) if words is None else words)]
+        argv = [
+            sys.executable,
+            "-m",
+            "orchestrator",
+            verb,
+            *(self.words(name, *more) if words is None else latest(words)),
+        ]
         ended = subprocess.run(
             argv, cwd=self.root, env=self.environment(environment), capture_output=True, text=True, timeout=8 * MINUTES
         )

@@ -22,6 +22,8 @@ from orchestrator.errors import (
     nearest,
 )
 
+_NEVER_VERBS = (".yaml", ".yml")
+"""Endings of an experiment file, which may stand where a verb may."""
 USAGE = """\
 {program} [VERB] [overrides | RUN_DIR] [options]
 Takes a pretrained language model to a fine-tuned, proven one.
@@ -102,7 +104,7 @@ def _bare_words(words: Sequence[str]) -> Iterator[int]:
         word = words[position]
         if word.startswith("-"):
             position += _takes_next(word)
-        elif "=" not in word and not word.startswith(("+", "~")):
+        elif "=" not in word and not word.startswith(("+", "~")) and not word.endswith(_NEVER_VERBS):
             yield position
             if word in VERBS:
                 return

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from orchestrator.config.base import JsonValue, Section
-from orchestrator.errors import nearest
+from orchestrator.config.base import IDENTIFIER_PATTERN, JsonValue, Section
+from orchestrator.hints import field_hint
+
+DISCRIMINATORS = ("kind", "method", "scheme", "strategy")
+"""Fields that tell the alternatives of a union apart."""
+PATTERNS = {
+    IDENTIFIER_PATTERN: 'letters, digits, ".", "_" and "-" are allowed, up to 100 of them, the first a letter or a digit',
+    r"^(all|none|(first|last) [1-9][0-9]*)$": "all, none, first N or last N is allowed, or a list of layers' numbers",
+    r"^(default|loftq|pissa|pissa_niter_[1-9][0-9]*)$": "default, loftq, pissa or pissa_niter_N is allowed",
+    r"^\d{4}-\d{2}-\d{2}$": "a date as YYYY-MM-DD is needed",
+}
+"""Every pattern of the configuration's fields, in words."""
 
 
 def problem_sentences(error: ValidationError, values: dict[str, JsonValue], root: type[Section]) -> list[str]:
@@ -18,12 +29,24 @@ def problem_sentences(error: ValidationError, values: dict[str, JsonValue], root
     return [_sentence(item, values, root) for item in error.errors()]
 
 
-def field_names(root: type[Section], path: Sequence[str]) -> set[str]:
-    """Names of the fields that may stand under `path` (every alternative of a union counts)."""
-    classes = {root}
+def field_names(root: type[Section], path: Sequence[str], values: JsonValue) -> set[str]:
+    """Names of the fields that may be under `path` (of a union, those of the alternative that the values choose)."""
+    classes: set[type[Section]] = {root}
     for name in path:
-        classes = {found for cls in classes for found in _step(cls, name)}
+        below = _below(values, int(name) if name.isdecimal() else name)
+        values = None if below is None else below[0]
+        found = {section for cls in classes for section in _step(cls, name)}
+        # The name of a stage or of a set and a position are no fields: the classes stay, and the values choose among them.
+        classes = {cls for cls in found or classes if _is_chosen(cls, values)} or found or classes
     return {name for cls in classes for name in cls.model_fields}
+
+
+def _is_chosen(cls: type[Section], values: JsonValue) -> bool:
+    """Whether the values do not name another alternative by `kind`, `method` or the like."""
+    if not isinstance(values, dict):
+        return True
+    tags = {name: get_args(cls.model_fields[name].annotation) for name in DISCRIMINATORS if name in cls.model_fields}
+    return all(values.get(name) in allowed for name, allowed in tags.items() if allowed and name in values)
 
 
 def _step(cls: type[Section], name: str) -> set[type[Section]]:
@@ -44,12 +67,14 @@ def _sentence(item: ErrorDetails, values: dict[str, JsonValue], root: type[Secti
     dotted = ".".join(path)
     match item["type"]:
         case "extra_forbidden":
-            allowed = field_names(root, _without_map_keys(path[:-1]))
-            guess = nearest(path[-1], allowed)
+            allowed = field_names(root, path[:-1], values)
+            guess = field_hint(path[-1], allowed)
             hint = f"did you mean {guess}?" if guess else f"allowed are {', '.join(sorted(allowed))}"
             return f"{dotted}: unknown key; {hint}"
         case "missing":
             return f"{dotted}: this key is missing"
+        case "string_pattern_mismatch":
+            return _mismatch(dotted, item)
         case "union_tag_invalid":
             context = item.get("ctx", {})
             return f"{dotted}.{str(context['discriminator']).strip(chr(39))}: {context['tag']!r} is not one of {context['expected_tags']}"
@@ -57,6 +82,16 @@ def _sentence(item: ErrorDetails, values: dict[str, JsonValue], root: type[Secti
             return f"{dotted}: a group was expected, not {_shown(item['input'])}"
         case _:
             return f"{dotted}: {_lower(item['msg'])}, not {_shown(item['input'])}"
+
+
+def _mismatch(dotted: str, item: ErrorDetails) -> str:
+    """What a text may hold, in words: a regular expression helps nobody."""
+    pattern = str(item.get("ctx", {})["pattern"])
+    given = str(item["input"])
+    sentence = f"{dotted}: {PATTERNS[pattern]}, not {_shown(given)}"
+    repaired = re.sub(r"[^A-Za-z0-9._-]+", "_", given).strip("._-")
+    is_name = pattern == IDENTIFIER_PATTERN and re.fullmatch(pattern, repaired)
+    return f"{sentence}; try {dotted}={repaired}" if is_name else sentence
 
 
 def _path(item: ErrorDetails, values: JsonValue) -> list[str]:
@@ -81,13 +116,6 @@ def _below(tree: JsonValue, part: int | str) -> tuple[JsonValue] | None:
     if isinstance(tree, list) and isinstance(part, int) and part < len(tree):
         return (tree[part],)
     return None
-
-
-def _without_map_keys(path: Sequence[str]) -> list[str]:
-    """`stages.sft.data.mix.0` -> `stages.data.mix`: the name of a stage or of a set, and a position, are no fields."""
-    is_stage = path[:1] == ["stages"]
-    names = ((1, 3) if list(path[2:3]) == ["sets"] else (1,)) if is_stage else ()
-    return [name for place, name in enumerate(path) if place not in names and not name.isdecimal()]
 
 
 def _shown(value: object) -> str:

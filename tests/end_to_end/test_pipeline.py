@@ -15,7 +15,7 @@ import pytest
 import torch
 from aligning import pipeline_words, write_sets
 from loading import carded_script, pasted
-from running import Bench, Done
+from running import Bench, Done, latest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -109,7 +109,7 @@ def workers_of(folder: Path) -> list[int]:
 
 
 def test_killed_in_each_stage_it_ends_as_if_nothing_had_happened(pipeline: Done, bench: Bench) -> None:
-    argv = [sys.executable, "-m", "orchestrator", *pipeline_words(bench), *SAVES, "name=killed"]
+    argv = [sys.executable, "-m", "orchestrator", *latest([*pipeline_words(bench), *SAVES, "name=killed"])]
     folder = RunFolder(bench.runs / "killed")
     for stage in STAGES:
         files = folder.stage(stage)
@@ -124,7 +124,7 @@ def test_killed_in_each_stage_it_ends_as_if_nothing_had_happened(pipeline: Done,
             assert running.wait() != 0
         assert not files.result.exists(), stage
         assert read_json(files.attempt(1))["state"] == "failed"
-    last = bench.run("killed", words=[*pipeline_words(bench), *SAVES, "name=killed"])
+    last = bench.run("killed", words=[*latest([*pipeline_words(bench), *SAVES, "name=killed"])])
     assert last.code == 0 and last.out.count("done already") == 4, last.told
     for stage in ("sft", "reward", "grpo", "merge"):
         assert_same(pipeline.folder.stage(stage).artifact, folder.stage(stage).artifact)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import pytest
 from aligning import words_of, write_sets
 from loading import check_scripts
-from running import Bench, Done, make_bench
+from running import Bench, Done, latest, make_bench
 from safetensors.torch import load_file
 
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
@@ -118,7 +118,7 @@ def test_killed_between_two_steps_of_a_rollout_it_ends_as_if_nothing_had_happene
     )
     straight = run(bench, "grpo", "straight", *more)
     assert straight.code == 0, straight.told
-    argv = [sys.executable, "-m", "orchestrator", *words_of(bench, "grpo", "killed", *more)]
+    argv = [sys.executable, "-m", "orchestrator", *latest(words_of(bench, "grpo", "killed", *more))]
     folder = RunFolder(bench.runs / "killed").stage("grpo")
     process = subprocess.Popen(argv, cwd=bench.root, env=bench.environment(), start_new_session=True)
     deadline = time.monotonic() + 120

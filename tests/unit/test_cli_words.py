@@ -52,7 +52,7 @@ TOLD_TOGETHER = {
         ("stages.sft.optimizer.beta1=nan", "stages.sft.optimizer.beta1: input should be less than or equal to 1, not NaN"),
         ("model.dtype=fp16", "model.dtype: fp16 is not supported yet, it comes in a later version; type model.dtype=auto, float32 or bfloat16"),
         ("tuning.method=lorra", "tuning.method: 'lorra' is not one of 'full', 'freeze', 'lora', 'ia3', 'prompt', 'prefix', 'vera', 'oft', 'adalora', 'loreft'"),
-        ("name=a/b", "name: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$', not \"a/b\""),
+        ("name=a/b", 'name: letters, digits, ".", "_" and "-" are allowed, up to 100 of them, the first a letter or a digit, not "a/b"; try name=a_b'),
         ("stages.sft.data.deduplicate=maybe", 'stages.sft.data.deduplicate: input should be a valid boolean, not "maybe"'),
     ],
 }  # fmt: skip
@@ -61,7 +61,6 @@ ONE_WORD = [
     ("+experiment=llama_full", "+experiment=llama_lora +experiment=llama_full: a run has one experiment; leave out all but one"),
     ("name=???", "name: Missing mandatory value: name"),
     ("name=${nothing}", "name: Interpolation key 'nothing' not found"),
-    ("--dry-run", "--dry-run: plan has no such option; it has --help, --config-dir, --multirun"),
     ("format=xml", "format=xml: json or table is allowed"),
     ("pipeline=[]", "pipeline: no stage to run; add an experiment, such as +experiment=llama_lora"),
     ("pipeline=[sft,dpo]", "pipeline: dpo has no entry under stages; there are ['sft']"),
@@ -176,7 +175,7 @@ def test_faults_of_keys_and_types_are_told_together(ask: Asker) -> None:
             "resume takes one run folder and nothing else: python -m orchestrator resume runs/llama_lora",
         ),
         (("resume", "nowhere"), "nowhere is no run folder: it holds no run.json"),
-        (("logs", "--all"), "--all: logs has no such option; it has --help, --stage, --node, --follow"),
+        (("logs", "--wibble"), "--wibble: logs has no such option; it has --help, --stage, "),
         (("cancel", "."), ". is no run folder: it holds no run.json"),
         (
             ("generate", "x", "--temperature", "3"),

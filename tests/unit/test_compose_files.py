@@ -119,3 +119,63 @@ def test_a_file_that_speaks_of_hydra_is_composed_the_same(tmp_path: Path) -> Non
     head = HEAD.replace("  - _self_", "  - override /hydra/job_logging: none\n  - _self_")
     write_yaml(tmp_path, "experiment/mine", "name: mine\nhydra: {verbose: true}\n", head=head)
     assert compose(["+experiment=mine", "tuning=lora"], config_directory=tmp_path / "own") == without
+
+
+# ---- an experiment file by its path --------------------------------------------------------------
+
+OWN = "# @package _global_\ndefaults:\n  - llama_lora\n  - _self_\nstages: {sft: {max_steps: 7}}\n"
+
+
+def test_an_experiment_file_is_run_by_its_path(ask: Asker) -> None:
+    (ask.folder / "my first (1).yaml").write_text(OWN)
+    (ask.folder / "named.yml").write_text(OWN + "name: mine\n")
+    answer = ask("plan", "tuning.rank=4", "my first (1).yaml", "format=json")
+    assert answer.code == 0 and '"steps": 7' in answer.out
+    config = compose([str(ask.folder / "my first (1).yaml")])
+    assert config.name == "my_first_1"
+    assert compose([str(ask.folder / "named.yml"), "seed=3"]).name == "mine"
+    assert compose([str(ask.folder / "named.yml"), "name=other"]).name == "other"
+    assert ask("render", "named.yml").code == 0 and (ask.folder / "runs" / "mine" / "run.json").is_file()
+    assert ask("named.yml", "render").code == 0
+
+
+def test_faults_of_an_experiment_file_have_its_path_and_line(ask: Asker) -> None:
+    (ask.folder / "mine.yaml").write_text(OWN + "seeed: 3\ntuning: {learning_rate: 1}\n")
+    assert tuple(sorted(ask.refused("plan", "mine.yaml"))) == (
+        "mine.yaml:6 seeed: unknown key; did you mean seed?",
+        "mine.yaml:7 tuning.learning_rate: unknown key; allowed are alpha, dropout, init, lora_plus_ratio, method, rank, "
+        "target_modules, use_dora, use_rslora",
+    )
+    (ask.folder / "mine.yaml").write_text(OWN.replace("llama_lora", "llama_lara"))
+    (told,) = ask.refused("plan", "mine.yaml")
+    assert told.startswith("In mine.yaml: Could not load 'experiment/llama_lara'")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: [1\n", "mine.yaml:2 is no YAML: expected ',' or ']', but got '<stream end>'"),
+        ("- a\n", "mine.yaml holds a list; lines of `key: value` are expected"),
+        ("just a text\n", "mine.yaml holds a str; lines of `key: value` are expected"),
+        ("", "mine.yaml holds no keys; `init mine_new.yaml` writes an experiment file"),
+        ("a: 1\n", "mine.yaml:1 is no experiment file: its first line must be `# @package _global_`, so that its keys stand at the root"),
+        ("# mine\n# @package _global_\na: 1\n", "mine.yaml:1 is no experiment file: its first line must be `# @package _global_`, so that its keys stand at the root"),
+    ],
+)  # fmt: skip
+def test_a_yaml_file_that_is_no_experiment(ask: Asker, text: str, sentence: str) -> None:
+    (ask.folder / "mine.yaml").write_text(text)
+    assert ask.refused("plan", "mine.yaml") == (sentence,)
+
+
+def test_one_experiment_and_one_that_exists(ask: Asker) -> None:
+    (ask.folder / "mine.yaml").write_text(OWN)
+    assert ask.refused("run", "mine.yaml", "+experiment=llama_full") == (
+        "mine.yaml +experiment=llama_full: a run has one experiment, and mine.yaml is one; leave out +experiment=llama_full, or let "
+        "the file build on it: `- llama_full` as the first entry of its defaults",
+    )
+    assert ask.refused("run", "mine.yaml", "other.yaml") == (
+        "mine.yaml other.yaml: a run has one experiment; leave out all files but one",
+    )
+    assert ask.refused("check", "mien.yaml") == ("mien.yaml: there is no such file; did you mean mine.yaml?",)
+    (ask.folder / "folder.yaml").mkdir()
+    assert ask.refused("check", "folder.yaml") == ("folder.yaml is a folder; an experiment file is needed",)
