@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+import forking
 import pytest
 from aligning import words_of, write_sets
 from loading import check_scripts
@@ -120,7 +121,8 @@ def test_killed_between_two_steps_of_a_rollout_it_ends_as_if_nothing_had_happene
     assert straight.code == 0, straight.told
     argv = [sys.executable, "-m", "orchestrator", *latest(words_of(bench, "grpo", "killed", *more))]
     folder = RunFolder(bench.runs / "killed").stage("grpo")
-    process = subprocess.Popen(argv, cwd=bench.root, env=bench.environment(), start_new_session=True)
+    family = bench.environment(forking.FRESH)  # a fork is no descendant of the process that stands for it
+    process = subprocess.Popen(argv, cwd=bench.root, env=family, start_new_session=True)
     deadline = time.monotonic() + 120
     while not folder.checkpoint(3).exists() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forking
 import pytest
 import tiny
 import torch
@@ -40,7 +41,7 @@ def _gradient(place: Path, *, micro_size: int, ranks: int) -> dict[str, torch.Te
         str(micro_size),
         str(out),
     ]
-    subprocess.run(argv, check=True, timeout=240)
+    subprocess.run(argv, check=True, timeout=240, env=forking.environment())
     return load_file(out)
 
 
