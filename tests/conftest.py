@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import forking
+import minutes
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -16,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--no-forks", action="store_true", help="every program in an interpreter of its own, as users run it"
     )
+    parser.addoption("--write-minutes", action="store_true", help="record what each file of tests takes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,6 +26,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(forking.start())
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if minutes.is_worker():
+        minutes.longest_first(items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    minutes.summarise(terminalreporter, write=config.getoption("--write-minutes"))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 As a program: `python server.py SOCKET`, which ends when its standard input does. A zygote (`zygote.py`) is an interpreter that
 has imported what its programs import, and forks for each request. A request that no zygote can serve exactly (another user,
-namespace or limit, bitsandbytes left in) is answered by closing the connection: the caller then runs the program itself.
+namespace or limit) is answered by closing the connection: the caller then runs the program itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_DESCRIPTORS = 65
-MOST_ZYGOTES = 8
+MOST_ZYGOTES = 10
 """Each holds up to 400 MB: kinds that come later run by themselves."""
 READ_AT_IMPORT = (
     *(
@@ -122,7 +122,7 @@ def _pass_on(connection: socket.socket, zygotes: dict[str, Zygote]) -> None:
     try:
         request = marshal.loads(message)
         preload = preload_of(request)
-        if preload is None or request["flags"] != FLAGS or not _is_like_us(connection):
+        if request["flags"] != FLAGS or not _is_like_us(connection):
             return
         key = _key(request, preload)
         if key not in zygotes or zygotes[key].process.poll() is not None:
@@ -153,8 +153,8 @@ def _some(connection: socket.socket, size: int) -> bytes:
     return more
 
 
-def preload_of(request: dict[str, Any]) -> str | None:
-    """What the program would import: login, light (without DeepSpeed and bitsandbytes), sharded (without bitsandbytes), whole."""
+def preload_of(request: dict[str, Any]) -> str:
+    """What the program would import, named as in `zygote.PRELOADED`."""
     kind, program = request["program"]
     if kind == "":
         return "whole" if "torch" in Path(program).read_text(encoding="utf-8") else "login"
@@ -162,10 +162,11 @@ def preload_of(request: dict[str, Any]) -> str | None:
         return "login" if program in LOGIN else "agent"
     files = [word for word in request["arguments"] if word.endswith("run.json")]
     config = json.loads((Path(request["folder"]) / files[0]).read_text(encoding="utf-8"))["config"]
-    if _needs_bitsandbytes(config):
-        return None
     # the worker alone leaves DeepSpeed out; the other programs import it with Accelerate, as any script does
-    return "light" if program == "orchestrator.worker" and config["sharding"]["strategy"] == "none" else "sharded"
+    has_deepspeed = program != "orchestrator.worker" or config["sharding"]["strategy"] != "none"
+    if _needs_bitsandbytes(config):
+        return "whole" if has_deepspeed else "quantised"
+    return "sharded" if has_deepspeed else "light"
 
 
 def _needs_bitsandbytes(config: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 OUR_FOLDER = str(Path(__file__).resolve().parent)
-LEFT_OUT = {"light": ("deepspeed", "bitsandbytes"), "sharded": ("bitsandbytes",)}
+LEFT_OUT = {"light": ("deepspeed", "bitsandbytes"), "sharded": ("bitsandbytes",), "quantised": ("deepspeed",)}
 """As `orchestrator.training.imports` leaves them out, which must come before the imports."""
 TORCH = (
     *(
@@ -53,6 +53,7 @@ PRELOADED = {
     "agent": ("torch.distributed.run", "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend"),
     "light": TORCH,
     "sharded": ("torch", "deepspeed", *TORCH, "accelerate.utils.deepspeed"),
+    "quantised": ("torch", "bitsandbytes", *TORCH),
     "whole": ("torch", "deepspeed", "bitsandbytes", *TORCH, "accelerate.utils.deepspeed"),
 }
 LOGIN_PACKAGES = (
