@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from orchestrator.training.context import Context
 from orchestrator.training.objectives import sft_objective
 from orchestrator.training.session import Course, Session, run_training, supervised_course
 
 
 def plan_course(session: Session) -> Course:
-    """Next-token loss over the prepared rows."""
-    return supervised_course(session, sft_objective(session.runtime))
+    """Next-token loss over the prepared rows, by which the proof scores the artifact too."""
+    return replace(supervised_course(session, sft_objective(session.runtime)), is_proof_scored=True)
 
 
 def run(context: Context) -> int:

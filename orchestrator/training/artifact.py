@@ -102,16 +102,18 @@ def _write_classes(adapted: Any, folder: Path) -> None:
 
 
 @torch.no_grad()
-def round_as_saved(model: torch.nn.Module, config: RunConfig) -> None:
-    """Rounds trained fp32 weights to the type that a full model is saved in: what is scored next is what is written.
+def round_as_saved(model: torch.nn.Module, config: RunConfig) -> bool:
+    """Round trained fp32 weights to the type that a full model is saved in, so that what is scored next is what is written.
 
-    Under DeepSpeed the weights of the forward pass have that type already.
+    Returns whether any weight may have changed. Under DeepSpeed the weights of the forward pass have that type already.
     """
-    if not isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
-        return
+    saved_as = DTYPES[config.model.dtype]
+    if not isinstance(config.tuning, WHOLE_MODEL_TUNINGS) or saved_as == torch.float32:
+        return False
     for parameter in model.parameters():
         if parameter.dtype == torch.float32:
-            parameter.copy_(parameter.to(DTYPES[config.model.dtype]))
+            parameter.copy_(parameter.to(saved_as))
+    return True
 
 
 def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:

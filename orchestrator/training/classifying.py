@@ -20,6 +20,7 @@ from orchestrator.training.data.rows import Batch, PreparedRows
 from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
 from orchestrator.training.evaluation import Evaluation, evaluate
 from orchestrator.training.objectives import Objective, Rows
+from orchestrator.training.passes import passes
 from orchestrator.training.runtime import Runtime
 from orchestrator.training.session import PROOF_ROWS, Session
 
@@ -66,14 +67,12 @@ def all_logits_DC(
     logits_DC = torch.zeros(len(rows.document_offsets) - 1, outputs)
     was_training = model.training
     model.eval()
-    for first in range(0, count, micro_size * runtime.world_size):
-        begin = first + runtime.rank * micro_size
-        indices = [index if index < count else -1 for index in range(begin, begin + micro_size)]
+    for indices, done in passes(runtime, rows, range(count), micro_size=micro_size):
         batch = rows.batch(indices).to(runtime.device)
         answers_DC, _ = document_answers(runtime, model, batch)
         if batch.document_ids:
             logits_DC[list(batch.document_ids)] = answers_DC.cpu()
-        runtime.phases.advance(min(first + micro_size * runtime.world_size, count), count)
+        runtime.phases.advance(done, count)
     model.train(was_training)
     if runtime.world_size > 1:
         shared = logits_DC.to(runtime.device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.objectives import Objective
+from orchestrator.training.passes import passes
 from orchestrator.training.runtime import Runtime
 
 
@@ -19,6 +21,8 @@ class Evaluation:
     rows: int
     measures: dict[str, float] = field(default_factory=dict[str, float])
     """What else the objective tells, as means over the units."""
+    first: Evaluation | None = None
+    """Of the first rows alone, where they were asked for."""
 
 
 def values_of(scored: Evaluation) -> dict[str, float]:
@@ -35,21 +39,29 @@ def evaluate(
     *,
     micro_size: int,
     limit: int | None = None,
+    first: int | None = None,
 ) -> Evaluation:
-    """Loss over the first `limit` rows (all where None); ranks that run out of rows take filler rows."""
+    """Loss over the first `limit` rows (all where None); with `first` also over so many of them alone, in the same turn."""
     count = rows.rows if limit is None else min(limit, rows.rows)
-    per_pass = micro_size * runtime.world_size
+    head = count if first is None else min(first, count)
     was_training = model.training
     model.eval()
-    sums = torch.zeros(1 + len(objective.measures), dtype=torch.float64, device=runtime.device)
-    for start in range(0, count, per_pass):
-        first = start + runtime.rank * micro_size
-        indices = [index if index < count else -1 for index in range(first, first + micro_size)]
-        sums += torch.stack([term.double() for term in objective.terms(model, rows.batch(indices).to(runtime.device))])
-        runtime.phases.advance(min(start + per_pass, count), count)
+    sums = torch.zeros(2, 1 + len(objective.measures), dtype=torch.float64, device=runtime.device)
+    for part, chosen in enumerate((range(head), range(head, count))):
+        for indices, done in passes(runtime, rows, chosen, micro_size=micro_size):
+            terms = objective.terms(model, rows.batch(indices).to(runtime.device))
+            sums[part] += torch.stack([term.double() for term in terms])
+            runtime.phases.advance(chosen.start + done, count)
     model.train(was_training)
+    shared = torch.tensor(runtime.sum_over_ranks(sums.flatten().tolist()), dtype=torch.float64).view_as(sums)
+    whole = _mean(objective, rows, shared.sum(0).tolist(), count)
+    return whole if first is None else replace(whole, first=_mean(objective, rows, shared[0].tolist(), head))
+
+
+def _mean(objective: Objective, rows: PreparedRows, sums: Sequence[float], count: int) -> Evaluation:
+    """Sums over the first `count` rows as means over their units."""
     weight = objective.weight(rows, range(count))
-    loss, *measures = (total / weight for total in runtime.sum_over_ranks(sums.tolist()))
+    loss, *measures = (total / weight for total in sums)
     return Evaluation(
         loss=loss,
         trained_tokens=int(rows.trained_tokens[:count].sum()),

@@ -12,6 +12,7 @@ from orchestrator.config.alignment import RewardStage
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
 from orchestrator.training.objectives import document_scores
+from orchestrator.training.passes import passes
 from orchestrator.training.reward_report import Pairs, RewardReport, report_of
 from orchestrator.training.session import Session
 
@@ -24,9 +25,7 @@ def held_out_scores(session: Session) -> np.ndarray:
     scores_D = [0.0] * (len(rows.document_offsets) - 1)
     was_training = model.training
     model.eval()
-    for first in range(0, rows.rows, micro_size * runtime.world_size):
-        begin = first + runtime.rank * micro_size
-        indices = [index if index < rows.rows else -1 for index in range(begin, begin + micro_size)]
+    for indices, _ in passes(runtime, rows, range(rows.rows), micro_size=micro_size):
         batch = rows.batch(indices).to(runtime.device)
         with torch.no_grad():
             scored_D = document_scores(runtime, model, batch).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ class Course:
     """The model's loss on rows that never change; every rank calls it."""
     proof: Callable[[], Evaluation]
     """What the re-opened artifact must score again."""
+    is_proof_scored: bool = False
+    """Whether `score` has the objective of the proof: then its first rows are what must come out again, without another pass."""
     begin: Callable[[int], Mapping[str, Any]] = lambda _step: {}
     answers: Answers | None = None
     """What the model answers to held-out rows, for the user's own metrics; None for stages that answer nothing."""
@@ -210,8 +213,7 @@ def supervised_course(session: Session, objective: Objective) -> Course:
     stage = context.stage
     micro_size, count = stage.batch.micro_size, stage.checkpoint.probe_rows
 
-    def score_on(chosen: PreparedRows, limit: int | None) -> Evaluation:
-        return evaluate(session.runtime, session.model, objective, chosen, micro_size=micro_size, limit=limit)
+    score_on = partial(evaluate, session.runtime, session.model, objective, micro_size=micro_size)
 
     return Course(
         objective=objective,
@@ -219,8 +221,8 @@ def supervised_course(session: Session, objective: Objective) -> Course:
         order=make_order(
             stage.data, lengths=rows.lengths, global_size=stage.batch.global_size, seed=context.config.seeds.data
         ),
-        score=lambda: None if held is None else score_on(held, None),
-        probe=(lambda: score_on(rows, count).loss) if count else None,
+        score=lambda: None if held is None else score_on(held, first=PROOF_ROWS),
+        probe=(lambda: score_on(rows, limit=count).loss) if count else None,
         proof=lambda: proof_of(session),
         answers=None if held is None else greedy_answers(context, session.runtime, session.model, held),
     )
