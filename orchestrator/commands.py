@@ -23,6 +23,8 @@ from orchestrator.freezing import read_config
 from orchestrator.jobs import render as render_script
 from orchestrator.jobs import render_scripts
 from orchestrator.machine import this_machine, with_device
+from orchestrator.metrics.phases import LOOKING
+from orchestrator.metrics.screen import busy
 from orchestrator.number_type import settle_folder
 from orchestrator.plan import Plan, make_plan, resolve
 from orchestrator.plan_table import print_plan, print_plans, print_scaling
@@ -132,9 +134,10 @@ def resume(folder: RunFolder) -> int:
 
     began = time.time()
     config = load_config(folder)
-    base, data = gather(config)
-    machine = this_machine()
-    number_type = settle_folder(config, folder, machine)
+    with busy(LOOKING):
+        base, data = gather(config)
+        machine = this_machine()
+        number_type = settle_folder(config, folder, machine)
     planned = make_plan(with_device(config, machine), base=base, data=data, number_type=number_type)
     return execute(config, planned, began=began)
 
@@ -163,8 +166,13 @@ def _first_config(arguments: Sequence[str]) -> RunConfig:
         raise ConfigError([*error.problems, *space_problems(words)]) from None
 
 
+@busy(LOOKING)
 def planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
     """Configuration and plan; one error with every problem of words, keys, rules, base, data and scripts."""
+    return _planned_run(arguments)
+
+
+def _planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
     words, config_directory = _take_config_directory(arguments)
     composed = examine(words, config_directory=config_directory)
     if composed.autos and not composed.problems:
@@ -204,11 +212,13 @@ def planned_runs(arguments: Sequence[str]) -> list[tuple[RunConfig, Plan]]:
     folder = [] if config_directory is None else ["--config-dir", str(config_directory)]
     found: list[tuple[RunConfig, Plan]] = []
     told: dict[str, None] = {}
-    for combination in combinations(words, name=first.config.name):
-        try:
-            found.append(planned_run([*folder, *combination]))
-        except OrchestratorError as error:
-            told |= dict.fromkeys(error.problems)
+    with busy(LOOKING, unit="runs") as phases:
+        for combination in combinations(words, name=first.config.name):
+            try:
+                found.append(_planned_run([*folder, *combination]))
+            except OrchestratorError as error:
+                told |= dict.fromkeys(error.problems)
+            phases.advance(len(found), unit="runs")
     if told:
         raise ConfigError(list(told))
     return found

@@ -28,6 +28,8 @@ from orchestrator.estimate.rows import PreparedFacts
 from orchestrator.ingredients import blend_problems
 from orchestrator.kernels import head_problems, liger_is_installed
 from orchestrator.measured import find_measured
+from orchestrator.metrics.phases import READING
+from orchestrator.metrics.screen import busy
 from orchestrator.plan import DataFacts
 
 Result = TypeVar("Result")
@@ -120,6 +122,7 @@ def _prepared(config: RunConfig, stage: TrainingStage) -> PreparedFacts | None:
         return None
 
 
+@busy(READING)
 def validate_data(config: RunConfig) -> None:
     """Reads every local row of every stage; DataError names file, line and field of each bad one."""
     problems: list[str] = []

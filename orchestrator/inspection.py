@@ -12,6 +12,8 @@ from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.errors import EXIT_DONE, ConfigError
 from orchestrator.rundir import MANIFEST, RunFolder, read_json
 
+FOREGROUND = "orchestrator.training.foreground"
+
 
 def generate(folder: RunFolder, *, stage: str | None, options: Mapping[str, str]) -> int:
     """Answers of the tuned model next to those of its base; a classifier's classes. `options` go to the process that generates."""
@@ -19,7 +21,7 @@ def generate(folder: RunFolder, *, stage: str | None, options: Mapping[str, str]
     if not folder.stage(stage).result.exists():
         raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")
     words = [f"{name}={value}" for name, value in options.items()]  # joined: a value may begin with a dash
-    argv = [sys.executable, "-m", "orchestrator.training.generate", str(folder.run), "--stage", stage, *words]
+    argv = [sys.executable, "-m", FOREGROUND, "generate", str(folder.run), "--stage", stage, *words]
     return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False).returncode
 
 
@@ -36,7 +38,8 @@ def export(folder: RunFolder, *, stage: str | None, to: str | None, max_kl: floa
     argv = [
         sys.executable,
         "-m",
-        "orchestrator.training.export",
+        FOREGROUND,
+        "export",
         str(folder.run),
         "--stage",
         stage,

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launchers.process import launch
 from orchestrator.commands import load_config, planned_run
@@ -20,11 +21,17 @@ from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, ConfigError
 from orchestrator.execution import freeze_run
 from orchestrator.facts import gather, validate_data
 from orchestrator.jobs import job_spec, render
+from orchestrator.metrics.phases import AUDITING
+from orchestrator.metrics.screen import busy
 from orchestrator.plan import make_plan
+from orchestrator.plurals import counted
 from orchestrator.rundir import RunFolder, StageFolder, read_json
 from orchestrator.submission import submit_preparation
 from orchestrator.verify import Running, print_proof
 from orchestrator.verify import verify_resume as prove_resume
+
+if TYPE_CHECKING:
+    from orchestrator.dataset.ledger import Audit
 
 
 def check(arguments: Sequence[str]) -> int:
@@ -75,7 +82,7 @@ def _examine(verb: str, config: RunConfig, environment: dict[str, str]) -> int:
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
         file = Path(folder) / "run.json"
         file.write_text(json.dumps({"config": config.model_dump(mode="json")}), encoding="utf-8")
-        argv = [sys.executable, "-m", "orchestrator.training.examine", verb, str(file)]
+        argv = [sys.executable, "-m", "orchestrator.training.foreground", "examine", verb, str(file)]
         return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1", **environment}, check=False).returncode
 
 
@@ -92,6 +99,15 @@ def _audited(config: RunConfig) -> dict[str, TrainingStage]:
     return {name: stages[name] for name in config.pipeline if name in stages}
 
 
+def _audited_sentence(found: Audit) -> str:
+    """The verdict, over no more than was trained."""
+    if not found.is_exact:
+        return "NOT exact"
+    if not found.whole_epochs:
+        return "no row more than once; the first epoch was not finished, so not every row was taken"
+    return "every row exactly once in each whole epoch, and none more than once in the last"
+
+
 def _audit_stage(config: RunConfig, name: str, stage: TrainingStage, files: StageFolder) -> int:
     from orchestrator.dataset.ledger import audit as audit_ledger
     from orchestrator.dataset.order import make_order
@@ -102,12 +118,15 @@ def _audit_stage(config: RunConfig, name: str, stage: TrainingStage, files: Stag
     rows = PreparedFolder(Path(read_json(files.prepared)["train"]))
     order = make_order(stage.data, lengths=rows.lengths, global_size=stage.batch.global_size, seed=config.seeds.data)
     omitted: list[int] = read_json(files.rollbacks)["omitted"] if files.rollbacks.exists() else []
-    found = audit_ledger(files.samples, rows, steps_per_epoch=order.steps_per_epoch, skipped_steps=frozenset(omitted))
+    with busy(AUDITING):
+        found = audit_ledger(
+            files.samples, rows, steps_per_epoch=order.steps_per_epoch, skipped_steps=frozenset(omitted)
+        )
     print(
-        f"{name}: {found.steps} steps over {found.rows:,} rows, {found.whole_epochs} whole epochs, attempts "
-        f"{list(found.attempts)}, ranks {list(found.world_sizes)}, {found.replayed_steps} steps replayed"
+        f"{name}: {counted(found.steps, 'step')} over {counted(found.rows, 'row')}, {counted(found.whole_epochs, 'whole epoch')}, "
+        f"attempts {list(found.attempts)}, ranks {list(found.world_sizes)}, {counted(found.replayed_steps, 'step')} replayed"
     )
     for problem in found.problems:
         print(f"error: {name}: {problem}", file=sys.stderr)
-    print(f"{name}: every row exactly once an epoch" if found.is_exact else f"{name}: NOT exact")
+    print(f"{name}: {_audited_sentence(found)}")
     return EXIT_DONE if found.is_exact else EXIT_DEFECT

@@ -16,6 +16,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.config.sites import NoTracking
 from orchestrator.config.stages import TrainingStage
 from orchestrator.errors import ConfigError, LaunchFailed
+from orchestrator.metrics.display import PhaseLines, view_of_stage
 from orchestrator.metrics.jsonl import Row, attempt_of, last_attempt_rows, read_rows, step_of
 from orchestrator.rundir import RunFolder, StageFolder
 
@@ -156,22 +157,44 @@ def print_proof(proof: Proof) -> None:
 
 
 def _to_the_end(config: RunConfig, stage: str, start: Start) -> None:
+    folder = _folder(config, stage)
+    phases = _phase_lines(folder, stage)
     with start(config, stage) as running:
         while running.is_running():
+            _say_new(phases)
             time.sleep(POLL_SECONDS)
-    folder = _folder(config, stage)
     if not folder.result.exists():
         raise LaunchFailed(f"{config.name}: {stage} ended without a result; see {folder.logs}")
 
 
 def _until_killed(config: RunConfig, stage: str, start: Start) -> None:
     folder = _folder(config, stage)
+    phases = _phase_lines(folder, stage)
     with start(config, stage) as running:
         while running.is_running() and not any(row["event"] == "save" for row in read_rows(folder.events)):
+            _say_new(phases)
             time.sleep(POLL_SECONDS)
         running.kill()
     if folder.result.exists():
         raise ConfigError(f"{stage} ended before it could be killed; type more steps=")
+
+
+def _phase_lines(folder: StageFolder, stage: str) -> PhaseLines:
+    """What the stage that is about to start will say of its phases."""
+    view = view_of_stage(
+        stage,
+        metrics_file=folder.metrics,
+        events_file=folder.events,
+        phases_file=folder.phases,
+        total_steps=0,
+        since=time.time(),
+    )
+    return PhaseLines(view)
+
+
+def _say_new(phases: PhaseLines) -> None:
+    for sentence in phases.new(time.time()):
+        print(f"  {sentence}", flush=True)
 
 
 def _folder(config: RunConfig, stage: str) -> StageFolder:

@@ -82,14 +82,14 @@ def _made_ready(
     config: RunConfig, name: str, run_file: Path, *, attempt: int, stop: StopRequest, phases: Phases
 ) -> Callable[[], int]:
     """What runs the stage, once its inputs are here and its modules are imported."""
-    phases.begin(phase.PREPARING)
+    phases.begin(phase.PREPARING, unit=phase.ROWS)
     leave_out_deepspeed(config)
     folder = RunFolder(run_file.parent).stage(name)
     stage, config = config.stages[name], config.for_stage(name)
     artifacts = {source: read_artifact(RunFolder(run_file.parent), source) for source in inputs_of(config, name)}
     elsewhere = {member: read_artifact(found.run, found.stage) for member, found in _elsewhere(stage).items()}
     check_artifacts(config, name, {**artifacts, **elsewhere})
-    inputs = _inputs(config, name, folder, attempt)
+    inputs = _inputs(config, name, folder, attempt, phases)
     content: dict[str, str] = inputs["content"]
     check_artifacts(config, name, {**artifacts, **elsewhere}, content=content)
     phases.begin(phase.IMPORTING)
@@ -142,10 +142,10 @@ def _beside(stage: Stage, artifacts: Mapping[str, Artifact], elsewhere: Mapping[
     return {beside: artifacts[beside] for beside in stages_beside(stage)} | dict(elsewhere)
 
 
-def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int) -> dict[str, Any]:
+def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int, phases: Phases) -> dict[str, Any]:
     """Base model and prepared data: rank 0 brings them, before any process group exists; the others wait for its note."""
     if int(os.environ.get("RANK", "0")) == 0:
-        inputs = _bring_inputs(config, name, run_directory=folder.root.parent)
+        inputs = _bring_inputs(config, name, run_directory=folder.root.parent, phases=phases)
         write_json(folder.prepared, {"attempt": attempt, **inputs})
         return inputs
     while True:
@@ -157,7 +157,7 @@ def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int) -> 
         time.sleep(PREPARE_POLL_SECONDS)
 
 
-def _bring_inputs(config: RunConfig, name: str, *, run_directory: Path) -> dict[str, Any]:
+def _bring_inputs(config: RunConfig, name: str, *, run_directory: Path, phases: Phases) -> dict[str, Any]:
     from orchestrator.training.data.prepare import ensure_prepared
     from orchestrator.training.model import fetch_base
 
@@ -174,6 +174,7 @@ def _bring_inputs(config: RunConfig, name: str, *, run_directory: Path) -> dict[
             seed=config.seeds.split,
             say=say,
             refuse_over_seconds=PREPARE_AT_MOST_SECONDS,
+            advance=phases.advance,
             prepare_command=f"python -m orchestrator prepare {shlex.quote(str(run_directory))}",
         )
         for data in data_sets_of(config.stages[name]).values()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli.main import main
+from orchestrator.metrics.screen import MARK
 
 SLURM_SIZE = ("cluster.cpus_per_task=8", "cluster.memory=32G", "cluster.time_limit='1:00:00'")
 ROW = {"instruction": "Say red", "input": "", "output": "red"}
@@ -46,7 +47,10 @@ class Asker:
         self._capture.readouterr()
         code = main(words)
         told = self._capture.readouterr()
-        return Answer(code, told.out, tuple(line.removeprefix("error: ") for line in told.err.splitlines()))
+        lines = [
+            line for line in told.err.splitlines() if not line.startswith(MARK)
+        ]  # a loaded machine is slow, not wrong
+        return Answer(code, told.out, tuple(line.removeprefix("error: ") for line in lines))
 
     def refused(self, *words: str, code: int = 2) -> tuple[str, ...]:
         """The sentences of a refusal: each one line, no traceback, and not a file more than before."""

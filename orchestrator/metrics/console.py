@@ -38,7 +38,9 @@ def line(row: Row, total_steps: int) -> str:
         ("tokens_per_second", ",.0f", " tokens/s"),
         ("memory_gib", ".1f", " GiB"),
     ]
-    numbers_shown = [shown(key, number_of(row, key), form, unit) for key, form, unit in numbers]
+    # A policy is judged by its reward; the record holds minus the reward as its loss, which tells a person nothing.
+    left_out = ("eval_loss",) if "eval_reward" in row else ()
+    numbers_shown = [shown(key, number_of(row, key), form, unit) for key, form, unit in numbers if key not in left_out]
     return "  ".join([where, *filter(None, numbers_shown)])
 
 
@@ -63,7 +65,8 @@ class Progressed:
         if row.get("event") == "train" and steps is not None:
             self.total_steps = int(steps)
         self.loss = _newer(row, "loss", self.loss)
-        self.eval_loss = _newer(row, "eval_loss", self.eval_loss)
+        if "eval_reward" not in row:  # the loss of a policy's evaluation is minus its reward
+            self.eval_loss = _newer(row, "eval_loss", self.eval_loss)
         self.lr = _newer(row, "lr", self.lr)
         self.tokens_per_second = _newer(row, "tokens_per_second", self.tokens_per_second)
         seconds = number_of(row, "step_seconds")

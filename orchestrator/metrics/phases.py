@@ -13,12 +13,19 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 STARTING = "starting the processes"
 PREPARING = "preparing data"
 IMPORTING = "importing the libraries"
 LOADING = "loading the model"
+LOOKING = "looking at configuration, base and data"
+ANSWERING = "answering"
+FETCHING = "fetching the base"
+CHECKING = "checking the rows"
+GRADIENTS = "trying one backward pass"
+AUDITING = "comparing the ledgers with the rows"
+READING = "reading every row"
 FIRST_EVALUATION = "first evaluation"
 FIRST_STEP = "first step"
 TRAINING = "training"
@@ -57,6 +64,8 @@ class Phase:
     def sentence(self, now: float) -> str:
         """`first evaluation, 32 of 58 rows, 12 s`."""
         count = f", {self.done or 0:,} of {self.total:,} {self.unit}" if self.total else ""
+        if self.done and not self.total:
+            count = f", {self.done:,} {self.unit}"
         return f"{self.name}{count}, {max(0.0, now - self.began):.0f} s"
 
 
@@ -87,6 +96,13 @@ def is_due(silent_seconds: float, phase_seconds: float) -> bool:
     return silent_seconds >= min(LONGEST_SILENCE_SECONDS, max(FIRST_BEAT_SECONDS, phase_seconds / 2))
 
 
+class Drawn(Protocol):
+    """Where a phase is shown while it goes on."""
+
+    def draw(self, phase: Phase, now: float) -> None: ...
+    def clear(self) -> None: ...
+
+
 class Phases:
     """Owns the account of one process. On ranks other than the first it has neither file nor voice.
 
@@ -100,8 +116,9 @@ class Phases:
         attempt: int = 0,
         began: float | None = None,
         say: Callable[[str], None] | None = None,
+        screen: Drawn | None = None,
     ) -> None:
-        self._file, self._say = file, say
+        self._file, self._say, self._screen = file, say, screen
         self._report = Report(attempt=attempt, began=time.time() if began is None else began)
         self._outer: list[Phase] = []
         self._since = self._report.began
@@ -191,6 +208,17 @@ class Phases:
             known[now.name] = known.get(now.name, 0.0) + time.time() - self._since
         return {name: round(value, 2) for name, value in known.items()}
 
+    def above(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """The same voice, before which the line on the screen is taken away."""
+
+        def said(sentence: str) -> None:
+            with self._lock:
+                if self._screen is not None:
+                    self._screen.clear()
+                say(sentence)
+
+        return said
+
     def spoken(self) -> None:
         """The log has just heard something else, and can wait for the next sign of life."""
         self._spoke = time.time()
@@ -219,18 +247,23 @@ class Phases:
 
     def _close(self) -> None:
         now, seconds = self._report.now, self._report.seconds
+        if self._screen is not None:
+            self._screen.clear()
         if now is not None:
             seconds[now.name] = seconds.get(now.name, 0.0) + time.time() - self._since
             self._now(None)
 
     def _start(self) -> None:
-        if self._thread is None and (self._file is not None or self._say is not None):
+        voices = (self._file, self._say, self._screen)
+        if self._thread is None and any(voice is not None for voice in voices):
             self._thread = threading.Thread(target=self._tick, name="phases", daemon=True)
             self._thread.start()
 
     def _tick(self) -> None:
         while not self._ended.wait(_TICK_SECONDS):
             with self._lock:
+                if self._screen is not None and self._report.now is not None:
+                    self._screen.draw(self._report.now, time.time())
                 if self._is_dirty and not self._is_handed_over:
                     self._write()
                 now, time_now = self._report.now, time.time()

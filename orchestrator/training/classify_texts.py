@@ -14,6 +14,7 @@ from orchestrator.dataset.examples import Labelled
 from orchestrator.dataset.formats import parse_row
 from orchestrator.dataset.sources import held_out_source, locate, reading_of, settle_format, source_rows
 from orchestrator.errors import ConfigError
+from orchestrator.metrics.phases import Phases
 from orchestrator.rundir import StageFolder
 from orchestrator.training.classes import Classes, read_classes
 from orchestrator.training.classifier import document_answers, open_classifier
@@ -26,7 +27,9 @@ from orchestrator.training.runtime import start_single_runtime
 SHOWN_CLASSES = 3
 
 
-def classify_texts(config: RunConfig, folder: StageFolder, base_folder: Path, texts: Iterable[Labelled]) -> int:
+def classify_texts(
+    config: RunConfig, folder: StageFolder, base_folder: Path, texts: Iterable[Labelled], *, phases: Phases
+) -> int:
     """Prints a line for each text: its likeliest classes with their probabilities, or its number."""
     runtime = start_single_runtime(config, autocast=config.model.dtype == "bfloat16")
     dtype = weights_dtype(config, uses_deepspeed=False)
@@ -35,6 +38,7 @@ def classify_texts(config: RunConfig, folder: StageFolder, base_folder: Path, te
     classes, facts = read_classes(folder.artifact), load_facts(base_folder)
     max_length = config.stages[folder.root.name].data.max_length
     count = 0
+    phases.end()
     for text in texts:
         count += 1
         ids, _ = encode_labelled(text, facts, max_length)

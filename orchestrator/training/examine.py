@@ -16,6 +16,8 @@ from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.faults import told
 from orchestrator.errors import EXIT_DONE, EXIT_USER, DataError, OrchestratorError
+from orchestrator.metrics import phases as phase
+from orchestrator.metrics.phases import Phases
 from orchestrator.rundir import read_json, write_json
 from orchestrator.training.classes import classes_of, targets_of
 from orchestrator.training.data.check import check_data
@@ -27,7 +29,7 @@ from orchestrator.training.replica import check_gradients
 from orchestrator.training.tuning import apply_tuning
 
 
-def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console) -> list[str]:
+def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console, phases: Phases) -> list[str]:
     """Checks data and gradients of one stage, prints what was seen; the sentences of all faults."""
     cache = cache_folder(config.cluster.scratch)
     problems: list[str] = []
@@ -35,19 +37,23 @@ def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Con
     for key, data in data_sets_of(stage).items():
         if key.startswith("sets."):
             console.print(key)
+        phases.begin(phase.CHECKING, unit=phase.ROWS)
         report, prepared = check_data(
             data,
             tokenizer_folder=base_folder,
             cache=cache,
             seed=config.seeds.split,
             global_size=stage.batch.global_size if isinstance(stage, TrainingStage) else stage.micro_size,
-            say=console.print,
+            say=phases.above(console.print),
+            advance=phases.advance,
         )
+        phases.end()
         print_report(report, console)
         problems += told(report.faults, dict(report.fault_counts))
         made.append(prepared)
     if not isinstance(stage, TrainingStage):
         return problems
+    phases.begin(phase.GRADIENTS)
     rows = PreparedRows.open(made[0].train)
     batch = rows.batch([int(rows.lengths.argmin())])
     try:
@@ -60,9 +66,11 @@ def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Con
             attention=attention,
             outputs=outputs,
         )
+        phases.end()
         console.print(f"gradients       all {count} trained tensors of a two-layer copy of the model get one")
     except OrchestratorError as error:
         problems += error.problems
+    phases.end()
     return problems
 
 
@@ -81,17 +89,20 @@ def _head_of(config: RunConfig, stage: Stage, train: Path) -> tuple[Literal["CAU
     return "SEQ_CLS", classes.outputs
 
 
-def prepare_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console) -> list[str]:
+def prepare_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console, phases: Phases) -> list[str]:
     """Prepares the rows of one stage, and says where they are. No faults come back: they are raised."""
     say = partial(console.print, soft_wrap=True)
     for key, data in data_sets_of(stage).items():
+        phases.begin(phase.PREPARING, unit=phase.ROWS)
         prepared = ensure_prepared(
             data,
             tokenizer_folder=base_folder,
             cache=cache_folder(config.cluster.scratch),
             seed=config.seeds.split,
-            say=say,
+            say=phases.above(say),
+            advance=phases.advance,
         )
+        phases.end()
         numbers = prepared.train_statistics
         state = "was there" if prepared.was_hit else "made"
         what = key if key.startswith("sets.") else "train"
@@ -101,7 +112,8 @@ def prepare_stage(config: RunConfig, stage: Stage, base_folder: Path, console: C
     return []
 
 
-def main() -> int:
+def main(phases: Phases | None = None) -> int:
+    phases = phases or Phases()
     parser = argparse.ArgumentParser(prog="python -m orchestrator.training.examine")
     parser.add_argument("verb", choices=("check", "prepare"))
     parser.add_argument("file", type=Path)
@@ -113,14 +125,18 @@ def main() -> int:
     examine = check_stage if options.verb == "check" else prepare_stage
     problems: list[str] = []
     try:
-        base_folder = fetch_base(config.model, cache=cache_folder(config.cluster.scratch), say=console.print)
+        phases.begin(phase.FETCHING)
+        say = phases.above(console.print)
+        base_folder = fetch_base(config.model, cache=cache_folder(config.cluster.scratch), say=say)
+        phases.end()
         for name in config.pipeline:
             console.print(f"stage {name}", style="bold")
-            problems += examine(config.for_stage(name), config.stages[name], base_folder, console)
+            problems += examine(config.for_stage(name), config.stages[name], base_folder, console, phases)
     except OrchestratorError as error:
         problems += error.problems
     except KeyboardInterrupt:
         return 130
+    phases.end()
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if options.result is not None and not problems:

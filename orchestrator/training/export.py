@@ -12,6 +12,8 @@ import torch
 from orchestrator.artifacts import read_artifact
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, CheckpointError, OrchestratorError
+from orchestrator.metrics import phases as phase
+from orchestrator.metrics.phases import Phases
 from orchestrator.rundir import RunFolder, read_json, read_manifest
 from orchestrator.training.artifact import open_model
 from orchestrator.training.card import write_card
@@ -27,17 +29,18 @@ ROWS = 32
 MICRO_SIZE = 4
 
 
-def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_kl: float) -> Way:
+def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_kl: float, phases: Phases) -> Way:
     """Merges, measures, writes and proves; CheckpointError where the merge changed the model by more than `max_kl`."""
     artifact = read_artifact(run, stage)
     result = read_json(run.stage(stage).result)
     prepared = read_json(run.stage(stage).prepared)
     rows = PreparedRows.open(Path(prepared["evaluation"] or prepared["train"]))
-    runtime = start_single_runtime(config, autocast=False)
+    runtime = start_single_runtime(config, autocast=False, phases=phases)
+    phases.begin(phase.MERGING, unit=phase.ROWS)
     source = Source(
         config=config, base_folder=Path(result["base"]["folder"]), artifact=artifact.path, kind=artifact.kind
     )
-    model, best, ways = merge(source, rows, runtime, limit=ROWS, micro_size=MICRO_SIZE, say=print)
+    model, best, ways = merge(source, rows, runtime, limit=ROWS, micro_size=MICRO_SIZE, say=phases.above(print))
     if best.kl > max_kl:
         raise CheckpointError(
             f"merged into the {best.name}, the model differs from the trained one by {best.kl:.3g} nats a token, "
@@ -50,8 +53,10 @@ def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_k
     }
     card = write_card(config, results, ways=[asdict(way) for way in ways], price_per_hour=None, folder=artifact.path)
     facts = {"run": config.name, "stage": stage, "kind": "export", "base": config.model.base}
+    phases.begin(phase.WRITING)
     write_merged(model, target, source=source, card=card, facts=facts)
     del model
+    phases.begin(phase.PROOF, unit=phase.ROWS)
     _prove(config, target, rows, runtime, best)
     return best
 
@@ -65,7 +70,8 @@ def _prove(config: RunConfig, target: Path, rows: PreparedRows, runtime: Runtime
         raise CheckpointError(f"{target}: re-opened, it scores {scored.loss:.5f}, {way.loss:.5f} was measured before")
 
 
-def main() -> int:
+def main(phases: Phases | None = None) -> int:
+    phases = phases or Phases()
     parser = argparse.ArgumentParser(prog="orchestrator export")
     parser.add_argument("run_file", type=Path)
     parser.add_argument("--stage", required=True)
@@ -76,12 +82,20 @@ def main() -> int:
     config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False).for_stage(options.stage)
     try:
         with torch.no_grad():
-            way = export(config, RunFolder(options.run_file.parent), options.stage, options.to, max_kl=options.max_kl)
+            way = export(
+                config,
+                RunFolder(options.run_file.parent),
+                options.stage,
+                options.to,
+                max_kl=options.max_kl,
+                phases=phases,
+            )
     except OrchestratorError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return EXIT_DO_NOT_RESTART
     except KeyboardInterrupt:
         return 130
+    phases.end()
     print(f"exported to {options.to}: merged into the {way.name}, {way.kl:.2e} nats a token from the trained model")
     return EXIT_DONE
 

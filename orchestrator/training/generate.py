@@ -20,6 +20,7 @@ from orchestrator.dataset.examples import Labelled
 from orchestrator.dataset.formats import Chat, Example, Message, Plain, Prompt, parse_row
 from orchestrator.dataset.sources import held_out_source, locate, settle_format, source_rows
 from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.metrics.phases import ANSWERING, LOADING, Phases
 from orchestrator.rundir import RunFolder, read_json
 from orchestrator.training.artifact import open_artifact
 from orchestrator.training.classify_texts import classify_texts, held_out_texts
@@ -125,7 +126,7 @@ def _prompt_of(example: Example) -> Prompt:
             raise ConfigError("rows with a label and no answer hold no prompt; take --prompt TEXT")
 
 
-def main() -> int:
+def main(phases: Phases | None = None) -> int:
     parser = argparse.ArgumentParser(prog="orchestrator generate")
     parser.add_argument("run_file", type=Path)
     parser.add_argument("--stage", required=True)
@@ -134,7 +135,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     options = parser.parse_args()
     try:
-        return _run(options)
+        return _run(options, phases or Phases())
     except OrchestratorError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return error.exit_code
@@ -142,13 +143,14 @@ def main() -> int:
         return 130
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, phases: Phases) -> int:
     config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False).for_stage(options.stage)
     folder = RunFolder(options.run_file.parent).stage(options.stage)
     base_folder = Path(read_json(folder.result)["base"]["folder"])
     quiet()
+    phases.begin(LOADING)
     if makes_classifier(config, options.stage):
-        return classify_texts(config, folder, base_folder, _texts(options, config))
+        return classify_texts(config, folder, base_folder, _texts(options, config), phases=phases)
     runtime = start_single_runtime(config, autocast=config.model.dtype == "bfloat16")
     encoder = make_encoder(load_facts(base_folder), config.stages[options.stage].data)
     dtype = weights_dtype(config, uses_deepspeed=False)
@@ -166,7 +168,15 @@ def _run(options: argparse.Namespace) -> int:
         with nullcontext() if is_full else tuned.disable_adapter():
             return answer_base(prompt)
 
-    if show(_prompts(options, config), without_adapter, answer_tuned, Console()) == 0:
+    def announced(answer: Answer) -> Answer:
+        def answered(prompt: Prompt) -> str:
+            with phases.during(ANSWERING):
+                return answer(prompt)
+
+        return answered
+
+    phases.end()  # the line is cleared: what follows are answers
+    if show(_prompts(options, config), announced(without_adapter), announced(answer_tuned), Console()) == 0:
         raise ConfigError("no prompt: give --prompt TEXT, or one prompt a line on standard input")
     return 0
 

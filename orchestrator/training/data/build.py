@@ -38,10 +38,12 @@ PARALLEL_SECONDS = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How long building may take, and what to type where it may not."""
+    """How long building may take, what to type where it may not, and who hears how far it is."""
 
     seconds: float | None
     prepare_command: str
+    advance: Callable[[int], None]
+    """Takes the number of rows that were read so far."""
 
 
 def build_rows(
@@ -53,6 +55,7 @@ def build_rows(
     collected = _Collected(folder, encoder)
     for chunk, result in _encode_all(part, context, config, say, limits):
         collected.add(chunk, result)
+        limits.advance(collected.num_rows)
     collected.faults.raise_if_any()
     units = collected.units(part)
     if not len(units.rows):

@@ -64,10 +64,19 @@ class DataReport:
 
 
 def check_data(
-    config: DataConfig, *, tokenizer_folder: Path, cache: Path, seed: int, global_size: int, say: Say
+    config: DataConfig,
+    *,
+    tokenizer_folder: Path,
+    cache: Path,
+    seed: int,
+    global_size: int,
+    say: Say,
+    advance: Callable[[int], None] = lambda _rows: None,
 ) -> tuple[DataReport, Prepared]:
     """Prepares where needed, then checks 200 random and the 20 longest rows. Raises DataError for what `prepare` finds."""
-    prepared = ensure_prepared(config, tokenizer_folder=tokenizer_folder, cache=cache, seed=seed, say=say)
+    prepared = ensure_prepared(
+        config, tokenizer_folder=tokenizer_folder, cache=cache, seed=seed, say=say, advance=advance
+    )
     (part, *_) = plan_parts(config, tokenizer_folder=tokenizer_folder, cache=cache / "data", seed=seed)
     rows = PreparedRows.open(prepared.train)
     facts = load_facts(tokenizer_folder)

@@ -53,6 +53,7 @@ def ensure_prepared(
     say: Say,
     refuse_over_seconds: float | None = None,
     prepare_command: str = PREPARE_COMMAND,
+    advance: Callable[[int], None] = lambda _rows: None,
 ) -> Prepared:
     """The prepared rows of a configuration, made where they are missing.
 
@@ -64,7 +65,7 @@ def ensure_prepared(
     root = cache / "data"
     parts = plan_parts(config, tokenizer_folder=tokenizer_folder, cache=root, seed=seed, fetch=fetch)
     missing = [part for part in parts if not is_prepared(root / part.digest)]
-    build = Build(config, root, tokenizer_folder, seed, say, refuse_over_seconds, prepare_command)
+    build = Build(config, root, tokenizer_folder, seed, say, refuse_over_seconds, prepare_command, advance)
     problems: list[str] = []
     for part in missing:
         try:
@@ -115,6 +116,7 @@ class Build:
     say: Say
     refuse_over_seconds: float | None
     prepare_command: str
+    advance: Callable[[int], None]
 
 
 def _prepare(part: Part, build: Build) -> None:
@@ -122,7 +124,7 @@ def _prepare(part: Part, build: Build) -> None:
     from orchestrator.training.data.build import Limits, build_rows
 
     root, target = build.root, build.root / part.digest
-    limits = Limits(seconds=build.refuse_over_seconds, prepare_command=build.prepare_command)
+    limits = Limits(seconds=build.refuse_over_seconds, prepare_command=build.prepare_command, advance=build.advance)
     try:
         with locked(root / f"{part.digest}.lock"):
             if is_prepared(target):
