@@ -19,10 +19,13 @@ from orchestrator.config.ends import EvaluateStage
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, Stage, data_sets_of, makes_classifier
 from orchestrator.config.stages import TrainingStage
+from orchestrator.dataset.columns import mapping_override, past_template
+from orchestrator.dataset.key import has_template
 from orchestrator.dataset.lengths import prepared_facts
 from orchestrator.dataset.parts import find_prepared
 from orchestrator.dataset.sources import SourceFacts, held_out_source, inspect, splits_train, validate_rows
 from orchestrator.dataset.splits import held_out_rows
+from orchestrator.dataset.trainable import format_problem, wanted_kind
 from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.estimate.rows import PreparedFacts
 from orchestrator.ingredients import blend_problems
@@ -50,10 +53,11 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
         )
         problems += _encoder_problems(base.architecture, config)
     looks = {
-        key: _attempt(partial(inspect, source, field=key), problems)
-        for named in sources.values()
+        key: _attempt(partial(inspect, source, field=key, wanted=wanted_kind(config.stages[name])), problems)
+        for name, named in sources.items()
         for key, source in named.items()
     }
+    problems += _format_problems(config, sources, looks)
     problems += [
         f"stages.{name}.data.chat_template: {stage.data.chat_template} is no file; give a Jinja file, or null for the tokenizer's own"
         for name, stage in config.stages.items()
@@ -65,8 +69,48 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
         raise DataError(problems)
     assert base is not None
     found = {key: look for key, look in looks.items() if look is not None}
-    facts = {name: _data_facts(name, config.stages[name], found) for name in sources}
+    facts = {
+        name: replace(
+            _data_facts(name, config.stages[name], found),
+            templated=_templated(config, name, found[f"stages.{name}.data.train"]),
+        )
+        for name in sources
+    }
     return base, {name: _with_preparation(config, name, base, data) for name, data in facts.items()}
+
+
+def _format_problems(
+    config: RunConfig, sources: Mapping[str, Mapping[str, SourceConfig]], looks: Mapping[str, SourceFacts | None]
+) -> list[str]:
+    """What would train nothing in its stage, of the sources that could be looked at."""
+    found = [
+        format_problem(config.stages[name], look.format, look.first, field=key)
+        for name, named in sources.items()
+        for key in named
+        if (look := looks[key]) is not None
+    ]
+    return [problem for problem in found if problem is not None]
+
+
+def _templated(config: RunConfig, name: str, look: SourceFacts) -> str | None:
+    """The mapping that sends plain prompts through the base's chat template; None where there is nothing to send or no template."""
+    stage = config.stages[name]
+    if wanted_kind(stage) is None or look.first is None or look.format is None:
+        return None
+    mapping = past_template(look.first, stage.data.train.columns, look.format)
+    if mapping is None or not _has_template(config, stage.data):
+        return None
+    return mapping_override(f"stages.{name}.data.train", mapping)
+
+
+def _has_template(config: RunConfig, data: DataConfig) -> bool:
+    """By the tokenizer's files; by the name of the base where these are not on this machine yet."""
+    folder = local_folder(config.model, cache_folder(config.cluster.scratch))
+    if folder is not None:
+        return has_template(data, folder)
+    return data.chat_template is not None or any(
+        part in config.model.base.lower() for part in ("instruct", "chat", "-it")
+    )
 
 
 def _encoder_problems(model: Architecture, config: RunConfig) -> list[str]:

@@ -50,6 +50,8 @@ class DataFacts:
     """None where the rows are not prepared yet."""
     measured: tuple[Measured, str] | None = None
     """The newest measurement that holds for the stage, and the run that made it."""
+    templated: str | None = None
+    """What to type where prompts go past the base's chat template; None where they go through it, or there is none."""
     has_liger: bool = False
     """Whether Liger's kernels are installed where the plan is made."""
 

@@ -26,7 +26,17 @@ def plan_warnings(
     config: RunConfig, base: Base, stages: Sequence[StagePlan], data: Mapping[str, DataFacts]
 ) -> list[str]:
     """Every warning of a plan, in the order in which they are printed."""
-    return [*_warnings(base, stages), *_pass_warnings(config, data)]
+    return [*_warnings(base, stages), *_template_warnings(config, data), *_pass_warnings(config, data)]
+
+
+def _template_warnings(config: RunConfig, data: Mapping[str, DataFacts]) -> list[str]:
+    """Plain prompts on a base that expects its chat template are legal, and rarely meant."""
+    return [
+        f"stages.{name}.data.train: format {facts.format} is plain text, past the chat template of {config.model.base}; "
+        f"to go through the template type {facts.templated}"
+        for name, facts in data.items()
+        if name in config.pipeline and facts.templated is not None
+    ]
 
 
 def _warnings(base: Base, stages: Sequence[StagePlan]) -> list[str]:

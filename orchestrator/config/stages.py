@@ -102,8 +102,9 @@ class EarlyStoppingConfig(Section):
     """Which way is better."""
     patience: PositiveInt
     """Evaluations in a row without gain after which training ends."""
-    min_delta: NaturalFloat
-    """A gain must be greater than this."""
+    # The section is null in conf/, so that its one key with an obvious value has its default here.
+    min_delta: NaturalFloat = 0.0
+    """A gain must be greater than this; 0 counts every gain."""
 
 
 class TrainingStage(Section):

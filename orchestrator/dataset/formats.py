@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from orchestrator.config.data import DataFormat
+from orchestrator.dataset.columns import renamed
 from orchestrator.dataset.examples import (
     Chat,
     Example,
@@ -22,26 +23,6 @@ from orchestrator.dataset.examples import (
     text_of,
 )
 from orchestrator.dataset.messages import chat_of, conversation, sharegpt_turn, tools_of
-
-
-def detect(row: object) -> DataFormat | None:
-    """The format of a row by its fields, or None; the first that fits wins, the most special first."""
-    if not isinstance(row, dict):
-        return None
-    fields = set(cast("dict[str, Any]", row))
-    signs: tuple[tuple[DataFormat, set[str]], ...] = (
-        ("preference", {"chosen", "rejected"}),
-        ("feedback", {"prompt", "completion", "label"}),
-        ("prompt_completion", {"prompt", "completion"}),
-        ("messages", {"messages"}),
-        ("sharegpt", {"conversations"}),
-        ("alpaca", {"instruction", "output"}),
-        ("classification", {"text", "label"}),
-        ("text", {"text"}),
-        ("prompts", {"prompt"}),
-    )
-    return next((name for name, needed in signs if needed <= fields), None)
-
 
 EXPECTED_FIELDS: dict[DataFormat, str] = {
     "alpaca": "instruction, output (input, system)",
@@ -66,12 +47,11 @@ def parse_row(
     if not isinstance(row, dict):
         raise RowProblem("row", kind_of(row), "an object")
     fields = cast("dict[str, Any]", row)
+    for field, column in columns.items():
+        if column not in fields:
+            raise RowProblem(column, "is missing", f"the column for {field}", code="missing_field")
     if columns:
-        fields = dict(fields)
-        for field, column in columns.items():
-            if column not in fields:
-                raise RowProblem(column, "is missing", f"the column for {field}", code="missing_field")
-        fields |= {field: fields[column] for field, column in columns.items()}
+        fields = renamed(fields, columns, data_format)
     return _classification(fields, labels) if data_format == "classification" else _PARSERS[data_format](fields)
 
 

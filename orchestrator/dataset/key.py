@@ -180,6 +180,12 @@ def template_digest(config: DataConfig, folder: Path) -> str:
     return hashlib.sha256(json.dumps(_tokenizer_config(folder).get("chat_template")).encode()).hexdigest()
 
 
+def has_template(config: DataConfig, folder: Path) -> bool:
+    """Whether conversations are rendered by a template of the tokenizer's own, or a configured one."""
+    files = any((folder / name).is_file() for name in TEMPLATE_FILES)
+    return config.chat_template is not None or files or bool(_tokenizer_config(folder).get("chat_template"))
+
+
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     try:
         value = json.loads((folder / "tokenizer_config.json").read_text())

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from orchestrator.errors import DataError
 
-DATA_VERSION = 3
+DATA_VERSION = 4
 """Part of every digest. Raise it with any change of the code that changes a single prepared token; a golden test watches."""
 META = "meta.json"
 EVALUATION = "evaluation"

@@ -8,23 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
+from orchestrator.dataset.columns import KINDS
 from orchestrator.dataset.key import FileHashes, PreparedKey, prepared_key
 from orchestrator.dataset.meta import EVALUATION, is_prepared
 from orchestrator.dataset.sources import held_out_source, locate, settle_format, splits_train
 from orchestrator.errors import DataError
-
-KINDS: Mapping[DataFormat, str] = {
-    "alpaca": "text",
-    "messages": "text",
-    "sharegpt": "text",
-    "prompt_completion": "text",
-    "text": "text",
-    "preference": "pair",
-    "feedback": "feedback",
-    "classification": "class",
-    "prompts": "prompt",
-}
-"""What the rows of a format are to a stage."""
 
 Fetch = Callable[[SourceConfig, str], tuple[Path, ...]]
 """(source, field) -> its files, downloaded where they were not here."""

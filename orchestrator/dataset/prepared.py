@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.dataset.meta import read_meta
+from orchestrator.dataset.reading import position
 
 
 class PreparedFolder:
@@ -129,4 +130,4 @@ class PreparedFolder:
     def where(self, row: int, number: int, files: tuple[Path, ...]) -> str:
         """`file:line` of a source row."""
         ends = np.cumsum(self.meta.file_rows)
-        return f"{files[int(np.searchsorted(ends, row, side='right'))]}:{number}"
+        return position(files[int(np.searchsorted(ends, row, side="right"))], number)

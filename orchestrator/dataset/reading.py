@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ SUFFIXES: dict[str, FileKind] = {
     ".arrow": "arrow",
     ".txt": "txt",
 }
+_NO_BLANK = re.compile(r"[^ \t\r\n]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def read_rows(path: Path, kind: FileKind) -> Iterator[tuple[int, object]]:
-    """(line or row number from 1, row or Unreadable) of one file. Raises DataError where the file as a whole is broken."""
+    """(number, row or Unreadable) of one file; `position` says what the number means. Raises DataError where the file as a whole
+    is broken."""
     readers = {
         "jsonl": _jsonl,
         "json": _json,
@@ -79,9 +82,9 @@ def read_rows(path: Path, kind: FileKind) -> Iterator[tuple[int, object]]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def place_word(kind: FileKind) -> str:
-    """What a row's number counts: a line of the file or a row."""
-    return "line" if kind in ("jsonl", "txt") else "row"
+def position(path: Path | str, number: int) -> str:
+    """Where a row is, as FILE:LINE (of Parquet and Arrow files FILE:ROW); numbers below zero count the rows of a line."""
+    return f"{path}:{number}" if number > 0 else f"{path} row {-number}"
 
 
 def parse_line(line: bytes) -> object:
@@ -120,7 +123,37 @@ def _json(path: Path) -> Iterator[tuple[int, object]]:
         value = lists[0]
     if not isinstance(value, list):
         raise DataError(f"{path} holds a single value, a list of rows expected")
-    yield from enumerate(cast("list[object]", value), start=1)
+    placed = list(_rows_with_lines(content.decode(json.detect_encoding(content))))
+    # A file on one line has no line that says where a row is: its rows are counted, below zero (see `position`).
+    has_lines = len({line for line, _ in placed}) == len(placed) > 1
+    yield from ((line if has_lines else -number, row) for number, (line, row) in enumerate(placed, start=1))
+
+
+def _rows_with_lines(text: str) -> Iterator[tuple[int, object]]:
+    """(line, row) of the list in a valid JSON file: the file's own, or the one that its object holds."""
+    decoder = json.JSONDecoder()
+    here = _after_blanks(text, 0)
+    while text[here] != "[":  # within the object: past a key, and past a value that is no list
+        _, here = decoder.raw_decode(text, _after_blanks(text, here + 1))
+        here = _after_blanks(text, _after_blanks(text, here) + 1)
+        if text[here] != "[":
+            _, here = decoder.raw_decode(text, here)
+            here = _after_blanks(text, here)
+    line, counted = 1, 0
+    here = _after_blanks(text, here + 1)
+    while text[here] != "]":
+        line, counted = line + text.count("\n", counted, here), here
+        row, here = decoder.raw_decode(text, here)
+        yield line, row
+        here = _after_blanks(text, here)
+        here = _after_blanks(text, here + 1) if text[here] == "," else here
+
+
+def _after_blanks(text: str, start: int) -> int:
+    """The place of the next character that is no JSON white space."""
+    found = _NO_BLANK.search(text, start)
+    assert found is not None, "the text is valid JSON"
+    return found.start()
 
 
 def _csv(path: Path) -> Iterator[tuple[int, object]]:
@@ -128,14 +161,20 @@ def _csv(path: Path) -> Iterator[tuple[int, object]]:
     delimiter = "\t" if ".tsv" in path.name else ","
     with open_bytes(path) as file:
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
-        header = next(reader, None)
-        if header is None:
-            return
-        for number, cells in enumerate(reader, start=1):
-            if len(cells) == len(header):
-                yield number, dict(zip(header, cells, strict=True))
-            elif cells:
-                yield number, Unreadable(f"has {len(cells)} cells", f"{len(header)} as in the header")
+        line = 1
+        try:
+            header = next(reader, None) or []
+            while True:
+                line = reader.line_num + 1  # the next row begins here; quoted fields may take it over several lines
+                cells = next(reader, None)
+                if cells is None:
+                    return
+                if len(cells) == len(header):
+                    yield line, dict(zip(header, cells, strict=True))
+                elif cells:
+                    yield line, Unreadable(f"has {len(cells)} cells", f"{len(header)} as in the header")
+        except csv.Error as error:
+            raise DataError(f"{path}:{line} cannot be read: {error}") from error
 
 
 def _text(path: Path) -> Iterator[tuple[int, object]]:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
-from orchestrator.dataset.examples import Example, Reading, RowProblem
+from orchestrator.dataset.columns import KINDS, detect, mapping_override, mapping_problem, suggested
+from orchestrator.dataset.examples import Example, Reading, Row, RowProblem
 from orchestrator.dataset.faults import Fault, FaultList
-from orchestrator.dataset.formats import EXPECTED_FIELDS, detect, parse_row
-from orchestrator.dataset.reading import SUFFIXES, FileKind, Unreadable, count_rows, file_kind, read_rows
+from orchestrator.dataset.formats import EXPECTED_FIELDS, parse_row
+from orchestrator.dataset.reading import SUFFIXES, FileKind, Unreadable, count_rows, file_kind, position, read_rows
 from orchestrator.errors import DataError
 
 DEMONSTRATION = Path(__file__).resolve().parent.parent / "demonstration"
@@ -38,17 +39,46 @@ class SourceFacts:
     format: DataFormat | None
     rows: int | None
     bytes: int
+    first: Row | None
+    """The first row that is an object; None where there is none."""
 
 
-def inspect(source: SourceConfig, *, field: str) -> SourceFacts:
-    """A quick look for the plan: files, format, rows, bytes. `field` is the key that errors name. Raises DataError."""
+def inspect(source: SourceConfig, *, field: str, wanted: str | None = None) -> SourceFacts:
+    """A quick look for the plan: files, format, rows, bytes. `field` is the key that errors name, `wanted` the kind of rows that
+    they help to get. Raises DataError."""
     files = locate(source, field=field)
     if files is None:
-        return SourceFacts(files=(), format=None if source.format == "auto" else source.format, rows=None, bytes=0)
+        known = None if source.format == "auto" else source.format
+        return SourceFacts(files=(), format=known, rows=None, bytes=0, first=None)
     rows = sum(count_rows(file, known_kind(file)) for file in files)
     if rows == 0:
         raise DataError(f"{field}.path={source.path} holds no rows: {_names(files)} is empty")
-    return SourceFacts(files, settle_format(source, files, field=field), rows, sum(f.stat().st_size for f in files))
+    data_format = settle_format(source, files, field=field, wanted=wanted)
+    first = _first_object(files)
+    if first is not None:
+        _refuse_mapping(source, data_format, first, field=field, wanted=wanted)
+    return SourceFacts(files, data_format, rows, sum(f.stat().st_size for f in files), first)
+
+
+def _refuse_mapping(source: SourceConfig, data_format: DataFormat, row: Row, *, field: str, wanted: str | None) -> None:
+    """DataError where the mapping cannot be obeyed, or the columns of a typed format bear other, well-known names."""
+    problem = mapping_problem(data_format, source.columns, row)
+    if problem is not None:
+        raise DataError(f"{field}.columns: {problem}")
+    mapping = suggested(list(map(str, row)), wanted or KINDS[data_format])
+    if mapping is None or {"prompt", "instruction"} & {*row, *source.columns}:
+        return
+    if data_format == "prompts":
+        raise DataError(
+            f"{field}.path={source.path}: there is no column prompt; type {mapping_override(field, mapping)}"
+        )
+    chosen, prompt = row.get("chosen"), row.get(mapping.get("prompt", ""))
+    is_left_out = isinstance(chosen, str) and isinstance(prompt, str) and not chosen.startswith(prompt)
+    if data_format == "preference" and is_left_out:
+        raise DataError(
+            f"{field}.path={source.path}: the prompt of a pair is in column {mapping['prompt']}, which format preference does not "
+            f"read; type {mapping_override(field, mapping)}"
+        )
 
 
 def held_out_source(config: DataConfig) -> SourceConfig | None:
@@ -179,24 +209,36 @@ def source_rows(files: tuple[Path, ...]) -> Iterator[tuple[Path, int, object]]:
             yield file, number, row
 
 
-def settle_format(source: SourceConfig, files: tuple[Path, ...], *, field: str) -> DataFormat:
+def settle_format(
+    source: SourceConfig, files: tuple[Path, ...], *, field: str, wanted: str | None = None
+) -> DataFormat:
     """The format said by the configuration, or the one detected from the first readable row. Raises DataError."""
     if source.format != "auto":
         return source.format
-    for _, _, row in islice(source_rows(files), 20):
-        if not isinstance(row, dict):
-            continue
-        fields = cast("dict[str, Any]", row)
-        mapped = {**fields, **{name: fields[column] for name, column in source.columns.items() if column in fields}}
-        found = detect(mapped)
-        if found is not None:
-            return found
-        known = "; ".join(f"{name} ({fields})" for name, fields in EXPECTED_FIELDS.items())
-        raise DataError(
-            f"{field}.path={source.path}: no format has the columns {', '.join(sorted(map(str, fields)))}. Known formats: {known}. "
-            f"Map the columns, for instance {field}.columns='{{prompt: question, completion: answer}}'"
-        )
-    raise DataError(f"{field}.path={source.path}: {_names(files)} holds no readable row")
+    row = _first_object(files)
+    if row is None:
+        raise DataError(f"{field}.path={source.path}: {_names(files)} holds no readable row")
+    found = detect(row, source.columns)
+    if found is not None:
+        return found
+    names = sorted(map(str, row))
+    known = "; ".join(f"{name} ({fields})" for name, fields in EXPECTED_FIELDS.items())
+    mapping = suggested(names, wanted or "text")
+    # instruction and output go through the chat template, which an instruct model needs; prompt and completion go past it
+    advice = (
+        f"Map them with {field}.columns='{{instruction: COLUMN, output: COLUMN}}'"
+        if mapping is None
+        else f"Type {mapping_override(field, mapping)}"
+    )
+    raise DataError(
+        f"{field}.path={source.path}: no format has the columns {', '.join(names)}. {advice}. Known formats: {known}"
+    )
+
+
+def _first_object(files: tuple[Path, ...]) -> Row | None:
+    """The first of the first 20 rows that is an object."""
+    rows = (row for _, _, row in islice(source_rows(files), 20))
+    return next((cast("dict[str, Any]", row) for row in rows if isinstance(row, dict)), None)
 
 
 def validate_rows(source: SourceConfig, *, field: str = "data.train") -> int:
@@ -209,7 +251,7 @@ def validate_rows(source: SourceConfig, *, field: str = "data.train") -> int:
     rows = 0
     for file, number, row in source_rows(files):
         rows += 1
-        parsed = parse_or_fault(row, f"{file}:{number}", reading_of(source, data_format))
+        parsed = parse_or_fault(row, position(file, number), reading_of(source, data_format))
         if isinstance(parsed, Fault):
             faults.add(parsed)
     if rows == 0:

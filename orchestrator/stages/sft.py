@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from orchestrator.dataset.trainable import format_problem
+from orchestrator.errors import DataError
 from orchestrator.training.context import Context
 from orchestrator.training.objectives import sft_objective
 from orchestrator.training.session import Course, Session, run_training, supervised_course
 
 
 def plan_course(session: Session) -> Course:
-    """Next-token loss over the prepared rows, by which the proof scores the artifact too."""
+    """Next-token loss over the prepared rows, by which the proof scores the artifact too.
+
+    DataError where they hold nothing to learn: of a hub data set the plan has seen no row.
+    """
+    problem = format_problem(
+        session.context.stage, session.rows.meta.format, None, field=f"stages.{session.context.name}.data.train"
+    )
+    if problem is not None:
+        raise DataError(problem)
     return replace(supervised_course(session, sft_objective(session.runtime)), is_proof_scored=True)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from orchestrator.errors import DataError
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.objectives import Objective
 from orchestrator.training.passes import passes
@@ -61,6 +62,11 @@ def evaluate(
 def _mean(objective: Objective, rows: PreparedRows, sums: Sequence[float], count: int) -> Evaluation:
     """Sums over the first `count` rows as means over their units."""
     weight = objective.weight(rows, range(count))
+    if weight == 0:
+        raise DataError(
+            f"the first {count} of {rows.rows} rows to score (format {rows.meta.format}, packing {rows.meta.packing}) have no trained "
+            "token; see `orchestrator check`, or take packing=none"
+        )
     loss, *measures = (total / weight for total in sums)
     return Evaluation(
         loss=loss,

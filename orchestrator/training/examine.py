@@ -12,9 +12,11 @@ from rich.console import Console
 
 from orchestrator.cache import cache_folder
 from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
+from orchestrator.config.ends import FIRST_SET
 from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.faults import told
+from orchestrator.dataset.trainable import format_problem, wanted_kind
 from orchestrator.errors import EXIT_DONE, EXIT_USER, DataError, OrchestratorError
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
@@ -55,6 +57,9 @@ def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Con
         return problems
     phases.begin(phase.GRADIENTS)
     rows = PreparedRows.open(made[0].train)
+    unusable = _untrained(config, stage, rows)
+    if unusable is not None:
+        return [*problems, unusable]
     batch = rows.batch([int(rows.lengths.argmin())])
     try:
         attention = attention_of(config, packed=rows.is_packed)
@@ -74,6 +79,16 @@ def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Con
     return problems
 
 
+def _untrained(config: RunConfig, stage: TrainingStage, rows: PreparedRows) -> str | None:
+    """Why a stage would learn nothing of its prepared rows: for hub data sets, of which the plan saw nothing, the first to say so."""
+    name = next(name for name, other in config.stages.items() if other is stage)
+    problem = format_problem(stage, rows.meta.format, None, field=f"stages.{name}.data.train")
+    trains_tokens = wanted_kind(stage) in ("text", "pair", "feedback")
+    if problem is None and trains_tokens and not rows.meta.statistics.trained_tokens:
+        return f"stages.{name}.data: no row has a trained token; see loss_on={stage.data.loss_on} and max_length={stage.data.max_length}"
+    return problem
+
+
 def _head_of(config: RunConfig, stage: Stage, train: Path) -> tuple[Literal["CAUSAL_LM", "SEQ_CLS"], int | None]:
     """PEFT's word for the task, and the outputs of a classifier's head. DataError where labels do not fit the problem."""
     if not isinstance(stage, ClassifyStage):
@@ -90,7 +105,7 @@ def _head_of(config: RunConfig, stage: Stage, train: Path) -> tuple[Literal["CAU
 
 
 def prepare_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console, phases: Phases) -> list[str]:
-    """Prepares the rows of one stage, and says where they are. No faults come back: they are raised."""
+    """Prepares the rows of one stage, and says where they are; a sentence where the stage would learn nothing of them."""
     say = partial(console.print, soft_wrap=True)
     for key, data in data_sets_of(stage).items():
         phases.begin(phase.PREPARING, unit=phase.ROWS)
@@ -109,6 +124,10 @@ def prepare_stage(config: RunConfig, stage: Stage, base_folder: Path, console: C
         say(f"{what} {state}: {prepared.train} ({numbers.rows:,} rows, {numbers.tokens:,} tokens)")
         if prepared.evaluation is not None:
             say(f"evaluation: {prepared.evaluation}")
+        if key == FIRST_SET and isinstance(stage, TrainingStage):
+            unusable = _untrained(config, stage, PreparedRows.open(prepared.train))
+            if unusable is not None:
+                return [unusable]
     return []
 
 

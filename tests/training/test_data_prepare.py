@@ -397,7 +397,7 @@ def plain_tokenizer(folder: Path) -> Path:
     return folder
 
 
-GOLDEN = (3, "aad9ad8f45592f1c")
+GOLDEN = (4, "aad9ad8f45592f1c")
 
 
 def test_a_change_of_a_prepared_token_needs_a_new_version(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.dataset.columns import detect
 from orchestrator.dataset.examples import Chat, Plain, Prompt, RowProblem
-from orchestrator.dataset.formats import detect, parse_row
+from orchestrator.dataset.formats import parse_row
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 

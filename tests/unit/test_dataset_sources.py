@@ -183,7 +183,8 @@ def test_missing_and_empty(tmp_path: Path) -> None:
 def test_unknown_columns_name_the_formats_and_the_mapping(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}])
     with pytest.raises(
-        DataError, match=r"no format has the columns answer, question.*alpaca \(instruction, output.*columns="
+        DataError,
+        match=r"no format has the columns answer, question.*columns='\{instruction: question, output: answer\}'.*alpaca \(instruction",
     ) as caught:
         inspect(source(path), field="data.train")
     assert len(caught.value.problems) == 1
@@ -231,7 +232,7 @@ def test_broken_files_are_one_sentence(tmp_path: Path) -> None:
             validate_rows(source(tmp_path / name, format="alpaca"))
         assert len(caught.value.problems) == 1 and name in caught.value.problems[0]
     (tmp_path / "b.csv").write_text("instruction,output\na,b\nonly one\n")
-    with pytest.raises(DataError, match=r"b.csv:2 has 1 cells, 2 as in the header expected"):
+    with pytest.raises(DataError, match=r"b.csv:3 has 1 cells, 2 as in the header expected"):
         validate_rows(source(tmp_path / "b.csv", format="alpaca"))
 
 

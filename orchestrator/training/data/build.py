@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.config.data import DataConfig
+from orchestrator.dataset.columns import KINDS
 from orchestrator.dataset.faults import FaultList
 from orchestrator.dataset.meta import EVALUATION, Kind
-from orchestrator.dataset.parts import KINDS, Part
+from orchestrator.dataset.parts import Part
 from orchestrator.dataset.reading import count_rows
 from orchestrator.dataset.selection import first_occurrences, held_out, mixture
 from orchestrator.dataset.sources import known_kind, reading_of

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from orchestrator.dataset.examples import Example, Labelled, Prompt, Reading
 from orchestrator.dataset.faults import Fault, FaultList
-from orchestrator.dataset.reading import parse_line, read_rows
+from orchestrator.dataset.reading import parse_line, position, read_rows
 from orchestrator.dataset.sources import known_kind, parse_or_fault
 from orchestrator.training.data.encode import Encoded, Encoder, encode_examples
 from orchestrator.training.data.spans import NotRendered
@@ -125,7 +125,7 @@ def encode_chunk(chunk: Chunk, context: ChunkContext) -> ChunkResult:
     placed: list[tuple[int, int, Example]] = []
     row = -1
     for row, (number, value) in enumerate(chunk_rows(chunk)):
-        parsed = parse_or_fault(value, f"{chunk.path}:{number}", context.readings[chunk.source])
+        parsed = parse_or_fault(value, position(chunk.path, number), context.readings[chunk.source])
         if isinstance(parsed, Fault):
             units.faults.add(parsed)
         elif isinstance(parsed, str):
@@ -134,7 +134,7 @@ def encode_chunk(chunk: Chunk, context: ChunkContext) -> ChunkResult:
             placed.append((row, number, parsed))
     encoded = encode_examples([example for _, _, example in placed], context.encoder)
     for (index, number, example), documents in zip(placed, encoded, strict=True):
-        units.add(index, f"{chunk.path}:{number}", number, example, documents, context.encoder)
+        units.add(index, position(chunk.path, number), number, example, documents, context.encoder)
     return units.result(row + 1)
 
 
