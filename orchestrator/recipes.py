@@ -68,8 +68,8 @@ def take_recipes(tree: DictConfig, origins: Origins) -> dict[str, str]:
         if not _is_demonstration(tree, name):
             continue
         for key, value in values.items():
-            target, own = f"stages.{name}.{key}", f"stages.{name}.{RECIPE}.{key}"
-            if origins.of(target) <= origins.of(own):
+            target, own = _target(tree, name, key), f"stages.{name}.{RECIPE}.{key}"
+            if target is not None and origins.of(target) <= origins.of(own):
                 OmegaConf.update(tree, target, value, force_add=True)
                 moved[target] = own
     return moved
@@ -94,6 +94,18 @@ def _leaves(recipe: DictConfig, prefix: str = "") -> dict[str, object]:
         value = recipe[key]
         leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, DictConfig) else {prefix + key: value}
     return leaves
+
+
+def _target(tree: DictConfig, stage: str, key: str) -> str | None:
+    """The key that a recipe's key sets, of its stage or below `tuning` of the run; None where what was chosen leaves no place for it."""
+    packing = OmegaConf.select(tree, f"stages.{stage}.data.packing", default="none")
+    if key == "data.group_by_length" and packing != "none":
+        return None  # packed rows have one length
+    if not key.startswith("tuning."):
+        return f"stages.{stage}.{key}"
+    # Another tuning may have been chosen on top of the preset: full fine-tuning has no ratio of LoRA+.
+    tuning = OmegaConf.select(tree, "tuning", default=None)
+    return key if isinstance(tuning, DictConfig) and key.removeprefix("tuning.") in tuning else None
 
 
 def _is_demonstration(tree: DictConfig, stage: str) -> bool:

@@ -102,8 +102,8 @@ def test_typed_sizes_are_refused_with_what_can_be_pasted(ask: Asker) -> None:
 @pytest.mark.parametrize(
     ("words", "steps", "epochs", "note"),
     [
-        ((), 130, None, None),
-        (("stages.sft.epochs=2",), None, 2, "stages.sft.epochs=2 replaces max_steps=130 of the preset"),
+        ((), 96, None, None),
+        (("stages.sft.epochs=2",), None, 2, "stages.sft.epochs=2 replaces max_steps=96 of the preset"),
         (("stages.sft.max_steps=400",), 400, None, None),
         ((OWN,), None, 3, None),
         ((OWN, "stages.sft.max_steps=400"), 400, None, "stages.sft.max_steps=400 replaces epochs=3 of the preset"),
@@ -146,7 +146,7 @@ def test_a_file_of_the_user_stands_between_presets_and_the_command_line(tmp_path
     mine.write_text(built_on)
     three = composed()
     assert (training_stages(three.config)["sft"].max_steps, training_stages(three.config)["sft"].epochs) == (None, 2)
-    assert three.notes == ("stages.sft.epochs=2 replaces max_steps=130 of the preset",)
+    assert three.notes == ("stages.sft.epochs=2 replaces max_steps=96 of the preset",)
 
 
 def test_the_recipe_of_the_demonstration_is_for_its_rows_alone(presets: dict[str, RunConfig]) -> None:
@@ -169,6 +169,25 @@ def test_the_recipe_of_the_demonstration_is_for_its_rows_alone(presets: dict[str
     typed = examine([LORA, "stages.sft.optimizer.lr=1e-4", "stages.sft.demonstration.max_steps=20"])
     stage = training_stages(typed.config)["sft"]
     assert (typed.problems, stage.optimizer.lr, stage.max_steps) == ([], 1e-4, 20)
+
+
+@pytest.mark.parametrize(
+    ("words", "ratio"),
+    [
+        ((), 4.0),
+        (("tuning.lora_plus_ratio=null",), None),
+        ((OWN,), None),
+        (("tuning=full",), "no such key"),
+        (("stages.sft.data.packing=best_fit",), 4.0),
+        (("stages.sft.data.tokens_per_batch=512", "stages.sft.batch.micro_size=1"), 4.0),
+    ],
+)
+def test_a_recipe_reaches_the_tuning_of_the_run_where_it_has_the_key(
+    words: tuple[str, ...], ratio: float | str | None
+) -> None:
+    composed = examine([LORA, *words])
+    assert composed.problems == []
+    assert composed.config.tuning.model_dump().get("lora_plus_ratio", "no such key") == ratio
 
 
 @pytest.mark.parametrize(
