@@ -130,11 +130,16 @@ def environment(place: Place) -> dict[str, str]:
     return forking.environment(here)
 
 
-def train(place: Place, cells: Sequence[Cell], *, ranks: int, timeout: float = 600) -> str:
-    """Trains the cells one after the other on so many gloo ranks; what was printed. Fails where a cell fails."""
+def train(place: Place, cells: Sequence[Cell], *, ranks: int, timeout: float = 600, fresh: bool = False) -> str:
+    """Trains the cells one after the other on so many gloo ranks; what was printed. Fails where a cell fails.
+
+    `fresh`: in interpreters of their own, as users run them, instead of forks.
+    """
+    import forking
+
     done = subprocess.run(
         command(cells, ranks=ranks),
-        env=environment(place),
+        env=environment(place) | (forking.FRESH if fresh else {}),
         cwd=place.root,
         capture_output=True,
         text=True,

@@ -38,7 +38,7 @@ READ_AT_IMPORT = (
         "CUDA_",
         "NVIDIA_",
     ),
-    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "ACCELERATE_", "DS_", "BNB_", "TRITON_", "HYDRA_", "LD_"),
+    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "DS_", "BNB_", "TRITON_", "HYDRA_", "LD_"),
     *(
         "MALLOC_",
         "GLIBC_",
@@ -54,7 +54,12 @@ READ_AT_IMPORT = (
     ),
 )
 """Variables that libraries read while they are imported (prefixes): a zygote serves one set of their values."""
-READ_LATER = ("HF_TOKEN", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+READ_LATER = (
+    "HF_TOKEN",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+    "TORCH_EXTENSIONS_DIR",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+)
 RANK = (
     "RANK",
     "LOCAL_RANK",

@@ -69,10 +69,12 @@ NOT_LOGIN = ("orchestrator.__main__", "orchestrator.worker", "orchestrator.train
 
 
 def _preload(kind: str) -> None:
+    gc.disable()  # imports leave nothing to collect, and the collector would look at all again and again
     for name in LEFT_OUT.get(kind, ()):
         sys.modules[name] = None  # type: ignore[assignment]
     for name in (*PRELOADED[kind], *(_login_modules() if kind == "login" else ())):
         importlib.import_module(name)
+    gc.enable()
     gc.collect()
     gc.freeze()  # a fork that looks for garbage would else copy every page it looks at
 

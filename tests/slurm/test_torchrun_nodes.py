@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 from launching import begun, make_spec, read_seen, wait_for_outcome, wait_until
 
@@ -16,6 +17,13 @@ from launchers.process import launch
 from launchers.spec import JobSpec, write
 
 LONG = {"steps": 100_000, "step_seconds": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun without its imports."""
+    for name, value in forking.environment().items():
+        monkeypatch.setenv(name, value)
 
 
 def start(spec: JobSpec, rank: int, *more: str, **environment: str) -> subprocess.Popen[str]:

@@ -82,7 +82,7 @@ def same_ranks(place: Place) -> Place:
             expect="8-bit optimizer states",
         ),
     ]
-    train(place, cells, ranks=2)
+    train(place, cells, ranks=2, fresh=True)
     return place
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forking
 import pytest
 from cells import environment, make_place
 
@@ -58,7 +59,7 @@ def test_a_real_worker_stops_before_its_first_step(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     run = place.make("early", "tuning=full", ranks=1)
     argv = [sys.executable, "-m", "orchestrator.worker", str(run / "run.json"), "--stage", "sft"]
-    worker = subprocess.Popen(argv, env=environment(place), cwd=tmp_path)
+    worker = subprocess.Popen(argv, env=environment(place) | forking.FRESH, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not place.stage("early").prepared.exists():
         assert worker.poll() is None and time.monotonic() < deadline
