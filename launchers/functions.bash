@@ -37,17 +37,26 @@ find_last_attempt() { # sets last: the highest number that any start has used, 0
   done
 }
 
+identify() { # PID: boot, start time and namespace, which tell a process from a later one with its number; empty: it has ended
+  local boot='' fields
+  read -r boot 2>/dev/null </proc/sys/kernel/random/boot_id
+  fields=$(cat -- "/proc/$1/stat" 2>/dev/null)
+  read -ra fields <<<"${fields##*) }"
+  [[ -z ${fields[0]-} || ${fields[0]} == [ZX] ]] || printf '%s %s %s\n' "$boot" "${fields[19]}" "$(readlink /proc/self/ns/pid)"
+}
+
 beats() { cat -- "$log_directory/attempt-$1"/node-*.alive 2>/dev/null; }
 
 still_running() { # ATTEMPT: does somebody else work on it?
-  local host='' process='' job='' before
-  read -r host process job <"$log_directory/attempt-$1/claim" 2>/dev/null
+  local host='' process='' job='' identity='' before
+  read -r host process job 2>/dev/null <"$log_directory/attempt-$1/claim"
   [[ -z $job || $job != "${SLURM_JOB_ID:-}" ]] || return 1
-  if [[ -z $job && $host == "$HOSTNAME" ]]; then
-    grep -qsF -- "${script_path##*/}" "/proc/$process/cmdline"
+  identity=$(cat -- "$log_directory/attempt-$1/process" 2>/dev/null)
+  if [[ -z $job && $host == "$HOSTNAME" && ${identity##* } == "$(readlink /proc/self/ns/pid)" ]]; then
+    [[ $identity == "$(identify "$process")" ]]
     return
   fi
-  before=$(beats "$1")
+  before=$(beats "$1") # another machine, or a container of this one: only its files tell
   [[ -n $before ]] || return 1
   say "attempt $1 ($host${job:+, job $job}) has no end on record: listening 25 s for its ranks"
   sleep 25
@@ -55,8 +64,9 @@ still_running() { # ATTEMPT: does somebody else work on it?
 }
 
 ask_verdict() { # ATTEMPT EXIT_CODE: closes the attempt; sets word (finished, requeue, retry, stop) and verdict_code
-  local output code=$2 cause=() first
-  first=$("${decide[0]}" -m launchers.causes "$log_directory" "$1") # torchrun and srun change exit codes; the guards know
+  local output code=$2 cause=() first=''
+  # torchrun and srun change exit codes; the guards know. After an interrupt they only know what the interrupt did.
+  (($2 == 130)) || first=$("${decide[0]}" -m launchers.causes "$log_directory" "$1")
   if [[ -n $first ]]; then
     code=${first%%$'\n'*} code=${code:-$2} cause=(--cause "${first#*$'\n'}")
   fi
@@ -90,14 +100,20 @@ close_lost_attempt() { # an attempt whose machine was lost gets its end on recor
   esac
 }
 
-claim_attempt() { # sets attempt and state; making the folder is the claim, so two starts never share a number
+claim_attempt() { # sets attempt and state; the claim appears whole or not at all, so of two starts at one moment one is refused
+  local new=$log_directory/.claim.$HOSTNAME.$$
   attempt=$((last + 1))
-  until mkdir -- "$log_directory/attempt-$attempt" 2>/dev/null; do
+  { mkdir -p -- "$new" && identify "$$" >"$new/process" &&
+    printf '%s %s %s\n' "$HOSTNAME" "$$" "${SLURM_JOB_ID:-}" >"$new/claim"; } || fail "cannot write in $log_directory on $HOSTNAME"
+  until mv -T -- "$new" "$log_directory/attempt-$attempt" 2>/dev/null; do # a folder that holds a claim is never replaced
     [[ -e $log_directory/attempt-$attempt ]] || fail "cannot write in $log_directory on $HOSTNAME"
+    if still_running "$attempt"; then
+      rm -rf -- "$new"
+      fail "attempt $attempt is still running ($(cat -- "$log_directory/attempt-$attempt/claim"))"
+    fi
     attempt=$((attempt + 1))
   done
   state=$log_directory/attempt-$attempt
-  printf '%s %s %s\n' "$HOSTNAME" "$$" "${SLURM_JOB_ID:-}" >"$state/claim"
 }
 
 answers() { (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; } # HOST PORT

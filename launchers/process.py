@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from launchers.causes import Cause, read_first_cause
+from launchers.claims import Claim
 from launchers.spec import JobSpec, LaunchError, Script, write
 
 LAUNCH_LOG = "launch.log"
@@ -71,16 +72,13 @@ class Launch:
 
     def stop(self) -> None:
         """Ask the ranks to save and end; the outcome follows as 75."""
-        with suppress(FileNotFoundError, NotADirectoryError):
-            Path(self._spec.stop_file).write_text("cancel\n", encoding="utf-8")
+        _ask_to_stop(self._spec)
         with suppress(ProcessLookupError):
             self._child.send_signal(signal.SIGTERM)
 
     def kill(self, *, grace_seconds: float = 10.0) -> None:
         """End everything now: the script, the agent, the guards and the ranks."""
-        for process in [self._child.pid, *descendants(self._child.pid)]:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(process, signal.SIGKILL)
+        _kill_tree(self._child.pid)
         with suppress(subprocess.TimeoutExpired):
             self._child.wait(grace_seconds)
 
@@ -89,6 +87,41 @@ class Launch:
             log.seek(self._log_offset)
             lines = log.read().splitlines()
         return lines[-1] if lines else ""
+
+
+class Joined:
+    """A script that another command started on this machine; it goes on when this process ends."""
+
+    def __init__(self, claim: Claim, spec: JobSpec) -> None:
+        self._claim = claim
+        self._spec = spec
+
+    @property
+    def attempt(self) -> int:
+        return self._claim.attempt
+
+    def is_running(self) -> bool:
+        return self._claim.is_alive
+
+    def poll(self) -> Outcome | None:
+        """None while it runs. The exit code of a process that is not a child is not known: the attempt's record decides."""
+        if self.is_running():
+            return None
+        cause = read_first_cause(self._spec.log_directory, self.attempt)
+        code = (cause and cause.shell_exit_code) or 128 + signal.SIGKILL
+        return Outcome(exit_code=code, attempt=self.attempt, cause=cause, last_words="")
+
+    def stop(self) -> None:
+        """As of `Launch`."""
+        _ask_to_stop(self._spec)
+        if self.is_running():
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(self._claim.process, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """As of `Launch`."""
+        if self.is_running():
+            _kill_tree(self._claim.process)
 
 
 def launch(script: Script, spec: JobSpec) -> Launch:
@@ -128,6 +161,17 @@ def follow(running: Launch, *, tick: Callable[[], None], every_seconds: float = 
                 running.stop()
             else:
                 running.kill()
+
+
+def _ask_to_stop(spec: JobSpec) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        Path(spec.stop_file).write_text("cancel\n", encoding="utf-8")
+
+
+def _kill_tree(process: int) -> None:
+    for member in [process, *descendants(process)]:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(member, signal.SIGKILL)
 
 
 def _claimed_by(path: Path, process: int) -> bool:

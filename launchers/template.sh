@@ -48,13 +48,14 @@ on_signal() { # SIGNAL: the first asks to save, a second interrupt ends the rank
   signals=$((signals + 1))
   if [[ $1 == INT && -n $process ]] && ((signals > 1)); then
     say "second interrupt: ending the ranks"
+    interrupted=1
     kill -KILL -- "-$process"
   else
     request_stop "$1"
   fi
 }
 
-node_rank=${1:-${NODE_RANK:-0}} head=${2:-${HEAD_HOST:-}} fixed_port='' process='' signals=0
+node_rank=${1:-${NODE_RANK:-0}} head=${2:-${HEAD_HOST:-}} fixed_port='' process='' signals=0 interrupted=''
 if ! [[ $node_rank =~ ^[0-9]{1,6}$ ]] || ((node_rank >= nodes)); then
   fail "the node rank is '$node_rank': 0 to $((nodes - 1)) is allowed"
 fi
@@ -62,6 +63,9 @@ if [[ $head =~ ^(.+):([0-9]+)$ ]]; then head=${BASH_REMATCH[1]} fixed_port=${BAS
 
 @{exports}
 @{setup}
+# A script of a folder that was copied or moved would work on the old one.
+[[ ! -f $0 || ${0##*/} != "${script_path##*/}" || $0 -ef $script_path ]] ||
+  fail "this script was written for $script_path: type 'orchestrator resume' with the folder that it is in now"
 prepare
 trap 'on_signal HUP' HUP
 trap 'on_signal INT' INT
@@ -111,7 +115,7 @@ if ((node_rank > 0)); then # node 0 judges for all
   done
   read -r word verdict_code <"$state/verdict" || word='' verdict_code=1
 else
-  ask_verdict "$attempt" "$exit_code"
+  ask_verdict "$attempt" "$([[ -n $interrupted ]] && echo 130 || echo "$exit_code")"
   printf '%s %s\n' "$word" "$verdict_code" >"$state/verdict"
 fi
 say "attempt $attempt ended: ${word:-node 0 left no verdict}"

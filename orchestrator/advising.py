@@ -22,7 +22,7 @@ from orchestrator.config.sites import HardwareConfig
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.estimate.advice import Advice, Axes, Judge, Judgement, Option, advise, axes_of, nearest_changes
 from orchestrator.facts import gather
-from orchestrator.freezing import read_config
+from orchestrator.frozen import read_config
 from orchestrator.number_type import AUTO
 from orchestrator.plan import DataFacts, StagePlan, make_plan, resolve, run_directory_of
 from orchestrator.rundir import RunFolder, flatten

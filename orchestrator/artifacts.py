@@ -43,10 +43,17 @@ def read_artifact(run: RunFolder, stage: str) -> Artifact:
         raise ConfigError(f"{stage} is not done: there is no {file}; run the stages before this one first")
     result = read_json(file)
     told = result["artifact"]
-    path = Path(told["path"])
+    path = run.stage(stage).artifact  # wherever the run folder is now
     manifest = path / MANIFEST
-    if not manifest.is_file() or file_digest(manifest) != told["manifest_sha256"]:
-        raise ConfigError(f"{path} is not the artifact that {stage} proved; remove {file} to make it anew")
+    if not manifest.is_file():
+        raise ConfigError(
+            f"{path}: the artifact that {stage} proved is gone; put it back, or train it again with --from {stage}"
+        )
+    if file_digest(manifest) != told["manifest_sha256"]:
+        raise ConfigError(
+            f"{path} is not the artifact that {stage} proved: its {MANIFEST} changed since; put the old files back, or train "
+            f"it again with --from {stage}, which keeps what is there under superseded/"
+        )
     return Artifact(
         stage=stage,
         path=path,

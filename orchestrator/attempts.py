@@ -23,7 +23,7 @@ from orchestrator.errors import (
     EXIT_USER,
     OrchestratorError,
 )
-from orchestrator.freezing import read_config
+from orchestrator.frozen import load_config
 from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
 
 State = Literal["finished", "stopped", "failed"]
@@ -34,6 +34,8 @@ EXIT_OF_WORD: dict[Word, int] = {
     "retry": EXIT_DEFECT,
     "stop": EXIT_DO_NOT_RESTART,
 }
+INTERRUPTED = 130
+"""What is reported of an attempt that a second Ctrl-C ended: a stop by its user, without a save."""
 MACHINE_LOST = 255
 """What a script reports of an attempt whose end nobody saw: free, like a preemption."""
 NEVER_RETRIED = (EXIT_USER, EXIT_DO_NOT_RESTART)
@@ -106,6 +108,8 @@ def close_attempt(folder: StageFolder, number: int, exit_code: int, *, outside_c
             number=number, state="finished", why="nothing was left to do", host=socket.gethostname(), rank=None,
             exit_code=EXIT_DONE, step=None,
         )  # fmt: skip
+    elif exit_code == INTERRUPTED:  # before any fault: ranks that lose their peers to the interrupt blame the network
+        attempt = _interrupted(folder, number)
     else:
         attempt = _first_fault(folder, number) or _silent_death(folder, number, exit_code, outside_cause)
     write_attempt(folder, attempt)
@@ -159,18 +163,34 @@ def _first_fault(folder: StageFolder, number: int) -> Attempt | None:
 
 def _silent_death(folder: StageFolder, number: int, exit_code: int, outside_cause: str | None) -> Attempt:
     """No rank could say anything: killed from outside, or out of memory."""
-    from orchestrator.metrics.jsonl import attempt_of, read_rows, step_of
-
-    rows = [row for row in read_rows(folder.metrics) if attempt_of(row) == number and "loss" in row]
-    steps = [step_of(row) for row in rows]
     why = outside_cause or (
         f"the ranks ended with exit code {exit_code} without a word: killed from outside, or out of host memory "
         f"(see {folder.logs})"
     )
     return Attempt(
         number=number, state="failed", why=why, host=socket.gethostname(), rank=None, exit_code=exit_code or EXIT_DEFECT,
-        step=max(steps, default=None),
+        step=_last_step(folder, number),
     )  # fmt: skip
+
+
+def _interrupted(folder: StageFolder, number: int) -> Attempt:
+    from orchestrator.checkpoints import saved_steps
+
+    step, saved = _last_step(folder, number), saved_steps(folder)
+    where = "before its first step" if step is None else f"at step {step}"
+    checkpoint = f"the last checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet"
+    return Attempt(
+        number=number, state="stopped", why=f"ended by a second Ctrl-C {where}; {checkpoint}", host=socket.gethostname(),
+        rank=None, exit_code=INTERRUPTED, step=step,
+    )  # fmt: skip
+
+
+def _last_step(folder: StageFolder, number: int) -> int | None:
+    """The last step that an attempt recorded."""
+    from orchestrator.metrics.jsonl import attempt_of, read_rows, step_of
+
+    rows = [row for row in read_rows(folder.metrics) if attempt_of(row) == number and "loss" in row]
+    return max((step_of(row) for row in rows), default=None)
 
 
 def _read(path: Path) -> Attempt:
@@ -207,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _judge(run: RunFolder, options: argparse.Namespace) -> Decision:
-    config = RunConfig.model_validate(read_config(run), strict=False)
+    config = load_config(run)
     folder = run.stage(options.stage)
     attempt = close_attempt(folder, options.attempt, options.exit_code, outside_cause=options.cause)
     return decide(folder, config, attempt)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from launchers.spec import InvalidValueError
 from orchestrator.compose import Composed, examine
-from orchestrator.config.rules import parse
+from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import RunConfig
 from orchestrator.config.study import NoStudy
 from orchestrator.errors import (
@@ -19,13 +19,15 @@ from orchestrator.errors import (
     OrchestratorError,
 )
 from orchestrator.facts import gather
-from orchestrator.freezing import read_config
+from orchestrator.freezing import check_writable
+from orchestrator.frozen import load_config
 from orchestrator.jobs import render as render_script
 from orchestrator.jobs import render_scripts
 from orchestrator.machine import this_machine, with_device
 from orchestrator.metrics.phases import LOOKING
 from orchestrator.metrics.screen import busy
 from orchestrator.number_type import settle_folder
+from orchestrator.pipeline import fresh_stages
 from orchestrator.plan import Plan, make_plan, resolve
 from orchestrator.plan_table import print_plan, print_plans, print_scaling
 from orchestrator.rundir import RunFolder
@@ -134,17 +136,20 @@ def resume(folder: RunFolder) -> int:
 
     began = time.time()
     config = load_config(folder)
+    problems = rule_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    done = fresh_stages(config, folder)
+    if len(done) == len(config.pipeline):  # neither data nor base nor a right to write is needed for that
+        print("\n".join(f"{stage}: done already; its result is {folder.stage(stage).result}" for stage in done))
+        return EXIT_DONE
+    check_writable(folder.root, advice="copy the run folder to a disk of yours and resume the copy")
     with busy(LOOKING):
         base, data = gather(config)
         machine = this_machine()
         number_type = settle_folder(config, folder, machine)
     planned = make_plan(with_device(config, machine), base=base, data=data, number_type=number_type)
     return execute(config, planned, began=began)
-
-
-def load_config(folder: RunFolder) -> RunConfig:
-    """The frozen configuration of a run folder."""
-    return parse(read_config(folder))
 
 
 def _runs(arguments: Sequence[str]) -> list[tuple[RunConfig, Plan]]:

@@ -6,34 +6,32 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.process import Launch, Outcome, launch
 from launchers.spec import Script, write
 from orchestrator import __version__
-from orchestrator.attempts import close_attempt, decide, read_attempts
 from orchestrator.config.base import JsonValue
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import (
     EXIT_DONE,
-    EXIT_LAUNCH_FAILED,
     EXIT_SAVED,
     ConfigError,
-    LaunchFailed,
     RunFolderError,
 )
 from orchestrator.facts import validate_data
-from orchestrator.freezing import all_or_nothing, freeze
+from orchestrator.following import Watch, live_claim, run_stage
+from orchestrator.freezing import all_or_nothing, check_writable, freeze
+from orchestrator.frozen import filled_sentence, load_frozen
 from orchestrator.identity import changed_content
-from orchestrator.jobs import job_spec
 from orchestrator.jobs import render as render_script
 from orchestrator.number_type import KEY as DTYPE
+from orchestrator.location import settle
 from orchestrator.pipeline import descendants, fresh_stages, inputs_of, may_be_made_anew, set_aside
 from orchestrator.plan import Plan, run_directory_of
 from orchestrator.resume import may_differ
-from orchestrator.rundir import RunFolder, StageFolder, os_sentence, read_json, write_json
+from orchestrator.rundir import RunFolder, os_sentence, read_json, write_json
 from orchestrator.tables import print_result, warn_lines
 from orchestrator.time_table import duration_words
 
@@ -62,8 +60,6 @@ class Part:
 
 
 WHOLE = Part()
-Watch = Callable[[str], bool]
-"""Asked again and again while a stage, given by its name, runs here: whether to have it save and end."""
 
 
 def execute(
@@ -80,12 +76,16 @@ def execute(
     folder = RunFolder(run_directory_of(config))
     unfinished, anew = _to_do(config, folder, part)
     scripts = {stage: render_script(config, stage) for stage in config.pipeline}
-    if unfinished:
-        _refuse_elsewhere(config, scripts[unfinished[0]])
-        validate_data(config)
-    freeze_run(config, planned, scripts.values())
-    print("\n".join(set_aside(folder, anew)), end="\n" if anew else "")
-    warn_lines(planned)
+    running = [stage for stage in unfinished if live_claim(config, folder, stage) is not None]
+    if running:  # joined as it is: nothing under its feet is written anew
+        _refuse_changes(config, folder, running, anew)
+    else:
+        if unfinished:
+            _refuse_elsewhere(config, scripts[unfinished[0]])
+            validate_data(config)
+        freeze_run(config, planned, scripts.values())
+        print("\n".join(set_aside(folder, anew)), end="\n" if anew else "")
+        warn_lines(planned)
     for stage in config.pipeline:
         if stage not in unfinished and folder.stage(stage).result.exists():
             print(f"{stage}: done already; its result is {folder.stage(stage).result}")
@@ -93,8 +93,9 @@ def execute(
         from orchestrator.submission import submit
 
         return submit(config, unfinished, preparations) if unfinished else EXIT_DONE
+    planned_steps = {stage.name: stage.steps or 0 for stage in planned.stages}
     for stage in unfinished:
-        code = _launch_stage(config, planned, folder, stage, watch=watch, began=began)
+        code = run_stage(config, folder, stage, steps=planned_steps[stage], watch=watch, began=began)
         if code != EXIT_DONE:
             return code
         ended = time.time()
@@ -180,78 +181,23 @@ def _refuse_elsewhere(config: RunConfig, script: Script) -> None:
         )
 
 
-def _launch_stage(
-    config: RunConfig, planned: Plan, folder: RunFolder, stage: str, *, watch: Watch, began: float
-) -> int:
-    files = folder.stage(stage)
-    steps = next(entry.steps for entry in planned.stages if entry.name == stage)
-    spec = job_spec(config, stage)
-    print(f"{stage}: {spec.script_path}; log {files.logs}", flush=True)
-    launched = time.time()
-    with launch(render_script(config, stage), spec) as running:
-        from orchestrator.metrics.display import show_progress, view_of_stage  # it draws: imported while the job starts
-
-        interrupts = 0
-        is_running = _watched(running, lambda: watch(stage))
-        while running.is_running():
-            view = view_of_stage(
-                stage,
-                metrics_file=files.metrics,
-                events_file=files.events,
-                phases_file=files.phases,
-                total_steps=steps or 0,
-                since=launched,
-                began=began,
-            )
-            try:
-                show_progress(view, is_running)
-            except KeyboardInterrupt:
-                interrupts += 1
-                if interrupts == 1:
-                    print("\nasked the job to save and end; a second Ctrl-C ends it at once", flush=True)
-                    running.stop()
-                else:
-                    running.kill()
-        outcome = running.poll()
-    assert outcome is not None
-    return _after(config, files, stage, outcome)
-
-
-def _watched(running: Launch, is_enough: Callable[[], bool]) -> Callable[[], bool]:
-    """Whether it runs; asks it once to save and end where it is enough."""
-    asked: list[bool] = []
-
-    def is_running() -> bool:
-        if not asked and is_enough():
-            asked.append(True)
-            running.stop()
-        return running.is_running()
-
-    return is_running
-
-
-def _after(config: RunConfig, files: StageFolder, stage: str, outcome: Outcome) -> int:
-    """Tells how the attempt ended, from its record."""
-    if files.result.exists():
-        return EXIT_DONE
-    code, cause = outcome.exit_code, None if outcome.cause is None else str(outcome.cause)
-    earlier = [attempt.number for attempt in read_attempts(files)]
-    if outcome.attempt is None and (code == EXIT_LAUNCH_FAILED or not earlier):
-        raise LaunchFailed(f"{stage}: it ended with exit code {code} before an attempt: {outcome.last_words or cause}")
-    attempt = close_attempt(files, outcome.attempt or earlier[-1], code)
-    decision = decide(files, config, attempt)
-    if decision.exit_code == EXIT_SAVED:
-        print(f"{stage}: saved at step {attempt.step} ({attempt.why}); the same command goes on from there")
-        return EXIT_SAVED
-    _tell_failure(stage, decision.why, cause, str(files.logs))
-    return decision.exit_code
-
-
-def _tell_failure(stage: str, why: str, cause: str | None, logs: str) -> None:
-    print(f"error: {stage}: {why}", file=sys.stderr)
-    if cause is not None and cause not in why:
-        print(f"error: first cause: {cause}", file=sys.stderr)
-    print(f"the whole log is in {logs}", file=sys.stderr)
+def _refuse_changes(config: RunConfig, folder: RunFolder, running: Sequence[str], anew: Sequence[str]) -> None:
+    """A stage that runs can be joined, not changed."""
+    moved = [name for name in anew if name in running]
+    if moved:
+        raise ConfigError(
+            f"{', '.join(moved)} is running and cannot be run anew: type `cancel {folder.root}` first, or leave out --from"
+        )
+    changed = [
+        key
+        for key in differences(read_config(folder), config.model_dump(mode="json"))
+        if key not in ("name", "output_dir")  # seen through a link or another mount
+    ]
+    if changed:
+        raise RunFolderError(
+            f"{', '.join(running)} is running with other values of {', '.join(changed)}: leave them out to join it, or type "
+            f"`cancel {folder.root}` and repeat this command"
+        )
 
 
 def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> None:
@@ -263,9 +209,20 @@ def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> N
     record: dict[str, JsonValue] = {"orchestrator": __version__, "config": config.model_dump(mode="json")}
     if planned.dtype_is_auto:
         record["auto"] = {DTYPE: planned.dtype_reason}
+    filled: frozenset[str] = frozenset()
+    if folder.run.exists():
+        frozen = load_frozen(folder)
+        filled = frozenset(frozen.filled)
+        record |= {"added": dict(frozen.added)} if frozen.added else {}
+        if filled:
+            print(f"warning: {filled_sentence(frozen)}", file=sys.stderr)
     is_planned = folder.plan.exists() and folder.run.exists() and read_json(folder.run) == record
+    check_writable(folder.root)
     with all_or_nothing(folder.root):
-        freeze(folder, record, may_differ=may_differ(config) | may_be_made_anew(config, folder))
+        freeze(folder, record, may_differ=may_differ(config) | may_be_made_anew(config, folder) | filled)
+        told = settle(folder, config.pipeline)
+        if told is not None:
+            print(f"{config.name}: {told}", flush=True)
         if not is_planned:
             write_json(folder.plan, planned.model_dump(mode="json"))
         if not folder.environment.exists():

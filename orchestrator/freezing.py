@@ -12,8 +12,9 @@ from typing import Any
 
 from orchestrator.config.base import JsonValue
 from orchestrator.errors import OrchestratorError, RunFolderError
+from orchestrator.frozen import read_config
 from orchestrator.resume import is_below
-from orchestrator.rundir import RunFolder, existing_parent, flatten, os_sentence, read_json, write_json
+from orchestrator.rundir import ELSEWHERE, RunFolder, existing_parent, flatten, os_sentence, write_json
 
 
 def freeze(folder: RunFolder, record: Mapping[str, Any], *, may_differ: frozenset[str]) -> None:
@@ -32,8 +33,8 @@ def freeze(folder: RunFolder, record: Mapping[str, Any], *, may_differ: frozense
 
 def refuse_differences(old: JsonValue, new: JsonValue, *, may_differ: frozenset[str], folder: Path) -> bool:
     """Whether anything differs; RunFolderError with every difference that is not below a key of `may_differ`."""
-    differences = _differences(old, new)
-    refused = {key: values for key, values in differences.items() if not is_below(key, may_differ)}
+    changed = differences(old, new)
+    refused = {key: values for key, values in changed.items() if not is_below(key, may_differ)}
     if refused:
         raise RunFolderError(
             [
@@ -42,16 +43,7 @@ def refuse_differences(old: JsonValue, new: JsonValue, *, may_differ: frozenset[
                 *(f"{key}: {_short(old)} in the folder, {_short(new)} now" for key, (old, new) in refused.items()),
             ]
         )
-    return bool(differences)
-
-
-def read_config(folder: RunFolder) -> dict[str, JsonValue]:
-    """The configuration that a run was frozen with, as plain values; RunFolderError where run.json is not ours."""
-    record: JsonValue = read_json(folder.run)
-    config = record.get("config") if isinstance(record, dict) else None
-    if not isinstance(config, dict):
-        raise RunFolderError(f"{folder.run} is damaged: it holds no config")
-    return config
+    return bool(changed)
 
 
 @contextmanager
@@ -69,8 +61,8 @@ def all_or_nothing(folder: Path) -> Generator[None]:
         raise
 
 
-def check_writable(folder: Path) -> None:
-    """RunFolderError where nothing can be written under `folder`; leaves nothing behind."""
+def check_writable(folder: Path, *, advice: str = ELSEWHERE) -> None:
+    """RunFolderError where nothing can be written under `folder`, with the way out; leaves nothing behind."""
     parent = existing_parent(folder)
     if not parent.is_dir():
         raise RunFolderError(f"{parent} is a file; output_dir must be a folder")
@@ -78,13 +70,14 @@ def check_writable(folder: Path) -> None:
     try:
         probe.write_bytes(b"0" * 4096)
     except OSError as error:
-        raise RunFolderError(os_sentence(folder, error)) from None
+        raise RunFolderError(os_sentence(folder, error, advice=advice)) from None
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
 
 
-def _differences(old: JsonValue, new: JsonValue) -> dict[str, tuple[JsonValue, JsonValue]]:
+def differences(old: JsonValue, new: JsonValue) -> dict[str, tuple[JsonValue, JsonValue]]:
+    """Old and new value of every leaf that differs, by dotted key."""
     before, after = flatten(old), flatten(new)
     keys = sorted(before.keys() | after.keys())
     parents = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}  # an empty map that got keys

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from orchestrator.config.ends import InterpolateStage, SoupStage
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS, LoraTuning
 from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage, made_kind
-from orchestrator.errors import ConfigError, OrchestratorError
-from orchestrator.rundir import MANIFEST, RunFolder, read_json
+from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
+from orchestrator.frozen import load_config
+from orchestrator.rundir import MANIFEST, RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +47,9 @@ def read_member(member: str) -> Elsewhere:
         raise ConfigError(f"{member}: no run folder (run.json expected); give FOLDER, FOLDER:STAGE or stage:NAME")
     run = RunFolder(folder)
     try:
-        config = RunConfig.model_validate(read_json(run.run)["config"], strict=False)
-    except ValidationError:
-        raise ConfigError(f"{member}: another version wrote {run.run}; run it anew to take it as a member") from None
+        config = load_config(run)
+    except RunFolderError as error:
+        raise ConfigError([f"{member}: {problem}" for problem in error.problems]) from None
     policies = [name for name in config.pipeline if made_kind(config, name) in POLICY_KINDS]
     wanted = stage or (policies[-1] if policies else "")
     if wanted not in policies:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.errors import EXIT_DONE, ConfigError
-from orchestrator.rundir import MANIFEST, RunFolder, read_json
+from orchestrator.freezing import check_writable
+from orchestrator.rundir import MANIFEST, RunFolder
 
 FOREGROUND = "orchestrator.training.foreground"
 
@@ -34,6 +35,7 @@ def export(folder: RunFolder, *, stage: str | None, to: str | None, max_kl: floa
     target = Path(to or folder.root / "export").expanduser().resolve()
     if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
         raise ConfigError(f"--to {target}: it is there and was not made by export; give a new folder")
+    check_writable(target, advice="type --to FOLDER with a folder of yours")
     words = [] if max_kl is None else ["--max-kl", str(max_kl)]
     argv = [
         sys.executable,
@@ -53,9 +55,9 @@ def export(folder: RunFolder, *, stage: str | None, to: str | None, max_kl: floa
 def _refuse_what_cannot_be_merged(folder: RunFolder, stage: str) -> None:
     from orchestrator.config.adapters import ADAPTER_TUNINGS
     from orchestrator.config.limits import why_no_merge
-    from orchestrator.config.run import RunConfig
+    from orchestrator.frozen import load_config
 
-    tuning = RunConfig.model_validate(read_json(folder.run)["config"], strict=False).tuning
+    tuning = load_config(folder).tuning
     reason = why_no_merge(tuning) if isinstance(tuning, ADAPTER_TUNINGS) else None
     if reason is not None:
         raise ConfigError(f"export: {reason}; publish the folder {folder.stage(stage).artifact} itself")
@@ -63,8 +65,8 @@ def _refuse_what_cannot_be_merged(folder: RunFolder, stage: str) -> None:
 
 def _stage_of(folder: RunFolder, chosen: str | None, what: str, more: tuple[str, ...]) -> str:
     """The stage asked for, or the last one that makes a policy; `more` kinds are allowed too, `what` says it in words."""
-    from orchestrator.commands import load_config
     from orchestrator.config.run import POLICY_KINDS, made_kind
+    from orchestrator.frozen import load_config
 
     config = load_config(folder)
     kinds = (*POLICY_KINDS, *more)

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launchers.process import launch
-from orchestrator.commands import load_config, planned_run
+from orchestrator.bases import local_folder
+from orchestrator.cache import cache_folder
+from orchestrator.commands import planned_run
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.run import RunConfig, training_stages
 from orchestrator.config.stages import TrainingStage
+from orchestrator.dataset.parts import find_prepared
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, ConfigError
 from orchestrator.execution import freeze_run
 from orchestrator.facts import gather, validate_data
+from orchestrator.frozen import load_config
 from orchestrator.jobs import job_spec, render
 from orchestrator.metrics.phases import AUDITING
 from orchestrator.metrics.screen import busy
@@ -93,6 +97,23 @@ def _start(config: RunConfig, stage: str) -> AbstractContextManager[Running]:
     return launch(script, job_spec(config, stage))
 
 
+def _prepared_rows(config: RunConfig, name: str, stage: TrainingStage, files: StageFolder) -> Path:
+    """The rows of a stage: where they were, or where the same ones are in this machine's cache."""
+    from orchestrator.dataset.meta import is_prepared
+
+    recorded = Path(read_json(files.prepared)["train"])
+    if is_prepared(recorded):
+        return recorded
+    cache = cache_folder(config.cluster.scratch)
+    base = local_folder(config.model, cache)
+    found = base and find_prepared(stage.data, tokenizer_folder=base, cache=cache, seed=config.seeds.split)
+    if not found:
+        raise ConfigError(
+            f"{name}: its prepared rows are no longer in {recorded.parent}; type `prepare {files.root.parent}` to make them again"
+        )
+    return found[0]
+
+
 def _audited(config: RunConfig) -> dict[str, TrainingStage]:
     """The stages that take prepared rows in a fixed order."""
     stages = {name: stage for name, stage in training_stages(config).items() if not isinstance(stage, PolicyStage)}
@@ -115,7 +136,7 @@ def _audit_stage(config: RunConfig, name: str, stage: TrainingStage, files: Stag
 
     if not files.samples.is_dir():
         raise ConfigError(f"{files.root}: no {files.samples.name}/ to audit; stages.{name}.ledger=true writes it")
-    rows = PreparedFolder(Path(read_json(files.prepared)["train"]))
+    rows = PreparedFolder(_prepared_rows(config, name, stage, files))
     order = make_order(stage.data, lengths=rows.lengths, global_size=stage.batch.global_size, seed=config.seeds.data)
     omitted: list[int] = read_json(files.rollbacks)["omitted"] if files.rollbacks.exists() else []
     with busy(AUDITING):

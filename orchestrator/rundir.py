@@ -21,6 +21,7 @@ PREPARATION = "prepare"
 """Name of the job that prepares the data of a run; no stage may have it."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+ELSEWHERE = "set output_dir to a folder of yours"
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,11 @@ class StageFolder:
         return self.root / "submission.json"
 
     @property
+    def jobs(self) -> Path:
+        """Every Slurm job that has worked on the stage, one id a line; the job's script appends to it."""
+        return self.logs / "jobs"
+
+    @property
     def script(self) -> Path:
         """The script of the job that prepares data; those of the stages lie in scripts/."""
         return self.root / "job.sbatch"
@@ -143,6 +149,11 @@ class StageFolder:
 
     def attempt(self, number: int) -> Path:
         return self.attempts / f"{number}.json"
+
+    def open_attempts(self) -> list[int]:
+        """Attempts that were begun and whose end is not on record."""
+        begun = [path.name.removeprefix("attempt-") for path in self.logs.glob("attempt-*")]
+        return sorted(int(number) for number in begun if number.isdigit() and not self.attempt(int(number)).exists())
 
     def fault(self, attempt: int, rank: int) -> Path:
         """Where a rank leaves its own cause of death; the earliest one of an attempt is the first cause."""
@@ -175,6 +186,16 @@ class RunFolder:
         return self.root / "plan.json"
 
     @property
+    def location(self) -> Path:
+        """Where the folder was when a command last wrote into it; tells a copy from its original."""
+        return self.root / "location.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held while a command looks whether a stage runs, and starts it."""
+        return self.root / ".start.lock"
+
+    @property
     def superseded(self) -> Path:
         """Stages that were run anew, as they were."""
         return self.root / "superseded"
@@ -195,6 +216,13 @@ def read_json(path: Path) -> Any:
         raise RunFolderError(f"{path} is missing") from None
     except ValueError as error:
         raise RunFolderError(f"{path} is damaged: {error}") from None
+
+
+def read_result(folder: StageFolder) -> dict[str, Any]:
+    """result.json, with what it names of the stage's own files at the place where the folder is now."""
+    result = read_json(folder.result)
+    own = {"curves": str(folder.curves)} if "curves" in result else {}
+    return {**result, **own, "artifact": {**result["artifact"], "path": str(folder.artifact)}}
 
 
 def write_json(path: Path, value: JsonValue | Mapping[str, Any]) -> None:
@@ -228,15 +256,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def os_sentence(path: Path, error: OSError) -> str:
-    """Why a file cannot be written, and what mends it."""
+def os_sentence(path: Path, error: OSError, *, advice: str = ELSEWHERE) -> str:
+    """Why a file cannot be written, and the way out."""
     if error.errno in NO_SPACE:
         free = shutil.disk_usage(existing_parent(path)).free
         return (
             f"{path}: the disk is full ({free / 2**20:.0f} MiB free); free some space or set output_dir to another disk"
         )
     if error.errno in NO_PERMISSION:
-        return f"{path}: no permission to write there; set output_dir to a folder of yours"
+        return f"{path}: no permission to write there; {advice}"
     return f"{path}: {error.strerror or error}"
 
 

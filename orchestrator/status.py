@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from orchestrator.attempts import Attempt, read_attempts
-from orchestrator.freezing import read_config
+from orchestrator.frozen import read_config
 from orchestrator.metrics.console import Progressed, duration
 from orchestrator.metrics.jsonl import Row, last_attempt_rows, number_of, read_rows
 from orchestrator.rundir import PREPARATION, RunFolder, StageFolder

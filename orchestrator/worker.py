@@ -21,6 +21,7 @@ from orchestrator.cache import cache_folder
 from orchestrator.config.ends import ScoringStage
 from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, OrchestratorError
+from orchestrator.frozen import load_config
 from orchestrator.identity import content_digests
 from orchestrator.ingredients import Elsewhere, members_elsewhere, read_member, stages_beside
 from orchestrator.metrics import phases as phase
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.time()
     options = _options(argv)
     run_file: Path = options.run_file.resolve()
-    config = RunConfig.model_validate(read_json(run_file)["config"], strict=False)
+    config = load_config(RunFolder(run_file.parent))
     folder = RunFolder(run_file.parent).stage(options.stage)
     if folder.result.exists():
         return EXIT_DONE

@@ -29,6 +29,11 @@ def problem_sentences(error: ValidationError, values: dict[str, JsonValue], root
     return [_sentence(item, values, root) for item in error.errors()]
 
 
+def missing_paths(error: ValidationError, values: dict[str, JsonValue]) -> list[list[str]]:
+    """Where a failed validation found no key, as the keys that lead there."""
+    return [_path(item, values) for item in error.errors() if item["type"] == "missing"]
+
+
 def field_names(root: type[Section], path: Sequence[str], values: JsonValue) -> set[str]:
     """Names of the fields that may be under `path` (of a union, those of the alternative that the values choose)."""
     classes: set[type[Section]] = {root}

@@ -39,7 +39,7 @@ def run(context: Context) -> int:
         "alpha": alpha,
         "why": chosen.why,
         "scores": _plain(scores[chosen.number]),
-        "curves": str(context.folder.curves),
+        "curves": context.folder.curves.name,
         "seconds": time.time() - started,
     }
     weights = _weights(context, alpha)

@@ -49,7 +49,7 @@ def run(context: Context) -> int:
         "scores": {name: {key: one.to_json() for key, one in by_set.items()} for name, by_set in columns.items()},
     }
     write_json(context.folder.curves, told)
-    summary = {"members": names, "scores": told["scores"]["soup"], "curves": str(context.folder.curves)}
+    summary = {"members": names, "scores": told["scores"]["soup"], "curves": context.folder.curves.name}
     shares = [
         Share(ingredient=one, weight=1 / len(kept) if number in kept else 0.0) for number, one in enumerate(ingredients)
     ]

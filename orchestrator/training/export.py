@@ -11,7 +11,8 @@ import torch
 
 from orchestrator.artifacts import read_artifact
 from orchestrator.config.run import RunConfig
-from orchestrator.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, CheckpointError, OrchestratorError
+from orchestrator.errors import EXIT_DONE, CheckpointError, OrchestratorError
+from orchestrator.frozen import load_config
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
 from orchestrator.rundir import RunFolder, read_json, read_manifest
@@ -19,6 +20,7 @@ from orchestrator.training.artifact import open_model
 from orchestrator.training.card import write_card
 from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.evaluation import evaluate
+from orchestrator.training.inputs import find_base_folder, find_rows
 from orchestrator.training.merging import Source, Way, merge, write_merged
 from orchestrator.training.model import DTYPES, quiet
 from orchestrator.training.objectives import prompt_objective
@@ -32,14 +34,11 @@ MICRO_SIZE = 4
 def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_kl: float, phases: Phases) -> Way:
     """Merges, measures, writes and proves; CheckpointError where the merge changed the model by more than `max_kl`."""
     artifact = read_artifact(run, stage)
-    result = read_json(run.stage(stage).result)
-    prepared = read_json(run.stage(stage).prepared)
-    rows = PreparedRows.open(Path(prepared["evaluation"] or prepared["train"]))
+    base_folder = find_base_folder(config, run, stage)
+    rows = PreparedRows.open(find_rows(config, run, stage, base_folder=base_folder))
     runtime = start_single_runtime(config, autocast=False, phases=phases)
     phases.begin(phase.MERGING, unit=phase.ROWS)
-    source = Source(
-        config=config, base_folder=Path(result["base"]["folder"]), artifact=artifact.path, kind=artifact.kind
-    )
+    source = Source(config=config, base_folder=base_folder, artifact=artifact.path, kind=artifact.kind)
     model, best, ways = merge(source, rows, runtime, limit=ROWS, micro_size=MICRO_SIZE, say=phases.above(print))
     if best.kl > max_kl:
         raise CheckpointError(
@@ -79,20 +78,14 @@ def main(phases: Phases | None = None) -> int:
     parser.add_argument("--max-kl", type=float, default=0.02)
     options = parser.parse_args()
     quiet()
-    config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False).for_stage(options.stage)
+    run = RunFolder(options.run_file.parent)
     try:
+        config = load_config(run).for_stage(options.stage)
         with torch.no_grad():
-            way = export(
-                config,
-                RunFolder(options.run_file.parent),
-                options.stage,
-                options.to,
-                max_kl=options.max_kl,
-                phases=phases,
-            )
+            way = export(config, run, options.stage, options.to, max_kl=options.max_kl, phases=phases)
     except OrchestratorError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-        return EXIT_DO_NOT_RESTART
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
     phases.end()

@@ -161,7 +161,7 @@ def finish_scoring(context: Context, record: Record, summary: dict[str, Any], *,
         "digest": context.digest,
         "digests": dict(context.content_digests),
         "inputs": dict(context.input_digests),
-        "artifact": {"kind": kind, "path": str(context.folder.artifact), "manifest_sha256": file_digest(manifest)},
+        "artifact": {"kind": kind, "path": context.folder.artifact.name, "manifest_sha256": file_digest(manifest)},
         "base": {"name": context.config.model.base, "folder": str(context.base_folder)},
         "wandb": told,
     }
@@ -241,7 +241,7 @@ def _report(context: Context, record: Record, summary: dict[str, Any]) -> None:
         "inputs": dict(context.input_digests),
         "artifact": {
             "kind": artifact_kind(context),
-            "path": str(context.folder.artifact),
+            "path": context.folder.artifact.name,
             "manifest_sha256": file_digest(manifest),
         },
         "base": {"name": context.config.model.base, "folder": str(context.base_folder)},

@@ -20,12 +20,14 @@ from orchestrator.dataset.examples import Labelled
 from orchestrator.dataset.formats import Chat, Example, Message, Plain, Prompt, parse_row
 from orchestrator.dataset.sources import held_out_source, locate, settle_format, source_rows
 from orchestrator.errors import ConfigError, OrchestratorError
+from orchestrator.frozen import load_config
 from orchestrator.metrics.phases import ANSWERING, LOADING, Phases
-from orchestrator.rundir import RunFolder, read_json
+from orchestrator.rundir import RunFolder
 from orchestrator.training.artifact import open_artifact
 from orchestrator.training.classify_texts import classify_texts, held_out_texts
 from orchestrator.training.data.encode import Encoder, encode_prompt, make_encoder
 from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
+from orchestrator.training.inputs import find_base_folder
 from orchestrator.training.model import load_model, quiet, weights_dtype
 from orchestrator.training.rollout import end_ids_of
 from orchestrator.training.runtime import Runtime, start_single_runtime
@@ -144,9 +146,9 @@ def main(phases: Phases | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, phases: Phases) -> int:
-    config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False).for_stage(options.stage)
-    folder = RunFolder(options.run_file.parent).stage(options.stage)
-    base_folder = Path(read_json(folder.result)["base"]["folder"])
+    run = RunFolder(options.run_file.parent)
+    config, folder = load_config(run).for_stage(options.stage), run.stage(options.stage)
+    base_folder = find_base_folder(config, run, options.stage)
     quiet()
     phases.begin(LOADING)
     if makes_classifier(config, options.stage):

@@ -16,6 +16,7 @@ from orchestrator.config.ends import MergeStage
 from orchestrator.config.model import FreezeTuning
 from orchestrator.config.run import RunConfig, makes_classifier
 from orchestrator.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, CheckpointError, OrchestratorError
+from orchestrator.frozen import load_config
 from orchestrator.metrics.phases import Phases
 from orchestrator.rundir import RunFolder, StageFolder, read_json, read_manifest, write_json
 from orchestrator.training.artifact import open_artifact, open_model
@@ -86,7 +87,7 @@ def main() -> int:
     options = parser.parse_args()
     quiet()
     folder = RunFolder(options.run_file.parent).stage(options.stage)
-    config = RunConfig.model_validate(read_json(options.run_file)["config"], strict=False).for_stage(options.stage)
+    config = load_config(RunFolder(options.run_file.parent)).for_stage(options.stage)
     expected = read_json(folder.proof)
     leave_out_unused(config, Path(expected["base_folder"]))
     try:

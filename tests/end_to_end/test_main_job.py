@@ -34,7 +34,7 @@ def test_it_ends_with_a_result_that_says_what_was_made(done: Done) -> None:
     result = done.result()
     assert (result["stage"], result["kind"], result["attempt"], result["steps"]) == ("sft", "sft", 1, 6)
     assert result["eval_loss_after"] < result["eval_loss_before"]
-    assert result["artifact"]["kind"] == "adapter" and result["artifact"]["path"] == str(done.sft.artifact)
+    assert result["artifact"]["kind"] == "adapter" and result["artifact"]["path"] == "artifact"
     assert result["proof"]["reopened_loss"] == pytest.approx(result["proof"]["loss"], abs=1e-3)
     assert result["proof"]["loss"] == pytest.approx(result["eval_loss_after"], abs=1e-3)
     for told in ("stage sft is done and proven", str(done.sft.artifact), "PeftModel.from_pretrained"):

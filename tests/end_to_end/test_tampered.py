@@ -13,8 +13,8 @@ import torch
 from running import Done
 from safetensors.torch import load_file, save_file
 
-from orchestrator.commands import load_config
 from orchestrator.errors import CheckpointError
+from orchestrator.frozen import load_config
 from orchestrator.rundir import RunFolder, read_json, write_json, write_manifest
 from orchestrator.training.prove import prove
 

@@ -125,7 +125,7 @@ def test_a_tiny_run_from_the_hostile_folder(installed: Installed, bench: Bench) 
     ended = installed.orchestrate(*words)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     result = read_json(run.stage("sft").result)
-    assert result["steps"] == 2 and result["artifact"]["path"] == str(run.stage("sft").artifact)
+    assert result["steps"] == 2 and result["artifact"]["path"] == "artifact"
     assert list(run.stage("sft").wandb.rglob("*.wandb"))  # no key: offline by itself
     script = (run.scripts / "sft.sh").read_text()
     assert str(SOURCE) not in script.replace(sys.executable, "")

@@ -59,17 +59,26 @@ find_last_attempt() { # sets last: the highest number that any start has used, 0
   done
 }
 
+identify() { # PID: boot, start time and namespace, which tell a process from a later one with its number; empty: it has ended
+  local boot='' fields
+  read -r boot 2>/dev/null </proc/sys/kernel/random/boot_id
+  fields=$(cat -- "/proc/$1/stat" 2>/dev/null)
+  read -ra fields <<<"${fields##*) }"
+  [[ -z ${fields[0]-} || ${fields[0]} == [ZX] ]] || printf '%s %s %s\n' "$boot" "${fields[19]}" "$(readlink /proc/self/ns/pid)"
+}
+
 beats() { cat -- "$log_directory/attempt-$1"/node-*.alive 2>/dev/null; }
 
 still_running() { # ATTEMPT: does somebody else work on it?
-  local host='' process='' job='' before
-  read -r host process job <"$log_directory/attempt-$1/claim" 2>/dev/null
+  local host='' process='' job='' identity='' before
+  read -r host process job 2>/dev/null <"$log_directory/attempt-$1/claim"
   [[ -z $job || $job != "${SLURM_JOB_ID:-}" ]] || return 1
-  if [[ -z $job && $host == "$HOSTNAME" ]]; then
-    grep -qsF -- "${script_path##*/}" "/proc/$process/cmdline"
+  identity=$(cat -- "$log_directory/attempt-$1/process" 2>/dev/null)
+  if [[ -z $job && $host == "$HOSTNAME" && ${identity##* } == "$(readlink /proc/self/ns/pid)" ]]; then
+    [[ $identity == "$(identify "$process")" ]]
     return
   fi
-  before=$(beats "$1")
+  before=$(beats "$1") # another machine, or a container of this one: only its files tell
   [[ -n $before ]] || return 1
   say "attempt $1 ($host${job:+, job $job}) has no end on record: listening 25 s for its ranks"
   sleep 25
@@ -77,8 +86,9 @@ still_running() { # ATTEMPT: does somebody else work on it?
 }
 
 ask_verdict() { # ATTEMPT EXIT_CODE: closes the attempt; sets word (finished, requeue, retry, stop) and verdict_code
-  local output code=$2 cause=() first
-  first=$("${decide[0]}" -m launchers.causes "$log_directory" "$1") # torchrun and srun change exit codes; the guards know
+  local output code=$2 cause=() first=''
+  # torchrun and srun change exit codes; the guards know. After an interrupt they only know what the interrupt did.
+  (($2 == 130)) || first=$("${decide[0]}" -m launchers.causes "$log_directory" "$1")
   if [[ -n $first ]]; then
     code=${first%%$'\n'*} code=${code:-$2} cause=(--cause "${first#*$'\n'}")
   fi
@@ -112,14 +122,20 @@ close_lost_attempt() { # an attempt whose machine was lost gets its end on recor
   esac
 }
 
-claim_attempt() { # sets attempt and state; making the folder is the claim, so two starts never share a number
+claim_attempt() { # sets attempt and state; the claim appears whole or not at all, so of two starts at one moment one is refused
+  local new=$log_directory/.claim.$HOSTNAME.$$
   attempt=$((last + 1))
-  until mkdir -- "$log_directory/attempt-$attempt" 2>/dev/null; do
+  { mkdir -p -- "$new" && identify "$$" >"$new/process" &&
+    printf '%s %s %s\n' "$HOSTNAME" "$$" "${SLURM_JOB_ID:-}" >"$new/claim"; } || fail "cannot write in $log_directory on $HOSTNAME"
+  until mv -T -- "$new" "$log_directory/attempt-$attempt" 2>/dev/null; do # a folder that holds a claim is never replaced
     [[ -e $log_directory/attempt-$attempt ]] || fail "cannot write in $log_directory on $HOSTNAME"
+    if still_running "$attempt"; then
+      rm -rf -- "$new"
+      fail "attempt $attempt is still running ($(cat -- "$log_directory/attempt-$attempt/claim"))"
+    fi
     attempt=$((attempt + 1))
   done
   state=$log_directory/attempt-$attempt
-  printf '%s %s %s\n' "$HOSTNAME" "$$" "${SLURM_JOB_ID:-}" >"$state/claim"
 }
 
 answers() { (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; } # HOST PORT
@@ -191,13 +207,14 @@ on_signal() { # SIGNAL: the first asks to save, a second interrupt ends the rank
   signals=$((signals + 1))
   if [[ $1 == INT && -n $process ]] && ((signals > 1)); then
     say "second interrupt: ending the ranks"
+    interrupted=1
     kill -KILL -- "-$process"
   else
     request_stop "$1"
   fi
 }
 
-node_rank=${1:-${NODE_RANK:-0}} head=${2:-${HEAD_HOST:-}} fixed_port='' process='' signals=0
+node_rank=${1:-${NODE_RANK:-0}} head=${2:-${HEAD_HOST:-}} fixed_port='' process='' signals=0 interrupted=''
 if ! [[ $node_rank =~ ^[0-9]{1,6}$ ]] || ((node_rank >= nodes)); then
   fail "the node rank is '$node_rank': 0 to $((nodes - 1)) is allowed"
 fi
@@ -210,6 +227,9 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))}"
 
+# A script of a folder that was copied or moved would work on the old one.
+[[ ! -f $0 || ${0##*/} != "${script_path##*/}" || $0 -ef $script_path ]] ||
+  fail "this script was written for $script_path: type 'orchestrator resume' with the folder that it is in now"
 prepare
 trap 'on_signal HUP' HUP
 trap 'on_signal INT' INT
@@ -259,7 +279,7 @@ if ((node_rank > 0)); then # node 0 judges for all
   done
   read -r word verdict_code <"$state/verdict" || word='' verdict_code=1
 else
-  ask_verdict "$attempt" "$exit_code"
+  ask_verdict "$attempt" "$([[ -n $interrupted ]] && echo 130 || echo "$exit_code")"
   printf '%s %s\n' "$word" "$verdict_code" >"$state/verdict"
 fi
 say "attempt $attempt ended: ${word:-node 0 left no verdict}"

@@ -18,7 +18,7 @@ from running import Bench, Done, latest, make_bench
 from safetensors.torch import load_file
 
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
-from orchestrator.rundir import RunFolder, read_json
+from orchestrator.rundir import RunFolder, read_json, read_result
 
 SAMPLED = ("loss", "grad_norm", "reward", "kl", "entropy", "completion_tokens", "accuracy")
 
@@ -93,7 +93,7 @@ def test_a_preference_loss_falls(bench: Bench, loss: str) -> None:
 def test_a_reward_model_is_reported_and_loads_by_the_printed_words(bench: Bench) -> None:
     done = run(bench, "reward", "report", "launcher=local", "stages.reward.max_steps=8")
     assert done.code == 0, done.told
-    result = read_json(done.folder.stage("reward").result)
+    result = read_result(done.folder.stage("reward"))
     report = result["reward_report"]
     assert report["pairs"] == 6 and 0 <= report["accuracy_low"] <= report["accuracy"] <= report["accuracy_high"] <= 1
     assert {"length_baseline", "words_baseline", "brier", "calibration_error", "length_pearson"} <= report.keys()

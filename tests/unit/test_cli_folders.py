@@ -12,7 +12,7 @@ import pytest
 from asking import Asker, files_of
 
 LORA = "+experiment=llama_lora"
-WRITTEN = {"run.json", "plan.json", "environment.json", "scripts/sft.sh"}
+WRITTEN = {"run.json", "plan.json", "environment.json", "location.json", "scripts/sft.sh"}
 is_root = os.geteuid() == 0
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import CheckpointError, ConfigError, RunFolderError
-from orchestrator.freezing import all_or_nothing, check_writable, freeze, read_config
+from orchestrator.freezing import all_or_nothing, check_writable, freeze
+from orchestrator.frozen import read_config
 from orchestrator.rundir import (
     MANIFEST,
     RunFolder,

@@ -1,0 +1,98 @@
+"""run.json of another place and of other versions: the folder decides where files are, the version what can be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asking import Asker
+
+from orchestrator import __version__
+from orchestrator.compose import compose
+from orchestrator.errors import RunFolderError
+from orchestrator.frozen import added_keys, load_config, load_frozen
+from orchestrator.plan import run_directory_of
+from orchestrator.rundir import RunFolder, read_json, write_json
+
+LORA = "+experiment=llama_lora"
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, Any]:
+    return compose([LORA, "seed=7", "name=first", "output_dir=/elsewhere"]).model_dump(mode="json")
+
+
+def write(folder: Path, values: dict[str, Any], *, version: str = __version__) -> RunFolder:
+    run = RunFolder(folder)
+    write_json(run.run, {"orchestrator": version, "config": values})
+    return run
+
+
+@pytest.mark.parametrize("name", ["first", "renamed", "a copy (2) ü"])
+def test_a_run_is_where_its_folder_is(tmp_path: Path, values: dict[str, Any], name: str) -> None:
+    run = write(tmp_path / name, values)
+    config = load_config(run)
+    assert run_directory_of(config) == tmp_path / name
+    (tmp_path / "link").symlink_to(run.root)
+    assert run_directory_of(load_config(RunFolder(tmp_path / "link"))) == tmp_path / name
+
+
+def test_keys_added_since_take_the_defaults_of_the_runs_own_choices(tmp_path: Path, values: dict[str, Any]) -> None:
+    old = json.loads(json.dumps(values))
+    del old["profile"], old["seeds"], old["tuning"]["dropout"], old["stages"]["sft"]["faults"]["spike_window"]
+    frozen = load_frozen(write(tmp_path / "run", old, version="0.0.1"))
+    assert frozen.config.seeds.weights == 7, "${seed} is the run's own seed"
+    assert dict(frozen.filled) == {
+        "profile": False,
+        "seeds": {"weights": 7, "data": 7, "split": 7},
+        "tuning.dropout": values["tuning"]["dropout"],
+        "stages.sft.faults.spike_window": 50,
+    }
+    assert frozen.config.model_dump(mode="json") | {"name": "", "output_dir": ""} == values | {
+        "name": "",
+        "output_dir": "",
+    }
+
+
+def test_a_newer_version_is_named(tmp_path: Path, values: dict[str, Any]) -> None:
+    newer = json.loads(json.dumps(values))
+    newer["stages"]["sft"]["telepathy"] = 3
+    run = write(tmp_path / "run", newer, version="99.0.0")
+    with pytest.raises(RunFolderError) as error:
+        load_config(run)
+    first, second = error.value.problems
+    assert first == (
+        f"{run.run} was written by version 99.0.0 of the orchestrator and cannot be read by this one, {__version__}; use version "
+        "99.0.0 for this run"
+    )
+    assert second.startswith("stages.sft.telepathy: unknown key")
+
+
+def test_facts_of_a_model_are_never_guessed(tmp_path: Path, values: dict[str, Any]) -> None:
+    old = json.loads(json.dumps(values))
+    del old["model"]["preset"]["architecture"]["vocab_size"]
+    with pytest.raises(RunFolderError, match=r"lacks model\.preset\.architecture\.vocab_size"):
+        load_config(write(tmp_path / "run", old, version="0.0.1"))
+
+
+def test_render_of_an_older_run_names_the_defaults_and_remembers_them(ask: Asker) -> None:
+    assert ask("render", LORA).code == 0
+    run = RunFolder(ask.folder / "runs" / "llama_lora")
+    record = read_json(run.run)
+    del record["config"]["profile"], record["config"]["stages"]["sft"]["faults"]["spike_window"]
+    write_json(run.run, {**record, "orchestrator": "0.0.1"})
+    again = ask("render", LORA)
+    assert again.code == 0, again
+    (warning,) = [line for line in again.errors if line.startswith("warning: run.json")]
+    assert "written by version 0.0.1" in warning and "profile=false" in warning and "spike_window=50" in warning
+    assert added_keys(run) == {"profile", "stages.sft.faults.spike_window"}
+    assert ask("render", LORA).errors == () and len(added_keys(run)) == 2
+
+
+@pytest.mark.parametrize("verb", ["resume", "status", "logs", "cancel", "generate", "export", "audit"])
+def test_a_folder_without_run_json_is_refused_by_every_verb(ask: Asker, verb: str) -> None:
+    (ask.folder / "empty").mkdir()
+    (told,) = ask.refused(verb, "empty")
+    assert "run.json" in told and "empty" in told
