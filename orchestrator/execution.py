@@ -22,8 +22,8 @@ from orchestrator.errors import (
 )
 from orchestrator.facts import validate_data
 from orchestrator.following import Watch, live_claim, run_stage
-from orchestrator.freezing import all_or_nothing, check_writable, freeze
-from orchestrator.frozen import filled_sentence, load_frozen
+from orchestrator.freezing import all_or_nothing, check_writable, differences, freeze
+from orchestrator.frozen import filled_sentence, load_frozen, read_config
 from orchestrator.identity import changed_content
 from orchestrator.jobs import render as render_script
 from orchestrator.number_type import KEY as DTYPE

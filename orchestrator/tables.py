@@ -11,7 +11,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.loading import loading_lines
 from orchestrator.metrics import phases as phase
 from orchestrator.plan import Plan
-from orchestrator.rundir import StageFolder, read_json
+from orchestrator.rundir import StageFolder
 from orchestrator.time_table import exact_words
 
 PIPED_WIDTH = 120
@@ -44,7 +44,7 @@ def warn_lines(plan: Plan) -> None:
 
 def print_result(folder: StageFolder, config: RunConfig, *, wall_seconds: float) -> None:
     """What a finished stage made, how good it is, where the `wall_seconds` since the command went, and how to use it."""
-    result = read_json(folder.result)
+    result = read_result(folder)
     is_trained = "eval_loss_before" in result
     rows = [*(_trained_rows(result) if is_trained else _told(result)), ("time", time_line(result, wall_seconds))]
     print(f"\nstage {result['stage']} is done and proven")
