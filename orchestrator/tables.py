@@ -11,7 +11,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.loading import loading_lines
 from orchestrator.metrics import phases as phase
 from orchestrator.plan import Plan
-from orchestrator.rundir import StageFolder
+from orchestrator.rundir import StageFolder, read_result
 from orchestrator.time_table import exact_words
 
 PIPED_WIDTH = 120
