@@ -21,10 +21,11 @@ from orchestrator.errors import (
     RunFolderError,
 )
 from orchestrator.facts import validate_data
-from orchestrator.following import Watch, live_claim, run_stage
+from orchestrator.following import StageJob, Watch, live_claim, run_stage
 from orchestrator.freezing import all_or_nothing, check_writable, differences, freeze
 from orchestrator.frozen import filled_sentence, load_frozen, read_config
 from orchestrator.identity import changed_content
+from orchestrator.jobs import job_spec
 from orchestrator.jobs import render as render_script
 from orchestrator.number_type import KEY as DTYPE
 from orchestrator.location import settle
@@ -76,7 +77,12 @@ def execute(
     folder = RunFolder(run_directory_of(config))
     unfinished, anew = _to_do(config, folder, part)
     scripts = {stage: render_script(config, stage) for stage in config.pipeline}
-    running = [stage for stage in unfinished if live_claim(config, folder, stage) is not None]
+    steps = {stage.name: stage.steps or 0 for stage in planned.stages}
+    jobs = [
+        StageJob(name=stage, spec=job_spec(config, stage), script=scripts[stage], steps=steps[stage])
+        for stage in unfinished
+    ]
+    running = [job.name for job in jobs if live_claim(job.spec, folder) is not None]
     if running:  # joined as it is: nothing under its feet is written anew
         _refuse_changes(config, folder, running, anew)
     else:
@@ -93,13 +99,12 @@ def execute(
         from orchestrator.submission import submit
 
         return submit(config, unfinished, preparations) if unfinished else EXIT_DONE
-    planned_steps = {stage.name: stage.steps or 0 for stage in planned.stages}
-    for stage in unfinished:
-        code = run_stage(config, folder, stage, steps=planned_steps[stage], watch=watch, began=began)
+    for job in jobs:
+        code = run_stage(config, folder, job, watch=watch, began=began)
         if code != EXIT_DONE:
             return code
         ended = time.time()
-        print_result(folder.stage(stage), config, wall_seconds=ended - began)
+        print_result(folder.stage(job.name), config, wall_seconds=ended - began)
         began = ended  # looking at the inputs counts for the first stage, which could not start before
     if len(unfinished) > 1:
         print(f"\nall {len(unfinished)} stages took {duration_words((time.time() - started) / 3600)}")

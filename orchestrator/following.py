@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launchers.claims import Claim, open_claim
 from launchers.process import Joined, Launch, Outcome, launch
-from launchers.spec import JobSpec
+from launchers.spec import JobSpec, Script
 from orchestrator.attempts import INTERRUPTED, MACHINE_LOST, close_attempt, decide, read_attempts
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import (
@@ -24,8 +24,6 @@ from orchestrator.errors import (
     OrchestratorError,
     RunFolderError,
 )
-from orchestrator.jobs import job_spec
-from orchestrator.jobs import render as render_script
 from orchestrator.location import locate
 from orchestrator.rundir import RunFolder, StageFolder
 
@@ -39,14 +37,23 @@ Watch = Callable[[str], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageJob:
+    """A stage that can be started on this machine."""
+
+    name: str
+    spec: JobSpec
+    script: Script
+    steps: int
+    """As planned, for the bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Followed:
     """A stage that runs on this machine, as one command sees it."""
 
-    name: str
+    job: StageJob
     files: StageFolder
     running: Launch | Joined
-    steps: int
-    """As planned, for the bar."""
     watch: Watch
     since: float
     """When it was launched; 0 for one that was joined."""
@@ -54,31 +61,29 @@ class Followed:
     """When the command was given."""
 
 
-def live_claim(config: RunConfig, run: RunFolder, stage: str) -> Claim | None:
+def live_claim(spec: JobSpec, run: RunFolder) -> Claim | None:
     """The attempt at a stage that runs on this machine. What a copy took over from its original is not its own."""
-    claim = _open_claim(job_spec(config, stage))
+    claim = _open_claim(spec)
     is_alive = claim is not None and claim.is_of_this_machine and claim.is_alive
     return claim if is_alive and not locate(run).is_copy else None
 
 
-def run_stage(config: RunConfig, run: RunFolder, stage: str, *, steps: int, watch: Watch, began: float) -> int:
+def run_stage(config: RunConfig, run: RunFolder, job: StageJob, *, watch: Watch, began: float) -> int:
     """Starts the stage, or joins its running attempt, and shows it until it ends; the exit code."""
-    files = run.stage(stage)
+    files = run.stage(job.name)
     while True:
         launched = time.time()
-        running = _start_or_join(config, run, stage)
+        running = _start_or_join(run, job)
         if running is None:
             return EXIT_DONE
         since = 0.0 if isinstance(running, Joined) else launched
-        followed = Followed(
-            name=stage, files=files, running=running, steps=steps, watch=watch, since=since, began=began
-        )
+        followed = Followed(job=job, files=files, running=running, watch=watch, since=since, began=began)
         outcome = _follow(followed)
         if outcome is None:
             return EXIT_SAVED
         lost_the_race = outcome.exit_code == EXIT_LAUNCH_FAILED and outcome.attempt is None
-        if not lost_the_race or live_claim(config, run, stage) is None:
-            return _after(config, files, stage, outcome)
+        if not lost_the_race or live_claim(job.spec, run) is None:
+            return _after(config, files, job.name, outcome)
 
 
 @contextmanager
@@ -95,23 +100,23 @@ def start_lock(run: RunFolder) -> Generator[None]:
         yield
 
 
-def _start_or_join(config: RunConfig, run: RunFolder, stage: str) -> Launch | Joined | None:
+def _start_or_join(run: RunFolder, job: StageJob) -> Launch | Joined | None:
     """None where another command finished the stage meanwhile."""
-    files, spec = run.stage(stage), job_spec(config, stage)
+    files, spec = run.stage(job.name), job.spec
     with start_lock(run):
         if files.result.exists():
             return None
-        claim = live_claim(config, run, stage)
+        claim = live_claim(spec, run)
         if claim is not None:
             _refuse_moved_away(claim, spec)
             print(
-                f"{stage}: attempt {claim.attempt} is running on this machine (process {claim.process}); joined it",
+                f"{job.name}: attempt {claim.attempt} is running on this machine (process {claim.process}); joined it",
                 flush=True,
             )
             return Joined(claim, spec)
         _refuse_other_machine(spec)
-        print(f"{stage}: {spec.script_path}; log {files.logs}", flush=True)
-        running = launch(render_script(config, stage), spec)
+        print(f"{job.name}: {spec.script_path}; log {files.logs}", flush=True)
+        running = launch(job.script, spec)
         with suppress(
             KeyboardInterrupt
         ):  # asked for again by whoever follows: the job is there and must not be forgotten
@@ -168,7 +173,7 @@ def _is_same_file(one: Path, other: Path) -> bool:
 def _follow(stage: Followed) -> Outcome | None:
     """How the attempt ended; None where it goes on without this command."""
     running, interrupts = stage.running, 0
-    is_running = _watched(running, lambda: stage.watch(stage.name))
+    is_running = _watched(running, lambda: stage.watch(stage.job.name))
     while True:
         try:
             _show(stage, is_running)
@@ -176,7 +181,7 @@ def _follow(stage: Followed) -> Outcome | None:
         except KeyboardInterrupt:
             interrupts += 1
             if interrupts == 1 and isinstance(running, Joined):
-                choice = _ask(stage.name)
+                choice = _ask(stage.job.name)
                 if choice == "l":
                     return None
                 interrupts = 1 if choice == "s" else 0
@@ -187,7 +192,7 @@ def _follow(stage: Followed) -> Outcome | None:
                 _end(stage, INTERRUPTED, None)
         except BrokenPipeError:  # `run | head`: what is shown never decides whether a job goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print(f"{stage.name}: nobody reads this command's output; the job goes on without it", file=sys.stderr)
+            print(f"{stage.job.name}: nobody reads this command's output; the job goes on without it", file=sys.stderr)
             return None
         except OrchestratorError as error:  # a study that cannot use the stage
             _end(stage, MACHINE_LOST, f"ended by its command: {error}")
@@ -195,7 +200,7 @@ def _follow(stage: Followed) -> Outcome | None:
     outcome = running.poll()
     assert outcome is not None
     if interrupts > 1 and outcome.attempt is None:
-        print(f"{stage.name}: ended by a second Ctrl-C before it began; the same command starts it")
+        print(f"{stage.job.name}: ended by a second Ctrl-C before it began; the same command starts it")
         return None
     return outcome
 
@@ -206,11 +211,11 @@ def _show(stage: Followed, is_running: Callable[[], bool]) -> None:
     files = stage.files
     while stage.running.is_running():
         view = view_of_stage(
-            stage.name,
+            stage.job.name,
             metrics_file=files.metrics,
             events_file=files.events,
             phases_file=files.phases,
-            total_steps=stage.steps,
+            total_steps=stage.job.steps,
             since=stage.since,
             began=stage.began,
         )
