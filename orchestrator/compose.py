@@ -164,12 +164,6 @@ def _take_dtype(tree: DictConfig) -> tuple[str | None, bool]:
     return problem, value == AUTO
 
 
-def compose_choices(choices: Sequence[str]) -> DictConfig:
-    """The tree of conf/ with these choices of groups; ConfigError where one of them is not there."""
-    with _told([CONF]):
-        return _compose(choices, [CONF])
-
-
 def presets(group: str, config_directory: Path | None = None) -> dict[str, Any]:
     """The plain content of every file of a group, by its name."""
     roots = roots_of(config_directory)

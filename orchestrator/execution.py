@@ -27,8 +27,8 @@ from orchestrator.frozen import filled_sentence, load_frozen, read_config
 from orchestrator.identity import changed_content
 from orchestrator.jobs import job_spec
 from orchestrator.jobs import render as render_script
-from orchestrator.number_type import KEY as DTYPE
 from orchestrator.location import settle
+from orchestrator.number_type import KEY as DTYPE
 from orchestrator.pipeline import descendants, fresh_stages, inputs_of, may_be_made_anew, set_aside
 from orchestrator.plan import Plan, run_directory_of
 from orchestrator.resume import may_differ

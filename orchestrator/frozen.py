@@ -152,7 +152,8 @@ def _defaults(values: JsonObject) -> JsonObject:
     """conf/ composed with the choices of the run, and with the run's own values above it, so that `${seed}` is its seed."""
     from omegaconf import OmegaConf
 
-    from orchestrator.compose import compose_choices
+    from orchestrator.hydra_tree import as_sentences, compose_tree
+    from orchestrator.words import CONF
 
     words = [
         f"{group}={chosen}"
@@ -166,7 +167,8 @@ def _defaults(values: JsonObject) -> JsonObject:
         if isinstance(stage, dict) and isinstance(kind := stage.get("kind"), str)
     }
     try:
-        tree = compose_choices([*words, *(f"+stage@stages.{name}={kind}" for name, kind in kinds.items())])
+        with as_sentences([CONF]):
+            tree = compose_tree([*words, *(f"+stage@stages.{name}={kind}" for name, kind in kinds.items())], [CONF])
     except ConfigError:  # a choice that this version does not have: its own fault is told when the values are validated
         return {}
     merged = OmegaConf.merge(tree, OmegaConf.create(cast("Any", values)))
