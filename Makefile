@@ -7,10 +7,10 @@ WORKERS ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden clean
+.PHONY: help demo test check golden docs-keys clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
 demo: $(VENV)/.base ## the main job on this machine: LoRA on a small model, two to four minutes on two cores once installed
 	@$(BIN)/python -m orchestrator +experiment=llama_lora name=demo
@@ -27,6 +27,9 @@ check: $(VENV)/.dev ## ruff, pyright, import-linter, shellcheck, hadolint
 
 golden: $(VENV)/.dev ## accept the scripts as they are rendered now as the golden ones
 	@$(BIN)/python -m pytest tests/unit -q --refresh-golden
+
+docs-keys: $(VENV)/.dev ## write docs/keys.md from the types and conf/
+	@$(BIN)/python -m orchestrator keys --markdown > docs/keys.md
 
 clean: ## removes the virtual environment and what tests and demo made
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .import_linter_cache

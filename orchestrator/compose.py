@@ -80,7 +80,7 @@ def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -
         found = build_tree(rest, sources)
         problems = found.problems
         with as_sentences(sources.roots):
-            origins = _origins(found, sources)
+            origins = origins_of(found, sources)
             moved = take_recipes(found.tree, origins)
             autos = take_autos(found.tree)
             unusable, is_auto = _take_dtype(found.tree)
@@ -221,7 +221,7 @@ def _places(choices: Sequence[str], values: Sequence[Override], sources: Sources
     return {key: place for key, place in places.items() if not any(related(key, other) for other in typed)}
 
 
-def _origins(found: Tree, sources: Sources) -> Origins:
+def origins_of(found: Tree, sources: Sources) -> Origins:
     """Where values come from. Files are looked through only where a file of the user's takes part: it costs a composition."""
     find = None if len(sources.roots) == 1 else cache(lambda: _places(found.choices, (), sources))
     return Origins(typed=tuple(override.key for override in found.values), find_places=find)

@@ -11,13 +11,20 @@ import yaml
 from orchestrator.config.base import JsonValue
 
 
-def find_places(files: Iterable[tuple[Path, str]]) -> dict[str, str]:
-    """Dotted key -> FILE:LINE, from (file, package) in the order of composition: a later file wins."""
+def find_places(files: Iterable[tuple[Path, str]], *, with_references: bool = False) -> dict[str, str]:
+    """Dotted key -> FILE:LINE, from (file, package) in the order of composition: a later file wins.
+
+    Values that follow another key (`${seed}`) are left out, since a fault in them belongs to that key, unless asked for.
+    """
     places: dict[str, str] = {}
     for file, package in files:
         node = cast(Any, yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))  # pyright: ignore
         prefix = f"{package}." if package else ""
-        places |= {key: f"{file}:{line}" for key, line in _key_lines(node, prefix) if key != f"{prefix}defaults"}
+        places |= {
+            key: f"{file}:{line}"
+            for key, line in _key_lines(node, prefix, with_references)
+            if key != f"{prefix}defaults"
+        }
     return places
 
 
@@ -49,15 +56,15 @@ def file_problems(file: Path) -> list[str]:
     return []
 
 
-def _key_lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
-    """(dotted key, line) of every key below a node; values that follow another key have no place of their own."""
+def _key_lines(node: Any, prefix: str, with_references: bool) -> Iterator[tuple[str, int]]:
+    """(dotted key, line) of every key below a node."""
     if isinstance(node, yaml.SequenceNode):
         for number, entry in enumerate(node.value):
-            yield from _key_lines(entry, f"{prefix}{number}.")
+            yield from _key_lines(entry, f"{prefix}{number}.", with_references)
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
-        if isinstance(value, yaml.ScalarNode) and "${" in value.value:
+        if not with_references and isinstance(value, yaml.ScalarNode) and "${" in value.value:
             continue
         yield f"{prefix}{key.value}", key.start_mark.line + 1
-        yield from _key_lines(value, f"{prefix}{key.value}.")
+        yield from _key_lines(value, f"{prefix}{key.value}.", with_references)

@@ -188,6 +188,22 @@ _TABLE = (
         details="Given a folder of runs, it also looks for prepared data and dequantised bases that none of these runs uses.",
     ),
     Verb(
+        name="config",
+        group=LOOK,
+        summary="the composed configuration, with the file and line of every value",
+        examples=(
+            "config +experiment=llama_lora stages.sft.optimizer",
+            "config +experiment=llama_lora stages.sft.optimizer.lr=1e-4 --diff",
+            "config runs/llama_lora",
+        ),
+    ),
+    Verb(
+        name="keys",
+        group=OTHER,
+        summary="the reference of every key: type, allowed values, default, unit, meaning",
+        examples=("keys optimizer", "keys '*.lr'", "keys learning_rate"),
+    ),
+    Verb(
         name="doctor",
         group=OTHER,
         summary="this machine, the versions, what works, and the first cause of what does not",
