@@ -136,8 +136,8 @@ def _type(annotation: Any, metadata: Sequence[Any]) -> str:
     if annotation is str:
         patterns = [part.pattern for part in metadata if getattr(part, "pattern", None)]
         return "name" if patterns == [IDENTIFIER_PATTERN] else "text"
-    plain: dict[Any, str] = {bool: "true | false", NoneType: "null", int: "int", float: "float"}
-    return plain.get(annotation, str(annotation)) + _range(metadata)
+    plain: dict[object, str] = {bool: "true | false", NoneType: "null", int: "int", float: "float"}
+    return plain[annotation] + _range(metadata)
 
 
 def _range(metadata: Sequence[Any]) -> str:

@@ -33,7 +33,7 @@ def quoted(key: str, value: str) -> str:
 
 def takes_text_only(key: str) -> bool:
     """Whether a key holds text and nothing else (or null), so that `name=2024` means the four digits."""
-    found = list(_annotations(key))
+    found = list(annotations_of(key))
     return bool(found) and all(_is_text(annotation) for annotation in found)
 
 
@@ -44,7 +44,7 @@ def names_existing_file(value: str) -> bool:
         return False
 
 
-def _annotations(key: str) -> Iterator[Any]:
+def annotations_of(key: str) -> Iterator[Any]:
     """The annotation of a dotted key in every alternative that has it."""
     from orchestrator.config.run import RunConfig  # here, since `--help` reads this module and needs no types
 

@@ -37,6 +37,8 @@ class Verb:
 
 
 START, LOOK, FOLDER, OTHER = "Train", "Before a run", "A run, from its folder", "Other"
+HIDDEN = ""
+"""Group of what only programs call; the help leaves it out."""
 GROUPS = (START, LOOK, FOLDER, OTHER)
 
 _TABLE = (
@@ -202,6 +204,23 @@ _TABLE = (
         group=OTHER,
         summary="the reference of every key: type, allowed values, default, unit, meaning",
         examples=("keys optimizer", "keys '*.lr'", "keys learning_rate"),
+    ),
+    Verb(
+        name="completion",
+        group=OTHER,
+        summary="print the script that makes bash, zsh or fish complete the command line",
+        examples=(
+            "completion bash > ~/.local/share/bash-completion/completions/orchestrator",
+            "completion zsh > ~/.zfunc/_orchestrator",
+            "completion fish > ~/.config/fish/completions/orchestrator.fish",
+        ),
+        details="It completes the command `orchestrator`: verbs, options, experiments, groups, keys, values and run folders.",
+    ),
+    Verb(
+        name="complete",
+        group=HIDDEN,
+        summary="candidates for the last word of a command line, for the completion scripts",
+        examples=("complete -- pl", "complete -- plan +experiment=", "complete -- plan +experiment=llama_lora tuning."),
     ),
     Verb(
         name="doctor",

@@ -1,0 +1,25 @@
+"""The few values that a key may have, from its type; for completion. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from orchestrator.literals import annotations_of
+
+
+def allowed_values(key: str) -> list[str]:
+    """`true` and `false` of a switch, the names of a choice, `null` where it is allowed; none where anything may stand."""
+    return list(dict.fromkeys(value for annotation in annotations_of(key) for value in _values(annotation)))
+
+
+def _values(annotation: Any) -> Iterator[str]:
+    if annotation is bool:
+        yield from ("true", "false")
+    elif annotation is type(None):
+        yield "null"
+    elif get_origin(annotation) is Literal:
+        yield from map(str, get_args(annotation))
+    elif get_origin(annotation) not in (dict, tuple):
+        for inner in get_args(annotation):
+            yield from _values(inner)
