@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from launchers.spec import InvalidValueError
 from orchestrator.compose import Composed, examine
@@ -150,6 +150,31 @@ def resume(folder: RunFolder) -> int:
         number_type = settle_folder(config, folder, machine)
     planned = make_plan(with_device(config, machine), base=base, data=data, number_type=number_type)
     return execute(config, planned, began=began)
+
+
+def fork(
+    parent: RunFolder,
+    words: Sequence[str],
+    *,
+    stage: str | None,
+    source: Literal["checkpoint", "artifact"] | None,
+    step: int | None,
+    until: Literal["describe", "write", "train"],
+) -> int:
+    """A new run from the checkpoint or artifact of `parent`, which is only read; described, written, or trained at once."""
+    from orchestrator.fork_files import write_fork
+    from orchestrator.forking import describe, plan_fork
+
+    planned = plan_fork(parent, words, stage=stage, source=source, step=step)
+    print("\n".join(describe(planned)), flush=True)
+    if until == "describe":
+        print("nothing was written")
+        return EXIT_DONE
+    write_fork(planned)
+    if until == "write":
+        print(f"start it with: orchestrator resume {planned.folder.root}")
+        return EXIT_DONE
+    return resume(planned.folder)
 
 
 def _runs(arguments: Sequence[str]) -> list[tuple[RunConfig, Plan]]:

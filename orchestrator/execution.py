@@ -13,7 +13,7 @@ from pathlib import Path
 from launchers.spec import Script, write
 from orchestrator import __version__
 from orchestrator.config.base import JsonValue
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import PARENT, RunConfig
 from orchestrator.errors import (
     EXIT_DONE,
     EXIT_SAVED,
@@ -22,7 +22,7 @@ from orchestrator.errors import (
 )
 from orchestrator.facts import validate_data
 from orchestrator.following import StageJob, Watch, live_claim, run_stage
-from orchestrator.freezing import all_or_nothing, check_writable, differences, freeze
+from orchestrator.freezing import all_or_nothing, check_writable, differences, freeze, inherited
 from orchestrator.frozen import filled_sentence, load_frozen, read_config
 from orchestrator.identity import changed_content
 from orchestrator.jobs import job_spec
@@ -129,7 +129,7 @@ def _to_do(config: RunConfig, folder: RunFolder, part: Part) -> tuple[list[str],
     if part.only is not None:
         unfinished = [name for name in unfinished if name == part.only]
         anew = [name for name in anew if name == part.only]
-    missing = {source for name in unfinished for source in inputs_of(config, name)} - set(fresh) - set(unfinished)
+    missing = {source for name in unfinished for source in inputs_of(config, name)} - {*fresh, *unfinished, PARENT}
     if missing:
         old = [name for name in sorted(missing) if folder.stage(name).result.exists()]
         why = f" (what {', '.join(old)} was made from changed since)" if old else ""
@@ -221,6 +221,7 @@ def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> N
         record |= {"added": dict(frozen.added)} if frozen.added else {}
         if filled:
             print(f"warning: {filled_sentence(frozen)}", file=sys.stderr)
+    record |= inherited(folder)
     is_planned = folder.plan.exists() and folder.run.exists() and read_json(folder.run) == record
     check_writable(folder.root)
     with all_or_nothing(folder.root):

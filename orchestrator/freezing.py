@@ -46,6 +46,12 @@ def refuse_differences(old: JsonValue, new: JsonValue, *, may_differ: frozenset[
     return bool(changed)
 
 
+def inherited(folder: RunFolder) -> dict[str, JsonValue]:
+    """What run.json says beside the configuration and must keep: the run that this one was forked from."""
+    record: JsonValue = read_json(folder.run) if folder.run.exists() else {}
+    return {"parent": record["parent"]} if isinstance(record, dict) and "parent" in record else {}
+
+
 @contextmanager
 def all_or_nothing(folder: Path) -> Generator[None]:
     """A block that writes into `folder`: where it fails, a folder that was not there before is not there after it."""

@@ -12,7 +12,7 @@ from orchestrator.config.base import JsonValue
 from orchestrator.config.classification import CLASSIFIER_KINDS, ClassifyStage, SelfTrainingStage
 from orchestrator.config.ends import EvaluateStage, InterpolateStage, MergeStage, ScoringStage, SoupStage
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
-from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage, made_kind, makes_classifier
+from orchestrator.config.run import PARENT, POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage, made_kind, makes_classifier
 from orchestrator.config.stages import TrainingStage
 from orchestrator.identity import changed_content
 from orchestrator.ingredients import grows_rank, stages_beside
@@ -79,6 +79,9 @@ def stage_digest(config: RunConfig, name: str, inputs: Mapping[str, str]) -> str
 def fresh_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
     """The stages that are done and would come out the same: settings, base, data files and what they read are unchanged."""
     artifacts: dict[str, str] = {}
+    origin = run.stage(PARENT).result
+    if origin.exists():
+        artifacts[PARENT] = read_json(origin)["artifact"]["manifest_sha256"]
     for name in config.pipeline:
         inputs = inputs_of(config, name)
         file = run.stage(name).result
@@ -88,7 +91,7 @@ def fresh_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
         wanted = stage_digest(config, name, {source: artifacts[source] for source in inputs})
         if result.get("digest") in (None, wanted) and not changed_content(config, run, name):
             artifacts[name] = result["artifact"]["manifest_sha256"]
-    return tuple(artifacts)
+    return tuple(name for name in artifacts if name != PARENT)
 
 
 def may_be_made_anew(config: RunConfig, run: RunFolder) -> frozenset[str]:
@@ -133,7 +136,7 @@ def _auto_kinds(stage: Stage) -> tuple[str, ...]:
     return CLASSIFIER_KINDS if isinstance(stage, SelfTrainingStage) else POLICY_KINDS
 
 
-def _start_kinds(stage: Stage) -> tuple[str, ...]:
+def start_kinds(stage: Stage) -> tuple[str, ...]:
     """What `start_from` may name."""
     return (*POLICY_KINDS, *CLASSIFIER_KINDS) if isinstance(stage, ClassifyStage) else _auto_kinds(stage)
 
@@ -142,8 +145,8 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
     before = config.pipeline[: config.pipeline.index(name)]
     stage = config.stages[name]
     start = stage.start_from
-    if start not in (None, "auto"):
-        yield from _input_problems(config, f"stages.{name}.start_from", start, before, _start_kinds(stage))
+    if start not in (None, "auto", PARENT):
+        yield from _input_problems(config, f"stages.{name}.start_from", start, before, start_kinds(stage))
     if isinstance(stage, SelfTrainingStage) and start in (None, "auto"):
         yield f"stages.{name}.start_from: it goes on from a classifier; put one before it, such as stage=classify on weak labels"
     for source in inputs_of(config, name):
@@ -151,7 +154,7 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
             yield from _template_problems(config, name, source)
     if isinstance(stage, EvaluateStage | InterpolateStage | MergeStage) and start in (None, "auto"):
         what = "makes a policy" if isinstance(stage, MergeStage) else "makes a policy or a classifier"
-        if any(made_kind(config, one) in _start_kinds(stage) for one in before if one in config.stages):
+        if any(made_kind(config, one) in start_kinds(stage) for one in before if one in config.stages):
             yield f"stages.{name}.start_from: null; it must be a stage before {name} that {what}, or auto, the nearest one"
         else:
             yield f"stages.{name}.start_from: no stage before {name} {what}; put one into the pipeline, such as sft"

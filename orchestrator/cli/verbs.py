@@ -60,6 +60,17 @@ _TABLE = (
         examples=("resume runs/llama_lora", "resume ../elsewhere/llama_lora", "resume /scratch/me/runs/mine"),
     ),
     Verb(
+        name="fork",
+        group=START,
+        summary="a new run from the checkpoint or artifact of another, with other settings",
+        examples=(
+            "fork runs/a name=b stages.sft.optimizer.lr=1e-4",
+            "fork runs/a name=longer stages.sft.max_steps=400 --from checkpoint",
+            "fork runs/a name=c stages.sft.data.train.path=more.jsonl --step 100 --no-start",
+        ),
+        details="The parent is only read: it may be moved, read-only or still running.",
+    ),
+    Verb(
         name="plan",
         group=LOOK,
         summary="stages, data, steps, memory, time and cost; writes nothing",

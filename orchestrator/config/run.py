@@ -51,7 +51,9 @@ POLICY_KINDS = ("sft", "dpo", "grpo", "interpolate", "soup")
 """Stages that make a policy: something that a later stage can go on from."""
 STAGE_PREFIX = "stage:"
 """Before the name of a stage of the same run, where other things may stand too."""
-RESERVED_STAGE_NAMES = ("prepare", "scripts", "superseded", "export")
+PARENT = "parent"
+"""What a fork starts from, in `start_from`: the artifact of the run that it was forked from, copied into its own folder."""
+RESERVED_STAGE_NAMES = ("prepare", "scripts", "superseded", "export", PARENT)
 
 
 class Seeds(Section):

@@ -26,7 +26,7 @@ def test_status_fits_eighty_columns_with_long_reasons_and_names(ask: Asker) -> N
     run = write_run(ask.folder, "a_name_that_is_long-" * 3 + "x")
     write_training(run.stage("sft"), [2.0, 1.9], evaluations={0: 2.0})
     stop(run.stage("sft"), state="failed", why=LONG)
-    trained(ask.folder, "done")
+    trained(ask.folder, "done", "stages.sft.optimizer.lr=2e-3")
     told = ask("status", str(ask.folder), "--show", "lr,optimizer.lr,memory,tuning.rank,key=seed")
     assert told.code == 0 and max(map(len, told.out.splitlines())) <= 80, told
     assert " ".join(told.out.split()).count(" ".join(LONG.split())) == 1 and "0.00025" in told.out and "0.5" in told.out
