@@ -9,7 +9,7 @@ from typing import Any, cast
 from orchestrator.compose import presets
 from orchestrator.config.base import JsonValue
 from orchestrator.errors import ConfigError
-from orchestrator.words import CONF, Override, chooses_group, dotted_keys, group_problems, key_problems, parse_word
+from orchestrator.words import CONF, Override, chooses_group, dotted_keys, group_problems, key_problems, parse_override
 
 
 def changed_values(values: dict[str, JsonValue], words: Sequence[str]) -> dict[str, JsonValue]:
@@ -19,7 +19,7 @@ def changed_values(values: dict[str, JsonValue], words: Sequence[str]) -> dict[s
     problems: list[str] = []
     for text in words:
         try:
-            word = parse_word(text)
+            word = parse_override(text)
             found = _problems(word, known)
             if not found:
                 _apply(tree, word)
