@@ -14,7 +14,7 @@ from orchestrator.config.base import JsonValue
 from orchestrator.errors import OrchestratorError, RunFolderError
 from orchestrator.frozen import read_config
 from orchestrator.resume import is_below
-from orchestrator.rundir import ELSEWHERE, RunFolder, existing_parent, flatten, os_sentence, write_json
+from orchestrator.rundir import ELSEWHERE, RunFolder, existing_parent, flatten, os_sentence, read_json, write_json
 
 
 def freeze(folder: RunFolder, record: Mapping[str, Any], *, may_differ: frozenset[str]) -> None:

@@ -16,7 +16,18 @@ from orchestrator.status import find_runs, stage_statuses
 
 ALIVE = ("running", "waiting", "unknown")
 """States in which a job may still write; unknown is no permission."""
-OURS = ("run.json", "plan.json", "environment.json", "location.json", "scripts", "superseded", "export", "parent", "wandb", PREPARATION)
+OURS = (
+    "run.json",
+    "plan.json",
+    "environment.json",
+    "location.json",
+    "scripts",
+    "superseded",
+    "export",
+    "parent",
+    "wandb",
+    PREPARATION,
+)
 STUDY = "study.json"
 OURS_OF_A_STUDY = (STUDY, "report.json", "report.txt", "report.png", "optuna.journal")
 

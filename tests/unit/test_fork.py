@@ -7,7 +7,7 @@ from asking import Asker, files_of, write_model, write_rows
 from run_folders import finish, write_checkpoint, write_run, write_training
 
 from orchestrator.config.rules import parse_types
-from orchestrator.freezing import read_config
+from orchestrator.frozen import read_config
 from orchestrator.resume import settings_that_matter
 from orchestrator.rundir import RunFolder, read_json, write_json
 
