@@ -201,6 +201,17 @@ _TABLE = (
         details="Given a folder of runs, it also looks for prepared data and dequantised bases that none of these runs uses.",
     ),
     Verb(
+        name="init",
+        group=LOOK,
+        summary="write a commented experiment file of your own, for `run FILE`",
+        examples=(
+            "init my.yaml",
+            "init my.yaml --data rows.jsonl --method qlora",
+            "init my.yaml --task classify --data labels.csv --gpus 2",
+        ),
+        details="On a terminal it asks for what no option gives; elsewhere the defaults are taken.",
+    ),
+    Verb(
         name="config",
         group=LOOK,
         summary="the composed configuration, with the file and line of every value",
