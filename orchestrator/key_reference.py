@@ -42,6 +42,42 @@ UNITS = {
     "fraction": "share",
 }
 """End of a key -> its unit."""
+PLAIN = {
+    "account": "Slurm account that the job is charged to.",
+    "alpha": "Scale of what the adapter adds.",
+    "beta1": "Decay of the optimizer's first moment.",
+    "beta2": "Decay of the optimizer's second moment.",
+    "constraint": "Slurm features that a node must have.",
+    "cpus_per_task": "CPUs of one task.",
+    "dropout": "Dropout of the adapter's input.",
+    "entity": "W&B user or team.",
+    "epsilon": "Added to the root of the second moment.",
+    "format": "`auto` detects the format.",
+    "gpu_type": "Slurm's name of the GPU, such as h100.",
+    "gpus_per_node": "GPUs asked for on each node.",
+    "kind": "Which alternative of the section this is.",
+    "launcher": "How the job is started.",
+    "log_every_steps": "Steps between two rows of metrics.jsonl and lines of the log.",
+    "method": "Which alternative of the section this is.",
+    "name": "Name of the alternative.",
+    "nodes": "Nodes of the job.",
+    "offload_optimizer": "Hold optimizer states in host memory.",
+    "output_dir": "Folder of the run folders.",
+    "overlap_communication": "Reduce gradients while the backward pass goes on.",
+    "partition": "Slurm partition.",
+    "project": "W&B project.",
+    "qos": "Slurm quality of service.",
+    "quantization": "How the frozen base is held.",
+    "rank": "Rank of the low-rank matrices.",
+    "scheme": "Which alternative of the section this is.",
+    "seed": "Seed of everything, unless `seeds` says otherwise.",
+    "sharding": "How the model's states are shared among the ranks.",
+    "stages": "The stages, by name.",
+    "strategy": "Which alternative of the section this is.",
+    "tracking": "Where metrics go besides metrics.jsonl.",
+    "tuning": "What is trained: the whole model, a part of it or an adapter.",
+}
+"""Sentences for fields that the code leaves to their names."""
 _WHERE = "_reference"
 """Part of the tree that holds every choice of every group, for the defaults."""
 _NOWHERE = "no default"
@@ -84,7 +120,7 @@ def matching(keys: Sequence[Key], pattern: str) -> list[Key]:
 def _walk(section: type[Section], prefix: str, only: tuple[str, ...]) -> Iterator[Key]:
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
-        sentence = _sentences(section).get(name, "")
+        sentence = _sentences(section).get(name) or _of_section(field.annotation) or PLAIN.get(name, "")
         yield Key(name=key, type=_type_of(field), default="", unit=_unit(name), sentence=sentence, only=only)
         yield from _below(field.annotation, key, only)
 
@@ -102,6 +138,13 @@ def _below(annotation: Any, key: str, only: tuple[str, ...]) -> Iterator[Key]:
     else:
         for each in inner:
             yield from _below(each, key, only)
+
+
+def _of_section(annotation: Any) -> str:
+    """What the section of a field says of itself."""
+    if isinstance(annotation, type) and issubclass(annotation, Section) and annotation.__doc__ != Section.__doc__:
+        return " ".join((annotation.__doc__ or "").split())
+    return ""
 
 
 def _alternatives(section: type[Section]) -> tuple[str, ...]:

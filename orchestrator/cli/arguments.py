@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.cli.parser import VerbParser
 from orchestrator.cli.verbs import VERBS
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from orchestrator.rundir import RunFolder
@@ -74,8 +74,24 @@ def open_run_folder(text: str) -> RunFolder:
 
     folder = Path(text).expanduser()
     if not (folder / "run.json").is_file():
-        raise ConfigError(f"{text} is no run folder: it holds no run.json")
+        raise ConfigError(f"{text} is no run folder: {_why_no_run(folder)}")
     return RunFolder(folder.resolve())
+
+
+def _why_no_run(folder: Path) -> str:
+    """What the folder is instead, and the run that may have been meant."""
+    above = next((parent for parent in folder.parents if (parent / "run.json").is_file()), None)
+    if above is not None and str(above) != ".":
+        return f"it is a part of the run {above}; type that"
+    inside = sorted(file.parent for file in folder.glob("*/run.json"))
+    if inside:
+        more = f" or one of {len(inside) - 1} others in it" if len(inside) > 1 else ""
+        return f"it holds no run.json; type {inside[-1]}{more}"
+    if folder.is_dir():
+        return "it holds no run.json"
+    beside = [str(file.parent) for file in folder.parent.glob("*/run.json")]
+    guess = nearest(str(folder), beside)
+    return "it holds no run.json, since there is no such folder" + (f"; did you mean {guess}?" if guess else "")
 
 
 def add_stage(parser: VerbParser, help: str) -> None:

@@ -92,7 +92,12 @@ def find_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
         guess = nearest(word, VERBS)
         if guess is not None or bare[0] == 0:
             raise ConfigError(
-                f"{word}: no such verb" + (f"; did you mean {guess}?" if guess else f"; verbs are {', '.join(VERBS)}")
+                f"{word}: no such verb"
+                + (
+                    f"; did you mean {guess}?"
+                    if guess
+                    else f"; verbs are {', '.join(verb.name for verb in VERBS.values() if verb.group)}"
+                )
             )
     return None, list(words)
 

@@ -69,6 +69,11 @@ def test_the_scripts_of_zsh_and_fish(command: Path, ask: Asker, shell: str) -> N
     script = command.parent / f"completion.{shell}"
     script.write_text(ask("completion", shell).out)
     subprocess.run([shell, "-n", str(script)], check=True)
+    if shell == "zsh":  # what it hands to the line editor, which only an interactive shell has
+        stand_in = 'compdef() { }; compadd() { print -l -- "$@" }; words=(orchestrator plan tuning=lo); CURRENT=3'
+        asked = f"path=({command.parent} $path); source {script}; {stand_in}; _orchestrator"
+        done = subprocess.run(["zsh", "-fc", f"compdef() {{ }}; {asked}"], capture_output=True, text=True, check=True)
+        assert {"tuning=lora", "tuning=loreft"} <= set(done.stdout.splitlines())
     if shell == "fish":
         asked = f"set -x PATH {command.parent} $PATH; source {script}; complete -C 'orchestrator plan tuning=lo'"
         done = subprocess.run(["fish", "-c", asked], capture_output=True, text=True, check=True)

@@ -173,3 +173,15 @@ def test_run_folders_and_rows_where_overrides_are_expected(ask: Asker) -> None:
     assert ask.refused("plan", LORA, "rows.jsonl") == (
         "rows.jsonl is no override; did you mean stages.sft.data.train.path=rows.jsonl?",
     )
+
+
+def test_the_run_that_was_meant_by_a_folder_without_run_json(ask: Asker) -> None:
+    assert ask("render", LORA).code == 0
+    run = "runs/llama_lora"
+    assert ask.refused("resume", f"{run}/scripts") == (
+        f"{run}/scripts is no run folder: it is a part of the run {run}; type that",
+    )
+    assert ask.refused("logs", "runs") == (f"runs is no run folder: it holds no run.json; type {run}",)
+    assert ask.refused("audit", "runs/llama_lara") == (
+        f"runs/llama_lara is no run folder: it holds no run.json, since there is no such folder; did you mean {run}?",
+    )

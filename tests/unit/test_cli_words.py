@@ -164,7 +164,7 @@ def test_faults_of_keys_and_types_are_told_together(ask: Asker) -> None:
     ("words", "sentence"),
     [
         (("plann",), "plann: no such verb; did you mean plan?"),
-        (("xyz",), "xyz: no such verb; verbs are run, resume, plan, "),
+        (("xyz",), "xyz: no such verb; verbs are run, resume, "),
         (
             ("status",),
             "status takes one run folder, or a folder of runs: python -m orchestrator status runs/llama_lora",
@@ -174,7 +174,7 @@ def test_faults_of_keys_and_types_are_told_together(ask: Asker) -> None:
             ("resume", "a", "b"),
             "resume takes one run folder and nothing else: python -m orchestrator resume runs/llama_lora",
         ),
-        (("resume", "nowhere"), "nowhere is no run folder: it holds no run.json"),
+        (("resume", "nowhere"), "nowhere is no run folder: it holds no run.json, since there is no such folder"),
         (("logs", "--wibble"), "--wibble: logs has no such option; it has --help, --stage, "),
         (("cancel", "."), ". is no run folder: it holds no run.json"),
         (

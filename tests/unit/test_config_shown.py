@@ -84,6 +84,20 @@ def test_the_reference_has_every_field(keys: list[Key]) -> None:
     assert (lr.type, lr.default, lr.sentence) == ("float > 0", "0.0002", "Peak learning rate.")
     assert by_name["tuning=CHOICE"].default == "lora" and "adalora | " in by_name["tuning=CHOICE"].type
     assert by_name["stages.STAGE.data.max_length"].unit == "tokens"
+    bare = {key.name.rpartition(".")[2] for key in keys if not key.sentence and ".architecture." not in key.name}
+    assert bare <= {
+        "batch",
+        "checkpoint",
+        "cluster",
+        "data",
+        "faults",
+        "model",
+        "optimizer",
+        "preset",
+        "schedule",
+        "seeds",
+        "architecture",
+    }
     ranks = {key.only: key.default for key in keys if key.name == "tuning.rank"}
     assert ranks[("adalora",)] == "8"
 
