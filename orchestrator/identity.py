@@ -14,6 +14,7 @@ from orchestrator.config.data import DataConfig, SourceConfig
 from orchestrator.config.run import RunConfig, data_sets_of
 from orchestrator.dataset.key import FileHashes, template_digest, tokenizer_digest
 from orchestrator.dataset.sources import held_out_source, locate
+from orchestrator.errors import DataError, ModelError
 from orchestrator.ingredients import manifests_elsewhere
 from orchestrator.rundir import RunFolder, file_digest, read_json
 
@@ -44,11 +45,14 @@ def content_digests(config: RunConfig, name: str, *, base_folder: Path) -> dict[
 
 def changed_content(config: RunConfig, run: RunFolder, name: str) -> list[str]:
     """Which content of a finished stage is not what it was: a newer code alone makes nothing anew."""
-    base_folder = local_folder(config.model, cache_folder(config.cluster.scratch))
     told: Mapping[str, str] = read_json(run.stage(name).result).get("digests", {})
-    if base_folder is None or not told:
+    try:
+        base_folder = local_folder(config.model, cache_folder(config.cluster.scratch))
+        if base_folder is None or not told:
+            return []
+        now = content_digests(config, name, base_folder=base_folder)
+    except (DataError, ModelError):  # what is gone cannot have changed what was made of it
         return []
-    now = content_digests(config, name, base_folder=base_folder)
     members = [key for key in now if key.startswith("member ")]
     return [key for key in (*SHARED, "data", *members) if key in now and key in told and now[key] != told[key]]
 
