@@ -22,10 +22,10 @@ import torch
 
 from orchestrator import checkpoints
 from orchestrator.cache import cache_folder
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.plan import resolve
+from orchestrator.planning.plan import resolve
 from orchestrator.rundir import RunFolder
 from orchestrator.training.checkpoint import Checkpointer, Subject
 from orchestrator.training.context import Context, Record

@@ -44,7 +44,7 @@ def data_config(path: Path, columns: dict[str, str], **changes: Any) -> DataConf
 def base_folder() -> Path:
     """SmolLM2-135M, dequantised once."""
     from orchestrator.cache import cache_folder
-    from orchestrator.compose import examine
+    from orchestrator.config.compose import examine
     from orchestrator.training.model import fetch_base
 
     config = examine(["+experiment=llama_lora"]).config

@@ -38,7 +38,7 @@ def first_layers(folder: Path, layers: int) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from orchestrator.cache import cache_folder
-    from orchestrator.compose import compose
+    from orchestrator.config.compose import compose
     from orchestrator.training.model import fetch_base
 
     if not folder.is_dir():

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.bases import Base
-from orchestrator.compose import Composed, presets
+from orchestrator.config.compose import Composed, presets
 from orchestrator.config.model import ZeroSharding
 from orchestrator.config.run import Quantization, RunConfig, Sharding
 from orchestrator.config.sites import HardwareConfig
@@ -24,7 +24,7 @@ from orchestrator.estimate.advice import Advice, Axes, Judge, Judgement, Option,
 from orchestrator.facts import gather
 from orchestrator.frozen import read_config
 from orchestrator.number_type import AUTO
-from orchestrator.plan import DataFacts, StagePlan, make_plan, resolve, run_directory_of
+from orchestrator.planning.plan import DataFacts, StagePlan, make_plan, resolve, run_directory_of
 from orchestrator.rundir import RunFolder, flatten
 
 SHOWN = 8

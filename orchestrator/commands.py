@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launchers.spec import InvalidValueError
-from orchestrator.compose import Composed, examine
+from orchestrator.config.compose import Composed, examine
 from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import RunConfig
 from orchestrator.config.study import NoStudy
@@ -28,8 +28,8 @@ from orchestrator.metrics.phases import LOOKING
 from orchestrator.metrics.screen import busy
 from orchestrator.number_type import settle_folder
 from orchestrator.pipeline import fresh_stages
-from orchestrator.plan import Plan, make_plan, resolve
 from orchestrator.plan_table import print_plan, print_plans, print_scaling
+from orchestrator.planning.plan import Plan, make_plan, resolve
 from orchestrator.rundir import RunFolder
 from orchestrator.scaling import scaling_rows, take_node_counts
 from orchestrator.sweep import FLAGS, combinations, first_words, is_sweep

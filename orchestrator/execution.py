@@ -30,8 +30,8 @@ from orchestrator.jobs import render as render_script
 from orchestrator.location import settle
 from orchestrator.number_type import KEY as DTYPE
 from orchestrator.pipeline import descendants, fresh_stages, inputs_of, may_be_made_anew, set_aside
-from orchestrator.plan import Plan, run_directory_of
-from orchestrator.resume import may_differ
+from orchestrator.planning.plan import Plan, run_directory_of
+from orchestrator.resume_rules import may_differ
 from orchestrator.rundir import RunFolder, os_sentence, read_json, write_json
 from orchestrator.tables import print_result, warn_lines
 from orchestrator.time_table import duration_words

@@ -33,7 +33,7 @@ from orchestrator.kernels import head_problems, liger_is_installed
 from orchestrator.measured import find_measured
 from orchestrator.metrics.phases import READING
 from orchestrator.metrics.screen import busy
-from orchestrator.plan import DataFacts
+from orchestrator.planning.plan import DataFacts
 
 Result = TypeVar("Result")
 

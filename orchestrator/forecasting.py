@@ -15,7 +15,7 @@ from orchestrator.measured import measured_rate
 from orchestrator.schedule import rollout_steps_per_epoch, steps_per_epoch, total_steps
 
 if TYPE_CHECKING:
-    from orchestrator.plan import DataFacts
+    from orchestrator.planning.plan import DataFacts
 
 NOTHING = {"tokens": None, "trained_tokens": None, "time": None, "cost": None, "checkpointing": None}
 """Of a stage that trains nothing, or whose model is not known yet."""

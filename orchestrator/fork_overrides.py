@@ -6,8 +6,8 @@ import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
-from orchestrator.compose import presets
 from orchestrator.config.base import JsonValue
+from orchestrator.config.compose import presets
 from orchestrator.errors import ConfigError
 from orchestrator.words import CONF, Override, chooses_group, dotted_keys, group_problems, key_problems, parse_override
 

@@ -17,8 +17,8 @@ from orchestrator.errors import ConfigError
 from orchestrator.fork_overrides import changed_values
 from orchestrator.frozen import load_frozen
 from orchestrator.pipeline import pipeline_problems, start_kinds
-from orchestrator.plan import resolve, run_directory_of
-from orchestrator.resume import is_below, settings_that_matter
+from orchestrator.planning.plan import resolve, run_directory_of
+from orchestrator.resume_rules import is_below, settings_that_matter
 from orchestrator.rundir import MANIFEST, RunFolder, StageFolder, file_digest, flatten, read_json
 
 Source = Literal["checkpoint", "artifact"]

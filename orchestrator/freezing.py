@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.config.base import JsonValue
 from orchestrator.errors import OrchestratorError, RunFolderError
 from orchestrator.frozen import read_config
-from orchestrator.resume import is_below
+from orchestrator.resume_rules import is_below
 from orchestrator.rundir import ELSEWHERE, RunFolder, existing_parent, flatten, os_sentence, read_json, write_json
 
 

@@ -13,7 +13,7 @@ from orchestrator.cache import cache_folder
 from orchestrator.config.model import NoSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.config.stages import TrainingStage
-from orchestrator.plan import run_directory_of, script_path
+from orchestrator.planning.plan import run_directory_of, script_path
 from orchestrator.rundir import PREPARATION, RunFolder
 
 

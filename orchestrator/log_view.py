@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.errors import EXIT_DONE, ConfigError
 from orchestrator.rundir import PREPARATION, RunFolder, StageFolder
-from orchestrator.status import StageStatus, pipeline_of, stage_statuses
+from orchestrator.stage_status import StageStatus, pipeline_of, stage_statuses
 from orchestrator.status_view import ENDED, WATCH_SECONDS
 
 LINES = 40

@@ -27,7 +27,7 @@ from orchestrator.frozen import load_config
 from orchestrator.jobs import job_spec, render
 from orchestrator.metrics.phases import AUDITING
 from orchestrator.metrics.screen import busy
-from orchestrator.plan import make_plan
+from orchestrator.planning.plan import make_plan
 from orchestrator.plurals import counted
 from orchestrator.rundir import RunFolder, StageFolder, read_json
 from orchestrator.submission import submit_preparation

@@ -16,7 +16,7 @@ from orchestrator.config.run import PARENT, POLICY_KINDS, STAGE_PREFIX, RunConfi
 from orchestrator.config.stages import TrainingStage
 from orchestrator.identity import changed_content
 from orchestrator.ingredients import grows_rank, stages_beside
-from orchestrator.resume import settings_that_matter
+from orchestrator.resume_rules import settings_that_matter
 from orchestrator.rewards.extensions import CALLBACK, METRIC
 from orchestrator.rewards.load import problems_of
 from orchestrator.rewards.python_file import file_problems

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from orchestrator.config.run import RunConfig
 from orchestrator.memory_table import memory_line, memory_sentence, memory_table
-from orchestrator.plan import Plan, StagePlan
+from orchestrator.planning.plan import Plan, StagePlan
 from orchestrator.plurals import counted
 from orchestrator.scaling import ScalingRow, problems_of, scaling_table
 from orchestrator.tables import PIPED_WIDTH, warn_lines

@@ -14,7 +14,7 @@ from orchestrator.forecasting import epoch_steps, guessed_epoch_steps
 from orchestrator.schedule import total_steps
 
 if TYPE_CHECKING:
-    from orchestrator.plan import DataFacts, StagePlan
+    from orchestrator.planning.plan import DataFacts, StagePlan
 
 USUAL_EPOCHS = 3
 """What is offered where rows are repeated too often; conf/stage/sft.yaml says the same."""

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from orchestrator.compose import Tree, build_tree, origins_of, roots_of
+from orchestrator.config.compose import Tree, build_tree, origins_of, roots_of
 from orchestrator.experiment_file import Sources, is_experiment_file, open_sources
 from orchestrator.hydra_tree import as_sentences, chosen_files
 from orchestrator.places import find_places

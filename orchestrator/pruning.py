@@ -20,7 +20,7 @@ from orchestrator.errors import EXIT_DONE, ConfigError, OrchestratorError
 from orchestrator.freezing import read_config
 from orchestrator.removal import ALIVE, ask, delete_folder, size_of, size_text
 from orchestrator.rundir import MANIFEST, RunFolder, StageFolder, file_digest, flatten, read_json
-from orchestrator.status import find_runs, pipeline_of, stage_statuses
+from orchestrator.stage_status import find_runs, pipeline_of, stage_statuses
 
 RECENT_SECONDS = 3600.0
 """Younger entries of the cache may belong to a run that is just starting."""

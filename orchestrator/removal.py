@@ -12,7 +12,7 @@ from pathlib import Path
 from orchestrator.errors import EXIT_DONE, ConfigError, RunFolderError
 from orchestrator.freezing import read_config
 from orchestrator.rundir import PREPARATION, RunFolder, os_sentence
-from orchestrator.status import find_runs, stage_statuses
+from orchestrator.stage_status import find_runs, stage_statuses
 
 ALIVE = ("running", "waiting", "unknown")
 """States in which a job may still write; unknown is no permission."""

@@ -13,7 +13,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.freezing import read_config
 from orchestrator.run_facts import StageFacts, stage_facts
 from orchestrator.rundir import RunFolder, flatten
-from orchestrator.status import find_runs, stage_statuses
+from orchestrator.stage_status import find_runs, stage_statuses
 
 NOT_COMPARED = ("name", "output_dir", "study")
 """They differ between any two runs, and decide nothing."""

@@ -12,7 +12,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.goodput import time_spent
 from orchestrator.metrics.jsonl import Row, last_attempt_rows, number_of, read_rows, step_of
 from orchestrator.rundir import StageFolder, flatten, read_json
-from orchestrator.status import StageStatus
+from orchestrator.stage_status import StageStatus
 
 MINIMISED = "loss"
 SCORES = ("accuracy", "f1_macro", "mcc", "pearson", "spearman", "reward")

@@ -14,7 +14,7 @@ from orchestrator.config.stages import TrainingStage
 from orchestrator.errors import ConfigError
 from orchestrator.estimate.cost import CostPlan
 from orchestrator.estimate.forecast import CheckpointPlan, TimePlan
-from orchestrator.plan import DataFacts, StagePlan, make_plan
+from orchestrator.planning.plan import DataFacts, StagePlan, make_plan
 from orchestrator.time_table import duration_words, seconds_words
 
 KEY = "cluster.nodes="

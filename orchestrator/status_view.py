@@ -22,7 +22,7 @@ from orchestrator.freezing import read_config
 from orchestrator.metrics.console import duration
 from orchestrator.run_comparison import value_text
 from orchestrator.rundir import RunFolder, flatten
-from orchestrator.status import StageStatus, find_runs, stage_statuses
+from orchestrator.stage_status import StageStatus, find_runs, stage_statuses
 
 WATCH_SECONDS = 2.0
 ENDED = ("finished", "stopped", "failed", "lost")

@@ -14,7 +14,7 @@ from launchers.submission import submit_arrays as chain
 from orchestrator.config.run import RunConfig, data_sets_of
 from orchestrator.errors import EXIT_DONE, ConfigError
 from orchestrator.jobs import job_spec, preparation_spec, render
-from orchestrator.plan import run_directory_of
+from orchestrator.planning.plan import run_directory_of
 from orchestrator.preparation import needs_job
 from orchestrator.rundir import PREPARATION, RunFolder, StageFolder, read_json, write_json
 from slurm.query import query

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.config.run import RunConfig
 from orchestrator.loading import loading_lines
 from orchestrator.metrics import phases as phase
-from orchestrator.plan import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.rundir import StageFolder, read_result
 from orchestrator.time_table import exact_words
 

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 from orchestrator.estimate.cost import CostPlan
 from orchestrator.estimate.forecast import CheckpointPlan, TimePlan
-from orchestrator.plan import Plan, StagePlan
+from orchestrator.planning.plan import Plan, StagePlan
 
 
 def forecast_rows(stage: StagePlan) -> list[tuple[str, str]]:

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.metrics.jsonl import Row, last_attempt_rows, read_rows
-from orchestrator.plan import resolve
+from orchestrator.planning.plan import resolve
 from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
 
 STEPS = 8

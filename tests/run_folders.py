@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import checkpoints
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.rundir import MANIFEST, RunFolder, StageFolder, file_digest, write_json, write_manifest
 
 DIGESTS = {"base": "b1", "tokenizer": "t1", "template": "c1", "code": "1", "data": "d1"}

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _is_part(text: str, directory: Path | None) -> bool:
     """Whether an argument is a dotted key: the part that is wanted."""
     from orchestrator.bare_arguments import bare_argument_problem
-    from orchestrator.compose import roots_of
+    from orchestrator.config.compose import roots_of
     from orchestrator.experiment_file import is_experiment_file
 
     is_dotted = bool(text) and text.replace(".", "").replace("_", "").isalnum()

@@ -135,7 +135,7 @@ def _check_composes(text: str) -> None:
     """Refuses answers that no run could use, before anything is written."""
     import tempfile
 
-    from orchestrator.compose import examine
+    from orchestrator.config.compose import examine
 
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
         trial = Path(folder, "experiment.yaml")

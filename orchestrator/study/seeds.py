@@ -12,7 +12,7 @@ from orchestrator.config.run import RunConfig, training_pipeline
 from orchestrator.config.study import SeedsStudy, WeakRule, pause_problems
 from orchestrator.errors import EXIT_DONE, EXIT_SAVED, ConfigError, LaunchFailed, OrchestratorError
 from orchestrator.execution import execute, execute_all
-from orchestrator.plan import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.study.statistics import best_first
 from orchestrator.study.trials import (
     Standing,

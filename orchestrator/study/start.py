@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from orchestrator.config.run import RunConfig
 from orchestrator.config.study import NoStudy, SeedsStudy
 from orchestrator.errors import EXIT_SAVED, ConfigError
-from orchestrator.plan import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.study.report import write_report
 from orchestrator.study.seeds import PlanRun, run_seeds
 from orchestrator.study.space import split_space

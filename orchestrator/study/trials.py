@@ -17,7 +17,7 @@ from orchestrator.config.study import NoStudy, SearchStudy, SeedsStudy, judged_s
 from orchestrator.errors import ConfigError
 from orchestrator.freezing import check_writable, refuse_differences
 from orchestrator.metrics.jsonl import Row, Tail, number_of, read_rows, step_of
-from orchestrator.resume import may_differ
+from orchestrator.resume_rules import may_differ
 from orchestrator.rundir import RunFolder, read_json, write_json
 
 MAY_GROW = frozenset({"study.num_trials", "study.max_failures", "study.weights", "study.data"})

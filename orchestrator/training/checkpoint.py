@@ -19,7 +19,7 @@ from orchestrator.config.run import accumulation_steps
 from orchestrator.config.sites import WandbTracking
 from orchestrator.errors import CheckpointError
 from orchestrator.metrics.wandb import run_id
-from orchestrator.resume import refuse_changes, settings_that_matter
+from orchestrator.resume_rules import refuse_changes, settings_that_matter
 from orchestrator.rundir import free_bytes, read_json, write_json
 from orchestrator.training.checkpoint_writer import CheckpointWriter, Pending
 from orchestrator.training.context import Context, Record

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.dataset.order import BatchOrder
-from orchestrator.plan import resolve
+from orchestrator.planning.plan import resolve
 from orchestrator.training.batches import Batches
 from orchestrator.training.data.prepare import ensure_prepared
 from orchestrator.training.data.rows import PreparedRows

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from orchestrator.adapter_counts import count_adapter_parameters
 from orchestrator.architecture import read_architecture
-from orchestrator.compose import compose
 from orchestrator.config.adapters import ADAPTER_TUNINGS, AdaloraTuning
+from orchestrator.config.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.config.stages import TrainingStage
 from orchestrator.training.adapters import dequantised, make_up_for_rounding, plain_lora

@@ -13,7 +13,7 @@ import torch
 from blending_runs import likeliest
 from safetensors.torch import load_file, save_file
 
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.ends import InterpolateStage, SoupStage
 from orchestrator.errors import CheckpointError, DataError
 from orchestrator.training.answers import Answered, choices_of, option_logprobs_RO

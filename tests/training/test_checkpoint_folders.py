@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from orchestrator import checkpoints
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.run import fitting_micro_size
 from orchestrator.errors import ConfigError
-from orchestrator.resume import elsewhere, refuse_changes
+from orchestrator.resume_rules import elsewhere, refuse_changes
 from orchestrator.rundir import MANIFEST, StageFolder
 
 RANKS = 2

@@ -11,7 +11,7 @@ import tiny
 import torch
 from classifying import ENCODERS, colours, write_decoder, write_encoder, write_labelled
 
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.dataset.examples import Labelled
 from orchestrator.errors import CheckpointError, ConfigError, DataError

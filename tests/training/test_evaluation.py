@@ -13,7 +13,7 @@ import torch
 from data_parts import data_config, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.training.causal import attach_head
 from orchestrator.training.data.prepare import ensure_prepared
 from orchestrator.training.data.rows import PreparedRows

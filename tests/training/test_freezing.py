@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from orchestrator import checkpoints
-from orchestrator.compose import CONF
+from orchestrator.config.compose import CONF
 from orchestrator.config.stages import ScheduleConfig
 from orchestrator.rundir import read_json
 from orchestrator.schedule import learning_rate_factor

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.stages import SftStage
 from orchestrator.errors import ConfigError
 from orchestrator.kernels import liger_is_installed

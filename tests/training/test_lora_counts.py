@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from orchestrator.architecture import count_lora_parameters, count_parameters, read_architecture
 from orchestrator.architecture_families import FAMILIES
-from orchestrator.compose import CONF, compose
+from orchestrator.config.compose import CONF, compose
 from orchestrator.config.model import Architecture, LoraTuning
 from orchestrator.errors import ConfigError
 from orchestrator.training.memory_models import transformers_config

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.model import Architecture, LoraTuning
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.activations import Load, activation_memory, mode_of

@@ -13,8 +13,8 @@ import torch
 
 from orchestrator.adapter_counts import count_adapter_parameters, count_sites
 from orchestrator.architecture import read_architecture
-from orchestrator.compose import compose
 from orchestrator.config.adapters import LoreftTuning
+from orchestrator.config.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.training.artifact import open_artifact, write_artifact

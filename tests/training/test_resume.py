@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from orchestrator import checkpoints
 from orchestrator.config.run import RunConfig
-from orchestrator.resume import may_differ
+from orchestrator.resume_rules import may_differ
 from orchestrator.rundir import read_json
 
 LORA = ("tuning=lora", "tuning.rank=4")

@@ -10,11 +10,11 @@ import pytest
 from running import Bench, make_bench
 
 from launchers.process import Launch, launch
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.jobs import job_spec, render
-from orchestrator.plan import resolve, run_directory_of
+from orchestrator.planning.plan import resolve, run_directory_of
 from orchestrator.rundir import MANIFEST, RunFolder, read_json, write_json
 from orchestrator.verify import compare, print_proof, small_runs, verify_resume
 

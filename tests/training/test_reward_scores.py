@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.training.data.rows import batch_of
 from orchestrator.training.model import load_scorer
 from orchestrator.training.objectives import document_scores

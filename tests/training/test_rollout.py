@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-from orchestrator.compose import compose
 from orchestrator.config.alignment import RolloutConfig
+from orchestrator.config.compose import compose
 from orchestrator.training.draws import SeededDraws
 from orchestrator.training.model import load_model
 from orchestrator.training.rollout import Completion, Request, SeededSampler, end_ids_of, make_generate, seed_of

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from running import Bench, make_bench
 
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.metrics.jsonl import number_of, read_rows, step_of
 from orchestrator.rundir import RunFolder, StageFolder, read_json
 from orchestrator.study.statistics import expected_best

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from orchestrator.adapter_counts import count_adapter_parameters, shape_problems
-from orchestrator.compose import CONF, compose
 from orchestrator.config.adapters import ADAPTER_TUNINGS
+from orchestrator.config.compose import CONF, compose
 from orchestrator.config.limits import LIMITS, ZERO
 from orchestrator.config.model import Architecture
 from orchestrator.config.rules import rule_problems

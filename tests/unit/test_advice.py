@@ -11,12 +11,12 @@ from asking import Asker
 
 from orchestrator.advising import choices_of, judge_of
 from orchestrator.bases import Base
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import RunConfig, training_stages
 from orchestrator.estimate.advice import Advice, advise, axes_of
 from orchestrator.facts import gather
-from orchestrator.plan import DataFacts, make_plan, resolve
+from orchestrator.planning.plan import DataFacts, make_plan, resolve
 
 EXPERIMENTS = {
     "llama3_8b_lora": ["cluster=h100x8"],

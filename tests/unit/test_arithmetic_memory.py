@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from orchestrator.architecture import adapter_problems, count_lora_parameters, count_parameters
-from orchestrator.compose import CONF, compose
+from orchestrator.config.compose import CONF, compose
 from orchestrator.config.model import Architecture, LoraTuning, ZeroSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.flops import flops_per_token

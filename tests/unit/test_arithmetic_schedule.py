@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from orchestrator.bases import Base
-from orchestrator.compose import CONF, compose
+from orchestrator.config.compose import CONF, compose
 from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import accumulation_steps
 from orchestrator.config.stages import ScheduleConfig
-from orchestrator.plan import DataFacts, make_plan, resolve
+from orchestrator.planning.plan import DataFacts, make_plan, resolve
 from orchestrator.schedule import (
     learning_rate_factor,
     level_opens_at,

@@ -21,7 +21,7 @@ from orchestrator.attempts import (
     write_attempt,
     write_fault,
 )
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError, DataError, TrainingFailed
 from orchestrator.rundir import RunFolder, StageFolder, write_json

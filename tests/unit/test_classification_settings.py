@@ -9,7 +9,7 @@ import pytest
 from asking import Asker
 
 from orchestrator.architecture import read_architecture
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.model import FreezeTuning
 from orchestrator.config.run import has_new_heads
 from orchestrator.dataset.examples import Labelled, Reading, RowProblem

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from asking import ROW, Asker, write_rows
 
-from orchestrator.compose import compose, dotted_keys
+from orchestrator.config.compose import compose, dotted_keys
 from orchestrator.config.problems import PATTERNS
 from orchestrator.config.run import RunConfig
 from orchestrator.hints import ALIASES, CHOICE_HINTS, key_hint

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from asking import ROW, Asker, write_rows
 
-from orchestrator.compose import examine
+from orchestrator.config.compose import examine
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from asking import ROW, Asker, write_model, write_rows, write_tensors
 
 from orchestrator.bases import find_base
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.dataset.sources import inspect
 from orchestrator.errors import DataError, ModelError

@@ -10,11 +10,11 @@ import pytest
 from asking import SLURM_SIZE, Asker
 
 from launchers.spec import InvalidValueError
-from orchestrator.compose import CONF, compose, experiments
+from orchestrator.config.compose import CONF, compose, experiments
 from orchestrator.config.run import RunConfig
 from orchestrator.facts import gather
 from orchestrator.jobs import render
-from orchestrator.plan import make_plan, resolve
+from orchestrator.planning.plan import make_plan, resolve
 
 LAUNCHERS = ("local", "torchrun", "slurm")
 RUN_HERE = (

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 import orchestrator
-from orchestrator.compose import CONF
 from orchestrator.config.alignment import RewardSource
 from orchestrator.config.base import Section
+from orchestrator.config.compose import CONF
 from orchestrator.config.functions import FunctionSource
 from orchestrator.config.problems import _sections as sections_in
 from orchestrator.config.run import RunConfig

@@ -11,7 +11,7 @@ import pytest
 from asking import ROW, Asker, write_rows
 
 from orchestrator.cli.verbs import VERBS
-from orchestrator.compose import examine
+from orchestrator.config.compose import examine
 from orchestrator.scaling import take_node_counts
 from orchestrator.sweep import first_words
 

@@ -9,7 +9,7 @@ import pytest
 from test_arithmetic_memory import preset
 
 from orchestrator.architecture_families import FAMILIES
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.estimate.activations import Load, activation_memory, attention_path, chunked_head_bytes, loss_bytes
 from orchestrator.estimate.constants import GIB
 from orchestrator.estimate.generation import kv_cache_bytes

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from orchestrator.compose import CONF, compose
+from orchestrator.config.compose import CONF, compose
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.config.stages import TrainingStage

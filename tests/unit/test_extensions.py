@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.errors import ConfigError
-from orchestrator.plan import resolve
-from orchestrator.resume import may_differ
+from orchestrator.planning.plan import resolve
+from orchestrator.resume_rules import may_differ
 from orchestrator.rewards.builtin import Sample
 from orchestrator.rewards.extensions import load_callback, load_metric
 

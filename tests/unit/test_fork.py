@@ -8,7 +8,7 @@ from run_folders import finish, write_checkpoint, write_run, write_training
 
 from orchestrator.config.rules import parse_types
 from orchestrator.frozen import read_config
-from orchestrator.resume import settings_that_matter
+from orchestrator.resume_rules import settings_that_matter
 from orchestrator.rundir import RunFolder, read_json, write_json
 
 ROWS = [{"instruction": f"Say {number}", "input": "", "output": str(number)} for number in range(20)]

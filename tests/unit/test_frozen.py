@@ -10,10 +10,10 @@ import pytest
 from asking import Asker
 
 from orchestrator import __version__
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.errors import RunFolderError
 from orchestrator.frozen import added_keys, load_config, load_frozen
-from orchestrator.plan import run_directory_of
+from orchestrator.planning.plan import run_directory_of
 from orchestrator.rundir import RunFolder, read_json, write_json
 
 LORA = "+experiment=llama_lora"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.training.imports import needs_bitsandbytes, uncollected
 
 
@@ -37,7 +37,7 @@ def test_it_looks_as_if_it_were_not_installed(tmp_path: Path, words: str, found:
     (tmp_path / "config.json").write_text("{}")
     code = (
         "import sys; from importlib.util import find_spec; from pathlib import Path\n"
-        "from orchestrator.compose import compose\n"
+        "from orchestrator.config.compose import compose\n"
         "from orchestrator.training.imports import leave_out_deepspeed, leave_out_unused\n"
         "config = compose(['+experiment=llama_lora', *sys.argv[2:]])\n"
         "leave_out_unused(config, Path(sys.argv[1])); leave_out_deepspeed(config)\n"

@@ -21,7 +21,7 @@ from launchers.process import Joined, launch
 from launchers.spec import JobSpec
 from orchestrator import following
 from orchestrator.attempts import INTERRUPTED, read_attempts
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import EXIT_DONE, EXIT_SAVED, LaunchFailed, RunFolderError
 from orchestrator.following import StageJob, run_stage

@@ -11,11 +11,11 @@ from asking import Asker
 
 from orchestrator import kernels
 from orchestrator.bases import Base
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.config.model import Architecture
 from orchestrator.errors import ConfigError
 from orchestrator.kernels import documents_path, head_kernel, head_problems, liger_problem
-from orchestrator.plan import DataFacts, make_plan, resolve
+from orchestrator.planning.plan import DataFacts, make_plan, resolve
 
 LORA = "+experiment=llama_lora"
 H100 = ("cluster=h100x8", "stages.sft.batch.global_size=32")

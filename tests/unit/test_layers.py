@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from orchestrator.architecture import count_parameters
-from orchestrator.compose import CONF, compose
+from orchestrator.config.compose import CONF, compose
 from orchestrator.config.model import Architecture, FreezeTuning
 from orchestrator.config.rules import rule_problems
 from orchestrator.errors import ConfigError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.attempts import decide, read_attempts
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.location import locate, settle
 from orchestrator.rundir import RunFolder, read_json, write_json, write_text
 

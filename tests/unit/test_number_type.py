@@ -13,7 +13,7 @@ import yaml
 from asking import Asker
 
 from orchestrator.accelerators import Gpu, gpu_of, torch_build
-from orchestrator.compose import CONF, compose, examine
+from orchestrator.config.compose import CONF, compose, examine
 from orchestrator.config.sites import HardwareConfig
 from orchestrator.machine import Machine, device_of, this_machine, with_device
 from orchestrator.number_type import choose, settle, settle_folder

@@ -15,7 +15,7 @@ import yaml
 from asking import Asker
 
 from orchestrator.bases import Base
-from orchestrator.compose import CONF, compose
+from orchestrator.config.compose import CONF, compose
 from orchestrator.config.data import DataConfig
 from orchestrator.config.model import Architecture
 from orchestrator.dataset.lengths import prepared_facts
@@ -24,7 +24,7 @@ from orchestrator.errors import DataError
 from orchestrator.estimate.rows import PreparedFacts
 from orchestrator.facts import gather
 from orchestrator.measured import Measured, find_measured, read_measured
-from orchestrator.plan import DataFacts, make_plan, resolve
+from orchestrator.planning.plan import DataFacts, make_plan, resolve
 from orchestrator.rundir import RunFolder, write_json
 
 LLAMA = "+experiment=llama3_8b_lora"

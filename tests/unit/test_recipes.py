@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from asking import ROW, Asker, write_model, write_rows
 
-from orchestrator.compose import CONF, examine, experiments
 from orchestrator.config.alignment import PolicyStage
+from orchestrator.config.compose import CONF, examine, experiments
 from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import RunConfig, training_stages
 from orchestrator.dataset.sources import DEMONSTRATIONS

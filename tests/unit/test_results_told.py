@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.compose import compose
+from orchestrator.config.compose import compose
 from orchestrator.rundir import RunFolder, write_json
 from orchestrator.tables import print_result
 

@@ -1,0 +1,22 @@
+"""What `load` gives: a model with its tokenizer. Must not import torch, so that the login side may name the type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.config.run import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """The proven artifact of a stage, in evaluation mode."""
+
+    model: Any
+    """A transformers model, or a PEFT model around one."""
+    tokenizer: Any
+    """With the chat template of training."""
+    stage: str
+    kind: str
+    """`model`, `adapter`, and the two with `reward_` or `classifier_` before them."""
+    config: RunConfig

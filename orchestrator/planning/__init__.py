@@ -1,0 +1,1 @@
+"""What a configuration will do on this machine, and what would fit; must not import torch."""
