@@ -90,7 +90,7 @@ def main() -> None:
             Path(address).unlink(missing_ok=True)
             return
         connection, _ = listener.accept()
-        with connection, suppress(EOFError, OSError, ValueError):
+        with connection, suppress(Exception):  # whatever it is: the caller runs the program itself
             _pass_on(connection, zygotes)
 
 

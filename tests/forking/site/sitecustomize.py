@@ -9,7 +9,9 @@ import sys
 
 ADDRESS = "TESTS_FORK_SERVER"
 PROGRAMS = ("orchestrator", "orchestrator.worker", "orchestrator.attempts", "torch.distributed.run")
-TORCH_PROGRAMS = tuple(f"orchestrator.training.{name}" for name in ("prove", "examine", "generate", "export"))
+TORCH_PROGRAMS = tuple(
+    f"orchestrator.training.{name}" for name in ("foreground", "prove", "examine", "generate", "export")
+)
 
 
 def _program() -> list[str] | None:
