@@ -16,14 +16,38 @@ from orchestrator.rundir import MANIFEST, RunFolder
 FOREGROUND = "orchestrator.training.foreground"
 
 
+GENERATING = ("--max-new-tokens", "--system", "--temperature", "--top-p", "--seed", "--output")
+"""Options of `generate` that mean nothing to a classifier."""
+
+
 def generate(folder: RunFolder, *, stage: str | None, options: Mapping[str, str]) -> int:
     """Answers of the tuned model next to those of its base; a classifier's classes. `options` go to the process that generates."""
     stage = _stage_of(folder, stage, "make a policy or a classifier", CLASSIFIER_KINDS)
     if not folder.stage(stage).result.exists():
         raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")
+    _refuse_before_loading(folder, stage, options)
     words = [f"{name}={value}" for name, value in options.items()]  # joined: a value may begin with a dash
     argv = [sys.executable, "-m", FOREGROUND, "generate", str(folder.run), "--stage", stage, *words]
     return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False).returncode
+
+
+def _refuse_before_loading(folder: RunFolder, stage: str, options: Mapping[str, str]) -> None:
+    """What would only be found out after the model was loaded, which may take minutes."""
+    from orchestrator.config.run import makes_classifier
+    from orchestrator.frozen import load_config
+    from orchestrator.held_out import held_out_examples
+
+    config = load_config(folder)
+    unfit = [name for name in GENERATING if name in options]
+    if makes_classifier(config, stage) and unfit:
+        raise ConfigError(
+            f"{unfit[0]}: {stage} makes a classifier, which gives classes and generates no text; leave it out"
+        )
+    if options.get("--examples", "0") != "0":
+        next(held_out_examples(config, folder, stage, 1), None)
+    output = options.get("--output")
+    if output is not None and not Path(output).expanduser().absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: its folder is not there")
 
 
 def export(folder: RunFolder, *, stage: str | None, to: str | None, max_kl: float | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,10 @@ import torch
 
 from orchestrator.config.run import RunConfig
 from orchestrator.dataset.examples import Labelled
-from orchestrator.dataset.formats import parse_row
-from orchestrator.dataset.sources import held_out_source, locate, reading_of, settle_format, source_rows
 from orchestrator.errors import ConfigError
+from orchestrator.held_out import held_out_examples
 from orchestrator.metrics.phases import Phases
-from orchestrator.rundir import StageFolder
+from orchestrator.rundir import RunFolder, StageFolder
 from orchestrator.training.classes import Classes, read_classes
 from orchestrator.training.classifier import document_answers, open_classifier
 from orchestrator.training.data.labelled import encode_labelled
@@ -60,16 +58,9 @@ def told(logits_C: torch.Tensor, classes: Classes) -> str:
     return ", ".join(f"{classes.names[number]} {float(chances_C[number]):.2f}" for number in best)
 
 
-def held_out_texts(config: RunConfig, stage: str, count: int) -> Iterator[Labelled]:
-    """The first texts of the stage's held-out file."""
-    source = held_out_source(config.stages[stage].data)
-    files = None if source is None else locate(source, field="data.eval")
-    if source is None or files is None:
-        raise ConfigError(
-            "--examples needs a held-out file on this machine (stages.S.data.eval.path); take --prompt TEXT"
-        )
-    reading = reading_of(source, settle_format(source, files, field="data.eval"))
-    for _, _, row in islice(source_rows(files), count):
-        (document,) = parse_row(row, reading.format, reading.columns).documents
+def held_out_texts(config: RunConfig, run: RunFolder, stage: str, count: int) -> Iterator[Labelled]:
+    """The first texts of the stage's held-out rows."""
+    for example in held_out_examples(config, run, stage, count):
+        (document,) = example.documents
         assert isinstance(document, Labelled)
         yield document

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig, makes_classifier
 from orchestrator.dataset.examples import Labelled
-from orchestrator.dataset.formats import Chat, Example, Message, Plain, Prompt, parse_row
-from orchestrator.dataset.sources import held_out_source, locate, settle_format, source_rows
+from orchestrator.dataset.formats import Chat, Example, Message, Plain, Prompt
 from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.frozen import load_config
+from orchestrator.held_out import held_out_examples
 from orchestrator.metrics.phases import ANSWERING, LOADING, Phases
 from orchestrator.rundir import RunFolder
 from orchestrator.training.artifact import open_artifact
@@ -35,24 +37,36 @@ from orchestrator.training.runtime import Runtime, start_single_runtime
 Answer = Callable[[Prompt], str]
 
 
-def answer_with(model: Any, folder: Path, encoder: Encoder, runtime: Runtime, *, max_new_tokens: int) -> Answer:
-    """Greedy decoding of one prompt, encoded as in training; ends at the model's or the tokenizer's end token."""
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How tokens are chosen."""
+
+    max_new_tokens: int
+    temperature: float
+    """0 takes the likeliest token."""
+    top_p: float
+    seed: int
+
+
+def answer_with(model: Any, folder: Path, encoder: Encoder, runtime: Runtime, *, drawing: Drawing) -> Answer:
+    """One prompt at a time, encoded as in training; ends at the model's or the tokenizer's end token."""
     tokenizer = core_tokenizer(encoder.facts.core)
     ends = end_ids_of(model, folder)
 
     def answer(prompt: Prompt) -> str:
+        torch.manual_seed(drawing.seed)  # base and tuned model draw alike, and each prompt as if it were alone
         ids_BT = torch.tensor([encode_prompt(prompt, encoder)], device=runtime.device)
         with torch.no_grad(), runtime.forward_context():
             out_BT = model.generate(
                 input_ids=ids_BT,
                 attention_mask=torch.ones_like(ids_BT),
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
+                do_sample=drawing.temperature > 0,
+                max_new_tokens=drawing.max_new_tokens,
                 eos_token_id=ends,
                 pad_token_id=ends[0],
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                temperature=drawing.temperature or None,
+                top_p=drawing.top_p if drawing.temperature else None,
+                top_k=0 if drawing.temperature else None,
             )
         new = [token for token in out_BT[0, ids_BT.shape[1] :].tolist() if token not in ends]
         return tokenizer.decode(new, skip_special_tokens=True).strip()
@@ -60,16 +74,22 @@ def answer_with(model: Any, folder: Path, encoder: Encoder, runtime: Runtime, *,
     return answer
 
 
-def show(prompts: Iterator[Prompt], base: Answer, tuned: Answer, console: Console) -> int:
-    """Prints question, answer of the base and answer of the tuned model; the number of prompts."""
+def show(
+    prompts: Iterator[Prompt], base: Answer, tuned: Answer, console: Console, *, output: Path | None = None
+) -> int:
+    """Prints question, answer of the base and answer of the tuned model, and appends them to `output`; the number of prompts."""
     count = 0
     for prompt in prompts:
         count += 1
         table = Table(title=_question(prompt), title_justify="left", title_style="bold", show_lines=False, expand=True)
         table.add_column("base", ratio=1)
         table.add_column("tuned", ratio=1, style="green")
-        table.add_row(base(prompt), tuned(prompt))
+        answers = {"base": base(prompt), "tuned": tuned(prompt)}
+        table.add_row(*map(Text, answers.values()))
         console.print(table)
+        if output is not None:
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"prompt": _question(prompt), **answers}, ensure_ascii=False) + "\n")
     return count
 
 
@@ -81,7 +101,8 @@ def _prompts(options: argparse.Namespace, config: RunConfig) -> Iterator[Prompt]
     if options.prompt is not None:
         yield _chat(options.prompt)
     elif options.examples:
-        yield from _held_out_prompts(config, options.stage, options.examples)
+        run = RunFolder(options.run_file.parent)
+        yield from map(_prompt_of, held_out_examples(config, run, options.stage, options.examples))
     else:
         for line in sys.stdin:
             if line.strip():
@@ -93,7 +114,8 @@ def _texts(options: argparse.Namespace, config: RunConfig) -> Iterator[Labelled]
     if options.prompt is not None:
         yield Labelled(options.prompt, None)
     elif options.examples:
-        yield from held_out_texts(config, options.stage, options.examples)
+        run = RunFolder(options.run_file.parent)
+        yield from held_out_texts(config, run, options.stage, options.examples)
     else:
         yield from (Labelled(line.strip(), None) for line in sys.stdin if line.strip())
 
@@ -103,16 +125,12 @@ def _chat(text: str) -> Prompt:
     return Prompt(messages=messages, tools=None, text="")
 
 
-def _held_out_prompts(config: RunConfig, stage: str, count: int) -> Iterator[Prompt]:
-    source = held_out_source(config.stages[stage].data)
-    if source is None:
-        raise ConfigError("--examples needs a held-out file (stages.S.data.eval.path); take --prompt TEXT")
-    files = locate(source, field="data.eval")
-    if files is None:
-        raise ConfigError(f"--examples: {source.path} is not on this machine; take --prompt TEXT")
-    data_format = settle_format(source, files, field="data.eval")
-    for _, _, row in islice(source_rows(files), count):
-        yield _prompt_of(parse_row(row, data_format, source.columns))
+def _with_system(prompt: Prompt, text: str | None) -> Prompt:
+    """A conversation that has no system message yet gets this one."""
+    if text is None or prompt.messages is None or prompt.messages[0]["role"] == "system":
+        return prompt
+    system: Message = {"role": "system", "content": text}
+    return replace(prompt, messages=(system, *prompt.messages))
 
 
 def _prompt_of(example: Example) -> Prompt:
@@ -135,6 +153,11 @@ def main(phases: Phases | None = None) -> int:
     parser.add_argument("--prompt")
     parser.add_argument("--examples", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--system")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     try:
         return _run(options, phases or Phases())
@@ -163,8 +186,11 @@ def _run(options: argparse.Namespace, phases: Phases) -> int:
     )
     is_full = isinstance(config.tuning, WHOLE_MODEL_TUNINGS)
     base: Any = load_model(base_folder, config, weights_dtype=dtype).to(runtime.device).eval() if is_full else tuned
-    answer_tuned = answer_with(tuned, base_folder, encoder, runtime, max_new_tokens=options.max_new_tokens)
-    answer_base = answer_with(base, base_folder, encoder, runtime, max_new_tokens=options.max_new_tokens)
+    drawing = Drawing(
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
+    )
+    answer_tuned = answer_with(tuned, base_folder, encoder, runtime, drawing=drawing)
+    answer_base = answer_with(base, base_folder, encoder, runtime, drawing=drawing)
 
     def without_adapter(prompt: Prompt) -> str:
         with nullcontext() if is_full else tuned.disable_adapter():
@@ -178,7 +204,8 @@ def _run(options: argparse.Namespace, phases: Phases) -> int:
         return answered
 
     phases.end()  # the line is cleared: what follows are answers
-    if show(_prompts(options, config), announced(without_adapter), announced(answer_tuned), Console()) == 0:
+    prompts = (_with_system(prompt, options.system) for prompt in _prompts(options, config))
+    if show(prompts, announced(without_adapter), announced(answer_tuned), Console(), output=options.output) == 0:
         raise ConfigError("no prompt: give --prompt TEXT, or one prompt a line on standard input")
     return 0
 
