@@ -212,7 +212,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file; RunFolderError with the path where it is missing or torn."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RunFolderError(f"{path} is missing") from None
     except ValueError as error:
         raise RunFolderError(f"{path} is damaged: {error}") from None
