@@ -22,6 +22,7 @@ WIDEST_COLUMN = 12
 AXES = "true \\ predicted"
 SHOWN_SECONDS = 0.5
 GROUPS = {
+    phase.FETCHING: "base",
     phase.PREPARING: "data",
     phase.IMPORTING: "start",
     phase.LOADING: "load",

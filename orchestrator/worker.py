@@ -83,7 +83,7 @@ def _made_ready(
     config: RunConfig, name: str, run_file: Path, *, attempt: int, stop: StopRequest, phases: Phases
 ) -> Callable[[], int]:
     """What runs the stage, once its inputs are here and its modules are imported."""
-    phases.begin(phase.PREPARING, unit=phase.ROWS)
+    phases.begin(phase.FETCHING)
     leave_out_deepspeed(config)
     folder = RunFolder(run_file.parent).stage(name)
     stage, config = config.stages[name], config.for_stage(name)
@@ -167,6 +167,7 @@ def _bring_inputs(config: RunConfig, name: str, *, run_directory: Path, phases: 
 
     cache = cache_folder(config.cluster.scratch)
     base_folder = fetch_base(config.model, cache=cache, say=say)
+    phases.begin(phase.PREPARING, unit=phase.ROWS)
     prepared, *others = (
         ensure_prepared(
             data,
