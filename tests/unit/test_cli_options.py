@@ -108,7 +108,7 @@ def test_a_value_may_begin_with_a_dash_or_hold_an_equals_sign() -> None:
         (("logs", "x", "--node", "-1"), "--node -1: a whole number from 0 is needed"),
         (("export", "x", "--max-kl", "nan"), "--max-kl nan: a number from 0 is needed"),
         (("run", LORA, "--only", "a", "--from", "b"), "--from and --only: give one of them"),
-        (("generate", "x", "What is A?"), "generate takes one run folder; a prompt goes into --prompt TEXT: python -m orchestrator generate runs/llama_lora --prompt \"Who wrote Faust?\""),
+        (("generate", "x", "What", "is"), "generate takes one run folder and at most one prompt, quoted for the shell: python -m orchestrator generate runs/llama_lora --prompt \"Who wrote Faust?\""),
         (("cancel",), "cancel takes one run folder and nothing else: python -m orchestrator cancel runs/llama_lora"),
         (("verify-resume", LORA, "steps=x"), "steps=x: a whole number from 1 is needed"),
         (("help", "plann"), "plann: no such verb; did you mean plan?"),
