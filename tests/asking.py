@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,12 @@ class Asker:
         assert not any("Traceback" in line or line.startswith("  ") for line in answer.errors), answer.errors
         assert files_of(self.folder) == before, words
         return answer.errors
+
+
+def latest(overrides: Sequence[str]) -> list[str]:
+    """The overrides with the last value of each key alone, since the command line refuses a key that is given twice."""
+    keys = [text.lstrip("+").partition("=")[0] if "=" in text and text[0] not in "~-" else "" for text in overrides]
+    return [text for place, text in enumerate(overrides) if not keys[place] or keys[place] not in keys[place + 1 :]]
 
 
 def files_of(folder: Path) -> dict[str, bytes | None]:

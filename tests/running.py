@@ -12,17 +12,12 @@ from typing import Any
 
 import forking
 import tiny
+from asking import latest
 
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
 from orchestrator.rundir import RunFolder, StageFolder, read_json
 
 MINUTES = 60
-
-
-def latest(overrides: Sequence[str]) -> list[str]:
-    """The overrides with the last value of each key alone, since the command line refuses a key that is given twice."""
-    keys = [text.lstrip("+").partition("=")[0] if "=" in text and text[0] not in "~-" else "" for text in overrides]
-    return [text for place, text in enumerate(overrides) if not keys[place] or keys[place] not in keys[place + 1 :]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from aligning import pipeline_words, write_sets
+from asking import latest
 from loading import carded_script, pasted
-from running import Bench, Done, latest
+from running import Bench, Done
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import forking
 import pytest
 from aligning import words_of, write_sets
+from asking import latest
 from loading import check_scripts
-from running import Bench, Done, latest, make_bench
+from running import Bench, Done, make_bench
 from safetensors.torch import load_file
 
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from asking import ROW, Asker, write_model, write_rows
+from asking import ROW, Asker, latest, write_model, write_rows
 
 from orchestrator.config.compose import compose
 from orchestrator.config.model import FreezeTuning, FullTuning
@@ -124,7 +124,7 @@ def test_other_rows_in_a_set_make_the_stage_anew(ask: Asker, tmp_path: Path) -> 
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_the_reason(ask: Asker, words: tuple[str, ...], sentence: str) -> None:
-    told = ask.refused("plan", *words)
+    told = ask.refused("plan", *latest(words))
     assert any(sentence in line for line in told), told
 
 

@@ -274,9 +274,9 @@ def test_what_a_study_cannot_be_is_refused_before_anything_is_written(ask: Asker
 
 def test_plan_tells_of_a_study_and_loads_nothing_for_it(tmp_path: Path) -> None:
     program = (
-        "import sys; from orchestrator import cli\n"
-        f"assert cli.main(['plan', '{LORA}', 'study=seeds']) == 0\n"
-        f"assert cli.main(['plan', '-m', '{LORA}', 'study=optuna', '{RATE}']) == 0\n"
+        "import sys; from orchestrator.cli.main import main\n"
+        f"assert main(['plan', '{LORA}', 'study=seeds']) == 0\n"
+        f"assert main(['plan', '-m', '{LORA}', 'study=optuna', '{RATE}']) == 0\n"
         "assert not {'optuna', 'matplotlib', 'torch'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
