@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,18 +16,19 @@ from orchestrator.bases import Base
 from orchestrator.config.compose import Composed, presets
 from orchestrator.config.model import ZeroSharding
 from orchestrator.config.run import Quantization, RunConfig, Sharding
-from orchestrator.config.sites import HardwareConfig
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.estimate.advice import Advice, Axes, Judge, Judgement, Option, advise, axes_of, nearest_changes
 from orchestrator.facts import gather
 from orchestrator.frozen import read_config
+from orchestrator.host_hardware import as_seen
+from orchestrator.machine import this_machine
 from orchestrator.number_type import AUTO
 from orchestrator.planning.plan import DataFacts, StagePlan, make_plan, resolve, run_directory_of
+from orchestrator.probing import with_speeds
 from orchestrator.rundir import RunFolder, flatten
 
 SHOWN = 8
 SIMPLE_FIRST = ("none", "zero1", "zero2", "zero3", "zero3_offload")
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +45,10 @@ def settled_words(composed: Composed, config_directory: Path | None) -> list[str
     frozen = _frozen_words(config, composed.autos)
     if frozen is not None:
         return frozen
+    machine = this_machine(config.cluster.environment)
+    config = as_seen(config, machine, config_directory, assumes_speed=True)
     base, data = gather(config)
-    config = known_machine(config, config_directory)
+    data = with_speeds(config, machine, base, data, may_measure=True)
     choices = choices_of(config, config_directory)
     axes = _open_axes(axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations), composed)
     advice = found_advice(config, axes, judge_of(base, data), choices)
@@ -61,8 +62,10 @@ def settled_words(composed: Composed, config_directory: Path | None) -> list[str
 
 def print_advice(composed: Composed, config_directory: Path | None, *, as_json: bool) -> None:
     """The settings that fit, the fastest first, and why the first is the first; as JSON all of them, with the nearest changes."""
-    config = known_machine(resolve(composed.config, Path.cwd()), config_directory)
+    machine = this_machine(composed.config.cluster.environment)
+    config = as_seen(resolve(composed.config, Path.cwd()), machine, config_directory, assumes_speed=True)
     base, data = gather(config)
+    data = with_speeds(config, machine, base, data, may_measure=True)
     choices = choices_of(config, config_directory)
     axes = axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations)
     advice = found_advice(config, axes, judge_of(base, data), choices)
@@ -80,8 +83,10 @@ def print_advice(composed: Composed, config_directory: Path | None, *, as_json: 
 
 def smaller_settings(config: RunConfig, stage: str, *, number: int = 3) -> list[str]:
     """What to type so that a stage needs less memory than it does now, the fastest first, at the same global batch."""
+    machine = this_machine(config.cluster.environment)
+    config = as_seen(config, machine, None, assumes_speed=True)
     base, data = gather(config)
-    config = known_machine(config, None)
+    data = with_speeds(config, machine, base, data, may_measure=False)
     choices = choices_of(config, None)
     axes = axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations)
     judge = judge_of(base, data)
@@ -155,20 +160,6 @@ def choices_of(config: RunConfig, config_directory: Path | None) -> Choices:
         for name, content in presets("quantization", config_directory).items()
     }
     return Choices(shardings=ours, quantizations=quantizations)
-
-
-def known_machine(config: RunConfig, config_directory: Path | None) -> RunConfig:
-    """The configuration with this machine's host memory and CPU rates, where its hardware has no name and no GPU is here."""
-    hardware = config.cluster.hardware
-    is_host = config.cluster.device == "cpu" or (config.cluster.device == "auto" and shutil.which("nvidia-smi") is None)
-    if not is_host or hardware.memory_gib is not None:
-        return config
-    if hardware.peak_tflops is None:
-        hardware = HardwareConfig.model_validate(presets("hardware", config_directory)["cpu"])
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    hardware = hardware.model_copy(update={"memory_gib": total / config.cluster.processes_per_node})
-    changes = {"hardware": hardware, "node_memory_gib": config.cluster.node_memory_gib or total}
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update=changes)})
 
 
 def nearest_sentences(advice: Advice, config: RunConfig) -> list[str]:

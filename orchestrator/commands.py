@@ -21,15 +21,17 @@ from orchestrator.errors import (
 from orchestrator.facts import gather
 from orchestrator.freezing import check_writable
 from orchestrator.frozen import load_config
+from orchestrator.host_hardware import as_seen
 from orchestrator.jobs import render as render_script
 from orchestrator.jobs import render_scripts
-from orchestrator.machine import this_machine, with_device
+from orchestrator.machine import this_machine
 from orchestrator.metrics.phases import LOOKING
 from orchestrator.metrics.screen import busy
 from orchestrator.number_type import settle_folder
 from orchestrator.pipeline import fresh_stages
 from orchestrator.plan_table import print_plan, print_plans, print_scaling
 from orchestrator.planning.plan import Plan, make_plan, resolve
+from orchestrator.probing import with_speeds
 from orchestrator.rundir import RunFolder
 from orchestrator.scaling import scaling_rows, take_node_counts
 from orchestrator.sweep import FLAGS, combinations, first_words, is_sweep
@@ -53,7 +55,7 @@ def plan(arguments: Sequence[str], *, advise: bool, as_json: bool, everything: b
     words, counts = take_node_counts(arguments)
     if counts is not None:
         return _scaling(words, counts, as_json=as_json)
-    runs = _runs(words)
+    runs = _runs(words, measures=True)
     if not as_json and not everything and len(runs) > 1:
         print_plans(runs)
         return EXIT_DONE
@@ -145,10 +147,11 @@ def resume(folder: RunFolder) -> int:
         return EXIT_DONE
     check_writable(folder.root, advice="copy the run folder to a disk of yours and resume the copy")
     with busy(LOOKING):
-        base, data = gather(config)
-        machine = this_machine()
-        number_type = settle_folder(config, folder, machine)
-    planned = make_plan(with_device(config, machine), base=base, data=data, number_type=number_type)
+        machine = this_machine(config.cluster.environment)
+        seen = as_seen(config, machine, None)
+        base, data = gather(seen)
+        data = with_speeds(seen, machine, base, data, may_measure=False)
+    planned = make_plan(seen, base=base, data=data, number_type=settle_folder(config, folder, machine))
     return execute(config, planned, began=began)
 
 
@@ -177,12 +180,14 @@ def fork(
     return resume(planned.folder)
 
 
-def _runs(arguments: Sequence[str]) -> list[tuple[RunConfig, Plan]]:
+def _runs(arguments: Sequence[str], *, measures: bool = False) -> list[tuple[RunConfig, Plan]]:
     """Every run that the words ask for; of a search, whose values are chosen on the way, one with the first of them."""
     if not is_sweep(arguments):
-        return [planned_run(arguments)]
+        return [planned_run(arguments, measures=measures)]
     is_study = not isinstance(_first_config(arguments).study, NoStudy)
-    return [planned_run(first_words(arguments))] if is_study else planned_runs(arguments)
+    if is_study:
+        return [planned_run(first_words(arguments), measures=measures)]
+    return planned_runs(arguments, measures=measures)
 
 
 def _first_config(arguments: Sequence[str]) -> RunConfig:
@@ -197,12 +202,15 @@ def _first_config(arguments: Sequence[str]) -> RunConfig:
 
 
 @busy(LOOKING)
-def planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
-    """Configuration and plan; one error with every problem of words, keys, rules, base, data and scripts."""
-    return _planned_run(arguments)
+def planned_run(arguments: Sequence[str], *, measures: bool = False) -> tuple[RunConfig, Plan]:
+    """Configuration and plan; one error with every problem of words, keys, rules, base, data and scripts.
+
+    `measures` lets the forecast time an unknown processor, which takes seconds; what starts a job does not wait for it.
+    """
+    return _planned_run(arguments, measures=measures)
 
 
-def _planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
+def _planned_run(arguments: Sequence[str], *, measures: bool) -> tuple[RunConfig, Plan]:
     words, config_directory = _take_config_directory(arguments)
     composed = examine(words, config_directory=config_directory)
     if composed.autos and not composed.problems:
@@ -212,7 +220,8 @@ def _planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
         composed = examine([*kept, *settled_words(composed, config_directory)], config_directory=config_directory)
     config, problems = composed.config, composed.problems
     config = resolve(config, Path.cwd())
-    seen = with_device(config, this_machine())
+    machine = this_machine(config.cluster.environment)
+    seen = as_seen(config, machine, config_directory)
     try:
         base, data = gather(seen)
     except OrchestratorError as error:
@@ -220,6 +229,7 @@ def _planned_run(arguments: Sequence[str]) -> tuple[RunConfig, Plan]:
     problems += _script_problems(config)
     if problems:
         raise ConfigError(problems)
+    data = with_speeds(seen, machine, base, data, may_measure=measures)
     planned = make_plan(seen, base=base, data=data, notes=composed.notes, number_type=composed.number_type)
     return sized(config, base.architecture), planned
 
@@ -232,7 +242,7 @@ def composed_words(words: Sequence[str], config_directory: Path | None) -> Compo
     return composed
 
 
-def planned_runs(arguments: Sequence[str]) -> list[tuple[RunConfig, Plan]]:
+def planned_runs(arguments: Sequence[str], *, measures: bool = False) -> list[tuple[RunConfig, Plan]]:
     """Every run of a multirun; one error with the problems of all of them before anything is written."""
     words, config_directory = _take_config_directory([word for word in arguments if word not in FLAGS])
     first = examine(first_words(words), config_directory=config_directory)
@@ -245,7 +255,7 @@ def planned_runs(arguments: Sequence[str]) -> list[tuple[RunConfig, Plan]]:
     with busy(LOOKING, unit="runs") as phases:
         for combination in combinations(words, name=first.config.name):
             try:
-                found.append(_planned_run([*folder, *combination]))
+                found.append(_planned_run([*folder, *combination], measures=measures))
             except OrchestratorError as error:
                 told |= dict.fromkeys(error.problems)
             phases.advance(len(found), unit="runs")

@@ -59,7 +59,7 @@ def known_of(
     return Known(
         model=model,
         shape=shape_for(stage, data),
-        rate=table_rate(config) if measured is None else measured_rate(measured, run, config),
+        rate=(data.probed or table_rate(config)) if measured is None else measured_rate(measured, run, config),
         why_no_rate=why_no_rate(config),
         steps=steps if guess is None else guess,
         steps_are_guessed=guess is not None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +21,9 @@ class Machine:
     gpu: Gpu | None
 
 
-def this_machine() -> Machine:
-    return Machine(processor=this_processor(), gpu=oldest_gpu())
+def this_machine(environment: Mapping[str, str] | None = None) -> Machine:
+    """What this machine computes with, under the variables that the cluster's profile sets for the ranks besides the shell's own."""
+    return Machine(processor=this_processor({**os.environ, **(environment or {})}), gpu=oldest_gpu())
 
 
 def is_here(config: RunConfig) -> bool:

@@ -22,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Started in the background, a shell's child ignores SIGINT, and so would every program that the tests interrupt."""
+    os.environ.setdefault(
+        "ORCHESTRATOR_PROBE", "off"
+    )  # a plan times the processor, for seconds, where a test asks for it
     if forking.ADDRESS not in os.environ and not config.getoption("--no-forks"):  # workers of xdist share one server
         config.add_cleanup(forking.start())
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -96,7 +96,7 @@ def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -
         config, notes = fit(config, origins)  # here, while an experiment file is open: it asks where values come from
         if wrong:
             problems.append(_with_place(wrong[0], _places(found.choices, found.values, sources)))
-    number_type = settle(config, this_machine(), is_auto=is_auto)
+    number_type = settle(config, this_machine(config.cluster.environment), is_auto=is_auto)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": number_type.name})})
     problems += rule_problems(config) + pipeline_problems(config)
     return Composed(config=config, problems=problems, autos=autos, notes=notes, number_type=number_type)

@@ -68,6 +68,8 @@ def table_rate(config: RunConfig) -> Rate | None:
         return None
     if config.model.dtype == "float32" and config.cluster.device == "cuda":
         return None
+    if _emulates(config):  # a table's rate would promise a minute where it takes an hour
+        return None
     return Rate(
         flops_per_second=hardware.peak_tflops * 1e12 * achieved,
         is_whole=False,
@@ -78,11 +80,19 @@ def table_rate(config: RunConfig) -> Rate | None:
 
 def why_no_rate(config: RunConfig) -> str:
     """What to do where neither table nor measurement has a rate."""
+    if _emulates(config):
+        return "bfloat16 is emulated here, at a small part of any table's rate: type model.dtype=auto"
     if config.cluster.hardware.peak_tflops is None:
         return (
-            "the hardware has no name: type hardware@cluster.hardware=h100 (or another), or run once: a run measures it"
+            "this processor's speed was not measured: see `orchestrator doctor`, or run once: a run measures it"
+            if config.cluster.device == "cpu"
+            else "the hardware has no name: type hardware@cluster.hardware=h100 (or another), or run once: a run measures it"
         )
     return "the hardware table holds rates of 16-bit training only: run once, a run measures it"
+
+
+def _emulates(config: RunConfig) -> bool:
+    return config.model.dtype == "bfloat16" and config.cluster.hardware.native_bfloat16 is False
 
 
 def step_time(

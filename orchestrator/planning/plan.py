@@ -23,6 +23,7 @@ from orchestrator.estimate.forecast import CheckpointPlan, TimePlan
 from orchestrator.estimate.phases import memory_forecast
 from orchestrator.estimate.records import MemoryForecast
 from orchestrator.estimate.rows import PreparedFacts
+from orchestrator.estimate.speed import Rate
 from orchestrator.estimate.states import trainable_parameters
 from orchestrator.forecasting import NOTHING, epoch_steps, forecast_fields, shape_for
 from orchestrator.kernels import kernel_fields
@@ -52,6 +53,8 @@ class DataFacts:
     """The newest measurement that holds for the stage, and the run that made it."""
     templated: str | None = None
     """What to type where prompts go past the base's chat template; None where they go through it, or there is none."""
+    probed: Rate | None = None
+    """What this machine's processor was measured to compute; None where the ranks run elsewhere, or nothing was measured."""
     has_liger: bool = False
     """Whether Liger's kernels are installed where the plan is made."""
 
