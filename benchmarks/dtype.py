@@ -84,8 +84,7 @@ def one(options: argparse.Namespace) -> None:
 
 def hardware(options: argparse.Namespace) -> None:
     """By the hardware file alone, as under Slurm; then this machine."""
-    from orchestrator.compose import compose, presets
-
+    from orchestrator.config.compose import compose, presets
     from orchestrator.config.sites import HardwareConfig
     from orchestrator.machine import this_machine
     from orchestrator.number_type import choose

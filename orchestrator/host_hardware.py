@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from orchestrator.compose import presets
+from orchestrator.config.compose import presets
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sites import HardwareConfig
 from orchestrator.machine import Machine, is_here, with_device

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from asking import Asker
-from orchestrator.compose import compose
 
+from orchestrator.config.compose import compose
 from orchestrator.host_hardware import as_seen
 from orchestrator.machine import this_machine
 from orchestrator.probing import job_environment, setting_of
