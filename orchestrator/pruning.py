@@ -40,7 +40,7 @@ class Dispensable:
 def prune(folders: Sequence[Path], *, yes: bool, dry_run: bool) -> int:
     """Lists what can go, asks, deletes. The cache is judged only by folders of runs: a single run does not know who else uses it."""
     runs, whole = _runs_of(folders)
-    skipped, found = _of_runs(runs)
+    skipped, found = of_runs(runs)
     if whole:
         found += unused_cache(runs, cache_folder())
     for sentence in skipped:
@@ -74,7 +74,7 @@ def _runs_of(folders: Sequence[Path]) -> tuple[list[RunFolder], bool]:
     return list(found.values()), whole
 
 
-def _of_runs(runs: Sequence[RunFolder]) -> tuple[list[str], list[Dispensable]]:
+def of_runs(runs: Sequence[RunFolder]) -> tuple[list[str], list[Dispensable]]:
     """Sentences about runs that are left alone, and what the others can do without."""
     alive = {status.folder: status for status in stage_statuses(runs) if status.state in ALIVE}
     skipped = [f"{root}: skipped, stage {status.stage} is {status.state}" for root, status in alive.items()]

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from launchers.claims import open_claim
 from orchestrator.attempts import Attempt, read_attempts
 from orchestrator.frozen import read_config
+from orchestrator.location import locate
 from orchestrator.metrics.console import Progressed, duration
-from orchestrator.metrics.jsonl import Row, last_attempt_rows, number_of, read_rows
+from orchestrator.metrics.jsonl import last_attempt_rows, number_of, read_rows
 from orchestrator.rundir import PREPARATION, RunFolder, StageFolder
 from orchestrator.submission import jobs_of
 from slurm.query import JobFacts, query
 
 SILENT_SECONDS = 120.0
-"""A stage without a live job whose record is older than this is not running any more."""
+"""A stage whose record is older than this is not running any more, where neither Slurm nor a process of this machine tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ def _status(run: RunFolder, name: str, files: StageFolder, facts: JobFacts | Non
         seen.take(row)
     steps = _total_steps(files)
     attempts = read_attempts(files) if files.attempts.is_dir() else []
-    state, why = _state(files, attempts, rows, facts)
+    state, why = _state(run, files, attempts, facts)
     return StageStatus(
         run=run.root.name,
         folder=run.root,
@@ -95,18 +97,21 @@ def _status(run: RunFolder, name: str, files: StageFolder, facts: JobFacts | Non
     )
 
 
-def _state(
-    files: StageFolder, attempts: Sequence[Attempt], rows: Sequence[Row], facts: JobFacts | None
-) -> tuple[str, str]:
-    """State and reason; the run's own files first, then Slurm, and no guess where neither tells."""
+def _state(run: RunFolder, files: StageFolder, attempts: Sequence[Attempt], facts: JobFacts | None) -> tuple[str, str]:
+    """State and reason; the run's own files first, then its process, then Slurm, and no guess where none of them tells."""
     if files.result.exists():
         return "finished", ""
+    claimed = _claimed(run, files)
+    if claimed is not None and claimed[0] == "running":
+        return claimed
     if facts is not None and facts.state.phase in ("waiting", "running"):
         return facts.state.phase, "" if facts.state.name == "RUNNING" else facts.sentence
     if facts is not None and facts.state.phase == "unknown":
         return "unknown", facts.sentence
     if attempts and not _is_newer_than(files, attempts[-1]):
         return attempts[-1].state, attempts[-1].why
+    if claimed is not None:
+        return claimed
     if facts is not None:
         return "failed", f"job {facts.job_id} {facts.sentence}"
     age = _seconds_since_last_sign(files)
@@ -115,6 +120,25 @@ def _state(
     if age < SILENT_SECONDS:
         return "running", ""
     return "lost", f"no sign for {duration(age)} and no record of its end; the same command goes on with it"
+
+
+def _claimed(run: RunFolder, files: StageFolder) -> tuple[str, str] | None:
+    """State and reason by the process that began the newest attempt; None where it is not one of this machine.
+
+    Files alone are late both ways: a killed run was writing a moment ago, and a long save writes nothing for minutes.
+    """
+    claim = open_claim(files.logs, files.attempts)
+    if claim is None or not claim.is_of_this_machine:
+        return None
+    location = locate(run)
+    if location.is_copy:  # the process works on the original
+        return (
+            "lost",
+            f"copied from {location.recorded} while attempt {claim.attempt} ran there; `resume` goes on with it",
+        )
+    if claim.is_alive:
+        return "running", ""
+    return "lost", f"process {claim.process} ended without a record of how; the same command goes on with it"
 
 
 def _is_newer_than(files: StageFolder, attempt: Attempt) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,7 +27,10 @@ from orchestrator.config.run import RunConfig
 from orchestrator.errors import EXIT_DONE, EXIT_SAVED, LaunchFailed, RunFolderError
 from orchestrator.following import StageJob, run_stage
 from orchestrator.metrics.jsonl import RecordFile
+from orchestrator.pruning import of_runs
+from orchestrator.removal import refusals
 from orchestrator.rundir import RunFolder, StageFolder, write_json, write_text
+from orchestrator.stage_status import stage_statuses
 
 
 def claim_of(spec: JobSpec) -> Claim:
@@ -181,6 +185,26 @@ def test_a_second_ctrl_c_is_recorded_as_what_it_is(bench: Bench, capfd: pytest.C
     told = capfd.readouterr()
     assert f"sft: {attempt.why}; the same command goes on from there" in told.out
     assert "killed" not in told.out + told.err and "memory" not in told.err
+
+
+def test_a_run_is_running_by_its_process_and_not_by_the_age_of_its_files(bench: Bench, tmp_path: Path) -> None:
+    """Silent for ten minutes and alive; killed a moment ago and dead; a copy of what runs."""
+    owner = launch(local.render(bench.spec), bench.spec)
+    wait_until(begun(bench.spec), seconds=20, what="the first step")
+    copy = RunFolder(tmp_path / "copy")
+    shutil.copytree(bench.run.root, copy.root)
+    for log in bench.files.logs.glob("*.log"):
+        os.utime(log, (time.time() - 600, time.time() - 600))
+    (alive,) = stage_statuses([bench.run])
+    assert alive.state == "running" and "stage sft is running" in next(refusals(bench.run.root))
+    assert of_runs([bench.run]) == ([f"{bench.run.root}: skipped, stage sft is running"], [])
+    (copied,) = stage_statuses([copy])
+    assert copied.state == "lost" and copied.why.startswith(f"copied from {bench.run.root} while attempt 1 ran there")
+    owner.kill()
+    write_text(bench.files.metrics, "")  # the last sign is from this very moment
+    (dead,) = stage_statuses([bench.run])
+    assert dead.state == "lost" and dead.why.startswith(f"process {owner.process_id} ended without a record of how")
+    assert not any("is running" in sentence for sentence in refusals(bench.run.root)) and not of_runs([bench.run])[0]
 
 
 def test_an_attempt_on_another_machine_is_named_and_not_started_again(
