@@ -24,6 +24,7 @@ from orchestrator.frozen import load_config
 from orchestrator.host_hardware import as_seen
 from orchestrator.jobs import render as render_script
 from orchestrator.jobs import render_scripts
+from orchestrator.lost_inputs import lost_inputs
 from orchestrator.machine import this_machine
 from orchestrator.metrics.phases import LOOKING
 from orchestrator.metrics.screen import busy
@@ -145,6 +146,9 @@ def resume(folder: RunFolder) -> int:
     if len(done) == len(config.pipeline):  # neither data nor base nor a right to write is needed for that
         print("\n".join(f"{stage}: done already; its result is {folder.stage(stage).result}" for stage in done))
         return EXIT_DONE
+    lost = lost_inputs(config, folder, [name for name in config.pipeline if name not in done])
+    if lost:
+        raise ConfigError(lost)
     check_writable(folder.root, advice="copy the run folder to a disk of yours and resume the copy")
     with busy(LOOKING):
         machine = this_machine(config.cluster.environment)
