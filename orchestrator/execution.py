@@ -96,9 +96,13 @@ def execute(
         if stage not in unfinished and folder.stage(stage).result.exists():
             print(f"{stage}: done already; its result is {folder.stage(stage).result}")
     if config.launcher.kind == "slurm":
+        from orchestrator.slurm_following import join_jobs
         from orchestrator.submission import submit
 
-        return submit(config, unfinished, preparations) if unfinished else EXIT_DONE
+        live = submit(config, unfinished, preparations) if unfinished else {}
+        if not live or preparations is not None:  # of many runs none is followed: the next ones have to be submitted
+            return EXIT_DONE
+        return join_jobs(config, folder, jobs, began=began)
     for job in jobs:
         code = run_stage(config, folder, job, watch=watch, began=began)
         if code != EXIT_DONE:

@@ -181,7 +181,7 @@ def _follow(stage: Followed) -> Outcome | None:
         except KeyboardInterrupt:
             interrupts += 1
             if interrupts == 1 and isinstance(running, Joined):
-                choice = _ask(stage.job.name)
+                choice = ask(stage.job.name, "was started by another command.")
                 if choice == "l":
                     return None
                 interrupts = 1 if choice == "s" else 0
@@ -222,11 +222,11 @@ def _show(stage: Followed, is_running: Callable[[], bool]) -> None:
         show_progress(view, is_running)
 
 
-def _ask(name: str) -> str:
-    """What to do with a job that another command started: l, s or w. Nobody to ask leaves it alone."""
+def ask(name: str, what_it_is: str) -> str:
+    """What to do with a job that this command did not start: l, s or w. Nobody to ask leaves it alone."""
     choice = ""
     if sys.stdin.isatty() and sys.stdout.isatty():
-        print(f"\n{name} was started by another command.")
+        print(f"\n{name} {what_it_is}")
         try:
             while choice not in ("l", "s", "w"):
                 choice = input(CHOICE).strip().lower()[:1] or "l"
@@ -274,11 +274,12 @@ def _after(config: RunConfig, files: StageFolder, stage: str, outcome: Outcome) 
         end = attempt.why if attempt.exit_code == INTERRUPTED else f"saved at step {attempt.step} ({attempt.why})"
         print(f"{stage}: {end}; the same command goes on from there")
         return EXIT_SAVED
-    _tell_failure(stage, decision.why, cause, str(files.logs))
+    tell_failure(stage, decision.why, cause, str(files.logs))
     return decision.exit_code
 
 
-def _tell_failure(stage: str, why: str, cause: str | None, logs: str) -> None:
+def tell_failure(stage: str, why: str, cause: str | None, logs: str) -> None:
+    """On stderr: why, the first cause where it says more, and where the log is."""
     print(f"error: {stage}: {why}", file=sys.stderr)
     if cause is not None and cause not in why:
         print(f"error: first cause: {cause}", file=sys.stderr)

@@ -20,23 +20,24 @@ from orchestrator.rundir import PREPARATION, RunFolder, StageFolder, read_json, 
 from slurm.query import query
 
 
-def submit(config: RunConfig, unfinished: Sequence[str], preparations: dict[str, str] | None = None) -> int:
-    """Submits each stage that has no live job; each starts when the one before it succeeded.
+def submit(config: RunConfig, unfinished: Sequence[str], preparations: dict[str, str] | None = None) -> dict[str, str]:
+    """Submits each stage that has no live job; each starts when the one before it succeeded. The live ones: stage -> job.
 
     `preparations` (what is prepared -> job) is shared by the runs of a multirun, and grows.
     """
     run = RunFolder(run_directory_of(config))
     live = {stage: job for stage in unfinished if (job := live_job(run.stage(stage))) is not None}
     for stage, job in live.items():
-        print(f"{stage}: job {job} is with Slurm already; see `orchestrator status {run.root}`")
+        print(f"{stage}: submitted before, as job {job}", flush=True)
     waiting = [stage for stage in unfinished if stage not in live]
     stages = [_stage(config, run, name) for name in waiting]
     before = live[unfinished[len(live) - 1]] if live and waiting else None
     if waiting and not live:
         before = _preparation_job(config, waiting, {} if preparations is None else preparations)
     submit_chain(stages, record=partial(_record, run), after_success_of=before)
-    print(f"follow it with: orchestrator status {run.root}")
-    return EXIT_DONE
+    if waiting:
+        print(f"follow it with: orchestrator status {run.root}")
+    return live
 
 
 def submit_arrays(configs: Sequence[RunConfig]) -> int:
