@@ -178,8 +178,8 @@ def test_faults_of_keys_and_types_are_told_together(ask: Asker) -> None:
         (("logs", "--wibble"), "--wibble: logs has no such option; it has --help, --stage, "),
         (("cancel", "."), ". is no run folder: it holds no run.json"),
         (
-            ("generate", "x", "--temperature", "3"),
-            "--temperature: generate has no such option; it has --help, --stage, ",
+            ("generate", "x", "--repetition-penalty", "1.2"),
+            "--repetition-penalty: generate has no such option; it has --help, --stage, ",
         ),
         (("doctor", "x"), "doctor takes no arguments: python -m orchestrator doctor"),
         (("plan",), "pipeline: no stage to run; add an experiment, such as +experiment=llama_lora"),

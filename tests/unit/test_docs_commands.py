@@ -99,9 +99,12 @@ def overrides(words: list[str]) -> list[str]:
 def test_the_commands_of_a_page_compose(ask: Asker, page: Path) -> None:
     for words in commands(page):
         verb = words.pop(0) if words and words[0] in VERBS else "run"
-        assert "=" in " ".join(words) or verb not in COMPOSING or not words, (page.name, verb, words)
         if verb not in COMPOSING:
             continue
+        files = [word for word in words if word.endswith(".yaml")]
+        assert "=" in " ".join(words) or files or not words, (page.name, verb, words)
+        for name in files:  # the file that the page has the reader write first
+            assert ask("init", name, "--force").code == 0, (page.name, words)
         for name in re.findall(r"[\w/]+\.jsonl", " ".join(words)):
             write_rows(ask.folder / name, [ROW] * 4)
         for name, function in re.findall(r"(\w+\.py):(\w+)", " ".join(words)):
