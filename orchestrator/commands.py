@@ -20,7 +20,7 @@ from orchestrator.errors import (
 )
 from orchestrator.facts import gather
 from orchestrator.freezing import check_writable
-from orchestrator.frozen import load_config
+from orchestrator.frozen import load_config, refuse_newer
 from orchestrator.host_hardware import as_seen
 from orchestrator.jobs import render as render_script
 from orchestrator.jobs import render_scripts
@@ -139,6 +139,7 @@ def resume(folder: RunFolder) -> int:
 
     began = time.time()
     config = load_config(folder)
+    refuse_newer(folder)
     problems = rule_problems(config)
     if problems:
         raise ConfigError(problems)

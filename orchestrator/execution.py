@@ -23,7 +23,7 @@ from orchestrator.errors import (
 from orchestrator.facts import validate_data
 from orchestrator.following import StageJob, Watch, live_claim, run_stage
 from orchestrator.freezing import all_or_nothing, check_writable, differences, freeze, inherited
-from orchestrator.frozen import filled_sentence, load_frozen, read_config
+from orchestrator.frozen import filled_sentence, load_frozen, read_config, refuse_newer
 from orchestrator.identity import changed_content
 from orchestrator.jobs import job_spec
 from orchestrator.jobs import render as render_script
@@ -75,6 +75,8 @@ def execute(
     """`began` is when the command was given, from where its time counts; now where nothing is known. `preparations` are the Slurm jobs, by what they prepare, that other runs of a multirun have submitted."""
     started = began = time.time() if began is None else began
     folder = RunFolder(run_directory_of(config))
+    if folder.run.exists():
+        refuse_newer(folder)
     unfinished, anew = _to_do(config, folder, part)
     scripts = {stage: render_script(config, stage) for stage in config.pipeline}
     steps = {stage.name: stage.steps or 0 for stage in planned.stages}
@@ -220,6 +222,7 @@ def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> N
         record["auto"] = {DTYPE: planned.dtype_reason}
     filled: frozenset[str] = frozenset()
     if folder.run.exists():
+        refuse_newer(folder)
         frozen = load_frozen(folder)
         filled = frozenset(frozen.filled)
         record |= {"added": dict(frozen.added)} if frozen.added else {}

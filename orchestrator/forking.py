@@ -15,7 +15,7 @@ from orchestrator.config.run import PARENT, RunConfig, made_kind
 from orchestrator.config.stages import TrainingStage
 from orchestrator.errors import ConfigError
 from orchestrator.fork_overrides import changed_values
-from orchestrator.frozen import load_frozen
+from orchestrator.frozen import load_frozen, refuse_newer
 from orchestrator.pipeline import pipeline_problems, start_kinds
 from orchestrator.planning.plan import resolve, run_directory_of
 from orchestrator.resume_rules import is_below, settings_that_matter
@@ -48,6 +48,7 @@ def plan_fork(
     parent: RunFolder, words: Sequence[str], *, stage: str | None, source: Source | None, step: int | None
 ) -> Fork:
     """Checks everything that can be known before the first byte is copied; ConfigError with every problem."""
+    refuse_newer(parent)
     old = load_frozen(parent).values  # with the parent's place of today, and defaults for keys that it was older than
     values = changed_values(old, words)
     if values.get("name") == old.get("name"):

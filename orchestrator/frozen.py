@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -63,7 +64,7 @@ def load_config(run: RunFolder) -> RunConfig:
 def load_frozen(run: RunFolder) -> Frozen:
     """The same, with what had to be added to it."""
     record = _record(run)
-    values, version = read_config(run), str(record.get("orchestrator", "unknown"))
+    values, version = read_config(run), _version(run, record)
     folder = run.root.resolve()
     is_name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", folder.name) is not None
     values = {**values, "name": folder.name if is_name else STAND_IN, "output_dir": str(folder.parent)}
@@ -77,6 +78,32 @@ def load_frozen(run: RunFolder) -> Frozen:
         filled=filled,
         added={**added, **filled},
     )
+
+
+def newer_version(run: RunFolder) -> str | None:
+    """The version that wrote run.json where it is newer than this one; None otherwise."""
+    version = _version(run, _record(run))
+    return version if _numbers(version) > _numbers(__version__) else None
+
+
+def refuse_newer(run: RunFolder) -> None:
+    """RunFolderError where a newer version wrote the run: its keys may be the same and mean something else by now."""
+    version = newer_version(run)
+    if version is not None:
+        raise RunFolderError(
+            f"{run.run} was written by version {version} of the orchestrator, and this one is {__version__}; use version "
+            f"{version} or a later one for this run"
+        )
+
+
+def warn_newer(run: RunFolder) -> None:
+    """For a verb that only reads a run: what it shows may be wrong, and nothing is lost by it."""
+    version = newer_version(run)
+    if version is not None:
+        print(
+            f"warning: {run.run} was written by version {version} of the orchestrator and is read by {__version__}",
+            file=sys.stderr,
+        )
 
 
 def read_config(folder: RunFolder) -> JsonObject:
@@ -102,6 +129,25 @@ def filled_sentence(frozen: Frozen) -> str:
 def _record(run: RunFolder) -> JsonObject:
     record: JsonValue = read_json(run.run)
     return record if isinstance(record, dict) else {}
+
+
+def _version(run: RunFolder, record: JsonObject) -> str:
+    """Of the tool that wrote run.json."""
+    version = record.get("orchestrator", "unknown")  # the first runs did not say
+    if not isinstance(version, str):
+        raise RunFolderError(
+            f"{run.run} is damaged: orchestrator is {json.dumps(version)}, not a version such as 0.1.0"
+        )
+    return version
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`0.2.0` as (0, 2): what follows the numbers (.dev1, +local) never decides, and neither do zeros at the end."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    numbers = [] if found is None else [int(number) for number in found[0].split(".")]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
 
 
 def _validated(run: RunFolder, values: JsonObject, version: str) -> tuple[RunConfig, JsonObject, JsonObject]:

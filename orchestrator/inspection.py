@@ -90,8 +90,9 @@ def _refuse_what_cannot_be_merged(folder: RunFolder, stage: str) -> None:
 def _stage_of(folder: RunFolder, chosen: str | None, what: str, more: tuple[str, ...]) -> str:
     """The stage asked for, or the last one that makes a policy; `more` kinds are allowed too, `what` says it in words."""
     from orchestrator.config.run import POLICY_KINDS, made_kind
-    from orchestrator.frozen import load_config
+    from orchestrator.frozen import load_config, warn_newer
 
+    warn_newer(folder)
     config = load_config(folder)
     kinds = (*POLICY_KINDS, *more)
     policies = [name for name in config.pipeline if made_kind(config, name) in kinds]

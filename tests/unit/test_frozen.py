@@ -91,6 +91,27 @@ def test_render_of_an_older_run_names_the_defaults_and_remembers_them(ask: Asker
     assert ask("render", LORA).errors == () and len(added_keys(run)) == 2
 
 
+def test_a_run_of_a_newer_version_is_only_read(ask: Asker) -> None:
+    """Even where no key is unknown: one may mean something else by now."""
+    assert ask("render", LORA).code == 0
+    run = RunFolder(ask.folder / "runs" / "llama_lora")
+    record = read_json(run.run)
+    write_json(run.run, {**record, "orchestrator": "9.9.9"})
+    for words in (["resume", str(run.root)], ["run", LORA], ["render", LORA], ["fork", str(run.root), "name=second"]):
+        (told,) = ask.refused(*words)
+        assert "run.json was written by version 9.9.9 of the orchestrator" in told and "use version 9.9.9" in told
+    for verb in ("generate", "export"):
+        warning, *_ = ask(verb, str(run.root)).errors
+        assert warning.startswith("warning: ") and warning.endswith(
+            f"version 9.9.9 of the orchestrator and is read by {__version__}"
+        )
+    write_json(run.run, {**record, "orchestrator": f"{__version__}.0+local"})
+    assert ask("render", LORA).code == 0, "zeros and labels make no newer version"
+    write_json(run.run, {**record, "orchestrator": [1]})
+    (told,) = ask.refused("resume", str(run.root))
+    assert "run.json is damaged: orchestrator is [1], not a version" in told
+
+
 @pytest.mark.parametrize("verb", ["resume", "status", "logs", "cancel", "generate", "export", "audit"])
 def test_a_folder_without_run_json_is_refused_by_every_verb(ask: Asker, verb: str) -> None:
     (ask.folder / "empty").mkdir()
