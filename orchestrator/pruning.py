@@ -76,9 +76,15 @@ def _runs_of(folders: Sequence[Path]) -> tuple[list[RunFolder], bool]:
 
 def of_runs(runs: Sequence[RunFolder]) -> tuple[list[str], list[Dispensable]]:
     """Sentences about runs that are left alone, and what the others can do without."""
-    alive = {status.folder: status for status in stage_statuses(runs) if status.state in ALIVE}
-    skipped = [f"{root}: skipped, stage {status.stage} is {status.state}" for root, status in alive.items()]
-    return skipped, [entry for run in runs if run.root not in alive for entry in dispensable(run)]
+    skipped = {run.root: f"a link to {run.root.resolve()}; give that folder" for run in runs if run.root.is_symlink()}
+    own = [run for run in runs if run.root not in skipped]
+    skipped |= {
+        status.folder: f"stage {status.stage} is {status.state}"
+        for status in stage_statuses(own)
+        if status.state in ALIVE
+    }
+    found = [entry for run in own if run.root not in skipped for entry in dispensable(run)]
+    return [f"{root}: skipped, {why}" for root, why in skipped.items()], found
 
 
 def dispensable(run: RunFolder) -> list[Dispensable]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.errors import EXIT_DONE, ConfigError, RunFolderError
 from orchestrator.freezing import read_config
-from orchestrator.rundir import PREPARATION, RunFolder, os_sentence
+from orchestrator.location import OF_ORIGINAL
+from orchestrator.rundir import PREPARATION, RunFolder, StageFolder, os_sentence
 from orchestrator.stage_status import find_runs, stage_statuses
 
 ALIVE = ("running", "waiting", "unknown")
@@ -29,6 +30,12 @@ OURS = (
     PREPARATION,
 )
 STUDY = "study.json"
+_STAGE = StageFolder(Path("stage"))
+OURS_OF_A_STAGE = {
+    _STAGE.curves.with_suffix(".png").name,
+    # Every name that rundir knows, so that a new one needs no entry here.
+    *(name.fget(_STAGE).name for name in vars(StageFolder).values() if isinstance(name, property) and name.fget),
+}
 OURS_OF_A_STUDY = (STUDY, "report.json", "report.txt", "report.png", "optuna.journal")
 
 
@@ -57,6 +64,7 @@ def refusals(folder: Path) -> Iterator[str]:
     if not is_run and not is_study:
         yield from _no_run(folder)
         return
+    inner = list(_runs_below(folder))  # copied in by mistake, and perhaps the only copy of their training
     known: set[str] = {*OURS_OF_A_STUDY} if is_study else set()
     if is_run:
         run = RunFolder(folder)
@@ -65,17 +73,38 @@ def refusals(folder: Path) -> Iterator[str]:
         except RunFolderError as error:
             yield f"{error}; rm deletes only what it knows to be a run"
             return
-        known |= {*OURS, *(stages if isinstance(stages, dict) else {})}
+        stages = [*stages] if isinstance(stages, dict) else []
+        known |= {*OURS, *stages}
         alive = [status for status in stage_statuses([run]) if status.state in ALIVE]
         yield from (
             f"{folder}: stage {status.stage} is {status.state}; end it first with `orchestrator cancel {folder}`"
             for status in alive
         )
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in known and not path.name.startswith("."))
-    if foreign:
-        yield f"{folder} also holds {', '.join(foreign[:5])}, which no run wrote; move that away first"
+        for stage in [*(folder / name for name in (*stages, PREPARATION)), *run.superseded.glob("*")]:
+            yield from _foreign(stage, OURS_OF_A_STAGE, inner)
+    yield from _foreign(folder, known, inner)
+    yield from (f"{folder} also holds the run {run}; move that away first" for run in inner)
     if Path.cwd().is_relative_to(folder.resolve()):
         yield f"{folder}: you are inside this folder; go elsewhere first"
+
+
+def _foreign(folder: Path, known: Container[str], runs: Sequence[Path]) -> Iterator[str]:
+    """A sentence where visible entries of a folder have other names than ours; folders of `runs` have their own."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    own = {path for run in runs for path in (run, *run.parents)}
+    names = sorted(path.name for path in folder.iterdir() if path not in own and not path.name.startswith("."))
+    foreign = [name for name in names if name not in known and f".{OF_ORIGINAL}-" not in name]
+    if foreign:
+        yield f"{folder} also holds {', '.join(foreign[:5])}, which no run wrote; move that away first"
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+    """Other runs and studies inside a folder, at any depth; links are not followed."""
+    for root, folders, names in os.walk(folder):
+        if Path(root) != folder and ("run.json" in names or STUDY in names):
+            folders.clear()
+            yield Path(root)
 
 
 def _no_run(folder: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -64,12 +65,25 @@ def test_rm_never_follows_a_link_and_never_takes_a_running_run(ask: Asker) -> No
     outside.mkdir()
     (outside / "precious").write_text("mine")
     run = trained(ask.folder, "a")
-    (run.stage("sft").root / "link").symlink_to(outside)
+    (run.stage("sft").artifact / "link").symlink_to(outside)
     live = write_run(ask.folder, "live")
     write_training(live.stage("sft"), [2.0], evaluations={0: 2.0})
     (sentence,) = ask.refused("rm", "a", "live", "--yes")
     assert "live: stage sft is running; end it first with `orchestrator cancel" in sentence
     assert ask("rm", "a", "--yes").code == 0 and not run.root.exists() and (outside / "precious").read_text() == "mine"
+
+
+def test_rm_refuses_another_run_and_foreign_files_inside_a_stage(ask: Asker) -> None:
+    outer, inner = trained(ask.folder, "outer"), trained(ask.folder, "a")
+    (outer.stage("sft").root / "notes.txt").write_text("years of work")
+    assert "outer/sft also holds notes.txt, which no run wrote" in ask.refused("rm", "outer", "--yes")[0]
+    (outer.stage("sft").root / "notes.txt").unlink()
+    for nested in (outer.stage("sft").root / "inner", outer.stage("sft").artifact / "deep" / "er"):
+        shutil.copytree(inner.root, nested)
+        (sentence,) = ask.refused("rm", "outer", "--yes")
+        assert sentence.endswith(f"outer also holds the run {nested}; move that away first")
+        shutil.rmtree(nested)
+    assert ask("rm", "outer", "--yes").code == 0 and inner.run.exists()
 
 
 def test_a_study_goes_and_its_trials_stay(ask: Asker) -> None:
@@ -127,6 +141,17 @@ def test_keep_every_and_links_are_obeyed(ask: Asker) -> None:
     assert ask("prune", "a", "linked", "--yes").code == 0
     assert sorted(path.name for path in run.stage("sft").checkpoints.iterdir()) == ["step-00000004", "step-00000008"]
     assert (elsewhere / "step-00000002").is_dir(), "a link out of the run is never followed"
+
+
+def test_prune_skips_a_linked_run_and_names_its_folder(ask: Asker) -> None:
+    real = trained(ask.folder / "other", "real")
+    trained(ask.folder / "runs", "a")
+    (ask.folder / "runs" / "link").symlink_to(real.root)
+    before = files_of(ask.folder / "other")
+    told = ask("prune", "runs", "--yes")
+    assert told.code == 0 and "deleted 2 entries" in told.out, told
+    assert f"link: skipped, a link to {real.root}; give that folder" in told.out
+    assert files_of(ask.folder / "other") == before
 
 
 def test_the_cache_loses_what_no_run_refers_to(ask: Asker) -> None:
