@@ -19,7 +19,7 @@ from orchestrator.errors import (
     OrchestratorError,
 )
 from orchestrator.facts import gather
-from orchestrator.freezing import check_writable
+from orchestrator.freezing import check_writable, refuse_inside_a_run
 from orchestrator.frozen import load_config, refuse_newer
 from orchestrator.host_hardware import as_seen
 from orchestrator.jobs import render as render_script
@@ -174,6 +174,7 @@ def fork(
     from orchestrator.forking import describe, plan_fork
 
     planned = plan_fork(parent, words, stage=stage, source=source, step=step)
+    refuse_inside_a_run(planned.folder.root)
     print("\n".join(describe(planned)), flush=True)
     if until == "describe":
         print("nothing was written")

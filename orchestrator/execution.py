@@ -22,7 +22,7 @@ from orchestrator.errors import (
 )
 from orchestrator.facts import validate_data
 from orchestrator.following import StageJob, Watch, live_claim, run_stage
-from orchestrator.freezing import all_or_nothing, check_writable, differences, freeze, inherited
+from orchestrator.freezing import all_or_nothing, check_writable, differences, freeze, inherited, refuse_inside_a_run
 from orchestrator.frozen import filled_sentence, load_frozen, read_config, refuse_newer
 from orchestrator.identity import changed_content
 from orchestrator.jobs import job_spec
@@ -217,6 +217,7 @@ def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> N
     The plan of the same configuration stays as it was: what is measured since must not be compared with itself.
     """
     folder = RunFolder(run_directory_of(config))
+    refuse_inside_a_run(folder.root)
     record: dict[str, JsonValue] = {"orchestrator": __version__, "config": config.model_dump(mode="json")}
     if planned.dtype_is_auto:
         record["auto"] = {DTYPE: planned.dtype_reason}

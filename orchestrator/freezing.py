@@ -82,6 +82,24 @@ def check_writable(folder: Path, *, advice: str = ELSEWHERE) -> None:
             probe.unlink(missing_ok=True)
 
 
+def refuse_inside_a_run(folder: Path) -> None:
+    """RunFolderError where a new run or study would lie inside a run, with which it would be moved, copied and deleted."""
+    if (folder / "run.json").exists():
+        return  # not new: whoever put it there may still go on with it
+    around = run_around(folder)
+    if around is not None:
+        raise RunFolderError(f"{folder} would lie inside the run {around}; set output_dir to a folder outside of it")
+
+
+def run_around(path: Path) -> Path | None:
+    """The run folder that a path lies in, links followed; a run.json of another program makes no run."""
+    for parent in path.resolve().parents:
+        with suppress(OSError, RunFolderError):
+            if read_config(RunFolder(parent)):
+                return parent
+    return None
+
+
 def differences(old: JsonValue, new: JsonValue) -> dict[str, tuple[JsonValue, JsonValue]]:
     """Old and new value of every leaf that differs, by dotted key."""
     before, after = flatten(old), flatten(new)

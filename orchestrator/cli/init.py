@@ -115,6 +115,11 @@ def _check_target(file: Path, text: str, *, replace: bool) -> None:
         raise ConfigError(
             f"{text}: {'a folder has this name' if file.is_dir() else f'there is no folder {file.parent}'}"
         )
+    from orchestrator.freezing import run_around
+
+    run = run_around(file)
+    if run is not None:
+        raise ConfigError(f"{text} would lie inside the run {run}; choose a place outside of it")
     if file.exists() and not replace:
         raise ConfigError(f"{text} exists; give another name, or --force to replace it")
 

@@ -15,7 +15,7 @@ from orchestrator.config.run import RunConfig, training_pipeline
 from orchestrator.config.stages import TrainingStage
 from orchestrator.config.study import NoStudy, SearchStudy, SeedsStudy, judged_stage
 from orchestrator.errors import ConfigError
-from orchestrator.freezing import check_writable, refuse_differences
+from orchestrator.freezing import check_writable, refuse_differences, refuse_inside_a_run
 from orchestrator.metrics.jsonl import Row, Tail, number_of, read_rows, step_of
 from orchestrator.resume_rules import may_differ
 from orchestrator.rundir import RunFolder, read_json, write_json
@@ -179,6 +179,7 @@ def freeze_study(config: RunConfig, more: Mapping[str, JsonValue]) -> StudyFolde
         "config": config.model_dump(mode="json"),
         **more,
     }
+    refuse_inside_a_run(folder.root)
     check_writable(folder.root)
     if folder.record.exists():
         old: dict[str, Any] = read_json(folder.record)

@@ -11,6 +11,7 @@ from orchestrator.frozen import read_config
 from orchestrator.resume_rules import settings_that_matter
 from orchestrator.rundir import RunFolder, read_json, write_json
 
+LORA = "+experiment=llama_lora"
 ROWS = [{"instruction": f"Say {number}", "input": "", "output": str(number)} for number in range(20)]
 
 
@@ -109,6 +110,20 @@ def test_a_moved_finished_run_is_trained_on_from_its_artifact(ask: Asker) -> Non
 def test_what_a_fork_cannot_be_is_refused(words: tuple[str, ...], sentence: str, ask: Asker) -> None:
     parent(ask)
     assert any(sentence in told for told in ask.refused("fork", "runs/a", *words)), words
+
+
+def test_no_run_is_written_inside_another_one(ask: Asker) -> None:
+    run = parent(ask)
+    (ask.folder / "link").symlink_to(run.stage("sft").root)
+    write_json(ask.folder / "run.json", {"of": "another program"})  # bars nothing: the folder around it is no run
+    why = f"would lie inside the run {run.root}; "
+    verbs = [("fork", "runs/a", "name=ff", "--dry-run", f"output_dir={where}") for where in ("runs/a", "link")]
+    verbs += [(verb, LORA, "name=ff", "output_dir=runs/a/sft") for verb in ("render", "run")]
+    for words in verbs:
+        (sentence,) = ask.refused(*words)
+        assert sentence.endswith(f"/ff {why}set output_dir to a folder outside of it"), (words, sentence)
+    assert ask.refused("init", "runs/a/mine.yaml") == (f"runs/a/mine.yaml {why}choose a place outside of it",)
+    assert ask("render", LORA, "output_dir=runs").code == 0
 
 
 def test_a_damaged_checkpoint_and_a_taken_name_are_refused(ask: Asker) -> None:
