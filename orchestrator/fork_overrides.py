@@ -9,14 +9,23 @@ from typing import Any, cast
 from orchestrator.config.base import JsonValue
 from orchestrator.config.compose import presets
 from orchestrator.errors import ConfigError
-from orchestrator.words import CONF, Override, chooses_group, dotted_keys, group_problems, key_problems, parse_override
+from orchestrator.words import (
+    CONF,
+    Override,
+    chooses_group,
+    dotted_keys,
+    group_problems,
+    key_problems,
+    parse_override,
+    two_values,
+)
 
 
 def changed_values(values: dict[str, JsonValue], words: Sequence[str]) -> dict[str, JsonValue]:
     """The configuration with the overrides; ConfigError with every problem. Groups whose file needs no others may be chosen."""
     tree = copy.deepcopy(values)
     known = dotted_keys(tree)
-    problems: list[str] = []
+    problems = two_values(words)
     for text in words:
         try:
             word = parse_override(text)

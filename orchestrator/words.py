@@ -163,3 +163,17 @@ def dotted_keys(tree: Any, prefix: str = "") -> list[str]:
     for name, value in cast("dict[str, Any]", tree).items():
         keys += [prefix + name, *dotted_keys(value, f"{prefix}{name}.")]
     return keys
+
+
+def two_values(overrides: Sequence[str]) -> list[str]:
+    """Keys that are given twice with different values: which of the two was meant cannot be known."""
+    problems: list[str] = []
+    first: dict[str, str] = {}
+    for text in overrides:
+        key, equals, _ = text.lstrip("+").partition("=")
+        if not equals or text.startswith("~") or key == "experiment":  # ~key key=1 is Hydra's way to replace
+            continue
+        before = first.setdefault(key, text)
+        if before.lstrip("+") != text.lstrip("+"):
+            problems.append(f"{key} is given twice, {before} and {text}: leave one out")
+    return problems

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,28 +33,16 @@ def add_overrides(parser: VerbParser, *, multirun: bool = False) -> None:
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
     """The overrides, with -m and --config-dir before them where they were given; ConfigError for two values of one key."""
+    from orchestrator.words import two_values
+
     overrides: list[str] = arguments.overrides
     problems = [f"{text}: one verb at a time; leave it out" for text in overrides if text in VERBS]
-    problems += _two_values(overrides)
+    problems += two_values(overrides)
     if problems:
         raise ConfigError(problems)
     flags = ["-m"] if vars(arguments).get("multirun") else []
     directory: str | None = arguments.config_dir
     return [*flags, *([] if directory is None else ["--config-dir", directory]), *overrides]
-
-
-def _two_values(overrides: Sequence[str]) -> list[str]:
-    """Keys that are given twice with different values: which of the two was meant cannot be known."""
-    problems: list[str] = []
-    first: dict[str, str] = {}
-    for text in overrides:
-        key, equals, _ = text.lstrip("+").partition("=")
-        if not equals or text.startswith("~") or key == "experiment":  # ~key key=1 is Hydra's way to replace
-            continue
-        before = first.setdefault(key, text)
-        if before.lstrip("+") != text.lstrip("+"):
-            problems.append(f"{key} is given twice, {before} and {text}: leave one out")
-    return problems
 
 
 def add_run_folder(parser: VerbParser) -> None:

@@ -96,6 +96,7 @@ def test_a_moved_finished_run_is_trained_on_from_its_artifact(ask: Asker) -> Non
     ("words", "sentence"),
     [
         (("stages.sft.optimizer.lr=1",), "the new run needs a name of its own"),
+        (("name=b", "name=c"), "name is given twice, name=b and name=c: leave one out"),
         (("name=b", "stages.sft.optimizer.lrr=1"), "stages.sft.optimizer.lrr: unknown key; did you mean"),
         (("name=b", "tuning.rank=4"), "tuning.rank: 16 in a cannot become 4 in a fork from its checkpoint"),
         (("name=b", "model.dtype=bfloat16"), 'model.dtype: "float32" in a cannot become "bfloat16"'),
