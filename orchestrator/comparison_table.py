@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import EXIT_DONE
+from orchestrator.frozen import warn_newer
 from orchestrator.run_comparison import (
     MISSING,
     ComparedRun,
@@ -35,7 +36,10 @@ Rows = dict[str, list[str]]
 
 def show_comparison(folders: Sequence[Path], *, as_json: bool) -> int:
     """Prints the comparison of the runs in some folders."""
-    found = compare_runs(runs_to_compare(folders))
+    runs = runs_to_compare(folders)
+    for run in runs:
+        warn_newer(run)
+    found = compare_runs(runs)
     if as_json:
         print(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
         return EXIT_DONE

@@ -176,7 +176,7 @@ def _unreadable(run: RunFolder, version: str, problems: list[str]) -> RunFolderE
         [
             f"{run.run} was written by version {version} of the orchestrator and cannot be read by this one, {__version__}; "
             f"use version {version} for this run",
-            *problems,
+            *([] if _numbers(version) > _numbers(__version__) else problems),  # its new keys are no faults of their own
         ]
     )
 

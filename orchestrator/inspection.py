@@ -92,8 +92,8 @@ def _stage_of(folder: RunFolder, chosen: str | None, what: str, more: tuple[str,
     from orchestrator.config.run import POLICY_KINDS, made_kind
     from orchestrator.frozen import load_config, warn_newer
 
-    warn_newer(folder)
     config = load_config(folder)
+    warn_newer(folder)  # after it: what cannot be read at all is one error and no warning
     kinds = (*POLICY_KINDS, *more)
     policies = [name for name in config.pipeline if made_kind(config, name) in kinds]
     stage = chosen or (policies[-1] if policies else "")

@@ -17,7 +17,7 @@ from orchestrator.cache import cache_folder
 from orchestrator.config.base import JsonValue
 from orchestrator.dataset.meta import is_prepared
 from orchestrator.errors import EXIT_DONE, ConfigError, OrchestratorError
-from orchestrator.freezing import read_config
+from orchestrator.frozen import newer_version, read_config
 from orchestrator.removal import ALIVE, ask, delete_folder, size_of, size_text
 from orchestrator.rundir import MANIFEST, RunFolder, StageFolder, file_digest, flatten, read_json
 from orchestrator.stage_status import find_runs, pipeline_of, stage_statuses
@@ -77,6 +77,13 @@ def _runs_of(folders: Sequence[Path]) -> tuple[list[RunFolder], bool]:
 def of_runs(runs: Sequence[RunFolder]) -> tuple[list[str], list[Dispensable]]:
     """Sentences about runs that are left alone, and what the others can do without."""
     skipped = {run.root: f"a link to {run.root.resolve()}; give that folder" for run in runs if run.root.is_symlink()}
+    versions = {run.root: newer_version(run) for run in runs if run.root not in skipped}
+    # A newer version may keep what this one would take for dispensable.
+    skipped |= {
+        root: f"version {version} of the orchestrator wrote it; prune it with that one"
+        for root, version in versions.items()
+        if version is not None
+    }
     own = [run for run in runs if run.root not in skipped]
     skipped |= {
         status.folder: f"stage {status.stage} is {status.state}"

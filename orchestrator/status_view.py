@@ -18,7 +18,7 @@ from rich.text import Text
 from orchestrator.comparing import comparisons, measurement_view
 from orchestrator.config.base import JsonValue
 from orchestrator.errors import EXIT_DONE, ConfigError, nearest
-from orchestrator.freezing import read_config
+from orchestrator.frozen import read_config, warn_newer
 from orchestrator.metrics.console import duration
 from orchestrator.run_comparison import value_text
 from orchestrator.rundir import RunFolder, flatten
@@ -41,6 +41,8 @@ def show_status(folder: Path, *, watch: bool, extra: Sequence[str] = (), as_json
     runs = find_runs(folder)
     if not runs:
         raise ConfigError(f"{folder} holds no run: neither run.json nor NAME/run.json is there")
+    for run in runs:
+        warn_newer(run)
     statuses = stage_statuses(runs)
     columns = _extra_columns(extra, runs, statuses)
     if as_json:
