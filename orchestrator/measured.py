@@ -17,6 +17,8 @@ from orchestrator.config.run import RunConfig
 from orchestrator.config.stages import TrainingStage
 from orchestrator.estimate.flops import executed_flops_per_token, flops_per_token
 from orchestrator.estimate.speed import Rate
+from orchestrator.job_processor import ProcessorKey, job_environment, processor_key
+from orchestrator.machine import Machine, device_of, is_here, this_machine
 from orchestrator.metrics.jsonl import Row, attempt_of, number_of, read_rows
 from orchestrator.rundir import MEASURED, RunFolder, StageFolder, write_json
 
@@ -24,6 +26,8 @@ AFTER_STEPS = 50
 """A run writes its measurement after so many steps of an attempt, and again at its end."""
 WARM_UP_ROWS = 2
 """Rows of an attempt that are left out: the first steps compile, allocate and page in."""
+CPU = "cpu"
+"""As torch writes it."""
 NEWEST_RUNS = 100
 """Runs that are looked at for a measurement."""
 
@@ -32,7 +36,10 @@ class Measured(Section):
     """measured.json: how fast a stage really was, and what that holds for."""
 
     hardware: str
+    """As configured; on a processor it proves nothing, since a run made for a GPU may have ended up there."""
     device: str
+    processor: ProcessorKey | None = None
+    """Of a run on a processor; None on a GPU, and in files of an older version."""
     tuning: str
     quantization: str
     sharding: str
@@ -77,6 +84,8 @@ class Basis:
     attended: float
     """Tokens that attention sees as one document, weighted by tokens."""
     time: float
+    processor: ProcessorKey
+    """Of the rank that writes it."""
 
 
 def write_measured(folder: StageFolder, config: RunConfig, known: Basis) -> None:
@@ -94,14 +103,15 @@ def measure(folder: StageFolder, config: RunConfig, known: Basis) -> Measured | 
     rows = _rows_of_newest_attempt(folder)
     if not rows:
         return None
-    rate = median(_numbers(rows, "tokens_per_second"))
+    device, rate = _device(events), median(_numbers(rows, "tokens_per_second"))
     useful = rate / config.world_size * flops_per_token(model, config, length=known.attended) / 1e12
     executed = rate / config.world_size * executed_flops_per_token(model, config, length=known.attended) / 1e12
     peak = config.cluster.hardware.peak_tflops
     saves = [row for row in events if row.get("event") == "save"]
     return Measured(
         hardware=config.cluster.hardware.name,
-        device=_device(events),
+        device=device,
+        processor=known.processor if device == CPU else None,
         tuning=config.tuning.method,
         quantization=config.quantization.scheme,
         sharding=config.sharding.strategy,
@@ -141,10 +151,9 @@ def read_measured(folder: StageFolder) -> Measured | None:
 def find_measured(config: RunConfig, name: str, model: Architecture) -> tuple[Measured, str] | None:
     """The newest measurement beside this run that holds for it, and the run's name.
 
-    Hardware, method, quantization, sharding, number type, kind of stage and model must be the same.
+    Device, method, quantization, sharding, number type, kind of stage and model must be the same.
     """
     wanted = {
-        "hardware": config.cluster.hardware.name,
         "tuning": config.tuning.method,
         "quantization": config.quantization.scheme,
         "sharding": config.sharding.strategy,
@@ -158,7 +167,23 @@ def find_measured(config: RunConfig, name: str, model: Architecture) -> tuple[Me
         for found, name in _measurements(Path(config.output_dir))
         if {key: getattr(found, key) for key in wanted} == wanted
     ]
-    return max(fitting, key=lambda pair: pair[0].time, default=None)
+    if not fitting:  # looking at the machine costs time
+        return None
+    machine = this_machine(config.cluster.environment)
+    return max(
+        (pair for pair in fitting if _has_device(pair[0], config, machine)),
+        key=lambda pair: pair[0].time,
+        default=None,
+    )
+
+
+def _has_device(measured: Measured, config: RunConfig, machine: Machine) -> bool:
+    """Whether the ranks of a configuration compute on what was measured: the named GPU, or this very processor."""
+    if device_of(config, machine) == "cuda":
+        return measured.device.startswith("cuda") and measured.hardware == config.cluster.hardware.name
+    # processors of other nodes are unknown, and no name of hardware stands for one
+    here = is_here(config) and measured.device == CPU
+    return here and measured.processor == processor_key(machine.processor, job_environment(config))
 
 
 def measured_rate(measured: Measured, run: str, config: RunConfig) -> Rate:

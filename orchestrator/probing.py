@@ -22,6 +22,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.config.stages import TrainingStage
 from orchestrator.errors import RunFolderError
 from orchestrator.estimate.speed import Rate
+from orchestrator.job_processor import job_environment, processor_key
 from orchestrator.machine import Machine, is_here
 from orchestrator.planning.plan import DataFacts
 from orchestrator.rundir import read_json, write_json
@@ -53,11 +54,9 @@ def probed_rate(config: RunConfig, machine: Machine, model: Architecture, *, may
     """What a rank computes a second; None where it was not measured."""
     setting, environment = setting_of(config, model), job_environment(config)
     key = {
-        "processor": machine.processor.name,
+        "processor": processor_key(machine.processor, environment).model_dump(),
         "flags": sorted(machine.processor.flags),
-        "limits": [machine.processor.onednn_limit, machine.processor.aten_limit],
         "torch": _torch_version(),
-        "threads": environment.get("OMP_NUM_THREADS") or f"{len(os.sched_getaffinity(0))} cores",
         "setting": setting,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
@@ -87,17 +86,6 @@ def setting_of(config: RunConfig, model: Architecture) -> dict[str, Any]:
         "rank": tuning.rank if isinstance(tuning, LoraTuning) else 0,
         "dtype": config.model.dtype,
     }
-
-
-def job_environment(config: RunConfig) -> dict[str, str]:
-    """The variables that a rank will have; several ranks share the cores as the scripts let them (launchers/shell.py)."""
-    environment = {**os.environ, **config.cluster.environment}
-    ranks = config.cluster.processes_per_node
-    if ranks > 1 and "OMP_NUM_THREADS" not in environment:
-        cores = config.cluster.cpus_per_task or os.cpu_count() or 1
-        is_asked = config.cluster.cpus_per_task is not None
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // ranks if is_asked else -(-cores // ranks)))
-    return environment
 
 
 def _known(file: Path) -> Mapping[str, Any] | None:

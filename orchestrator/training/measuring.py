@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -11,7 +12,9 @@ from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.lengths import prepared_facts
 from orchestrator.estimate.forecast import with_completions
 from orchestrator.estimate.rows import shape_of
+from orchestrator.job_processor import processor_key
 from orchestrator.measured import AFTER_STEPS, Basis, write_measured
+from orchestrator.processor import this_processor
 from orchestrator.training.context import Context
 
 if TYPE_CHECKING:
@@ -38,7 +41,13 @@ def keep_measured(session: Session) -> None:
     model = read_architecture(context.base_folder)
     if not session.runtime.is_main or model is None:
         return
-    basis = Basis(stage=context.name, model=model, attended=attended_tokens(context), time=time.time())
+    basis = Basis(
+        stage=context.name,
+        model=model,
+        attended=attended_tokens(context),
+        time=time.time(),
+        processor=processor_key(this_processor(), os.environ),
+    )
     write_measured(context.folder, context.config, basis)
 
 

@@ -23,6 +23,8 @@ from orchestrator.dataset.meta import Meta, Statistics
 from orchestrator.errors import DataError
 from orchestrator.estimate.rows import PreparedFacts
 from orchestrator.facts import gather
+from orchestrator.job_processor import processor_key
+from orchestrator.machine import this_machine
 from orchestrator.measured import Measured, find_measured, read_measured
 from orchestrator.planning.plan import DataFacts, make_plan, resolve
 from orchestrator.rundir import RunFolder, write_json
@@ -210,6 +212,32 @@ def test_the_newest_fitting_measurement_takes_the_place_of_the_table(tmp_path: P
     assert found is not None and found[1] == "new" and found[0].time == 2.0
     assert find_measured(compose([LLAMA, f"output_dir={tmp_path}", "tuning=full"]), "sft", llama()) is not None
     assert find_measured(compose([LLAMA, f"output_dir={tmp_path}", "sharding=zero3"]), "sft", llama()) is None
+
+
+def test_a_measurement_holds_for_its_own_device_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    gpu = [LLAMA, f"output_dir={tmp_path}"]
+    cpu = [*gpu, "launcher=local", "cluster.device=cpu", "model.dtype=bfloat16"]
+    here = processor_key(this_machine().processor, {"OMP_NUM_THREADS": "2"})
+    folder = RunFolder(tmp_path / "before").stage("sft")
+
+    def holds(words: list[str], **changes: Any) -> bool:
+        write_json(folder.measured, MEASURED.model_copy(update=changes).model_dump(mode="json"))
+        return find_measured(compose(words), "sft", llama()) is not None
+
+    # made on a processor under a GPU's name
+    assert not holds(gpu, device="cpu", processor=here) and holds(cpu, device="cpu", processor=here)
+    assert holds(gpu) and not holds(cpu)
+    for key in ("name", "onednn_limit", "aten_limit", "threads"):
+        assert not holds(cpu, device="cpu", processor=here.model_copy(update={key: "other"}))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert not holds(cpu, device="cpu", processor=here)
+    # a file of an older version proves what a GPU did, and nothing of a processor
+    old = MEASURED.model_copy(update={"device": "cpu"}).model_dump(mode="json", exclude={"processor"})
+    write_json(folder.measured, old)
+    assert find_measured(compose(cpu), "sft", llama()) is None
+    write_json(folder.measured, {**old, "device": "cuda:0"})
+    assert find_measured(compose(gpu), "sft", llama()) is not None
 
 
 def test_a_measured_plan_says_so_and_follows_the_measurement() -> None:

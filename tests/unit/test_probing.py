@@ -10,8 +10,9 @@ from asking import Asker
 
 from orchestrator.config.compose import compose
 from orchestrator.host_hardware import as_seen
+from orchestrator.job_processor import job_environment
 from orchestrator.machine import this_machine
-from orchestrator.probing import job_environment, setting_of
+from orchestrator.probing import setting_of
 
 LORA = ("+experiment=llama_lora", "launcher=local", "cluster.device=cpu", "model.dtype=float32")
 MEASURING = "measuring this processor's speed"
