@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.bases import Base
+from orchestrator.config.autos import AUTO
 from orchestrator.config.compose import Composed, presets
 from orchestrator.config.model import ZeroSharding
 from orchestrator.config.run import Quantization, RunConfig, Sharding
@@ -22,7 +23,6 @@ from orchestrator.facts import gather
 from orchestrator.frozen import read_config
 from orchestrator.host_hardware import as_seen
 from orchestrator.machine import this_machine
-from orchestrator.number_type import AUTO
 from orchestrator.planning.plan import DataFacts, StagePlan, make_plan, resolve, run_directory_of
 from orchestrator.probing import with_speeds
 from orchestrator.rundir import RunFolder, flatten

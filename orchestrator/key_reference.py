@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import fnmatch
 import inspect
 import json
 import sys
@@ -17,13 +16,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from omegaconf import OmegaConf
 from pydantic.fields import FieldInfo
 
+from orchestrator.config.autos import AUTO, STAGE, takes_auto
 from orchestrator.config.base import IDENTIFIER_PATTERN, JsonValue, Section
 from orchestrator.config.problems import DISCRIMINATORS
 from orchestrator.config.run import RunConfig
 from orchestrator.hydra_tree import compose_tree
 from orchestrator.words import CONF, RECIPE, TOP_GROUPS, choices_of
 
-MAP_NAMES = {"stages": "STAGE", "sets": "SET"}
+MAP_NAMES = {"stages": STAGE, "sets": "SET"}
 """What stands for the name that a user chooses."""
 STAGE_GROUPS = ("optimizer", "schedule", "data")
 UNITS = {
@@ -109,19 +109,11 @@ def reference() -> list[Key]:
     return sorted([*_groups(), *keys], key=lambda key: (key.name, key.only))
 
 
-def matching(keys: Sequence[Key], pattern: str) -> list[Key]:
-    """Keys whose name holds the text, or fits the glob."""
-    wanted = pattern.lower()
-    if any(sign in wanted for sign in "*?["):
-        return [key for key in keys if fnmatch.fnmatchcase(key.name.lower(), wanted)]
-    return [key for key in keys if wanted in key.name.lower()]
-
-
 def _walk(section: type[Section], prefix: str, only: tuple[str, ...]) -> Iterator[Key]:
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
         sentence = _sentences(section).get(name) or _of_section(field.annotation) or PLAIN.get(name, "")
-        yield Key(name=key, type=_type_of(field), default="", unit=_unit(name), sentence=sentence, only=only)
+        yield Key(name=key, type=_type_of(key, field), default="", unit=_unit(name), sentence=sentence, only=only)
         yield from _below(field.annotation, key, only)
 
 
@@ -155,8 +147,9 @@ def _alternatives(section: type[Section]) -> tuple[str, ...]:
     return ()
 
 
-def _type_of(field: FieldInfo) -> str:
-    return _type(field.annotation, field.metadata)
+def _type_of(key: str, field: FieldInfo) -> str:
+    typed = _type(field.annotation, field.metadata)
+    return f"{AUTO} | {typed}" if takes_auto(key) else typed
 
 
 def _type(annotation: Any, metadata: Sequence[Any]) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
+from orchestrator.config.autos import AUTO, takes_auto
 from orchestrator.literals import annotations_of
 
 
 def allowed_values(key: str) -> list[str]:
-    """`true` and `false` of a switch, the names of a choice, `null` where it is allowed; none where anything may stand."""
-    return list(dict.fromkeys(value for annotation in annotations_of(key) for value in _values(annotation)))
+    """`true` and `false` of a switch, the names of a choice, `null` and `auto` where they are allowed; none for free text."""
+    typed = [value for annotation in annotations_of(key) for value in _values(annotation)]
+    return list(dict.fromkeys([*([AUTO] if takes_auto(key) else []), *typed]))
 
 
 def _values(annotation: Any) -> Iterator[str]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.config.autos import AUTO
+from orchestrator.config.autos import NUMBER_TYPE as KEY
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sites import HardwareConfig
 from orchestrator.errors import RunFolderError
@@ -13,8 +15,6 @@ from orchestrator.machine import Machine, device_of, is_here
 from orchestrator.rundir import RunFolder, read_json
 
 Name = Literal["float32", "bfloat16"]
-AUTO = "auto"
-KEY = "model.dtype"
 CHOICES = (AUTO, "float32", "bfloat16")
 SHORT_NAMES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 HALF_NAMES = ("float16", "fp16", "half", "16")

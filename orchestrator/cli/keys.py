@@ -36,7 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from orchestrator.hints import ALIASES, key_hint
-    from orchestrator.key_reference import matching, reference
+    from orchestrator.key_reference import reference
+    from orchestrator.key_search import matching
 
     every = reference()
     pattern: str = arguments.pattern

@@ -11,14 +11,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from orchestrator.bare_arguments import bare_argument_problem
+from orchestrator.config.autos import AUTO, NUMBER_TYPE, SMALLEST, STAGE
 from orchestrator.config.rules import parse_types, rule_problems
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.experiment_file import Sources, open_sources
 from orchestrator.hydra_tree import as_sentences, chosen_files, compose_tree, file_of
 from orchestrator.machine import this_machine
-from orchestrator.number_type import AUTO, NumberType, dtype_problem, settle
-from orchestrator.number_type import KEY as NUMBER_TYPE
+from orchestrator.number_type import NumberType, dtype_problem, settle
 from orchestrator.pipeline import pipeline_problems
 from orchestrator.places import find_places
 from orchestrator.recipes import Origins, fit, take_recipes
@@ -145,8 +145,11 @@ def _unread(overrides: Sequence[str], parsed: Sequence[Override]) -> list[str]:
 def take_autos(tree: DictConfig) -> tuple[str, ...]:
     """Puts the smallest value in the place of every `auto` that a plan can settle; their keys."""
     stages: Any = OmegaConf.select(tree, "stages", default={})
-    smallest: dict[str, object] = {"sharding.strategy": "none", "model.gradient_checkpointing": False}
-    smallest |= {f"stages.{name}.batch.micro_size": 1 for name in stages}
+    smallest = {
+        key.replace(STAGE, name): value
+        for key, value in SMALLEST.items()
+        for name in (stages if STAGE in key else [""])
+    }
     autos = [key for key in smallest if OmegaConf.select(tree, key, default=None) == AUTO]
     for key in autos:
         OmegaConf.update(tree, key, smallest[key], force_add=True)

@@ -27,6 +27,8 @@ LORA = "+experiment=llama_lora"
         (["plan", LORA, "stages.sft.opt"], ["stages.sft.optimizer."]),
         (["plan", LORA, "stages.sft.optimizer.l"], ["stages.sft.optimizer.layer_decay=", "stages.sft.optimizer.lr="]),
         (["plan", LORA, "stages.sft.data.packing="], ["stages.sft.data.packing=best_fit", "stages.sft.data.packing=none", "stages.sft.data.packing=split"]),
+        (["plan", "model.dtype="], ["model.dtype=auto", "model.dtype=bfloat16", "model.dtype=float32"]),
+        (["plan", "stages.sft.batch.micro_size="], ["stages.sft.batch.micro_size=auto"]),
         (["generate", "--pro"], ["--prompt"]),
         (["completion", ""], ["bash", "fish", "zsh"]),
         (["help", "stat"], ["status"]),

@@ -13,7 +13,8 @@ from test_config_keys import FIELDS
 
 import orchestrator
 from orchestrator.cli.keys import page
-from orchestrator.key_reference import Key, matching, reference
+from orchestrator.key_reference import Key, reference
+from orchestrator.key_search import matching
 from orchestrator.words import CONF
 
 LORA = "+experiment=llama_lora"
@@ -115,6 +116,12 @@ def test_defaults_are_those_of_conf(keys: list[Key]) -> None:
 def test_patterns_and_other_tools_names(ask: Asker, keys: list[Key]) -> None:
     assert {key.name for key in matching(keys, "*.optimizer.lr")} == {"stages.STAGE.optimizer.lr"}
     assert all("packing" in key.name for key in matching(keys, "PACKING")) and matching(keys, "PACKING")
+    # Keys as `config` and `plan` print them, with the name of a stage or of a set and the position in a list.
+    assert "stages.STAGE.optimizer.lr" in {key.name for key in matching(keys, "stages.own.optimizer.lr")}
+    assert [key.name for key in matching(keys, "stages.own.sets.books.split")] == ["stages.STAGE.sets.SET.split"]
+    assert [key.name for key in matching(keys, "stages.sft.data.mix.12.path")] == ["stages.STAGE.data.mix.0.path"]
+    takes_auto = {key.name for key in keys if key.type.startswith("auto | ")}
+    assert takes_auto >= {"model.dtype", "model.gradient_checkpointing", "stages.STAGE.batch.micro_size"}
     answer = ask("keys", "learning_rate")
     assert answer.out.startswith("learning_rate is optimizer.lr here\nstages.STAGE.optimizer.lr ")
     assert ask.refused("keys", "wibble") == ("wibble: no key holds this; type keys without a pattern for all",)
