@@ -22,6 +22,7 @@ from orchestrator.errors import (
     EXIT_SAVED,
     EXIT_USER,
     OrchestratorError,
+    RunFolderError,
 )
 from orchestrator.frozen import load_config
 from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
@@ -81,6 +82,19 @@ def read_attempts(folder: StageFolder) -> list[Attempt]:
     """All closed attempts, oldest first."""
     files = [file for file in folder.attempts.glob("*.json") if file.stem.isdigit()]
     return [_read(file) for file in sorted(files, key=lambda file: int(file.stem))]
+
+
+def readable_attempts(folder: StageFolder) -> tuple[list[Attempt], list[str]]:
+    """The closed attempts whose records can be read, and a sentence about each other one."""
+    attempts: list[Attempt] = []
+    damaged: list[str] = []
+    for file in sorted(folder.attempts.glob("*.json"), key=lambda file: (len(file.stem), file.stem)):
+        if file.stem.isdigit():
+            try:
+                attempts.append(_read(file))
+            except RunFolderError as error:
+                damaged += error.problems
+    return attempts, damaged
 
 
 def next_attempt(folder: StageFolder) -> int:
@@ -194,7 +208,10 @@ def _last_step(folder: StageFolder, number: int) -> int | None:
 
 
 def _read(path: Path) -> Attempt:
-    return _from_json(read_json(path))
+    try:
+        return _from_json(read_json(path))
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(f"{path} is damaged: it is no record of an attempt ({error})") from None
 
 
 def _from_json(raw: dict[str, Any]) -> Attempt:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 
-from orchestrator.metrics.jsonl import Row, attempt_of, number_of, read_rows, step_of
+from orchestrator.metrics.jsonl import Row, attempt_of, number_of, readable_rows, step_of
 from orchestrator.rundir import StageFolder
 
 
@@ -54,7 +54,7 @@ class _Attempt:
 
 def time_spent(folder: StageFolder) -> TimeSpent | None:
     """None where no attempt trained, or an older version wrote the record."""
-    events, rows = read_rows(folder.events), read_rows(folder.metrics)
+    (events, _), (rows, _) = readable_rows(folder.events), readable_rows(folder.metrics)
     attempts = [_attempt(number, events, rows) for number in _started(events)]
     if not attempts:
         return None

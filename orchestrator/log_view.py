@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.errors import EXIT_DONE, ConfigError
 from orchestrator.rundir import PREPARATION, RunFolder, StageFolder
-from orchestrator.stage_status import StageStatus, pipeline_of, stage_statuses
+from orchestrator.stage_status import StageStatus, pipeline_of, stage_statuses, warn_damaged
 from orchestrator.status_view import ENDED, WATCH_SECONDS
 
 LINES = 40
@@ -30,6 +30,7 @@ def show_logs(run: RunFolder, *, stage: str | None, node: int | None, lines: int
         raise ConfigError(f"{run.root}: no log of {stage or 'any stage'} on node {node or 0} yet")
     shown = max(FEWEST_LINES, LINES // len(found)) if lines is None else lines
     statuses = {status.stage: status for status in stage_statuses([run])}
+    warn_damaged(list(statuses.values()))
     for number, (name, file) in enumerate(found.items()):
         if number:
             print()

@@ -87,8 +87,9 @@ def compare_runs(runs: Sequence[RunFolder]) -> RunComparison:
                 stages={status.stage: stage_facts(run.stage(status.stage), config, status) for status in own},
             )
         )
+    damaged = [f"{sentence}; passed over" for status in statuses for sentence in status.damaged]
     return RunComparison(
-        runs=tuple(compared), differing=tuple(_differing(compared)), warnings=tuple(_warnings(compared))
+        runs=tuple(compared), differing=tuple(_differing(compared)), warnings=(*damaged, *_warnings(compared))
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 from orchestrator.config.base import JsonValue
 from orchestrator.errors import OrchestratorError
 from orchestrator.goodput import time_spent
-from orchestrator.metrics.jsonl import Row, last_attempt_rows, number_of, read_rows, step_of
+from orchestrator.metrics.jsonl import Row, last_attempt_rows, number_of, readable_rows, step_of
 from orchestrator.rundir import StageFolder, flatten, read_json
 from orchestrator.stage_status import StageStatus
 
@@ -54,7 +54,7 @@ def stage_facts(files: StageFolder, config: Mapping[str, JsonValue], status: Sta
     flat = flatten(cast("JsonValue", dict(config)))
     result = _read(files.result)
     prepared = _read(files.prepared)
-    rows = last_attempt_rows(read_rows(files.metrics))
+    rows = last_attempt_rows(readable_rows(files.metrics)[0])
     kind = str(flat.get(f"stages.{status.stage}.kind") or "unknown")
     is_policy = any("eval_reward" in row for row in rows)
     before, after, best = _evaluations(rows, without_loss=is_policy)

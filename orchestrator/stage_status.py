@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from launchers.claims import open_claim
-from orchestrator.attempts import Attempt, read_attempts
+from orchestrator.attempts import Attempt
 from orchestrator.frozen import read_config
 from orchestrator.location import locate
-from orchestrator.metrics.console import Progressed, duration
-from orchestrator.metrics.jsonl import last_attempt_rows, number_of, read_rows
+from orchestrator.metrics.console import duration
 from orchestrator.rundir import PREPARATION, RunFolder, StageFolder
+from orchestrator.stage_progress import stage_progress
 from orchestrator.submission import jobs_of
 from slurm.query import JobFacts, query
 
@@ -42,6 +43,8 @@ class StageStatus:
     job: str | None
     newest: Mapping[str, object]
     """The newest value of every column of metrics.jsonl."""
+    damaged: tuple[str, ...]
+    """What of the stage's record could not be read, a sentence each."""
 
 
 def stage_statuses(folders: Sequence[RunFolder]) -> list[StageStatus]:
@@ -50,6 +53,12 @@ def stage_statuses(folders: Sequence[RunFolder]) -> list[StageStatus]:
     jobs = {files.root: jobs_of(files)[-1:] for _, _, files in stages if not files.result.exists()}
     facts = query([job for newest in jobs.values() for job in newest])
     return [_status(run, name, files, _facts_of(jobs.get(files.root, ()), facts)) for run, name, files in stages]
+
+
+def warn_damaged(statuses: Sequence[StageStatus]) -> None:
+    """On stderr: the records that could be read in part only."""
+    for sentence in dict.fromkeys(sentence for status in statuses for sentence in status.damaged):
+        print(f"warning: {sentence}; passed over", file=sys.stderr)
 
 
 def pipeline_of(run: RunFolder) -> tuple[str, ...]:
@@ -72,28 +81,24 @@ def find_runs(folder: Path) -> list[RunFolder]:
 
 
 def _status(run: RunFolder, name: str, files: StageFolder, facts: JobFacts | None) -> StageStatus:
-    rows = last_attempt_rows(read_rows(files.metrics))
-    seen = Progressed()
-    for row in rows:
-        seen.take(row)
-    steps = _total_steps(files)
-    attempts = read_attempts(files) if files.attempts.is_dir() else []
-    state, why = _state(run, files, attempts, facts)
+    progress = stage_progress(files)
+    state, why = _state(run, files, progress.attempts, facts)
     return StageStatus(
         run=run.root.name,
         folder=run.root,
         stage=name,
         state=state,
         why=why,
-        step=seen.step,
-        steps=steps,
-        loss=seen.loss,
-        eval_loss=seen.eval_loss,
-        tokens_per_second=seen.tokens_per_second,
-        eta_seconds=None if steps is None else seen.eta_seconds(steps),
-        attempts=len(attempts),
+        step=progress.step,
+        steps=progress.steps,
+        loss=progress.loss,
+        eval_loss=progress.eval_loss,
+        tokens_per_second=progress.tokens_per_second,
+        eta_seconds=progress.eta_seconds,
+        attempts=len(progress.attempts),
         job=None if facts is None else facts.job_id,
-        newest={key: value for row in rows for key, value in row.items()},
+        newest=progress.newest,
+        damaged=progress.damaged,
     )
 
 
@@ -112,6 +117,9 @@ def _state(run: RunFolder, files: StageFolder, attempts: Sequence[Attempt], fact
         return attempts[-1].state, attempts[-1].why
     if claimed is not None:
         return claimed
+    closed = _closed_attempt(files)
+    if closed is not None and not files.open_attempts():  # its record is there and cannot be read
+        return "lost", f"attempt {closed} ended; how cannot be read from {files.attempt(closed)}"
     if facts is not None:
         return "failed", f"job {facts.job_id} {facts.sentence}"
     age = _seconds_since_last_sign(files)
@@ -146,15 +154,14 @@ def _is_newer_than(files: StageFolder, attempt: Attempt) -> bool:
     return any(folder.name == f"attempt-{attempt.number + 1}" for folder in files.logs.glob("attempt-*"))
 
 
+def _closed_attempt(files: StageFolder) -> int | None:
+    """The newest attempt that has a record of its end."""
+    return max((int(file.stem) for file in files.attempts.glob("*.json") if file.stem.isdigit()), default=None)
+
+
 def _seconds_since_last_sign(files: StageFolder) -> float | None:
     signs = [file.stat().st_mtime for file in (files.metrics, files.events, *files.logs.glob("*.log")) if file.exists()]
     return max(0.0, datetime.now().timestamp() - max(signs)) if signs else None
-
-
-def _total_steps(files: StageFolder) -> int | None:
-    known = [number_of(row, "steps") for row in read_rows(files.events)]
-    steps = [number for number in known if number is not None]
-    return int(steps[-1]) if steps else None
 
 
 def _facts_of(jobs: Sequence[str], facts: Mapping[str, JobFacts]) -> JobFacts | None:

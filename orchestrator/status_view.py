@@ -22,7 +22,7 @@ from orchestrator.frozen import read_config, warn_newer
 from orchestrator.metrics.console import duration
 from orchestrator.run_comparison import value_text
 from orchestrator.rundir import RunFolder, flatten
-from orchestrator.stage_status import StageStatus, find_runs, stage_statuses
+from orchestrator.stage_status import StageStatus, find_runs, stage_statuses, warn_damaged
 
 WATCH_SECONDS = 2.0
 ENDED = ("finished", "stopped", "failed", "lost")
@@ -44,6 +44,7 @@ def show_status(folder: Path, *, watch: bool, extra: Sequence[str] = (), as_json
     for run in runs:
         warn_newer(run)
     statuses = stage_statuses(runs)
+    warn_damaged(statuses)
     columns = _extra_columns(extra, runs, statuses)
     if as_json:
         print(json.dumps([_plain(status, columns) for status in statuses], indent=2, ensure_ascii=False))

@@ -105,18 +105,27 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises RunFolderError that names the line where any other line is no JSON object.
     """
+    rows, damaged = readable_rows(path)
+    if damaged:
+        raise RunFolderError(f"{damaged[0]}; delete that line to go on")
+    return rows
+
+
+def readable_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """The rows that can be read, and a sentence about each other line; as `read_rows`, for what only shows a run."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        return []
+        return [], []
     rows: list[Row] = []
+    damaged: list[str] = []
     for number, line in enumerate(lines, start=1):
         row = decode(line)
         if row is not None:
             rows.append(row)
         elif line and number < len(lines):
-            raise RunFolderError(f"{path}:{number} is no JSON object: {line[:60]!r}; delete that line to go on")
-    return rows
+            damaged.append(f"{path}:{number} is no JSON object: {line[:60]!r}")
+    return rows, damaged
 
 
 def last_attempt_rows(rows: Iterable[Row]) -> list[Row]:

@@ -9,7 +9,9 @@ import pytest
 from asking import Asker
 from run_folders import DIGESTS, finish, stop, write_run, write_training
 
+from orchestrator.metrics.jsonl import RecordFile
 from orchestrator.rundir import RunFolder, read_json, write_json
+from orchestrator.stage_status import StageStatus, stage_statuses
 
 LONG = "the ranks ended with exit code 137: " + "killed from outside, or out of host memory; " * 6
 
@@ -119,3 +121,56 @@ def test_what_is_no_run_is_named(ask: Asker) -> None:
     (ask.folder / "torn").mkdir()
     (ask.folder / "torn" / "run.json").write_text("{")
     assert "torn/run.json is damaged" in ask.refused("compare", "a", "torn")[0]
+
+
+def test_a_damaged_line_costs_no_more_than_itself(ask: Asker) -> None:
+    run = trained(ask.folder, "a")
+    trained(ask.folder, "b")
+    files = run.stage("sft")
+    files.result.unlink()
+    stop(files)
+    log = files.logs / "node-0.attempt-1.log"
+    log.parent.mkdir()
+    log.write_text("step 4/4\n")
+    for file in (files.metrics, files.events):
+        first, *rest = file.read_text().splitlines(keepends=True)
+        file.write_text("".join([first, '{"step": 1, "at\n', *rest]))
+    for words in (["status", "a"], ["logs", "a"], ["compare", "a", "b", "format=json"]):
+        told = ask(*words)
+        text = " ".join((*told.errors, *told.out.split()))
+        assert told.code == 0 and f"{files.events}:2 is no JSON object" in text and f"{files.metrics}:2 is" in text, (
+            told
+        )
+    assert "stopped" in ask("status", "a").out and "4/4" in ask("status", "a").out
+    for damage in ('{"attempt": 1, "st', '{"attempt": 1}', "[]"):
+        files.attempt(1).write_text(damage)
+        told = ask("status", "a")
+        assert told.code == 0 and any(f"{files.attempt(1)} is damaged" in line for line in told.errors), told
+        assert "lost" in told.out and "attempt 1 ended" in told.out
+
+
+def test_status_of_a_resumed_attempt_is_its_own(ask: Asker) -> None:
+    """Steps after the checkpoint are lost with the attempt that made them."""
+    run = write_run(ask.folder, "run")
+    files = run.stage("sft")
+    write_training(files, [2.0, 1.9, 1.8, 1.7, 1.6], evaluations={0: 2.0, 4: 1.65})
+    stop(files, step=5)
+    (files.logs / "attempt-1").mkdir(parents=True)
+    assert (shown := status_of(run)).step == 5 and shown.loss == 1.6 and shown.eval_loss == 1.65
+    files.checkpoint(2).mkdir(parents=True)
+    (files.logs / "attempt-2").mkdir()
+    waiting = status_of(run)
+    assert (waiting.step, waiting.loss, waiting.eval_loss) == (2, 1.9, 2.0)
+    assert waiting.eta_seconds is None and waiting.tokens_per_second is None
+    with RecordFile(files.events) as events:
+        events.append({"event": "resume", "attempt": 2, "step": 3})
+    assert status_of(run).step == 3, "what it took decides, whatever was there to take"
+    with RecordFile(files.metrics) as metrics:
+        metrics.append({"step": 4, "attempt": 2, "loss": 9.0, "step_seconds": 7.0, "tokens_per_second": 5.0})
+    own = status_of(run)
+    assert (own.step, own.loss, own.eval_loss, own.eta_seconds, own.tokens_per_second) == (4, 9.0, 2.0, 7.0, 5.0)
+
+
+def status_of(run: RunFolder) -> StageStatus:
+    (status,) = stage_statuses([run])
+    return status
