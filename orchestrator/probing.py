@@ -52,7 +52,9 @@ def with_speeds(
 
 def probed_rate(config: RunConfig, machine: Machine, model: Architecture, *, may_measure: bool) -> Rate | None:
     """What a rank computes a second; None where it was not measured."""
-    setting, environment = setting_of(config, model), job_environment(config)
+    environment = job_environment(config)
+    is_emulated = config.model.dtype == "bfloat16" and not machine.processor.has_native_bfloat16
+    setting = {**setting_of(config, model), "compares": is_emulated}
     key = {
         "processor": processor_key(machine.processor, environment).model_dump(),
         "flags": sorted(machine.processor.flags),
@@ -70,7 +72,7 @@ def probed_rate(config: RunConfig, machine: Machine, model: Architecture, *, may
 
 
 def setting_of(config: RunConfig, model: Architecture) -> dict[str, Any]:
-    """What decides the rate: shapes, trained weights and number type; the probe's Setting."""
+    """What decides the rate: shapes, trained weights and number type; all of the probe's Setting but `compares`."""
     tuning = config.tuning
     is_full = isinstance(tuning, WHOLE_MODEL_TUNINGS)
     return {
@@ -93,7 +95,7 @@ def _known(file: Path) -> Mapping[str, Any] | None:
     try:
         known: Any = read_json(file)
         is_stale = known["was_busy"] and time.time() - known["time"] > BUSY_FOR_SECONDS
-        return None if is_stale or not known["flops_per_second"] > 0 else known
+        return None if is_stale or not known["flops_per_second"] > 0 or "slowdown" not in known else known
     except (RunFolderError, KeyError, TypeError):
         return None
 
@@ -125,6 +127,7 @@ def _rate(known: Mapping[str, Any], machine: Machine, dtype: str) -> Rate:
         flops_per_second=float(known["flops_per_second"]),
         is_whole=False,
         rollout_seconds=None,
+        slowdown=known["slowdown"],
         basis=f"{machine.processor.name}: {known['flops_per_second'] / 1e9:.3g} GFLOP/s measured in {dtype} with "
         f"{threads} thread{'s' if threads > 1 else ''}{busy}",
     )

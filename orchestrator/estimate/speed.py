@@ -36,6 +36,8 @@ class Rate:
     rollout_seconds: float | None
     """Measured time of rollouts for one optimizer step."""
     basis: str
+    slowdown: float | None = None
+    """Time of an emulated number type over that of float32; None where nothing compared them."""
 
 
 @dataclass(frozen=True, kw_only=True)

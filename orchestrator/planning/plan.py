@@ -28,7 +28,7 @@ from orchestrator.estimate.states import trainable_parameters
 from orchestrator.forecasting import NOTHING, epoch_steps, forecast_fields, shape_for
 from orchestrator.kernels import kernel_fields
 from orchestrator.measured import Measured
-from orchestrator.number_type import AS_CONFIGURED, NumberType
+from orchestrator.number_type import AS_CONFIGURED, NumberType, with_slowdown
 from orchestrator.pipeline import MODEL_PREFIX, STAGE_PREFIX, inputs_of, resolve_starts
 from orchestrator.plan_warnings import plan_warnings
 from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
@@ -155,6 +155,8 @@ def make_plan(
     config = sized(config, base.architecture)
     run_directory = run_directory_of(config)
     stages = tuple(_stage_plan(config, name, base, data[name], run_directory) for name in config.pipeline)
+    rates = [facts.probed for facts in data.values()]
+    number_type = with_slowdown(number_type, [rate.slowdown for rate in rates if rate is not None])
     return Plan(
         name=config.name,
         run_directory=str(run_directory),

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -49,6 +49,8 @@ class Setting:
     rank: int
     """Of LoRA; 0 for adapters without matrices of their own."""
     dtype: Literal["float32", "bfloat16"]
+    compares: bool
+    """Whether float32 is timed too, for the factor by which an emulated type is slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ def main(argv: list[str]) -> None:
     print(json.dumps(measure(Setting(**json.loads(argv[0])))))
 
 
-def measure(setting: Setting) -> dict[str, float | bool]:
+def measure(setting: Setting) -> dict[str, float | bool | None]:
     """Operations a second over all layers and the head, with the threads that the job will have.
 
     Where other work keeps the processor busy, threads wait for one another and their wall-clock says nothing: one thread's own
@@ -72,12 +74,14 @@ def measure(setting: Setting) -> dict[str, float | bool]:
     threads, was_busy = torch.get_num_threads(), os.getloadavg()[0] > len(os.sched_getaffinity(0))
     torch.set_num_threads(1)
     rate = _rate(setting, time.process_time)
+    # one thread and its own time for both types: other work on the machine then counts for neither
+    slowdown = _rate(replace(setting, dtype="float32"), time.process_time) / rate if setting.compares else None
     if threads > 1 and was_busy:
         rate *= threads * SCALING
     elif threads > 1:
         torch.set_num_threads(threads)
         rate = max(rate, _rate(setting, time.perf_counter))
-    return {"flops_per_second": rate, "threads": threads, "was_busy": was_busy}
+    return {"flops_per_second": rate, "threads": threads, "was_busy": was_busy, "slowdown": slowdown}
 
 
 def _rate(setting: Setting, clock: Clock) -> float:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from asking import Asker
 
+from orchestrator.bases import Base
 from orchestrator.config.compose import compose
+from orchestrator.estimate.speed import Rate
 from orchestrator.host_hardware import as_seen
 from orchestrator.job_processor import job_environment
-from orchestrator.machine import this_machine
+from orchestrator.machine import Machine, this_machine
+from orchestrator.number_type import settle
+from orchestrator.planning.plan import DataFacts, make_plan
 from orchestrator.probing import setting_of
+from orchestrator.processor import Processor
 
 LORA = ("+experiment=llama_lora", "launcher=local", "cluster.device=cpu", "model.dtype=float32")
 MEASURING = "measuring this processor's speed"
@@ -38,6 +46,27 @@ def test_one_measurement_serves_the_plan_the_named_processor_and_the_advice(
         if option["sharding"] == "none" and not option["checkpointing"] and option["micro_sizes"] == {"sft": 4}
     )
     assert own["step_seconds"]["sft"] == pytest.approx(time["step_seconds"], rel=0.05)
+
+
+def test_a_typed_bfloat16_that_is_emulated_is_warned_of_with_its_factor() -> None:
+    old = Machine(processor=Processor(name="old", flags=frozenset(), onednn_limit="", aten_limit=""), gpu=None)
+    config = compose([*LORA[:3], "model.dtype=bfloat16"])
+    rate = Rate(flops_per_second=1e9, is_whole=False, rollout_seconds=None, basis="x", slowdown=7.61)
+    facts = DataFacts(train_rows=9, evaluation_rows=1, format="alpaca", bytes=1, probed=rate)
+    base = Base(source="hub", place="x", architecture=None)
+    planned = make_plan(config, base=base, data={"sft": facts}, number_type=settle(config, old, is_auto=False))
+    assert any("type model.dtype=auto; measured here" in one and "take 7.6x as long" in one for one in planned.warnings)
+
+
+def test_the_probe_compares_an_emulated_type_with_float32() -> None:
+    """Shapes of a tiny model, so that the process costs little more than its import of torch."""
+    shapes = {"hidden": 64, "inner": 128, "layers": 2, "queries": 64, "keys": 32, "vocabulary": 512, "head_dim": 16}
+    rest = {"experts": 1, "method": "full", "rank": 0, "dtype": "bfloat16", "compares": True}
+    argv = [sys.executable, "-m", "orchestrator.training.probe", json.dumps({**shapes, **rest})]
+    answer = subprocess.run(
+        argv, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert json.loads(answer.stdout)["slowdown"] > 0
 
 
 def test_nothing_is_measured_or_promised_where_it_is_switched_off(ask: Asker) -> None:
