@@ -11,7 +11,7 @@ from orchestrator.config.stages import TrainingStage
 from orchestrator.estimate.forecast import Known, forecast
 from orchestrator.estimate.rows import RowShape, guessed_packed_rows, guessed_shape, shape_of
 from orchestrator.estimate.speed import table_rate, why_no_rate
-from orchestrator.measured import measured_rate
+from orchestrator.measured import steadier_rate
 from orchestrator.schedule import rollout_steps_per_epoch, steps_per_epoch, total_steps
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def known_of(
     return Known(
         model=model,
         shape=shape_for(stage, data),
-        rate=(data.probed or table_rate(config)) if measured is None else measured_rate(measured, run, config),
+        rate=(data.probed or table_rate(config))
+        if measured is None
+        else steadier_rate(measured, run, config, data.probed),
         why_no_rate=why_no_rate(config),
         steps=steps if guess is None else guess,
         steps_are_guessed=guess is not None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +26,10 @@ AFTER_STEPS = 50
 """A run writes its measurement after so many steps of an attempt, and again at its end."""
 WARM_UP_ROWS = 2
 """Rows of an attempt that are left out: the first steps compile, allocate and page in."""
+FEW_STEPS = 10
+"""A median over fewer is moved by a single pause, and the first steps still fill caches: a probe's repetitions are steadier."""
+UNLIKE = 2.0
+"""Factor between a run's rate and a probe's beyond which the plan shows both: what a step does besides its products explains less."""
 CPU = "cpu"
 """As torch writes it."""
 NEWEST_RUNS = 100
@@ -196,6 +200,23 @@ def measured_rate(measured: Measured, run: str, config: RunConfig) -> Rate:
         rollout_seconds=measured.rollout_seconds if measured.kind == "grpo" else None,
         basis=f"measured by run {run}: {measured.tokens_per_second:,.0f} tokens/s over {measured.steps} steps{ranks}",
     )
+
+
+def steadier_rate(measured: Measured, run: str, config: RunConfig, probed: Rate | None) -> Rate:
+    """The rate of an earlier run, or the probe's where that run was short; where the two differ much, the basis holds both."""
+    own = measured_rate(measured, run, config)
+    if probed is None:
+        return own
+    if measured.steps < FEW_STEPS:
+        steps = f"{measured.steps} step{'s' if measured.steps != 1 else ''}"
+        return replace(probed, basis=f"{probed.basis} (run {run} measured {steps} only)")
+    factor = probed.flops_per_second / own.flops_per_second
+    if 1 / UNLIKE <= factor <= UNLIKE:
+        return own
+    compared = (
+        f"{factor:.1f}x that rate: was the machine busy then?" if factor > 1 else f"1/{1 / factor:.1f} of that rate"
+    )
+    return replace(own, basis=f"{own.basis}; but a measurement of the processor alone gives {compared}")
 
 
 def _measurements(output: Path) -> Iterator[tuple[Measured, str]]:

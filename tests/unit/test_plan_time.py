@@ -22,6 +22,7 @@ from orchestrator.dataset.lengths import prepared_facts
 from orchestrator.dataset.meta import Meta, Statistics
 from orchestrator.errors import DataError
 from orchestrator.estimate.rows import PreparedFacts
+from orchestrator.estimate.speed import Rate
 from orchestrator.facts import gather
 from orchestrator.job_processor import processor_key
 from orchestrator.machine import this_machine
@@ -248,6 +249,22 @@ def test_a_measured_plan_says_so_and_follows_the_measurement() -> None:
     assert stage.checkpointing.save_seconds == 3.5 and stage.time.startup_seconds == 100
     elsewhere = planned("cluster.nodes=2", data=facts(prepared=PREPARED, measured=(MEASURED, "before")))
     assert "on 8 ranks, communication estimated" in elsewhere.time.basis
+
+
+def test_a_short_or_slow_measurement_is_held_against_the_probe() -> None:
+    def basis(steps: int, gflops: float) -> tuple[str, float]:
+        measured = MEASURED.model_copy(update={"steps": steps, "executed_tflops_per_device": 1.0})
+        rate = Rate(flops_per_second=gflops * 1e9, is_whole=False, rollout_seconds=None, basis="probe")
+        time = planned(data=facts(prepared=PREPARED, measured=(measured, "before"), probed=rate)).time
+        return time.basis, time.step_seconds
+
+    few, few_seconds = basis(3, 4000)
+    assert few.startswith("probe (run before measured 3 steps only)")
+    slow, slow_seconds = basis(48, 4000)
+    assert "over 48 steps; but a measurement of the processor alone gives 4.0x that rate" in slow
+    assert few_seconds < slow_seconds
+    assert "processor alone gives 1/4.0 of that rate" in basis(48, 250)[0]
+    assert basis(48, 1500)[0].startswith("measured by run before") and "alone" not in basis(48, 1500)[0]
 
 
 def test_gather_finds_measurements_beside_the_run(tmp_path: Path) -> None:
