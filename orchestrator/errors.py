@@ -10,6 +10,8 @@ EXIT_DEFECT = 1
 EXIT_USER = 2
 EXIT_LAUNCH_FAILED = 3
 EXIT_SAVED = 75
+EXIT_INTERRUPTED = 130
+"""Ctrl-C on what had nothing to save, as the shell counts signals."""
 EXIT_DO_NOT_RESTART = 93
 
 

@@ -14,6 +14,7 @@ from orchestrator.cli.verbs import DEFAULT, GROUPS, VERBS
 from orchestrator.errors import (
     EXIT_DEFECT,
     EXIT_DONE,
+    EXIT_INTERRUPTED,
     EXIT_LAUNCH_FAILED,
     EXIT_SAVED,
     EXIT_USER,
@@ -38,7 +39,7 @@ Experiments: {experiments}
   {program} +experiment=llama_lora name=mine stages.sft.data.train.path=rows.jsonl
 
 Exit codes: 0 done or submitted; 2 a mistake in the input; 3 launch failed; 75 saved and wants to go on;
-93 do not restart; 1 a defect or a crash."""
+93 do not restart; 130 interrupted with nothing to save; 1 a defect or a crash."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     except LaunchError as error:
         return _report(str(error).splitlines(), EXIT_LAUNCH_FAILED)
     except KeyboardInterrupt:
-        return _report(["interrupted before anything was started"], EXIT_SAVED)
+        return EXIT_INTERRUPTED
     except PermissionError as error:
         return _report([f"{error.filename}: no permission to read or write it"], EXIT_USER)
     except BrokenPipeError:
@@ -78,7 +79,12 @@ def _dispatch(argv: list[str]) -> int:
     if parser.asks_for_help(words):
         print(parser.format_help(), end="")
         return EXIT_DONE
-    return verb.load().run(parser.parse(words))
+    try:
+        return verb.load().run(parser.parse(words))
+    except KeyboardInterrupt:
+        if not verb.interrupted:
+            raise
+        return _report([verb.interrupted], EXIT_SAVED)
 
 
 def find_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -27,6 +27,8 @@ class Verb:
     """What follows `python -m orchestrator `."""
     details: str = ""
     """More sentences for the verb's own help."""
+    interrupted: str = ""
+    """After a Ctrl-C outside of a job: how to go on. Verbs that only look end silently, as `tail -f` does."""
 
     @property
     def module_name(self) -> str:
@@ -36,6 +38,7 @@ class Verb:
         return importlib.import_module(self.module_name)
 
 
+GOES_ON = "interrupted; the same command goes on with what is left"
 START, LOOK, FOLDER, OTHER = "Train", "Before a run", "A run, from its folder", "Other"
 HIDDEN = ""
 """Group of what only programs call; the help leaves it out."""
@@ -52,12 +55,14 @@ _TABLE = (
             "run -m +experiment=llama_lora stages.sft.optimizer.lr=1e-4,2e-4",
         ),
         details="study=seeds runs every seed of weights and data; -m study=optuna searches the overrides that hold several values.",
+        interrupted=GOES_ON,
     ),
     Verb(
         name="resume",
         group=START,
         summary="go on with an unfinished run, from its folder alone",
         examples=("resume runs/llama_lora", "resume ../elsewhere/llama_lora", "resume /scratch/me/runs/mine"),
+        interrupted=GOES_ON,
     ),
     Verb(
         name="fork",
@@ -69,6 +74,7 @@ _TABLE = (
             "fork runs/a name=c stages.sft.data.train.path=more.jsonl --step 100 --no-start",
         ),
         details="The parent is only read: it may be moved, read-only or still running.",
+        interrupted="interrupted; `resume` goes on with the new run where its folder is there, else the same command makes it",
     ),
     Verb(
         name="plan",
@@ -110,6 +116,7 @@ _TABLE = (
             "prepare +experiment=llama_lora stages.sft.data.packing=true",
             "prepare runs/llama_lora",
         ),
+        interrupted=GOES_ON,
     ),
     Verb(
         name="verify-resume",

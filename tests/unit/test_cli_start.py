@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from asking import Asker
+from run_folders import write_run, write_training
+
 from orchestrator.metrics.screen import MARK
 
 LORA = "+experiment=llama_lora"
@@ -47,3 +51,23 @@ def test_a_reader_that_goes_away_is_no_fault(tmp_path: Path) -> None:
         ["bash", "-c", f"set -o pipefail; {argv}"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.stdout == "{" and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_ctrl_c_ends_what_only_looks_silently_and_says_how_a_run_goes_on(
+    ask: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(ask.folder, "a")
+    write_training(run.stage("sft"), [2.0], evaluations={0: 2.0})
+    run.stage("sft").logs.mkdir()
+    (run.stage("sft").logs / "node-0.attempt-1.log").write_text("a line\n")
+
+    def interrupt(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)  # the first pause of either is where Ctrl-C finds it
+    for words in (("logs", "a", "-f"), ("status", "a", "--watch")):
+        answer = ask(*words)
+        assert (answer.code, answer.errors) == (130, ()), (words, answer)
+    monkeypatch.setattr("orchestrator.commands.resume", lambda _folder: interrupt(0))
+    answer = ask("resume", "a")
+    assert (answer.code, answer.errors) == (75, ("interrupted; the same command goes on with what is left",))
