@@ -66,6 +66,12 @@ def test_a_row_of_the_table_works_as_typed(ask: Asker, want: str, cell: str) -> 
         assert answer.code == 0, (want, words, answer.errors)
 
 
+def test_the_table_of_verbs_has_every_verb() -> None:
+    table = PAGES[0].read_text(encoding="utf-8").split("| verb | does |\n|---|---|\n")[1].split("\n\n")[0]
+    named = {name for row in table.splitlines() for name in SPAN.findall(row.split(" | ")[0])}
+    assert named == {verb.name for verb in VERBS.values() if verb.group}
+
+
 def commands(page: Path) -> Iterator[list[str]]:
     """The words of every command in a page's blocks, without what explains it."""
     for block in re.findall(r"^```[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
