@@ -28,9 +28,12 @@ def configure(parser: VerbParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     given = overrides_of(arguments)
-    folders = [text for text in given if "=" not in text and (Path(text).expanduser() / "run.json").is_file()]
+    folders = [text for text in given if _may_be_folder(text) and (Path(text).expanduser() / "run.json").is_file()]
     if folders:
         return _print_frozen(folders, [text for text in given if text not in folders], arguments)
+    for text in given:
+        if _may_be_folder(text) and any(Path(text).expanduser().glob("*/run.json")):
+            open_run_folder(text)  # refuses a folder of runs, and names one inside
     from orchestrator.provenance import experiment_alone, sourced
 
     directory = None if arguments.config_dir is None else Path(arguments.config_dir).expanduser()
@@ -42,6 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
     before = sourced(experiment_alone(overrides), config_directory=directory) if arguments.diff else None
     _print(found, parts, arguments.format, before=before)
     return EXIT_DONE
+
+
+def _may_be_folder(text: str) -> bool:
+    """Not for `~key`, which deletes a key: it would be looked up as the home of a user."""
+    return bool(text) and "=" not in text and (not text.startswith("~") or text.startswith("~/"))
 
 
 def _is_part(text: str, directory: Path | None) -> bool:

@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
 def _dispatch(argv: list[str]) -> int:
     if argv[:1] == ["help"]:
         argv = [*argv[1:], "--help"]
+    if argv[:1] == ["version"]:
+        raise ConfigError(f"version: no such verb; type {PROGRAM} --version")
     name, words = find_verb(argv)
     if "--version" in words and (name is None or not words[1:]):
         print(f"orchestrator {__version__}")
@@ -76,7 +78,7 @@ def _dispatch(argv: list[str]) -> int:
         return _help()
     verb = VERBS[name or DEFAULT]
     parser = parser_of(verb)
-    if parser.asks_for_help(words):
+    if parser.asks_for_help(words) or (name is not None and words == ["help"]):
         print(parser.format_help(), end="")
         return EXIT_DONE
     try:

@@ -115,9 +115,16 @@ class VerbParser(argparse.ArgumentParser):
         name, equals, value = word.partition("=")
         if name in self.options:
             return self.options[name], value if equals else None
-        if not word.startswith("--") and word[:2] in self.options:
-            return self.options[word[:2]], word[2:]
+        short = self.options.get(word[:2]) if not word.startswith("--") else None
+        if short is not None and short.nargs == 0:  # argparse would call its value an "explicit argument"
+            raise ConfigError(f"{word}: {word[:2]} takes no value; type {word[:2]}{self._meant(word[2:])}")
+        if short is not None:
+            return short, word[2:]
         raise ConfigError(self._no_option(name))
+
+    def _meant(self, text: str) -> str:
+        """` --all` for the rest of `-mall`; nothing where no option is called so."""
+        return f" --{text}" if f"--{text}" in self.options else ""
 
     def _no_option(self, name: str) -> str:
         sentence = f"{name}: {self.verb.name} has no such option"

@@ -122,6 +122,8 @@ def build_tree(overrides: Sequence[str], sources: Sources) -> Tree:
             if name is not None:
                 tree["name"] = name
             known = dotted_keys(OmegaConf.to_container(tree))
+            if not tree.stages and not has_experiment:
+                _refuse_stages(values, roots, problems)
             unknown = {override.text: problem for override in values for problem in key_problems(override, known)}
             problems += unknown.values()
             accepted = [override for override in values if override.text not in unknown]
@@ -130,6 +132,15 @@ def build_tree(overrides: Sequence[str], sources: Sources) -> Tree:
     except ConfigError as error:
         raise ConfigError([sources.as_given(problem) for problem in error.problems]) from None
     return Tree(tree=tree, choices=choices, values=accepted, problems=problems)
+
+
+def _refuse_stages(values: Sequence[Override], roots: Sequence[Path], problems: Sequence[str]) -> None:
+    """Keys of stages where no experiment brought any: one sentence for all, since each of them alone is right."""
+    keys = [override.key for override in values if override.key.startswith("stages.") and not override.adds]
+    if keys:
+        choices = ", ".join(choices_of("experiment", roots))
+        sentence = f"{', '.join(keys)}: no experiment was chosen, so there are no stages; add +experiment= with one of {choices}"
+        raise ConfigError([*problems, sentence])
 
 
 def _may_be_experiment(text: str, has_experiment: bool) -> bool:

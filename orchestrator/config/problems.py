@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -85,8 +86,17 @@ def _sentence(item: ErrorDetails, values: dict[str, JsonValue], root: type[Secti
             return f"{dotted}.{str(context['discriminator']).strip(chr(39))}: {context['tag']!r} is not one of {context['expected_tags']}"
         case "union_tag_not_found":
             return f"{dotted}: a group was expected, not {_shown(item['input'])}"
+        case "model_type" | "tuple_type" if isinstance(item["input"], str) and _takes_functions(path, values, root):
+            key = ".".join(path[:-1]) if path[-1].isdecimal() else dotted
+            typed = shlex.quote(f"{key}=[{{source: {item['input']}}}]")
+            return f"{dotted}: a function is a map with its source, not {_shown(item['input'])}; type {typed}"
         case _:
             return f"{dotted}: {_lower(item['msg'])}, not {_shown(item['input'])}"
+
+
+def _takes_functions(path: Sequence[str], values: JsonValue, root: type[Section]) -> bool:
+    """Whether the key is a list of functions, or an item of one; a bare name in its place is the usual slip."""
+    return {"source", "options"} <= field_names(root, path, values)
 
 
 def _mismatch(dotted: str, item: ErrorDetails) -> str:

@@ -39,6 +39,7 @@ from orchestrator.config.run import (
 from orchestrator.config.stages import TrainingStage
 from orchestrator.config.study import pause_problems, study_problems
 from orchestrator.errors import ConfigError
+from orchestrator.plurals import counted
 
 
 def parse(values: dict[str, JsonValue]) -> RunConfig:
@@ -104,8 +105,8 @@ def _batch_problems(config: RunConfig) -> list[str]:
             allowed = max(per_pass, stage.batch.global_size // per_pass * per_pass)
             problems.append(
                 f"stages.{name}.batch: global_size {stage.batch.global_size} is not a multiple of micro_size x ranks = "
-                f"{stage.batch.micro_size} x ({config.cluster.nodes} nodes x {config.cluster.processes_per_node} "
-                f"processes) = {per_pass}; {stage.batch.global_size} / {per_pass} = "
+                f"{stage.batch.micro_size} x ({counted(config.cluster.nodes, 'node')} x "
+                f"{counted(config.cluster.processes_per_node, 'process', 'processes')}) = {per_pass}; {stage.batch.global_size} / {per_pass} = "
                 f"{stage.batch.global_size / per_pass:.3g}; try {_smaller(name, stage, world)}stages.{name}.batch.global_size={allowed}"
             )
     problems += [

@@ -31,6 +31,7 @@ def test_the_top_level_help_lists_every_verb_and_experiment(ask: Asker) -> None:
 def test_a_verb_has_a_help_of_its_own(ask: Asker, name: str) -> None:
     help = ask(name, "--help")
     assert help == ask("help", name) == ask(name, "-h") == ask("--help", name)
+    assert help == ask(name, "help")
     assert help.code == 0 and help.errors == ()
     assert len(set(VERBS[name].examples)) == 3
     assert all(f"  {PROGRAM} {example}\n" in help.out for example in VERBS[name].examples)

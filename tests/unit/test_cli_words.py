@@ -183,6 +183,27 @@ def test_faults_of_keys_and_types_are_told_together(ask: Asker) -> None:
         ),
         (("doctor", "x"), "doctor takes no arguments: python -m orchestrator doctor"),
         (("plan",), "pipeline: no stage to run; add an experiment, such as +experiment=llama_lora"),
+        (("plan", LORA, "-mall"), "-mall: -m takes no value; type -m --all"),
+        (("version",), "version: no such verb; type python -m orchestrator --version"),
+        (
+            ("plan", "stages.sft.optimizer.lr=1", "stages.sft.epochs=2"),
+            "stages.sft.optimizer.lr, stages.sft.epochs: no experiment was chosen, so there are no stages; add +experiment= with one of llama",
+        ),
+        (
+            ("plan", LORA, "stages.sft.metrics.functions=[metrics.py:exact]"),
+            'stages.sft.metrics.functions.0: a function is a map with its source, not "metrics.py:exact"; '
+            "type 'stages.sft.metrics.functions=[{source: metrics.py:exact}]'",
+        ),
+        (
+            (
+                "plan",
+                LORA,
+                "stages.sft.batch.global_size=9",
+                "stages.sft.batch.micro_size=2",
+                "cluster.processes_per_node=8",
+            ),
+            "stages.sft.batch: global_size 9 is not a multiple of micro_size x ranks = 2 x (1 node x 8 processes) = 16",
+        ),
         (("plan", LORA, "llama_full"), "llama_full is no override; did you mean +experiment=llama_full?"),
         (("plan", LORA, ""), "'' is no override ("),
         (("plan", LORA, "x="), "x: unknown key"),

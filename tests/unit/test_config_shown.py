@@ -74,6 +74,7 @@ def test_an_experiment_file_and_a_frozen_run(ask: Asker) -> None:
     frozen = yaml.safe_load(ask("config", "runs/mine").out)
     assert frozen["tuning"]["rank"] == 4 and frozen["seed"] == 5
     assert yaml.safe_load(ask("config", "runs/mine", "tuning").out) == {"tuning": frozen["tuning"]}
+    assert ask.refused("config", "runs") == ("runs is no run folder: it holds no run.json; type runs/mine",)
     assert ask.refused("config", "runs/mine", "seed=3")[0].startswith("runs/mine is a run: type config runs/mine")
 
 
