@@ -28,6 +28,7 @@ from orchestrator.identity import changed_content
 from orchestrator.jobs import job_spec
 from orchestrator.jobs import render as render_script
 from orchestrator.location import settle
+from orchestrator.moved import refuse_left_behind
 from orchestrator.number_type import KEY as DTYPE
 from orchestrator.pipeline import descendants, fresh_stages, inputs_of, may_be_made_anew, set_aside
 from orchestrator.planning.plan import Plan, run_directory_of
@@ -88,6 +89,7 @@ def execute(
     if running:  # joined as it is: nothing under its feet is written anew
         _refuse_changes(config, folder, running, anew)
     else:
+        refuse_left_behind(folder, unfinished)
         if unfinished:
             _refuse_elsewhere(config, scripts[unfinished[0]])
             validate_data(config)

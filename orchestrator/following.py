@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from launchers.claims import Claim, open_claim
 from launchers.process import Joined, Launch, Outcome, launch
@@ -25,6 +24,7 @@ from orchestrator.errors import (
     RunFolderError,
 )
 from orchestrator.location import locate
+from orchestrator.moved import away
 from orchestrator.rundir import RunFolder, StageFolder
 
 POLL_SECONDS = 0.05
@@ -65,7 +65,9 @@ def live_claim(spec: JobSpec, run: RunFolder) -> Claim | None:
     """The attempt at a stage that runs on this machine. What a copy took over from its original is not its own."""
     claim = _open_claim(spec)
     is_alive = claim is not None and claim.is_of_this_machine and claim.is_alive
-    return claim if is_alive and not locate(run).is_copy else None
+    if not is_alive or (locate(run).is_copy and away(run, spec.stage) is None):
+        return None
+    return claim
 
 
 def run_stage(config: RunConfig, run: RunFolder, job: StageJob, *, watch: Watch, began: float) -> int:
@@ -108,7 +110,7 @@ def _start_or_join(run: RunFolder, job: StageJob) -> Launch | Joined | None:
             return None
         claim = live_claim(spec, run)
         if claim is not None:
-            _refuse_moved_away(claim, spec)
+            _refuse_moved_away(run, job.name)
             print(
                 f"{job.name}: attempt {claim.attempt} is running on this machine (process {claim.process}); joined it",
                 flush=True,
@@ -129,14 +131,16 @@ def _open_claim(spec: JobSpec) -> Claim | None:
     return open_claim(spec.log_directory, spec.attempts_directory)
 
 
-def _refuse_moved_away(claim: Claim, spec: JobSpec) -> None:
+def _refuse_moved_away(run: RunFolder, stage: str) -> None:
     """Ranks write to the path that they were started with, wherever the folder is now."""
-    script = claim.script
-    if script is None or _is_same_file(script, Path(spec.script_path)):
+    found = away(run, stage)
+    if found is None:
         return
+    # Once the process has made its old folder again, `mv` would put the run inside of it.
+    back = "" if found.root.exists() else f"move it back with `mv {run.root} {found.root}`, or "
     raise RunFolderError(
-        f"attempt {claim.attempt} was started as {script} and still writes there, but the run folder was moved away: move it "
-        f"back, or end the attempt with `kill {claim.process}` and resume"
+        f"{stage}: process {found.claim.process} (attempt {found.claim.attempt}) still works in {found.root}, from where the run "
+        f"folder was moved: {back}type `cancel {run.root}`, which has it save and end there and tells how to go on"
     )
 
 
@@ -159,12 +163,6 @@ def _refuse_other_machine(spec: JobSpec) -> None:
                 f"attempt {claim.attempt} is running on {claim.host}, which shares this folder: type `status --watch` to see it "
                 "here, `cancel` to have it save and end, or resume on that machine to join it"
             )
-
-
-def _is_same_file(one: Path, other: Path) -> bool:
-    with suppress(OSError):
-        return one.samefile(other)
-    return False
 
 
 # ---- following -----------------------------------------------------------------------------------

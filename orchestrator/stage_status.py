@@ -13,6 +13,7 @@ from orchestrator.attempts import Attempt
 from orchestrator.frozen import read_config
 from orchestrator.location import locate
 from orchestrator.metrics.console import duration
+from orchestrator.moved import away, bring_back, is_left_behind
 from orchestrator.rundir import PREPARATION, RunFolder, StageFolder
 from orchestrator.stage_progress import stage_progress
 from orchestrator.submission import jobs_of
@@ -50,7 +51,12 @@ class StageStatus:
 def stage_statuses(folders: Sequence[RunFolder]) -> list[StageStatus]:
     """Every stage of every run, with one squeue call for all of them."""
     stages = [(run, name, run.stage(name)) for run in folders for name in _rows_of(run)]
-    jobs = {files.root: jobs_of(files)[-1:] for _, _, files in stages if not files.result.exists()}
+    copies = {run.root for run in folders if locate(run).is_copy}  # what jobs they have on record are the original's
+    jobs = {
+        files.root: jobs_of(files)[-1:]
+        for run, _, files in stages
+        if not files.result.exists() and run.root not in copies
+    }
     facts = query([job for newest in jobs.values() for job in newest])
     return [_status(run, name, files, _facts_of(jobs.get(files.root, ()), facts)) for run, name, files in stages]
 
@@ -125,6 +131,9 @@ def _state(run: RunFolder, files: StageFolder, attempts: Sequence[Attempt], fact
     age = _seconds_since_last_sign(files)
     if age is None:
         return "not started", ""
+    location = locate(run)
+    if location.is_copy:  # fresh files are a sign of the copying
+        return "lost", f"copied from {location.recorded}; nothing runs here; `resume` goes on with it"
     if age < SILENT_SECONDS:
         return "running", ""
     return "lost", f"no sign for {duration(age)} and no record of its end; the same command goes on with it"
@@ -135,17 +144,29 @@ def _claimed(run: RunFolder, files: StageFolder) -> tuple[str, str] | None:
 
     Files alone are late both ways: a killed run was writing a moment ago, and a long save writes nothing for minutes.
     """
-    claim = open_claim(files.logs, files.attempts)
-    if claim is None or not claim.is_of_this_machine:
-        return None
-    location = locate(run)
-    if location.is_copy:  # the process works on the original
+    found = away(run, files.root.name)
+    if found is not None:
+        return "running", (
+            f"process {found.claim.process} works in {found.root}, from where the run folder was moved; `cancel` has it save "
+            "and end there"
+        )
+    claim, location = open_claim(files.logs, files.attempts), locate(run)
+    if location.is_copy and files.open_attempts():  # whoever works on them works on the original
         return (
             "lost",
-            f"copied from {location.recorded} while attempt {claim.attempt} ran there; `resume` goes on with it",
+            f"copied from {location.recorded} while attempt {files.open_attempts()[-1]} ran there; nothing runs here; `resume` "
+            "goes on with it",
         )
+    if claim is None or not claim.is_of_this_machine:
+        return None
     if claim.is_alive:
         return "running", ""
+    old = is_left_behind(run, files.root.name)
+    if old is not None:
+        return "lost", (
+            f"process {claim.process} ended; what it wrote after the run folder was moved is in {old}: type "
+            f"`{bring_back(old, run)}` and resume"
+        )
     return "lost", f"process {claim.process} ended without a record of how; the same command goes on with it"
 
 

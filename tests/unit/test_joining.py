@@ -24,9 +24,12 @@ from orchestrator import following
 from orchestrator.attempts import INTERRUPTED, read_attempts
 from orchestrator.config.compose import compose
 from orchestrator.config.run import RunConfig
+from orchestrator.control import cancel
 from orchestrator.errors import EXIT_DONE, EXIT_SAVED, LaunchFailed, RunFolderError
 from orchestrator.following import StageJob, run_stage
+from orchestrator.location import settle
 from orchestrator.metrics.jsonl import RecordFile
+from orchestrator.moved import refuse_left_behind
 from orchestrator.pruning import of_runs
 from orchestrator.removal import refusals
 from orchestrator.rundir import RunFolder, StageFolder, write_json, write_text
@@ -220,20 +223,54 @@ def test_an_attempt_on_another_machine_is_named_and_not_started_again(
         bench.follow()
 
 
-def test_a_job_whose_folder_was_moved_under_its_feet_is_not_joined(bench: Bench, tmp_path: Path) -> None:
+def test_a_job_whose_folder_was_moved_saves_where_it_was_started(
+    bench: Bench, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settle(bench.run, ("sft",))
+    bench.set_worker(step_seconds=4)
+    old, pipeline = bench.run.root, bench.config.model_copy(update={"pipeline": ("sft",)})
     owner = launch(local.render(bench.spec), bench.spec)
-    wait_until(begun(bench.spec), seconds=20, what="the first step")
-    moved = bench.run.root.rename(tmp_path / "moved")
-    bench.run = RunFolder(moved)
+    wait_until(begun(bench.spec), seconds=30, what="the first step")
+    copy = RunFolder(Path(shutil.copytree(old, tmp_path / "copy")))
+    assert cancel(copy, pipeline) == EXIT_DONE and not copy.stage("sft").stop.exists()
+    assert f"nothing to cancel: {copy.root} is a copy of {old}, and nothing runs here" in capfd.readouterr().out
+    moved = bench.run = RunFolder(old.rename(tmp_path / "moved"))
     bench.spec = replace(
         bench.spec,
-        script_path=str(moved / "scripts" / "sft.sh"),
-        log_directory=str(moved / "sft" / "logs"),
-        attempts_directory=str(moved / "sft" / "attempts"),
+        script_path=str(moved.scripts / "sft.sh"),
+        log_directory=str(bench.files.logs),
+        attempts_directory=str(bench.files.attempts),
     )
-    with pytest.raises(RunFolderError, match=f"end the attempt with `kill {owner.process_id}` and resume"):
+    with pytest.raises(RunFolderError) as refused:
         bench.follow()
-    owner.kill()
+    assert f"process {owner.process_id} (attempt 1) still works in {old}" in str(refused.value)
+    assert f"type `cancel {moved.root}`" in str(refused.value) and "kill" not in str(refused.value)
+    (alive,) = stage_statuses([moved])
+    assert alive.state == "running" and f"works in {old}, from where the run folder was moved" in alive.why
+    assert cancel(moved, pipeline) == EXIT_DONE
+    told = capfd.readouterr().out
+    assert f"process {owner.process_id} still works in {old}" in told and f"cp -a {old}/. {moved.root}" in told
+    wait_until(lambda: not owner.is_running(), seconds=30, what="the end")
+    assert (old / "sft" / "step.json").exists() and not bench.files.stop.exists()
+    (ended,) = stage_statuses([moved])
+    assert ended.state == "lost" and f"is in {old}: type `cp -a {old}/. {moved.root}` and resume" in ended.why
+
+
+def test_later_work_in_the_old_place_is_named_before_a_run_goes_on(bench: Bench, tmp_path: Path) -> None:
+    settle(bench.run, ("sft",))
+    old, moved = bench.run.root, RunFolder(bench.run.root.rename(tmp_path / "moved"))
+    moved.stage("sft").checkpoint(50).mkdir(parents=True)
+    refuse_left_behind(moved, ["sft"])
+    for step in (50, 53):
+        RunFolder(old).stage("sft").checkpoint(step).mkdir(parents=True)
+        if step == 50:
+            refuse_left_behind(moved, ["sft"])
+    with pytest.raises(
+        RunFolderError, match=rf"newest checkpoint \(step 53\) is in {old / 'sft'}.*cp -a {old}/\. {moved.root}"
+    ):
+        refuse_left_behind(moved, ["sft"])
+    shutil.copytree(old, moved.root, dirs_exist_ok=True)
+    refuse_left_behind(moved, ["sft"])
 
 
 def test_a_job_outlives_its_command_and_is_joined_to_its_end(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
