@@ -30,7 +30,7 @@ USAGE = """\
 Takes a pretrained language model to a fine-tuned, proven one.
 {verbs}
 
-`VERB --help` (or `help VERB`) lists the options of a verb, with examples; options may stand anywhere.
+`VERB --help` (or `help VERB`) lists the options of a verb, with examples; options may come anywhere.
 Overrides are Hydra's: +experiment=NAME, group=choice, key=value.
 Experiments: {experiments}
 
