@@ -19,6 +19,10 @@ class Range:
 CONTEXT_BYTES = Range(low=0.5 * GIB, expected=0.6 * GIB, high=0.9 * GIB)
 """CUDA context and kernels of torch and cuBLAS; the allocator does not see it. Measured by others: 0.5-0.9 GiB."""
 
+CPU_PROCESS_BYTES = Range(low=0.3 * GIB, expected=0.5 * GIB, high=0.8 * GIB)
+"""Of a rank that computes on the processor: the interpreter with torch, transformers and PEFT, 0.4 GiB resident before the first
+tensor (measured), and what kernels and allocator keep besides."""
+
 COMMUNICATION_BYTES = Range(low=0.5 * GIB, expected=1.0 * GIB, high=2.0 * GIB)
 """NCCL's channels and buffers where there is more than one rank; the allocator does not see them. Measured by others: 1-2 GiB."""
 

@@ -18,6 +18,7 @@ from orchestrator.estimate.activations import ActivationMemory, Load, Logits, ac
 from orchestrator.estimate.constants import (
     COMMUNICATION_BYTES,
     CONTEXT_BYTES,
+    CPU_PROCESS_BYTES,
     GIB,
     HOST_PROCESS_BYTES,
     SLACK_SHARE,
@@ -126,6 +127,7 @@ def _phases(model: Architecture, config: RunConfig, stage: Stage, loss: Loss, le
     on_cpu = config.cluster.device == "cpu"
     outside = {
         "context": 0.0 if on_cpu else _at(CONTEXT_BYTES, level),
+        "process": _at(CPU_PROCESS_BYTES, level) if on_cpu else 0.0,
         "communication": 0.0 if on_cpu or world == 1 else _at(COMMUNICATION_BYTES, level),
     }
     slack = 0.0 if on_cpu else _at(SLACK_SHARE, level)

@@ -232,3 +232,8 @@ def test_full_fine_tuning_of_eight_billion_does_not_fit_and_lora_does() -> None:
         ]
     )
     assert memory_forecast(model, thrifty, thrifty.stages["sft"], memory_gib=80).verdict == "FIT"
+
+
+def test_a_rank_on_a_processor_counts_its_own_process() -> None:
+    here, gpu = (phase(forecast(f"cluster.device={device}"), "load").device for device in ("cpu", "cuda"))
+    assert here["process"] == pytest.approx(0.5) and "context" not in here and "process" not in gpu
