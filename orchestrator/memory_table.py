@@ -22,7 +22,7 @@ def memory_sentence(memory: MemoryForecast | None) -> str:
     needs = f"{memory.expected:.1f} GiB expected ({memory.low:.1f} to {memory.high:.1f})"
     if memory.verdict is None:
         return f"{needs}; the memory of the device is not known"
-    return f"{WORDS[memory.verdict]}: {needs} of {memory.memory_gib:g}"
+    return f"{WORDS[memory.verdict]}: {needs} of {memory.memory_gib:.1f}"
 
 
 def memory_line(memory: MemoryForecast | None) -> str:
@@ -37,7 +37,7 @@ def memory_line(memory: MemoryForecast | None) -> str:
         if memory.node_memory_gib is None
         else f"; host of a node {memory.node_gib:.0f} of {memory.node_memory_gib:g}"
     )
-    return f"{memory.verdict} of {memory.memory_gib:g} GiB: {told}{host}"
+    return f"{memory.verdict} of {memory.memory_gib:.4g} GiB: {told}{host}"
 
 
 def memory_table(memory: MemoryForecast) -> Table:
