@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.bases import Base
 from orchestrator.config.alignment import PolicyStage
+from orchestrator.config.model import FullTuning
 from orchestrator.config.run import RunConfig, training_pipeline
 from orchestrator.config.stages import TrainingStage
 from orchestrator.dataset.sources import DEMONSTRATIONS
@@ -21,12 +22,26 @@ USUAL_EPOCHS = 3
 MANY_PASSES = 5.0
 """More passes than this over a user's rows are rarely meant: fine-tuning takes 1 to 5."""
 
+MOST_FOR_WHOLE_MODELS = 2e-4
+"""conf/optimizer/adamw.yaml: usual for adapters. Full fine-tuning is published with 1e-5 to 1e-4."""
+
 
 def plan_warnings(
     config: RunConfig, base: Base, stages: Sequence[StagePlan], data: Mapping[str, DataFacts]
 ) -> list[str]:
     """Every warning of a plan, in the order in which they are printed."""
-    return [*_warnings(base, stages), *_template_warnings(config, data), *_pass_warnings(config, data)]
+    found = [*_warnings(base, stages), *_rate_warnings(config)]
+    return [*found, *_template_warnings(config, data), *_pass_warnings(config, data)]
+
+
+def _rate_warnings(config: RunConfig) -> list[str]:
+    """`tuning=full` on an experiment for adapters keeps its rate, which makes a whole model diverge or forget."""
+    return [
+        f"stages.{name}.optimizer.lr={stage.optimizer.lr:g} is a rate for adapters; every parameter is trained, which takes about a "
+        f"tenth of it: type stages.{name}.optimizer.lr={stage.optimizer.lr / 10:g}"
+        for name, stage in training_pipeline(config).items()
+        if isinstance(config.for_stage(name).tuning, FullTuning) and stage.optimizer.lr > MOST_FOR_WHOLE_MODELS
+    ]
 
 
 def _template_warnings(config: RunConfig, data: Mapping[str, DataFacts]) -> list[str]:

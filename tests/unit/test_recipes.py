@@ -234,3 +234,20 @@ def test_notes_are_printed_by_plan_and_frozen_with_it(ask: Asker) -> None:
     assert config["stages"]["sft"]["batch"] == {"global_size": 4, "micro_size": 2}
     told = ask("plan", LORA, "cluster.processes_per_node=2", "sharding=zero2")
     assert any(line.startswith("note: stages.sft.batch: micro_size=2 (preset: 4)") for line in told.errors)
+
+
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        (("tuning=full",), "stages.sft.optimizer.lr=5e-05"),
+        (("tuning=full", "stages.sft.optimizer.lr=1e-4"), None),
+        (("tuning=lora",), None),
+    ],
+)
+def test_a_rate_for_adapters_is_named_where_the_whole_model_is_trained(
+    words: tuple[str, ...], typed: str | None, ask: Asker
+) -> None:
+    write_rows(ask.folder / "rows.jsonl", [ROW] * 20)
+    planned = ask("plan", LORA, OWN, *words, "format=json")
+    warnings = [warning for warning in json.loads(planned.out)["warnings"] if "a rate for adapters" in warning]
+    assert [typed in warning for warning in warnings] == ([] if typed is None else [True])
