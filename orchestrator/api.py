@@ -123,15 +123,20 @@ def load(folder: Folder, *, stage: str | None = None) -> OpenedModel:
     return opened.open_run(_run_folder(folder), stage)
 
 
-def _words(overrides: Sequence[Override], *, config_directory: Folder | None) -> list[str]:
+def _words(overrides: Sequence[object], *, config_directory: Folder | None) -> list[str]:
     words = [] if config_directory is None else ["--config-dir", str(config_directory)]
     for override in overrides:
         if isinstance(override, str):
             if override.startswith("-"):
                 raise ConfigError(f"{override}: options belong to the command line; give overrides, such as name=mine")
             words.append(override)
+        elif not isinstance(override, Mapping):
+            raise ConfigError(
+                f"{override!r} is no override; give strings and mappings one by one: run(*overrides), not run(overrides)"
+            )
         else:
-            words += [f"{key}={_hydra_text(value)}" for key, value in override.items()]
+            entries = cast("Mapping[str, object]", override).items()
+            words += [f"{key}={_hydra_text(value)}" for key, value in entries]
     return words
 
 

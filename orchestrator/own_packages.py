@@ -26,8 +26,9 @@ def _problems(name: str, inherited: list[str]) -> list[str]:
             continue  # a checkout that is not installed is found through sys.path[0] alone
         if found == ROOT / name:
             # Two distributions in one site-packages share the folder; whoever was installed last owns its files.
-            return [] if _is_ours(found) else [_sentence(name, f"{found} was overwritten by it")]
-        if not (found.parent / "orchestrator" / "worker.py").is_file():  # else another copy of this project
+            if not _is_ours(found):
+                return [_sentence(name, f"{found} was overwritten by it")]
+        elif not (found.parent / "orchestrator" / "worker.py").is_file():  # else another copy of this project
             return [_sentence(name, f"{found} comes before {ROOT / name} on Python's path")]
     return []
 

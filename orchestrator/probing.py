@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -67,7 +68,8 @@ def probed_rate(config: RunConfig, machine: Machine, model: Architecture, *, may
     if known is None and may_measure and os.environ.get(SWITCH, "").lower() != "off":
         known = _measure(config, setting, environment)
         if known is not None:
-            write_json(file, {**known, "key": key})
+            with suppress(OSError, RunFolderError):  # measured again next time, where nothing can be kept
+                write_json(file, {**known, "key": key})
     return None if known is None else _rate(known, machine, config.model.dtype)
 
 
@@ -96,7 +98,7 @@ def _known(file: Path) -> Mapping[str, Any] | None:
         known: Any = read_json(file)
         is_stale = known["was_busy"] and time.time() - known["time"] > BUSY_FOR_SECONDS
         return None if is_stale or not known["flops_per_second"] > 0 or "slowdown" not in known else known
-    except (RunFolderError, KeyError, TypeError):
+    except (OSError, RunFolderError, KeyError, TypeError):  # a cache of another user is no cache
         return None
 
 

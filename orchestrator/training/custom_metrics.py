@@ -12,6 +12,7 @@ import torch.distributed as dist
 from orchestrator.config.alignment import RolloutConfig
 from orchestrator.config.functions import MetricsConfig
 from orchestrator.errors import ConfigError
+from orchestrator.metrics.phases import COMPLETIONS, METRICS
 from orchestrator.rewards.builtin import Sample
 from orchestrator.rewards.extensions import Metric, load_metric
 from orchestrator.training.context import Context
@@ -37,7 +38,9 @@ def with_metrics(settings: MetricsConfig, runtime: Runtime, score: Score, answer
         found = score()
         if found is None:
             return None
-        measured = _measured(functions, _gathered(runtime, answers()), runtime)
+        with runtime.phases.during(METRICS, unit=COMPLETIONS):  # often longer than the evaluation itself
+            mine = answers()
+        measured = _measured(functions, _gathered(runtime, mine), runtime)
         clashes = sorted(measured.keys() & {*found.measures, "loss", "trained_tokens", "seconds"})
         if clashes:
             raise ConfigError(f"metrics: {', '.join(clashes)} is a column of the tool; give another name")

@@ -61,6 +61,8 @@ def test_every_problem_is_raised_at_once() -> None:
 def test_what_is_no_value_and_what_is_no_override() -> None:
     with pytest.raises(ConfigError, match=r"allowed are None, bool, int, float, str, Path, list, tuple and dict"):
         compose(EXPERIMENT, {"seed": {1, 2}})
+    with pytest.raises(ConfigError, match=r"give strings and mappings one by one: run\(\*overrides\)"):
+        plan([EXPERIMENT, "name=mine"])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="--config-dir: options belong to the command line"):
         plan("--config-dir", "elsewhere", EXPERIMENT)
 

@@ -58,3 +58,14 @@ def test_a_package_installed_over_ours_is_named(tmp_path: Path) -> None:
     (tmp_path / "slurm" / "__init__.py").write_text('"""Another project\'s bindings."""\n')
     refused = ask(sys.executable, "-m", "orchestrator", "--help", path=tmp_path, cwd=tmp_path)
     assert refused.returncode == 2 and f"{tmp_path / 'slurm'} was overwritten by it" in refused.stderr
+
+
+def test_the_python_api_refuses_too(tmp_path: Path) -> None:
+    """A script's own folder is on the path of the script, and its packages come before ours."""
+    mark = foreign(tmp_path, "launchers")
+    (tmp_path / "script.py").write_text("from orchestrator import compose\n")
+    refused = ask(sys.executable, "script.py", path=SOURCE, cwd=tmp_path)
+    assert (
+        refused.returncode == 1 and "ImportError: another project's package is called launchers too" in refused.stderr
+    )
+    assert not mark.exists()
