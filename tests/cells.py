@@ -173,6 +173,7 @@ def _train_cell(cell: Cell) -> None:
     from safetensors.torch import save_file
 
     from orchestrator.config.run import RunConfig
+    from orchestrator.metrics.phases import Phases
     from orchestrator.stages import STAGES
     from orchestrator.training.classifier import build_classifier
     from orchestrator.training.context import Context, Record, Start
@@ -192,7 +193,7 @@ def _train_cell(cell: Cell) -> None:
     run = Path(cell.run)
     config = RunConfig.model_validate(read_json(run / "run.json")["config"], strict=False)
     folder = RunFolder(run).stage(cell.stage)
-    inputs = _bring_inputs(config, cell.stage, run_directory=run)
+    inputs = _bring_inputs(config, cell.stage, run_directory=run, phases=Phases())
     context = Context(
         config=config,
         name=cell.stage,

@@ -61,7 +61,7 @@ def as_typed(command: str) -> list[str]:
 
 def on_the_tiny_model(argv: list[str], bench: Bench) -> list[str]:
     """Smaller, and otherwise what the page says."""
-    smaller = [f"model.base={bench.model}", "model.dtype=float32", "tracking=none", "stages.sft.data.max_length=128"]
+    smaller = [f"model.base={bench.model}", "model.dtype=float32", "tracking=none"]
     trains = any(word.startswith("+experiment=") for word in argv)
     return [*argv, *smaller] if trains else argv
 

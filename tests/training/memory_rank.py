@@ -63,6 +63,7 @@ def measure(run: Path) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
     from orchestrator.config.run import RunConfig
+    from orchestrator.metrics.phases import Phases
     from orchestrator.stages.sft import plan_course
     from orchestrator.training.context import Context, Record
     from orchestrator.training.fragments import base_optimizer, local_fragments
@@ -80,7 +81,7 @@ def measure(run: Path) -> None:
         del os.environ[name]
     config = RunConfig.model_validate(read_json(run / "run.json")["config"], strict=False)
     folder = RunFolder(run).stage("sft")
-    inputs = _bring_inputs(config, "sft", run_directory=run)
+    inputs = _bring_inputs(config, "sft", run_directory=run, phases=Phases())
     context = Context(
         config=config,
         name="sft",
