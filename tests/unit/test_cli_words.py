@@ -75,12 +75,12 @@ SEVERAL_WORDS = {
     ),
     "batch that does not divide": (
         ("stages.sft.batch.global_size=7", "stages.sft.batch.micro_size=2", "cluster.processes_per_node=2"),
-        "stages.sft.batch: global_size 7 is not a multiple of micro_size x ranks = 2 x (1 nodes x 2 processes) = 4; "
+        "stages.sft.batch: global_size 7 is not a multiple of micro_size x ranks = 2 x (1 node x 2 processes) = 4; "
         "7 / 4 = 1.75; try stages.sft.batch.global_size=4",
     ),
     "batch smaller than a pass": (
         ("stages.sft.batch.global_size=3", "stages.sft.batch.micro_size=4"),
-        "stages.sft.batch: global_size 3 is not a multiple of micro_size x ranks = 4 x (1 nodes x 1 processes) = 4; "
+        "stages.sft.batch: global_size 3 is not a multiple of micro_size x ranks = 4 x (1 node x 1 process) = 4; "
         "3 / 4 = 0.75; try stages.sft.batch.micro_size=3, or stages.sft.batch.global_size=4",
     ),
     "ZeRO++ under zero2": (
