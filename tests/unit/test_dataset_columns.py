@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from asking import Asker, write_model, write_rows
+from asking import Asker, latest, write_model, write_rows
 
 from orchestrator.config.data import DataFormat
 from orchestrator.dataset.columns import detect, suggested
@@ -179,5 +179,5 @@ def test_json_rows_are_numbered_by_their_line_or_counted(tmp_path: Path) -> None
 def test_a_fault_names_the_line_of_the_file(ask: Asker) -> None:
     words = words_of(ask.folder, "sft", {})
     (ask.folder / "rows.csv").write_text('instruction,output\n"two\nlines",fine\nquestion,\n')
-    told = ask.refused("run", *words, "stages.sft.data.train.path=rows.csv")
+    told = ask.refused("run", *latest([*words, "stages.sft.data.train.path=rows.csv"]))
     assert any(line.startswith(f"{ask.folder / 'rows.csv'}:4 output is empty") for line in told), told
