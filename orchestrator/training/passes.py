@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -32,18 +32,28 @@ def passes(ranks: Ranks, rows: PreparedRows, chosen: range, *, micro_size: int) 
     Rows of like length stand together, so that little is padded. Without gradients a pass may hold more rows than a step of
     training: on a GPU as many tokens as the plan reserves for `micro_size` of the longest rows. It never holds fewer rows.
     """
+    batches = _batches(ranks.device, rows, chosen, micro_size=micro_size)
+    done = 0
+    for start in range(0, len(batches), ranks.world_size):
+        together = batches[start : start + ranks.world_size]
+        done += sum(len(batch) for batch in together)
+        # A filler where a rank has no batch: every rank must enter every collective.
+        yield (together[ranks.rank] if ranks.rank < len(together) else [-1]), done
+
+
+def _batches(device: torch.device, rows: PreparedRows, chosen: range, *, micro_size: int) -> list[list[int]]:
+    """The rows of each forward pass. Ranks are dealt whole batches: a row is padded the same, and its loss has the same bits,
+    on any number of ranks, so that one process can prove what several have scored."""
     sequences = 1 if rows.is_packed else rows.meta.documents_per_unit
-    widest = CPU_PASS_TOKENS if ranks.device.type == "cpu" else micro_size * sequences * rows.meta.max_length
+    widest = CPU_PASS_TOKENS if device.type == "cpu" else micro_size * sequences * rows.meta.max_length
     lengths = np.asarray(rows.lengths[chosen.start : chosen.stop])
-    order = chosen.start + np.argsort(-lengths, kind="stable")  # longest first: too little memory shows at once
+    order = (
+        chosen.start + np.argsort(-lengths, kind="stable")
+    ).tolist()  # longest first: too little memory shows at once
+    batches: list[list[int]] = []
     start = 0
     while start < len(order):
         fitting = widest // (sequences * max(1, int(rows.lengths[order[start]])))
-        together = order[start : start + max(micro_size, fitting) * ranks.world_size].tolist()
-        start += len(together)
-        yield _share(together, ranks.rank, ranks.world_size), start
-
-
-def _share(chosen: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """One rank's rows of a pass; a filler where there are none, because every rank must enter every collective."""
-    return list(chosen[rank::world_size]) or [-1]
+        batches.append(order[start : start + max(micro_size, fitting)])
+        start += len(batches[-1])
+    return batches

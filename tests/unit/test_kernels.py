@@ -103,7 +103,7 @@ def test_text_and_json_name_them(ask: Asker) -> None:
     words = ("plan", LORA, "cluster.device=cpu", PACKED, HALF)
     (stage,) = json.loads(ask(*words, "format=json").out)["stages"]
     assert (stage["attention"], stage["loss_head"]) == (BLOCKS, TORCH.format("cpu"))
-    told = " ".join(ask(*words).out.split())
+    told = " ".join(ask(*words, "--all").out.split())
     assert "loss head chunked cross-entropy in plain torch (cpu)" in told and "attention documents: blocks" in told
 
 
