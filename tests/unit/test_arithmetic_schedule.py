@@ -15,6 +15,7 @@ from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import accumulation_steps
 from orchestrator.config.stages import ScheduleConfig
 from orchestrator.planning.plan import DataFacts, make_plan, resolve
+from orchestrator.plurals import counted
 from orchestrator.schedule import (
     learning_rate_factor,
     level_opens_at,
@@ -143,7 +144,8 @@ def test_the_batch_rule_is_division_without_rest() -> None:
         else:
             advice = int(problems[0].rsplit("=", 1)[1])
             assert advice % (micro * nodes * processes) == 0 and advice > 0
-            assert f"{micro} x ({nodes} nodes x {processes} processes) = {micro * nodes * processes}; " in problems[0]
+            ranks = f"{counted(nodes, 'node')} x {counted(processes, 'process')}"
+            assert f"{micro} x ({ranks}) = {micro * nodes * processes}; " in problems[0]
     sizes = [micro * nodes * processes for micro, nodes, processes in product((1, 2, 3, 4), (1, 2, 3), (1, 2, 8))]
     assert whole_ones == sum(25 // size for size in sizes) == 144
 
