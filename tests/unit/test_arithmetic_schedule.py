@@ -144,7 +144,7 @@ def test_the_batch_rule_is_division_without_rest() -> None:
         else:
             advice = int(problems[0].rsplit("=", 1)[1])
             assert advice % (micro * nodes * processes) == 0 and advice > 0
-            ranks = f"{counted(nodes, 'node')} x {counted(processes, 'process')}"
+            ranks = f"{counted(nodes, 'node')} x {counted(processes, 'process', 'processes')}"
             assert f"{micro} x ({ranks}) = {micro * nodes * processes}; " in problems[0]
     sizes = [micro * nodes * processes for micro, nodes, processes in product((1, 2, 3, 4), (1, 2, 3), (1, 2, 8))]
     assert whole_ones == sum(25 // size for size in sizes) == 144
