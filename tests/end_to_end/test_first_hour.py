@@ -82,7 +82,7 @@ def run(command: Command, bench: Bench, folder: Path) -> subprocess.CompletedPro
     if command.is_interrupted:
         name = next(word.removeprefix("name=") for word in argv if word.startswith("name="))
         metrics = RunFolder(folder / "runs" / name).stage("sft").metrics
-        wait_until(lambda: metrics.exists() and len(read_rows(metrics)) > 2, seconds=240)
+        wait_until(lambda: metrics.exists() and len(read_rows(metrics)) > 2, what="the second step", seconds=240)
         os.kill(started.pid, signal.SIGINT)
     output, _ = started.communicate(timeout=400)
     return subprocess.CompletedProcess(argv, started.returncode, output, "")
