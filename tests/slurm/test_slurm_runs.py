@@ -1,5 +1,6 @@
 """`launcher=slurm` as a user types it, on a real Slurm with the real worker: data prepared first, arrays of a multirun."""
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
