@@ -85,7 +85,7 @@ def test_every_phase_that_lasts_is_named_in_its_order(watched: Watched) -> None:
     """A phase shorter than a second may begin and end between two drawings."""
     by_phase = read_json(watched.folder.stage("sft").result)["phase_seconds"]
     lasting = [name for name in PHASES if by_phase[name] >= 1]
-    assert {FIRST_EVALUATION, PROOF} <= set(lasting)
+    assert FIRST_EVALUATION in lasting, "it sleeps for longer"
     seconds = [watched.first(f"sft: {name}") for name in lasting]
     assert seconds == sorted(seconds), dict(zip(lasting, seconds, strict=True))
 
@@ -111,8 +111,8 @@ def test_no_time_left_of_zero_while_work_remains(watched: Watched) -> None:
 
 
 def test_the_time_of_the_command_is_that_on_the_wall_and_in_the_result(watched: Watched) -> None:
-    (minutes, seconds) = re.findall(r"time +(?:(\d+) min )?(\d+) s in all: start ", watched.text)[-1]
-    told = int(minutes or 0) * 60 + int(seconds)
+    (minutes, seconds) = re.findall(r"time +(?:(\d+) min )?([\d.]+) s in all: start ", watched.text)[-1]
+    told = int(minutes or 0) * 60 + float(seconds)
     wall, first_words = watched.pieces[-1][0], watched.pieces[0][0]
     assert wall - first_words - 2 <= told <= wall + 1, "from the command to its end"
     result = read_json(watched.folder.stage("sft").result)

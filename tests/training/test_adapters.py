@@ -48,6 +48,7 @@ IN_16_BITS = [
     if (method, precision) != ("oft, exact", "bfloat16")  # refused by the rules
 ]
 IDS_BT = torch.arange(3, 43).reshape(2, 20)
+FACTS = {"kind": "sft", "stage": "sft", "format": "sft"}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_saved_opened_and_merged_it_is_the_trained_model(folder: Path, tmp_path:
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     if "pissa" in method:
         weights = plain_lora(model, weights)
-    write_artifact(model, weights, tmp_path / "artifact", base_folder=folder, config=config, facts={"kind": "sft"})
+    write_artifact(model, weights, tmp_path / "artifact", base_folder=folder, config=config, facts=FACTS)
     torch.manual_seed(99)
     opened: Any = open_adapter(_base(folder, config), tmp_path / "artifact").eval()
     torch.testing.assert_close(_logits(opened), trained, rtol=0, atol=1e-5)
@@ -115,7 +116,7 @@ def test_virtual_tokens_open_again_and_are_scored_past(folder: Path, tmp_path: P
     config = _config(folder, *VIRTUAL[method])
     model = _tuned(folder, config, moved=True)
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    write_artifact(model, weights, tmp_path / "artifact", base_folder=folder, config=config, facts={"kind": "sft"})
+    write_artifact(model, weights, tmp_path / "artifact", base_folder=folder, config=config, facts=FACTS)
     opened: Any = open_adapter(_base(folder, config), tmp_path / "artifact").eval()
     torch.testing.assert_close(_logits(opened), _logits(model), rtol=0, atol=1e-6)
     labels_BT = IDS_BT.masked_fill(torch.arange(20) < 8, -100)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,16 @@ MEASURED = ("seconds", "per_second", "memory", "mfu", "time")
 """Parts of the names of columns that no two runs share."""
 
 
-@pytest.fixture(autouse=True)
-def server() -> None:
-    if forking.ADDRESS not in os.environ:
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    """One of its own: that of the session may serve as many kinds of process already as it can."""
+    shared = os.environ.get(forking.ADDRESS)
+    if shared is None:
         pytest.skip("--no-forks")
+    stop = forking.start()
+    yield
+    stop()
+    os.environ[forking.ADDRESS] = shared
 
 
 def start(*words: str, forked: bool, **options: Any) -> subprocess.Popen[str]:

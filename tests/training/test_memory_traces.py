@@ -55,7 +55,11 @@ MODELS = {
 
 @cache
 def settings(tuning: str, sharding: str, checkpointing: bool) -> RunConfig:
-    words = (f"sharding={sharding}", f"model.gradient_checkpointing={str(checkpointing).lower()}")
+    words = (
+        "model.dtype=bfloat16",
+        f"sharding={sharding}",
+        f"model.gradient_checkpointing={str(checkpointing).lower()}",
+    )
     return compose([f"+experiment=llama_{tuning}", *words])
 
 
@@ -101,7 +105,8 @@ def test_peaks_are_those_of_the_real_modules() -> None:
 @pytest.mark.parametrize("every", [2, 5])
 def test_some_layers_recomputed_are_between_all_and_none(every: int) -> None:
     model = facts("llama", 32000, 1024, 2816, (16, 4, 64))
-    config = compose(["+experiment=llama_lora", "model.gradient_checkpointing=true", f"model.checkpoint_every={every}"])
+    words = ("model.dtype=bfloat16", "model.gradient_checkpointing=true", f"model.checkpoint_every={every}")
+    config = compose(["+experiment=llama_lora", *words])
     traced, forecast = error_of(model, config, 2048)
     assert abs(forecast / traced - 1) <= 0.05
     whole, _ = error_of(model, settings("lora", "none", True), 2048)

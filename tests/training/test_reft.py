@@ -243,7 +243,8 @@ def test_the_folder_opens_again_and_a_wrong_one_is_refused(folder: Path, tmp_pat
     config = _config(folder, "tuning.share_weights=false")
     model = _model(folder, config)
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    write_artifact(model, weights, tmp_path / "artifact", base_folder=folder, config=config, facts={"kind": "sft"})
+    facts = {"kind": "sft", "stage": "sft", "format": "sft"}
+    write_artifact(model, weights, tmp_path / "artifact", base_folder=folder, config=config, facts=facts)
     again: Any = open_artifact(
         tmp_path / "artifact", base_folder=folder, config=config, weights_dtype=torch.float32
     ).eval()
