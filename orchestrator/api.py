@@ -33,6 +33,7 @@ from orchestrator.opened_model import OpenedModel
 from orchestrator.planning.plan import Plan
 from orchestrator.rundir import RunFolder, StageFolder, read_json
 from orchestrator.stage_status import StageStatus, find_runs, stage_statuses
+from orchestrator.words import two_values
 
 Override: TypeAlias = "str | Mapping[str, object]"
 Folder: TypeAlias = "str | Path"
@@ -137,6 +138,8 @@ def _words(overrides: Sequence[object], *, config_directory: Folder | None) -> l
         else:
             entries = cast("Mapping[str, object]", override).items()
             words += [f"{key}={_hydra_text(value)}" for key, value in entries]
+    if problems := two_values(words):
+        raise ConfigError(problems)
     return words
 
 

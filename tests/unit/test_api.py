@@ -67,6 +67,11 @@ def test_what_is_no_value_and_what_is_no_override() -> None:
         plan("--config-dir", "elsewhere", EXPERIMENT)
 
 
+def test_a_key_has_one_value_wherever_it_is_given() -> None:
+    with pytest.raises(ConfigError, match="seed is given twice, seed=1 and seed=2: leave one out"):
+        compose("+experiment=llama_lora", "seed=1", {"seed": 2})
+
+
 def test_plan_is_typed_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     planned = plan(EXPERIMENT, {"name": "typed"})
