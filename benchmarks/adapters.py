@@ -190,7 +190,7 @@ def _train(
     place: Path, name: str, folder: Path, held: Path, words: tuple[str, ...], *, steps: int
 ) -> tuple[dict[str, Any], int]:
     from orchestrator.metrics.jsonl import read_rows
-    from orchestrator.rundir import RunFolder, read_json
+    from orchestrator.run_folder.folder import RunFolder, read_json
 
     common = [
         "+experiment=llama_lora",
@@ -218,12 +218,12 @@ def _accuracy(run: Path, held: Path) -> dict[str, float]:
     import torch
 
     from orchestrator.config.run import RunConfig
-    from orchestrator.rundir import RunFolder, read_json
-    from orchestrator.training.artifact import open_artifact
-    from orchestrator.training.data.encode import encode_prompt, make_encoder
-    from orchestrator.training.data.tokenizer import core_tokenizer, load_facts
-    from orchestrator.training.generate import _chat
-    from orchestrator.training.model import DTYPES, quiet
+    from orchestrator.data.encoding.encoder import encode_prompt, make_encoder
+    from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
+    from orchestrator.evaluation.compare_with_base import _chat
+    from orchestrator.models.artifact import open_artifact
+    from orchestrator.models.loading import DTYPES, quiet
+    from orchestrator.run_folder.folder import RunFolder, read_json
 
     quiet()
     stage = RunFolder(run).stage("sft")

@@ -20,21 +20,21 @@ from typing import Any
 
 import torch
 
-from orchestrator import checkpoints
-from orchestrator.cache import cache_folder
-from orchestrator.config.compose import compose
+from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
+from orchestrator.distributed.runtime import start_runtime
+from orchestrator.files.cache import cache_folder
 from orchestrator.metrics.jsonl import read_rows
+from orchestrator.models.loading import fetch_base, load_model
+from orchestrator.models.tuning import apply_tuning
 from orchestrator.planning.plan import resolve
-from orchestrator.rundir import RunFolder
-from orchestrator.training.checkpoint import Checkpointer, Subject
-from orchestrator.training.context import Context, Record
-from orchestrator.training.job import Progress
-from orchestrator.training.model import fetch_base, load_model
-from orchestrator.training.optimizers import build_optimizer
-from orchestrator.training.runtime import start_runtime
-from orchestrator.training.stop import StopRequest
-from orchestrator.training.tuning import apply_tuning
+from orchestrator.run_folder import checkpoints
+from orchestrator.run_folder.folder import RunFolder
+from orchestrator.run_folder.stop_request import StopRequest
+from orchestrator.run_state.recorder import Context, Record
+from orchestrator.training.checkpointing.checkpointer import Checkpointer, Subject
+from orchestrator.training.loop_state import Progress
+from orchestrator.training.optimizer import build_optimizer
 
 ROUNDS = 4
 """Of each way; the first round pays for fresh memory and is told apart."""

@@ -25,9 +25,9 @@ import numpy as np
 import yaml
 
 from orchestrator.config.data import DataConfig
-from orchestrator.dataset.order import BatchOrder
-from orchestrator.dataset.packing import best_fit, efficiency, pack
-from orchestrator.dataset.sources import validate_rows
+from orchestrator.data.order import BatchOrder
+from orchestrator.data.preparation.packing import best_fit, efficiency, pack
+from orchestrator.data.sources.locate import validate_rows
 from orchestrator.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,9 +43,9 @@ def data_config(path: Path, columns: dict[str, str], **changes: Any) -> DataConf
 
 def base_folder() -> Path:
     """SmolLM2-135M, dequantised once."""
-    from orchestrator.cache import cache_folder
-    from orchestrator.config.compose import examine
-    from orchestrator.training.model import fetch_base
+    from orchestrator.composition.compose import examine
+    from orchestrator.files.cache import cache_folder
+    from orchestrator.models.loading import fetch_base
 
     config = examine(["+experiment=llama_lora"]).config
     return fetch_base(config.model, cache=cache_folder(None), say=print)
@@ -151,7 +151,7 @@ def bench_prepare(path: Path, columns: dict[str, str], rounds: int) -> None:
 
 
 def prepared(work: Work, *, say: Callable[[str], None]) -> Any:
-    from orchestrator.training.data.prepare import ensure_prepared
+    from orchestrator.data.preparation.prepare import ensure_prepared
 
     config = data_config(work.path, work.columns, packing="best_fit")
     return ensure_prepared(
@@ -200,8 +200,8 @@ def mapped_in_batches(work: Work, *, labels: bool) -> int:
 
 def bench_packing(files: list[tuple[Path, dict[str, str]]]) -> None:
     """Efficiency on real lengths, and the time of a million lengths."""
-    from orchestrator.dataset.prepared import PreparedFolder
-    from orchestrator.training.data.prepare import ensure_prepared
+    from orchestrator.data.preparation.prepare import ensure_prepared
+    from orchestrator.data.prepared.folder import PreparedFolder
 
     folder = base_folder()
     scratch = Path(tempfile.mkdtemp(prefix="data-benchmark-"))
@@ -263,7 +263,7 @@ def bench_million() -> None:
 
 def bench_check(path: Path, columns: dict[str, str]) -> None:
     """The look at a set of 100,000 rows after its first tokenisation."""
-    from orchestrator.training.data.check import check_data
+    from orchestrator.preflight.data_check import check_data
 
     folder, scratch = base_folder(), Path(tempfile.mkdtemp(prefix="data-benchmark-"))
     rows = path.read_text().splitlines()
@@ -291,10 +291,10 @@ def bench_train(path: Path, columns: dict[str, str], rounds: int, length: int, t
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from orchestrator.training import attention
-    from orchestrator.training.data.prepare import ensure_prepared
-    from orchestrator.training.data.rows import PreparedRows
-    from orchestrator.training.losses import token_cross_entropy_sum
+    from orchestrator.data.preparation.prepare import ensure_prepared
+    from orchestrator.dataloader.batch import PreparedRows
+    from orchestrator.losses.token_cross_entropy import token_cross_entropy_sum
+    from orchestrator.models import attention
 
     attention.register()
     folder, scratch = base_folder(), Path(tempfile.mkdtemp(prefix="data-benchmark-"))

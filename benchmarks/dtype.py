@@ -84,10 +84,10 @@ def one(options: argparse.Namespace) -> None:
 
 def hardware(options: argparse.Namespace) -> None:
     """By the hardware file alone, as under Slurm; then this machine."""
-    from orchestrator.config.compose import compose, presets
-    from orchestrator.config.sites import HardwareConfig
-    from orchestrator.machine import this_machine
-    from orchestrator.number_type import choose
+    from orchestrator.composition.compose import compose, presets
+    from orchestrator.config.cluster import HardwareConfig
+    from orchestrator.machine.dtype import choose
+    from orchestrator.machine.this_machine import this_machine
 
     machine, config = this_machine(), compose(["+experiment=llama_lora", "launcher=slurm"])
     for name, values in sorted(presets("hardware").items()):

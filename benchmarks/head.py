@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.training.head import Shape, Term, chunked_logprobs_K
-from orchestrator.training.losses import token_cross_entropy_sum
+from orchestrator.losses.chunked_head import Shape, Term, chunked_logprobs_K
+from orchestrator.losses.token_cross_entropy import token_cross_entropy_sum
 
 VOCABULARY, HIDDEN = 128_256, 768
 TIMES = 3

@@ -21,7 +21,7 @@ def make_spec(*, nodes: int) -> JobSpec:
         name="demo-sft",
         stage="sft",
         command=(sys.executable, "-m", "orchestrator.worker", "/runs/demo/run.json", "--stage", "sft"),
-        decide=(sys.executable, "-m", "orchestrator.attempts", "/runs/demo", "sft"),
+        decide=(sys.executable, "-m", "orchestrator.run_state.attempts", "/runs/demo", "sft"),
         working_directory="/runs/demo",
         script_path="/runs/demo/scripts/sft.sbatch",
         stage_directory=stage,

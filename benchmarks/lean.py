@@ -20,9 +20,9 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from orchestrator.training.causal import Query, attach_head
-from orchestrator.training.logprobs import places_of
-from orchestrator.training.losses import token_cross_entropy_sum
+from orchestrator.losses.token_cross_entropy import token_cross_entropy_sum
+from orchestrator.losses.token_logprobs import places_of
+from orchestrator.models.causal_lm import Query, attach_head
 
 VARIANTS = {
     "plain": ("logits", True, True),

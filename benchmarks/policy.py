@@ -21,7 +21,7 @@ from aligning import words_of, write_sets
 from running import Bench, make_bench
 
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
-from orchestrator.rundir import RunFolder
+from orchestrator.run_folder.folder import RunFolder
 
 SEEDS = (0, 1, 2)
 SETTINGS = (

@@ -37,9 +37,9 @@ def first_layers(folder: Path, layers: int) -> Path:
     """A base of the lowest layers of SmolLM2-135M as it ships with the package, so that nine runs take minutes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from orchestrator.cache import cache_folder
-    from orchestrator.config.compose import compose
-    from orchestrator.training.model import fetch_base
+    from orchestrator.composition.compose import compose
+    from orchestrator.files.cache import cache_folder
+    from orchestrator.models.loading import fetch_base
 
     if not folder.is_dir():
         whole = fetch_base(compose(["+experiment=llama_classify"]).model, cache=cache_folder(), say=print)

@@ -131,8 +131,8 @@ def our_steps(spec: Mapping[str, Any], words: list[str], run: Path, ranks: int) 
 
 def raw_steps(spec: Mapping[str, Any], words: list[str], run: Path, ranks: int) -> list[float]:
     """The plain loop at as many ranks, with the DeepSpeed dict of our run, which is rendered for it."""
+    from orchestrator.architecture.deepspeed import deepspeed_dict
     from orchestrator.config.run import RunConfig
-    from orchestrator.zero import deepspeed_dict
 
     rendered = [sys.executable, "-m", "orchestrator", "render", *words]
     subprocess.run(rendered, capture_output=True, env=environment(spec), check=True)
@@ -153,9 +153,9 @@ def raw(spec: Mapping[str, Any]) -> None:
     import deepspeed
     import torch
 
-    from orchestrator.cache import compiled_folder
-    from orchestrator.dataset.order import BatchOrder
-    from orchestrator.training.data.rows import PreparedRows
+    from orchestrator.data.order import BatchOrder
+    from orchestrator.dataloader.batch import PreparedRows
+    from orchestrator.files.cache import compiled_folder
 
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(compiled_folder()))
     deepspeed.init_distributed("gloo")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from orchestrator.metrics.jsonl import number_of, read_rows, step_of
-from orchestrator.rundir import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder, read_json
 
 NAME = "seeds"
 EVERY = 5

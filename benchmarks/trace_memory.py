@@ -21,10 +21,10 @@ from typing import Any, cast
 import numpy as np
 
 import orchestrator
-from orchestrator.architecture_families import FAMILIES
+from orchestrator.architecture.families import FAMILIES
 from orchestrator.config.model import Architecture, LoraTuning
-from orchestrator.training.memory_models import AttentionPath, Mode, build_model
-from orchestrator.training.memory_trace import Event, Precision, Trace, trace
+from orchestrator.models.tracing.live_bytes import Event, Precision, Trace, trace
+from orchestrator.models.tracing.untrained_models import AttentionPath, Mode, build_model
 
 FOLDER = Path(orchestrator.__file__).parent / "estimate" / "coefficients"
 LENGTH, RANK, DEPTHS = 509, 11, (2, 3)

@@ -74,8 +74,8 @@ def parsed() -> argparse.Namespace:
 
 def prepared(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """The rows, tokenised once for all: padded, packed and held out."""
-    from orchestrator.training.data.prepare import ensure_prepared
-    from orchestrator.training.data.rows import PreparedRows
+    from orchestrator.data.preparation.prepare import ensure_prepared
+    from orchestrator.dataloader.batch import PreparedRows
 
     lines = options.file.read_text(encoding="utf-8").splitlines()
     train, held = place / "train.jsonl", place / "held.jsonl"

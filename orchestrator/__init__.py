@@ -15,13 +15,13 @@ def __getattr__(name: str) -> object:
     """Import the API on first use: the ranks and `--help` must not pay for it."""
     if name in API:
         _refuse_foreign_packages()
-        return vars(import_module("orchestrator.api"))[name]
+        return vars(import_module("orchestrator.api.calls"))[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _refuse_foreign_packages() -> None:
     """ImportError where another project's `launchers` or `slurm` would be imported in place of ours; jobs would meet it too."""
-    problems = import_module("orchestrator.own_packages").foreign_packages()
+    problems = import_module("orchestrator.installation.foreign_packages").foreign_packages()
     if problems:
         raise ImportError("\n".join(problems))
 

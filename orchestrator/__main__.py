@@ -21,7 +21,7 @@ def main() -> int:
     _forget_working_folder()
     gc.set_threshold(COLLECTED_EVERY)
     # Before anything of ours is imported: the command line itself imports launchers.
-    from orchestrator.own_packages import foreign_packages
+    from orchestrator.installation.foreign_packages import foreign_packages
 
     problems = foreign_packages()
     if problems:

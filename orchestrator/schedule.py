@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.stages import ScheduleConfig
+from orchestrator.config.training import ScheduleConfig
 
 ROUNDING = 1e-9
 """Epochs need not be whole steps."""

@@ -15,22 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orchestrator.artifacts import Artifact, check_artifacts, read_artifact
-from orchestrator.attempts import next_attempt, write_fault
-from orchestrator.cache import cache_folder
-from orchestrator.config.ends import ScoringStage
+from orchestrator.config.evaluation import ScoringStage
+from orchestrator.config.pipeline import inputs_of, stage_digest
 from orchestrator.config.run import RunConfig, Stage, data_sets_of
+from orchestrator.distributed.import_blocking import leave_out_deepspeed, leave_out_unused, uncollected
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, OrchestratorError
-from orchestrator.frozen import load_config
-from orchestrator.identity import content_digests
-from orchestrator.ingredients import Elsewhere, members_elsewhere, read_member, stages_beside
+from orchestrator.files.cache import cache_folder
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
-from orchestrator.pipeline import inputs_of, stage_digest
-from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json, write_json
+from orchestrator.run_folder.stop_request import StopRequest, job_deadline
+from orchestrator.run_state.artifacts import Artifact, check_artifacts, read_artifact
+from orchestrator.run_state.attempts import next_attempt, write_fault
+from orchestrator.run_state.content_digests import content_digests
+from orchestrator.run_state.frozen import load_config
+from orchestrator.run_state.soup_members import Elsewhere, members_elsewhere, read_member, stages_beside
 from orchestrator.stages import STAGES
-from orchestrator.training.imports import leave_out_deepspeed, leave_out_unused, uncollected
-from orchestrator.training.stop import StopRequest, job_deadline
 
 PREPARE_POLL_SECONDS = 0.05
 PREPARE_AT_MOST_SECONDS = 60.0
@@ -96,8 +96,8 @@ def _made_ready(
     phases.begin(phase.IMPORTING)
     leave_out_unused(config, Path(inputs["base_folder"]))
     module = importlib.import_module(STAGES[stage.kind])
-    from orchestrator.training.context import Context
-    from orchestrator.training.model import quiet
+    from orchestrator.models.loading import quiet
+    from orchestrator.run_state.recorder import Context
 
     quiet()
     context = Context(
@@ -129,7 +129,7 @@ def _start(stage: Stage, artifacts: Mapping[str, Artifact]) -> Any:
 
 
 def _as_start(artifact: Artifact, name: str) -> Any:
-    from orchestrator.training.context import Start
+    from orchestrator.run_state.recorder import Start
 
     return Start(stage=name, folder=artifact.path, kind=artifact.kind)
 
@@ -159,8 +159,8 @@ def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int, pha
 
 
 def _bring_inputs(config: RunConfig, name: str, *, run_directory: Path, phases: Phases) -> dict[str, Any]:
-    from orchestrator.training.data.prepare import ensure_prepared
-    from orchestrator.training.model import fetch_base
+    from orchestrator.data.preparation.prepare import ensure_prepared
+    from orchestrator.models.loading import fetch_base
 
     def say(sentence: str) -> None:
         print(sentence, flush=True)

@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.compose import compose
+from orchestrator.composition.compose import compose
 from orchestrator.metrics.jsonl import Row, last_attempt_rows, read_rows
 from orchestrator.planning.plan import resolve
-from orchestrator.rundir import RunFolder, StageFolder, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json, write_json
 
 STEPS = 8
 
@@ -172,18 +172,18 @@ def _train_cell(cell: Cell) -> None:
     from accelerate.state import AcceleratorState, GradientState
     from safetensors.torch import save_file
 
+    from orchestrator.classification.model import build_classifier
     from orchestrator.config.run import RunConfig
+    from orchestrator.distributed.gather import gather_trainable
+    from orchestrator.distributed.runtime import start_runtime
     from orchestrator.metrics.phases import Phases
+    from orchestrator.models.tuning import build_policy
+    from orchestrator.run_folder.stop_request import StopRequest
+    from orchestrator.run_state.recorder import Context, Record, Start
     from orchestrator.stages import STAGES
-    from orchestrator.training.classifier import build_classifier
-    from orchestrator.training.context import Context, Record, Start
-    from orchestrator.training.gather import gather_trainable
-    from orchestrator.training.job import Hooks, Progress
     from orchestrator.training.loop import train as train_job
-    from orchestrator.training.runtime import start_runtime
+    from orchestrator.training.loop_state import Hooks, Progress
     from orchestrator.training.session import assemble, open_session
-    from orchestrator.training.stop import StopRequest
-    from orchestrator.training.tuning import build_policy
     from orchestrator.worker import _bring_inputs
 
     AcceleratorState._reset_state(True)

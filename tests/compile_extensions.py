@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from orchestrator.cache import compiled_folder
+from orchestrator.files.cache import compiled_folder
 
 BUILDERS = ("ShareMemCommBuilder",)
 """Of the collectives between ranks on one machine; no test offloads an optimizer, which would need CPUAdamBuilder."""

@@ -7,8 +7,8 @@ import io
 import re
 from pathlib import Path
 
-from orchestrator.loading import loading_lines
-from orchestrator.rundir import StageFolder, read_json
+from orchestrator.run_folder.folder import StageFolder, read_json
+from orchestrator.run_state.loading_code import loading_lines
 
 CARD_SCRIPT = re.compile(r"```python\n(.*?)```", re.DOTALL)
 

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoints
-from orchestrator.config.compose import compose
-from orchestrator.rundir import MANIFEST, RunFolder, StageFolder, file_digest, write_json, write_manifest
+from orchestrator.composition.compose import compose
+from orchestrator.run_folder import checkpoints
+from orchestrator.run_folder.folder import MANIFEST, RunFolder, StageFolder, file_digest, write_json, write_manifest
 
 DIGESTS = {"base": "b1", "tokenizer": "t1", "template": "c1", "code": "1", "data": "d1"}
 

@@ -15,7 +15,7 @@ import tiny
 from asking import latest
 
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
-from orchestrator.rundir import RunFolder, StageFolder, read_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json
 
 MINUTES = 60
 

@@ -12,7 +12,7 @@ from orchestrator.cli.verbs import VERBS
 from orchestrator.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from orchestrator.rundir import RunFolder
+    from orchestrator.run_folder.folder import RunFolder
 
 
 def add_overrides(parser: VerbParser, *, multirun: bool = False) -> None:
@@ -33,7 +33,7 @@ def add_overrides(parser: VerbParser, *, multirun: bool = False) -> None:
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
     """The overrides, with -m and --config-dir before them where they were given; ConfigError for two values of one key."""
-    from orchestrator.words import two_values
+    from orchestrator.composition.overrides import two_values
 
     overrides: list[str] = arguments.overrides
     problems = [f"{text}: one verb at a time; leave it out" for text in overrides if text in VERBS]
@@ -58,7 +58,7 @@ def run_folder_of(arguments: argparse.Namespace) -> RunFolder:
 
 def open_run_folder(text: str) -> RunFolder:
     """The run folder of a path that a person typed."""
-    from orchestrator.rundir import RunFolder
+    from orchestrator.run_folder.folder import RunFolder
 
     folder = Path(text).expanduser()
     if not (folder / "run.json").is_file():

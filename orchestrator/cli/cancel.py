@@ -13,8 +13,8 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.control import cancel
-    from orchestrator.frozen import load_config
+    from orchestrator.execution.cancel import cancel
+    from orchestrator.run_state.frozen import load_config
 
     run_folder = run_folder_of(arguments)
     return cancel(run_folder, load_config(run_folder))

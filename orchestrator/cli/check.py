@@ -13,6 +13,6 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.looking import check
+    from orchestrator.commands.check import check
 
     return check(overrides_of(arguments))

@@ -16,7 +16,7 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.comparison_table import show_comparison
+    from orchestrator.display.run_comparison_table import show_comparison
 
     folders = [Path(folder).expanduser() for folder in arguments.folders]
     return show_comparison(folders, as_json=arguments.format == "json")

@@ -52,7 +52,7 @@ def candidates(words: Sequence[str]) -> list[str]:
 
 def _overrides(before: Sequence[str], current: str) -> list[str]:
     """Experiments, groups with their choices, keys with their values."""
-    from orchestrator.words import CONF, TOP_GROUPS, choices_of
+    from orchestrator.composition.overrides import CONF, TOP_GROUPS, choices_of
 
     roots = [*_own_folder(before), CONF]
     mark = "+" if current.startswith("+") else ""
@@ -83,11 +83,11 @@ def _keys(before: Sequence[str], roots: Sequence[Path], current: str) -> Iterabl
     """Keys of the experiment on the line, one part further than the current word; without one those of the defaults."""
     from omegaconf import OmegaConf
 
+    from orchestrator.composition.experiment_file import open_sources
+    from orchestrator.composition.hydra_tree import as_sentences, compose_tree
+    from orchestrator.composition.overrides import RECIPE, dotted_keys
+    from orchestrator.composition.provenance import experiment_alone
     from orchestrator.errors import ConfigError
-    from orchestrator.experiment_file import open_sources
-    from orchestrator.hydra_tree import as_sentences, compose_tree
-    from orchestrator.provenance import experiment_alone
-    from orchestrator.words import RECIPE, dotted_keys
 
     try:
         with open_sources(experiment_alone(before), roots) as (rest, sources), as_sentences(sources.roots):
@@ -102,7 +102,7 @@ def _keys(before: Sequence[str], roots: Sequence[Path], current: str) -> Iterabl
 
 def _values(key: str) -> list[str]:
     """The allowed values of a key that has a few."""
-    from orchestrator.key_values import allowed_values
+    from orchestrator.composition.key_values import allowed_values
 
     return allowed_values(key)
 
@@ -116,7 +116,7 @@ def _run_folders(current: str) -> list[str]:
 
 def _stages(before: Sequence[str]) -> list[str]:
     """Stages of the run folder on the line."""
-    from orchestrator.rundir import read_json
+    from orchestrator.run_folder.folder import read_json
 
     for word in before:
         file = Path(word, "run.json")

@@ -13,7 +13,7 @@ from orchestrator.cli.parser import VerbParser
 from orchestrator.errors import EXIT_DONE, ConfigError
 
 if TYPE_CHECKING:
-    from orchestrator.provenance import Sourced
+    from orchestrator.composition.provenance import Sourced
 
 COLUMN = 64
 """Furthest column at which comments begin; longer lines push theirs to the right."""
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     for text in given:
         if _may_be_folder(text) and any(Path(text).expanduser().glob("*/run.json")):
             open_run_folder(text)  # refuses a folder of runs, and names one inside
-    from orchestrator.provenance import experiment_alone, sourced
+    from orchestrator.composition.provenance import experiment_alone, sourced
 
     directory = None if arguments.config_dir is None else Path(arguments.config_dir).expanduser()
     parts = [text for text in arguments.overrides if _is_part(text, directory)]
@@ -54,22 +54,22 @@ def _may_be_folder(text: str) -> bool:
 
 def _is_part(text: str, directory: Path | None) -> bool:
     """Whether an argument is a dotted key: the part that is wanted."""
-    from orchestrator.bare_arguments import bare_argument_problem
-    from orchestrator.config.compose import roots_of
-    from orchestrator.experiment_file import is_experiment_file
+    from orchestrator.composition.compose import roots_of
+    from orchestrator.composition.experiment_file import is_experiment_file
+    from orchestrator.composition.mistaken_arguments import bare_argument_problem
 
     is_dotted = bool(text) and text.replace(".", "").replace("_", "").isalnum()
     if not is_dotted or is_experiment_file(text):
         return False
-    from orchestrator.words import TOP_GROUPS
+    from orchestrator.composition.overrides import TOP_GROUPS
 
     return text in TOP_GROUPS or bare_argument_problem(text, roots_of(directory)) is None
 
 
 def _print_frozen(folders: Sequence[str], rest: Sequence[str], arguments: argparse.Namespace) -> int:
     """The configuration that a run was started with."""
-    from orchestrator.freezing import read_config
-    from orchestrator.provenance import Sourced
+    from orchestrator.composition.provenance import Sourced
+    from orchestrator.run_state.freeze import read_config
 
     if len(folders) > 1 or any("=" in text for text in rest) or arguments.diff:
         raise ConfigError(
@@ -82,9 +82,9 @@ def _print_frozen(folders: Sequence[str], rest: Sequence[str], arguments: argpar
 
 
 def _print(found: Sourced, parts: Sequence[str], form: str, *, before: Sourced | None) -> None:
-    from orchestrator.hints import key_hint
-    from orchestrator.provenance import leaves
-    from orchestrator.words import dotted_keys
+    from orchestrator.composition.overrides import dotted_keys
+    from orchestrator.composition.provenance import leaves
+    from orchestrator.config.key_hints import key_hint
 
     keys = dotted_keys(found.values)
     unknown = [f"{part}: unknown key{key_hint(part, keys)}" for part in parts if part not in keys]

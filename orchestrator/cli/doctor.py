@@ -12,7 +12,7 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.doctor import report
+    from orchestrator.commands.doctor import report
 
     del arguments
     return report()

@@ -29,7 +29,7 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.inspection import generate
+    from orchestrator.commands.generate import generate
 
     if arguments.text is not None and arguments.prompt is not None:
         raise ConfigError("a prompt and --prompt: give one of them")

@@ -72,7 +72,7 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.rundir import write_text
+    from orchestrator.run_folder.folder import write_text
 
     file = Path(arguments.file).expanduser()
     _check_target(file, arguments.file, replace=arguments.force)
@@ -115,7 +115,7 @@ def _check_target(file: Path, text: str, *, replace: bool) -> None:
         raise ConfigError(
             f"{text}: {'a folder has this name' if file.is_dir() else f'there is no folder {file.parent}'}"
         )
-    from orchestrator.freezing import run_around
+    from orchestrator.run_state.freeze import run_around
 
     run = run_around(file)
     if run is not None:
@@ -140,7 +140,7 @@ def _check_composes(text: str) -> None:
     """Refuses answers that no run could use, before anything is written."""
     import tempfile
 
-    from orchestrator.config.compose import examine
+    from orchestrator.composition.compose import examine
 
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
         trial = Path(folder, "experiment.yaml")

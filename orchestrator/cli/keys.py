@@ -12,7 +12,7 @@ from orchestrator.cli.parser import VerbParser
 from orchestrator.errors import EXIT_DONE, ConfigError
 
 if TYPE_CHECKING:
-    from orchestrator.key_reference import Key
+    from orchestrator.composition.key_reference import Key
 
 INTRODUCTION = """\
 # Keys
@@ -35,9 +35,9 @@ def configure(parser: VerbParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from orchestrator.hints import ALIASES, key_hint
-    from orchestrator.key_reference import reference
-    from orchestrator.key_search import matching
+    from orchestrator.composition.key_reference import reference
+    from orchestrator.composition.key_search import matching
+    from orchestrator.config.key_hints import ALIASES, key_hint
 
     every = reference()
     pattern: str = arguments.pattern

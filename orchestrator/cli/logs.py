@@ -23,7 +23,7 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.log_view import show_logs
+    from orchestrator.display.log_text import show_logs
 
     run_folder = run_folder_of(arguments)
     return show_logs(

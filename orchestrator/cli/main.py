@@ -131,7 +131,7 @@ def _takes_next(option: str) -> bool:
 
 
 def _help() -> int:
-    from orchestrator.words import CONF, choices_of
+    from orchestrator.composition.overrides import CONF, choices_of
 
     width = max(len(name) for name in VERBS)
     lines: list[str] = []

@@ -18,7 +18,7 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.pruning import prune
+    from orchestrator.housekeeping.prune import prune
 
     folders = [Path(folder).expanduser() for folder in arguments.folders or ["runs"]]
     return prune(folders, yes=arguments.yes, dry_run=arguments.dry_run)

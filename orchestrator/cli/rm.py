@@ -15,6 +15,6 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.removal import remove_runs
+    from orchestrator.housekeeping.remove import remove_runs
 
     return remove_runs([Path(folder).expanduser() for folder in arguments.folders], yes=arguments.yes)

@@ -23,7 +23,7 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.status_view import show_status
+    from orchestrator.display.status_table import show_status
 
     folder = Path(arguments.folder).expanduser()
     if not folder.is_dir():

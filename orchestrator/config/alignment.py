@@ -16,7 +16,7 @@ from orchestrator.config.base import (
     Text,
 )
 from orchestrator.config.functions import FunctionSource
-from orchestrator.config.stages import TrainingStage
+from orchestrator.config.training import TrainingStage
 
 
 class RewardStage(TrainingStage):

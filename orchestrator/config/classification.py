@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from orchestrator.config.base import Fraction, NaturalFloat, PositiveFloat, PositiveInt, Text
-from orchestrator.config.stages import TrainingStage
+from orchestrator.config.training import TrainingStage
 
 
 class ClassifyStage(TrainingStage):

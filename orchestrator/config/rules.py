@@ -6,18 +6,16 @@ import json
 
 from pydantic import ValidationError
 
-from orchestrator.config.adapters import ADAPTER_TUNINGS, LoreftTuning
 from orchestrator.config.alignment import DpoStage, PolicyStage
 from orchestrator.config.base import JsonValue
 from orchestrator.config.classification import ClassifyStage, SelfTrainingStage, classification_problems
-from orchestrator.config.ends import (
+from orchestrator.config.evaluation import (
     ChoosingStage,
     EvaluateStage,
     MergeStage,
     ScoringStage,
     scoring_problems,
 )
-from orchestrator.config.limits import Setting, adapter_rule_problems
 from orchestrator.config.model import (
     WHOLE_MODEL_TUNINGS,
     FreezeTuning,
@@ -25,7 +23,6 @@ from orchestrator.config.model import (
     Nf4Quantization,
     ZeroSharding,
 )
-from orchestrator.config.problems import problem_sentences
 from orchestrator.config.run import (
     POLICY_KINDS,
     RESERVED_STAGE_NAMES,
@@ -36,10 +33,13 @@ from orchestrator.config.run import (
     training_stages,
     tunings_of,
 )
-from orchestrator.config.stages import TrainingStage
 from orchestrator.config.study import pause_problems, study_problems
+from orchestrator.config.training import TrainingStage
+from orchestrator.config.tuning import ADAPTER_TUNINGS, LoreftTuning
+from orchestrator.config.tuning_rules import Setting, adapter_rule_problems
+from orchestrator.config.validation_messages import problem_sentences
 from orchestrator.errors import ConfigError
-from orchestrator.plurals import counted
+from orchestrator.text.plurals import counted
 
 
 def parse(values: dict[str, JsonValue]) -> RunConfig:

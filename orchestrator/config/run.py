@@ -6,12 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from orchestrator.config.adapters import Tuning
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.base import Identifier, NaturalInt, Section, Text
 from orchestrator.config.classification import CLASSIFIER_KINDS, ClassifyStage, SelfTrainingStage
+from orchestrator.config.cluster import ClusterConfig, LauncherConfig, NoTracking, WandbTracking
 from orchestrator.config.data import DataConfig
-from orchestrator.config.ends import (
+from orchestrator.config.evaluation import (
     FIRST_SET,
     EvaluateStage,
     InterpolateStage,
@@ -27,9 +27,9 @@ from orchestrator.config.model import (
     NoSharding,
     ZeroSharding,
 )
-from orchestrator.config.sites import ClusterConfig, LauncherConfig, NoTracking, WandbTracking
-from orchestrator.config.stages import SftStage, TrainingStage
 from orchestrator.config.study import Study
+from orchestrator.config.training import SftStage, TrainingStage
+from orchestrator.config.tuning import Tuning
 
 Quantization = Annotated[NoQuantization | Nf4Quantization, Field(discriminator="scheme")]
 Sharding = NoSharding | ZeroSharding

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from orchestrator.config.base import Identifier, NaturalInt, PositiveInt, Section, Text
-from orchestrator.config.stages import TrainingStage
+from orchestrator.config.training import TrainingStage
 
 
 class NoStudy(Section):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from orchestrator.adapter_counts import kept_numbers_per_token, low_rank
-from orchestrator.architecture import count_parameters
-from orchestrator.architecture_families import linear_layers
-from orchestrator.config.adapters import ADAPTER_TUNINGS
+from orchestrator.architecture.adapter_parameters import kept_numbers_per_token, low_rank
+from orchestrator.architecture.families import linear_layers
+from orchestrator.architecture.loss_head_chunks import CAPPED, chunk_rows, kept_bytes_per_token, temporary_bytes
+from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization, ZeroSharding
 from orchestrator.config.run import RunConfig
-from orchestrator.estimate.loss_head import CAPPED, chunk_rows, kept_bytes_per_token, temporary_bytes
-from orchestrator.estimate.polynomials import Dimensions, Polynomial, moments_of, peak, value
-from orchestrator.estimate.states import adapter_width, compute_width, trained_width
+from orchestrator.config.tuning import ADAPTER_TUNINGS
+from orchestrator.estimate.activation_polynomials import Dimensions, Polynomial, moments_of, peak, value
+from orchestrator.estimate.model_states import adapter_width, compute_width, trained_width
 
 Logits = Literal["whole", "chunked", "none"]
 """The loss head has some rows of logits at a time (`loss_head.py`), all at once (a head that it does not know), or none (scores)."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from orchestrator.config.model import Architecture, Nf4Quantization, NoSharding, ZeroSharding
 from orchestrator.config.run import RunConfig
-from orchestrator.estimate.frozen import frozen_bytes
-from orchestrator.estimate.states import trainable_parameters
+from orchestrator.estimate.frozen_base import frozen_bytes
+from orchestrator.estimate.model_states import trainable_parameters
 
 CPU_ADAM_PARAMETERS_PER_SECOND = 4e9
 """Of one node (ZeRO-Offload, 2101.06840, table 4: 8 B in 2.4 s, 2 B in 0.5 s; rounded)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.config.base import Section
-from orchestrator.config.sites import HardwareConfig
+from orchestrator.config.cluster import HardwareConfig
 
 
 class CostPlan(Section):

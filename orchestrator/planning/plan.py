@@ -7,33 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from orchestrator.architecture import count_parameters
-from orchestrator.bases import Base, looks_like_folder
+from orchestrator.architecture.base_model import Base, looks_like_folder
+from orchestrator.architecture.deepspeed import deepspeed_dict
+from orchestrator.architecture.kernels import kernel_fields
+from orchestrator.architecture.parameter_counts import count_parameters
+from orchestrator.architecture.zero_buckets import sized
 from orchestrator.config.alignment import PolicyStage, RewardSource
 from orchestrator.config.base import Section
 from orchestrator.config.data import DataConfig, SourceConfig
-from orchestrator.config.ends import EvaluateStage, MergeStage, ScoringStage, SoupStage
+from orchestrator.config.evaluation import EvaluateStage, MergeStage, ScoringStage, SoupStage
 from orchestrator.config.functions import FunctionSource
+from orchestrator.config.pipeline import MODEL_PREFIX, STAGE_PREFIX, inputs_of, resolve_starts
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps, tunings_of
-from orchestrator.config.stages import TrainingStage
-from orchestrator.dataset.sources import DEMONSTRATIONS
+from orchestrator.config.training import TrainingStage
+from orchestrator.data.sources.locate import DEMONSTRATIONS
 from orchestrator.estimate.cost import CostPlan
 from orchestrator.estimate.flops import flops_per_token
-from orchestrator.estimate.forecast import CheckpointPlan, TimePlan
-from orchestrator.estimate.phases import memory_forecast
-from orchestrator.estimate.records import MemoryForecast
-from orchestrator.estimate.rows import PreparedFacts
-from orchestrator.estimate.speed import Rate
-from orchestrator.estimate.states import trainable_parameters
-from orchestrator.forecasting import NOTHING, epoch_steps, forecast_fields, shape_for
-from orchestrator.kernels import kernel_fields
-from orchestrator.measured import Measured
-from orchestrator.number_type import AS_CONFIGURED, NumberType, with_slowdown
-from orchestrator.pipeline import MODEL_PREFIX, STAGE_PREFIX, inputs_of, resolve_starts
-from orchestrator.plan_warnings import plan_warnings
+from orchestrator.estimate.memory import memory_forecast
+from orchestrator.estimate.memory_records import MemoryForecast
+from orchestrator.estimate.model_states import trainable_parameters
+from orchestrator.estimate.row_lengths import PreparedFacts
+from orchestrator.estimate.stage_time import CheckpointPlan, TimePlan
+from orchestrator.estimate.step_time import Rate
+from orchestrator.machine.dtype import AS_CONFIGURED, NumberType, with_slowdown
+from orchestrator.planning.measured_speed import Measured
+from orchestrator.planning.plan_warnings import plan_warnings
+from orchestrator.planning.stage_forecast import NOTHING, epoch_steps, forecast_fields, shape_for
 from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
-from orchestrator.zero import deepspeed_dict
-from orchestrator.zero_sizes import sized
 
 AnyFunction = TypeVar("AnyFunction", bound=FunctionSource)
 KEYWORDS = (*DEMONSTRATIONS, "auto", "none")

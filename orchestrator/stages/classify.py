@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.training.classifier import build_classifier, refuse_other_rows, stage_classes
-from orchestrator.training.classifying import Judge, classifier_proof, classify_objective, session_targets
-from orchestrator.training.context import Context
-from orchestrator.training.data.rows import PreparedRows
+from orchestrator.classification.model import build_classifier, refuse_other_rows, stage_classes
+from orchestrator.classification.objective import Judge, classifier_proof, classify_objective, session_targets
+from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.run_state.recorder import Context
 from orchestrator.training.session import Course, Session, run_training, supervised_course
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import cast
 
+from orchestrator.alignment.kto_divergence import Divergence
+from orchestrator.alignment.reference_logprobs import make_reference, no_reference
 from orchestrator.config.alignment import DpoStage
 from orchestrator.errors import DataError
-from orchestrator.training.context import Context
-from orchestrator.training.divergence import Divergence
+from orchestrator.run_state.recorder import Context
 from orchestrator.training.objectives import Objective, kto_objective, preference_objective
-from orchestrator.training.reference import make_reference, no_reference
 from orchestrator.training.session import Course, Session, run_training, supervised_course
 
 REFERENCE_FREE = ("orpo", "simpo")

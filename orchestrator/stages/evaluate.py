@@ -9,20 +9,14 @@ from typing import Any, cast
 
 import torch
 
-from orchestrator.config.ends import FIRST_SET, EvaluateStage
+from orchestrator.alignment.held_out_rewards import generated_rewards
+from orchestrator.alignment.rewards import make_rewards
+from orchestrator.config.evaluation import FIRST_SET, EvaluateStage
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS
-from orchestrator.metrics import phases as phase
-from orchestrator.rundir import publish, write_json, write_manifest
-from orchestrator.training.artifact import open_artifact
-from orchestrator.training.classifier_sets import class_table, classifier_scores
-from orchestrator.training.context import Context, Record
-from orchestrator.training.data.rows import PreparedRows
-from orchestrator.training.finish import finish_scoring
-from orchestrator.training.judging import generated_rewards
-from orchestrator.training.model import DTYPES, load_model
-from orchestrator.training.runtime import Runtime, start_single_runtime
-from orchestrator.training.scoring import make_rewards
-from orchestrator.training.set_scores import (
+from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.distributed.runtime import Runtime, start_single_runtime
+from orchestrator.evaluation.classifier_scores import class_table, classifier_scores
+from orchestrator.evaluation.set_scores import (
     NO_GENERAL_TEXT,
     Scorer,
     SetScores,
@@ -32,6 +26,12 @@ from orchestrator.training.set_scores import (
     shift_labels,
     told_sets,
 )
+from orchestrator.metrics import phases as phase
+from orchestrator.models.artifact import open_artifact
+from orchestrator.models.loading import DTYPES, load_model
+from orchestrator.run_folder.folder import publish, write_json, write_manifest
+from orchestrator.run_state.recorder import Context, Record
+from orchestrator.training.finish import finish_scoring
 
 
 def run(context: Context) -> int:

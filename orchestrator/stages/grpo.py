@@ -7,19 +7,19 @@ from typing import Any, cast
 
 import torch
 
+from orchestrator.alignment.held_out_rewards import score_held_out
+from orchestrator.alignment.reference_policy import build_policy_with_reference, reference_policy
+from orchestrator.alignment.rewards import make_rewards
+from orchestrator.alignment.rollout_rows import RolloutOrder, RolloutRows, policy_objective
+from orchestrator.alignment.rollouts import Sampler
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.errors import DataError
+from orchestrator.generation.generator import end_ids_of, make_generate
 from orchestrator.metrics.phases import COMPLETIONS, ROLLOUTS
-from orchestrator.training.context import Context
+from orchestrator.run_state.recorder import Context
 from orchestrator.training.custom_metrics import greedy_answers
 from orchestrator.training.evaluation import evaluate
-from orchestrator.training.judging import score_held_out
 from orchestrator.training.objectives import prompt_objective
-from orchestrator.training.policy import RolloutOrder, RolloutRows, policy_objective
-from orchestrator.training.reference_policy import build_policy_with_reference, reference_policy
-from orchestrator.training.rollout import end_ids_of, make_generate
-from orchestrator.training.sampling import Sampler
-from orchestrator.training.scoring import make_rewards
 from orchestrator.training.session import Course, Session, proof_of, run_training
 
 

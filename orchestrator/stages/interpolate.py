@@ -7,16 +7,16 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from orchestrator.config.ends import InterpolateStage
+from orchestrator.config.evaluation import InterpolateStage
+from orchestrator.distributed.runtime import Runtime, start_single_runtime
+from orchestrator.evaluation.set_scores import Scorer, open_scorer, score_table, shift_labels, told_sets
+from orchestrator.merging.blend import open_blend
+from orchestrator.merging.curve_plot import draw_curves
+from orchestrator.merging.finish_blend import Share, finish_blend
+from orchestrator.merging.selection import Chosen, Scores, choose_blend, inner_best
 from orchestrator.metrics import phases as phase
-from orchestrator.rundir import write_json
-from orchestrator.training.blending import open_blend
-from orchestrator.training.choosing import Chosen, Scores, choose_blend, inner_best
-from orchestrator.training.context import Context, Record, Start
-from orchestrator.training.curves import draw_curves
-from orchestrator.training.finish_blend import Share, finish_blend
-from orchestrator.training.runtime import Runtime, start_single_runtime
-from orchestrator.training.set_scores import Scorer, open_scorer, score_table, shift_labels, told_sets
+from orchestrator.run_folder.folder import write_json
+from orchestrator.run_state.recorder import Context, Record, Start
 
 
 def run(context: Context) -> int:

@@ -6,16 +6,16 @@ import time
 from dataclasses import asdict
 from typing import cast
 
-from orchestrator.config.ends import MergeStage
+from orchestrator.config.evaluation import MergeStage
+from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.errors import CheckpointError
+from orchestrator.merging.adapter_merge import Source, merge, write_merged
 from orchestrator.metrics import phases as phase
-from orchestrator.rundir import RunFolder, read_json, write_json
-from orchestrator.training.card import write_card
-from orchestrator.training.context import Context, Record
-from orchestrator.training.data.rows import PreparedRows
+from orchestrator.run_folder.folder import RunFolder, read_json, write_json
+from orchestrator.run_state.model_card import write_card
+from orchestrator.run_state.recorder import Context, Record
 from orchestrator.training.finish import finish_scoring, prove_in_fresh_process
-from orchestrator.training.merging import Source, merge, write_merged
-from orchestrator.training.runtime import start_single_runtime
 
 
 def run(context: Context) -> int:

@@ -7,14 +7,14 @@ from typing import cast
 
 import numpy as np
 
+from orchestrator.alignment.reward_report import held_out_scores, make_report, told
 from orchestrator.config.alignment import RewardStage
 from orchestrator.errors import DataError
-from orchestrator.training.context import Context
+from orchestrator.models.tuning import build_reward_model
+from orchestrator.run_state.recorder import Context
 from orchestrator.training.evaluation import Evaluation
 from orchestrator.training.objectives import reward_objective
-from orchestrator.training.pair_report import held_out_scores, make_report, told
 from orchestrator.training.session import Course, Session, run_training, supervised_course
-from orchestrator.training.tuning import build_reward_model
 
 
 def plan_course(session: Session) -> Course:

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
+from orchestrator.classification.model import build_classifier, refuse_other_rows, stage_classes
+from orchestrator.classification.objective import Judge, classifier_proof, classify_objective, session_targets
+from orchestrator.classification.pseudo_labels import PseudoLabels, weak_labels_told
+from orchestrator.classification.self_training import self_training_objective, uniform_objective
 from orchestrator.config.classification import SelfTrainingStage
+from orchestrator.dataloader.batch import PreparedRows
 from orchestrator.errors import ConfigError
-from orchestrator.training.classifier import build_classifier, refuse_other_rows, stage_classes
-from orchestrator.training.classifying import Judge, classifier_proof, classify_objective, session_targets
-from orchestrator.training.context import Context
-from orchestrator.training.data.rows import PreparedRows
+from orchestrator.run_state.recorder import Context
 from orchestrator.training.evaluation import evaluate
-from orchestrator.training.pseudo_labels import PseudoLabels, weak_labels_told
-from orchestrator.training.self_training import self_training_objective, uniform_objective
 from orchestrator.training.session import Course, Session, run_training, supervised_course
 
 

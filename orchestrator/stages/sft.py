@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.dataset.trainable import format_problem
+from orchestrator.data.formats.trainable import format_problem
 from orchestrator.errors import DataError
-from orchestrator.training.context import Context
+from orchestrator.run_state.recorder import Context
 from orchestrator.training.objectives import sft_objective
 from orchestrator.training.session import Course, Session, run_training, supervised_course
 

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from orchestrator.config.ends import SoupStage
+from orchestrator.config.evaluation import SoupStage
 from orchestrator.config.run import STAGE_PREFIX
+from orchestrator.distributed.runtime import start_single_runtime
+from orchestrator.evaluation.set_scores import Scorer, lost_line, open_scorer, score_table, shift_labels, told_sets
+from orchestrator.merging.blend import Blend, open_blend
+from orchestrator.merging.finish_blend import Share, finish_blend
+from orchestrator.merging.selection import Scores, greedy_members
 from orchestrator.metrics import phases as phase
-from orchestrator.rundir import write_json
-from orchestrator.training.blending import Blend, open_blend
-from orchestrator.training.choosing import Scores, greedy_members
-from orchestrator.training.context import Context, Record, Start
-from orchestrator.training.finish_blend import Share, finish_blend
-from orchestrator.training.runtime import start_single_runtime
-from orchestrator.training.set_scores import Scorer, lost_line, open_scorer, score_table, shift_labels, told_sets
+from orchestrator.run_folder.folder import write_json
+from orchestrator.run_state.recorder import Context, Record, Start
 
 
 def run(context: Context) -> int:

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from orchestrator.alignment.rewards import as_scored
 from orchestrator.config.alignment import RolloutConfig
 from orchestrator.config.functions import MetricsConfig
+from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import ConfigError
+from orchestrator.generation.generator import Request, end_ids_of, make_generate
+from orchestrator.generation.prompts import prompt_of
 from orchestrator.metrics.phases import COMPLETIONS, METRICS
 from orchestrator.rewards.builtin import Sample
 from orchestrator.rewards.extensions import Metric, load_metric
-from orchestrator.training.context import Context
-from orchestrator.training.data.rows import PreparedRows
+from orchestrator.run_state.recorder import Context
 from orchestrator.training.evaluation import Evaluation
-from orchestrator.training.prompts import prompt_of
-from orchestrator.training.rollout import Request, end_ids_of, make_generate
-from orchestrator.training.runtime import Runtime
-from orchestrator.training.scoring import as_scored
 
 Answers = Callable[[], list[Sample]]
 """This rank's share of the held-out answers, rows rank, rank + ranks, ...; every rank calls it."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from orchestrator.config.stages import EarlyStoppingConfig
+from orchestrator.config.training import EarlyStoppingConfig
+from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import ConfigError
-from orchestrator.training.context import Record
+from orchestrator.run_state.recorder import Record
 from orchestrator.training.evaluation import Evaluation, values_of
-from orchestrator.training.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.passes import passes
+from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import DataError
-from orchestrator.training.data.rows import PreparedRows
 from orchestrator.training.objectives import Objective
-from orchestrator.training.passes import passes
-from orchestrator.training.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,19 +15,19 @@ import torch
 
 from orchestrator.config.model import WHOLE_MODEL_TUNINGS, FreezeTuning, LoraTuning
 from orchestrator.config.run import makes_classifier
-from orchestrator.dataset.meta import read_meta
+from orchestrator.data.prepared.meta import read_meta
+from orchestrator.distributed.gather import gather_frozen, gather_trainable
 from orchestrator.errors import EXIT_DONE, CheckpointError
-from orchestrator.goodput import time_spent
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import MANIFEST, file_digest, read_json, write_json, write_text
-from orchestrator.training.adapters import plain_lora
-from orchestrator.training.artifact import CARD, adapter_names, check_tensors, round_as_saved, write_artifact
-from orchestrator.training.card import artifact_card
-from orchestrator.training.context import Context, Record
+from orchestrator.models.artifact import CARD, adapter_names, check_tensors, round_as_saved, write_artifact
+from orchestrator.models.peft_adapters import plain_lora
+from orchestrator.run_folder.folder import MANIFEST, file_digest, read_json, write_json, write_text
+from orchestrator.run_state.goodput import time_spent
+from orchestrator.run_state.model_card import artifact_card
+from orchestrator.run_state.recorder import Context, Record
 from orchestrator.training.evaluation import Evaluation
-from orchestrator.training.gather import gather_frozen, gather_trainable
-from orchestrator.training.job import Progress
+from orchestrator.training.loop_state import Progress
 
 if TYPE_CHECKING:
     from orchestrator.training.session import Course, Session
@@ -115,13 +115,20 @@ def _write_expectation(session: Session, scored: Evaluation) -> None:
 
 
 def prove_in_fresh_process(context: Context) -> None:
-    """Runs `orchestrator.training.prove`, which knows nothing but the files."""
+    """Runs `orchestrator.evaluation.artifact_proof`, which knows nothing but the files."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in NOT_FOR_CHILDREN and not name.startswith("TORCHELASTIC")
     }
-    argv = [sys.executable, "-m", "orchestrator.training.prove", str(context.run_file), "--stage", context.name]
+    argv = [
+        sys.executable,
+        "-m",
+        "orchestrator.evaluation.artifact_proof",
+        str(context.run_file),
+        "--stage",
+        context.name,
+    ]
     with context.phases.handed_over(phase.PROOF):
         done = subprocess.run(argv, env=environment, stdin=subprocess.DEVNULL, check=False)
     proof = read_json(context.folder.proof)

@@ -12,11 +12,11 @@ import torch
 
 from orchestrator.errors import TrainingFailed
 from orchestrator.schedule import learning_rate_factor
-from orchestrator.training.health import Health, after_step, find_fault, must_go_back, reason_to_give_up
-from orchestrator.training.job import Hooks, Job, Progress, StepResult
-from orchestrator.training.optimizers import set_learning_rate
-from orchestrator.training.profiling import begin_step, span
-from orchestrator.training.step_record import metrics_row, micro_batches_of, real_indices, row_ids_of
+from orchestrator.training.faults import Health, after_step, find_fault, must_go_back, reason_to_give_up
+from orchestrator.training.loop_state import Hooks, Job, Progress, StepResult
+from orchestrator.training.optimizer import set_learning_rate
+from orchestrator.training.profiler import begin_step, span
+from orchestrator.training.step_metrics import metrics_row, micro_batches_of, real_indices, row_ids_of
 
 
 def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from orchestrator.config.alignment import DpoStage, RewardStage
-from orchestrator.config.ends import MergeStage
+from orchestrator.config.evaluation import MergeStage
 from orchestrator.config.run import Stage
-from orchestrator.dataset.meta import Kind
-from orchestrator.training import preference_losses as losses
-from orchestrator.training.causal import Query
-from orchestrator.training.data.rows import Batch
-from orchestrator.training.logprobs import places_of, sums_by_document
-from orchestrator.training.losses import IGNORED
-from orchestrator.training.preference_losses import PairLogprobs, pairs_of_documents
-from orchestrator.training.runtime import Runtime
+from orchestrator.data.prepared.meta import Kind
+from orchestrator.dataloader.batch import Batch
+from orchestrator.distributed.runtime import Runtime
+from orchestrator.losses import preference as losses
+from orchestrator.losses.preference import PairLogprobs, pairs_of_documents
+from orchestrator.losses.token_cross_entropy import IGNORED
+from orchestrator.losses.token_logprobs import places_of, sums_by_document
+from orchestrator.models.causal_lm import Query
 
 
 class MicroBatch(Protocol):

@@ -12,35 +12,35 @@ import torch
 from accelerate.utils import set_seed
 
 from orchestrator.config.model import FreezeTuning, LoraTuning
-from orchestrator.dataset.ledger import Ledger, ledger_path
-from orchestrator.dataset.order import Order, make_order
+from orchestrator.data.ledger import Ledger, ledger_path
+from orchestrator.data.order import Order, make_order
+from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.prefetch import Batches
+from orchestrator.distributed.runtime import Runtime, start_runtime
 from orchestrator.errors import EXIT_SAVED
 from orchestrator.metrics import phases as phase
+from orchestrator.models.layer_transforms import compile_layers
+from orchestrator.models.loading import weights_dtype
+from orchestrator.models.tuning import build_policy, keep_input_types
+from orchestrator.run_state.recorder import Context, Record
 from orchestrator.schedule import total_steps
-from orchestrator.training.autopsy import autopsy, ran_out_of_memory
-from orchestrator.training.batches import Batches
-from orchestrator.training.checkpoint import Checkpointer, Subject
-from orchestrator.training.context import Context, Record
+from orchestrator.training.adalora_ranks import allocation_of
+from orchestrator.training.checkpointing.checkpointer import Checkpointer, Subject
 from orchestrator.training.custom_metrics import Answers, greedy_answers, with_metrics
-from orchestrator.training.data.rows import PreparedRows
+from orchestrator.training.dtype_report import report_number_type
 from orchestrator.training.early_stopping import judged, metric_of
 from orchestrator.training.evaluation import Evaluation, evaluate, values_of
 from orchestrator.training.finish import finish_stage
-from orchestrator.training.job import Hooks, Job, Progress
-from orchestrator.training.layerwise import compile_layers
+from orchestrator.training.gradual_unfreezing import Unfreezing, gradual_unfreezing
 from orchestrator.training.loop import is_over, pauses
-from orchestrator.training.measuring import keep_measured, measuring
-from orchestrator.training.model import weights_dtype
-from orchestrator.training.number_type import report_number_type
+from orchestrator.training.loop_state import Hooks, Job, Progress
 from orchestrator.training.objectives import Objective, Rows, proof_objective
-from orchestrator.training.optimizers import build_optimizer
-from orchestrator.training.phased import announced
-from orchestrator.training.profiled import train_profiled
-from orchestrator.training.rank_allocation import allocation_of
-from orchestrator.training.runtime import Runtime, start_runtime
-from orchestrator.training.telling import flops_of, peak_flops, tell_kernels, tell_size
-from orchestrator.training.tuning import build_policy, keep_input_types
-from orchestrator.training.unfreezing import Unfreezing, gradual_unfreezing
+from orchestrator.training.optimizer import build_optimizer
+from orchestrator.training.out_of_memory import autopsy, ran_out_of_memory
+from orchestrator.training.phased_loop import announced
+from orchestrator.training.profiled_loop import train_profiled
+from orchestrator.training.startup_report import flops_of, peak_flops, tell_kernels, tell_size
+from orchestrator.training.throughput import keep_measured, measuring
 
 PROOF_ROWS = 64
 

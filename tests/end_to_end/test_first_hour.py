@@ -18,7 +18,7 @@ from running import Bench
 
 import orchestrator
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder, read_json
 
 SOURCE = Path(orchestrator.__file__).parent.parent
 PAGE = SOURCE / "docs" / "first_hour.md"

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.metrics.wandb import read_state
-from orchestrator.rundir import MANIFEST, read_json, read_manifest
+from orchestrator.metrics.wandb.process import read_state
+from orchestrator.run_folder.folder import MANIFEST, read_json, read_manifest
 
 COLUMNS = {
     "step", "attempt", "epoch", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_second", "step_seconds",

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import RunFolder, StageFolder, read_json, read_manifest
+from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json, read_manifest
 
 STAGES = ("sft", "reward", "grpo", "evaluate", "merge")
 SAVES = tuple(f"stages.{name}.checkpoint.every_steps=1" for name in ("sft", "reward", "grpo"))

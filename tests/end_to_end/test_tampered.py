@@ -14,9 +14,9 @@ from running import Done
 from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import CheckpointError
-from orchestrator.frozen import load_config
-from orchestrator.rundir import RunFolder, read_json, write_json, write_manifest
-from orchestrator.training.prove import prove
+from orchestrator.evaluation.artifact_proof import prove
+from orchestrator.run_folder.folder import RunFolder, read_json, write_json, write_manifest
+from orchestrator.run_state.frozen import load_config
 
 Tensors = dict[str, torch.Tensor]
 WEIGHTS = "adapter_model.safetensors"
@@ -118,7 +118,7 @@ def test_a_damaged_adapter_is_not_proven(run: RunFolder, damage: Callable[[RunFo
 
 def test_the_program_answers_93_and_leaves_the_reason(run: RunFolder) -> None:
     scale_the_weights(run)
-    argv = [sys.executable, "-m", "orchestrator.training.prove", str(run.run), "--stage", "sft"]
+    argv = [sys.executable, "-m", "orchestrator.evaluation.artifact_proof", str(run.run), "--stage", "sft"]
     ended = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert ended.returncode == 93 and "they differ by" in ended.stderr and "Traceback" not in ended.stderr
     stage = run.stage("sft")

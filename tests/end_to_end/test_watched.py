@@ -16,7 +16,7 @@ import pytest
 from running import Bench
 
 from orchestrator.metrics.phases import FIRST_EVALUATION, IMPORTING, LAST_EVALUATION, LOADING, PREPARING, PROOF, WRITING
-from orchestrator.rundir import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder, read_json
 
 PHASES = (PREPARING, IMPORTING, LOADING, FIRST_EVALUATION, LAST_EVALUATION, WRITING, PROOF)
 SLEEP_SECONDS = 4

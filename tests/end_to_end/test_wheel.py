@@ -15,7 +15,7 @@ from asking import files_of
 from running import Bench
 
 import orchestrator
-from orchestrator.rundir import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder, read_json
 
 SOURCE = Path(orchestrator.__file__).parent.parent
 PACKAGES = ("launchers", "slurm", "orchestrator")

@@ -74,7 +74,7 @@ RANK = (
 """Variables of one rank, which no zygote may have in its environment."""
 FLAGS = [list(sys.flags)[:-2], sys.warnoptions]
 """Of the interpreter, but for -P and the length of numbers."""
-LOGIN = ("orchestrator", "orchestrator.attempts")
+LOGIN = ("orchestrator", "orchestrator.run_state.attempts")
 
 
 def main() -> None:
@@ -175,7 +175,7 @@ def preload_of(request: dict[str, Any]) -> str:
 
 
 def _needs_bitsandbytes(config: dict[str, Any]) -> bool:
-    """As `orchestrator.training.imports` decides, from the files alone."""
+    """As `orchestrator.distributed.import_blocking` decides, from the files alone."""
     base = Path(config["model"]["base"]) / "config.json"
     names = {stage["optimizer"]["name"] for stage in config["stages"].values() if "optimizer" in stage}
     is_quantised = base.is_file() and "quantization_config" in base.read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 OUR_FOLDER = str(Path(__file__).resolve().parent)
 LEFT_OUT = {"light": ("deepspeed", "bitsandbytes"), "sharded": ("bitsandbytes",), "quantised": ("deepspeed",)}
-"""As `orchestrator.training.imports` leaves them out, which must come before the imports."""
+"""As `orchestrator.distributed.import_blocking` leaves them out, which must come before the imports."""
 TORCH = (
     *(
         "torch",
@@ -38,8 +38,13 @@ TORCH = (
         "rich.console",
     ),
     *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "transformers.generation"),
-    *("orchestrator.worker", "orchestrator.stages.sft", "orchestrator.training.examine", "orchestrator.training.prove"),
-    *("orchestrator.training.generate", "orchestrator.training.export"),
+    *(
+        "orchestrator.worker",
+        "orchestrator.stages.sft",
+        "orchestrator.preflight.main",
+        "orchestrator.evaluation.artifact_proof",
+    ),
+    *("orchestrator.evaluation.compare_with_base", "orchestrator.merging.export"),
 )
 PRELOADED = {
     "login": (
@@ -57,15 +62,17 @@ PRELOADED = {
     "whole": ("torch", "deepspeed", "bitsandbytes", *TORCH, "accelerate.utils.deepspeed"),
 }
 LOGIN_PACKAGES = (
-    "orchestrator",
-    "orchestrator.config",
-    "orchestrator.estimate",
-    "orchestrator.dataset",
-    "orchestrator.cli",
-    "launchers",
-    "slurm",
+    *("orchestrator", "launchers", "slurm"),
+    *(
+        f"orchestrator.{name}"
+        for name in (
+            *("files", "text", "installation", "config", "run_folder", "machine", "composition", "architecture"),
+            *("data.sources", "data.formats", "data.prepared", "run_state", "estimate", "planning", "monitoring"),
+            *("display", "execution", "housekeeping", "commands", "cli"),
+        )
+    ),
 )
-NOT_LOGIN = ("orchestrator.__main__", "orchestrator.worker", "orchestrator.training", "orchestrator.stages")
+NOT_LOGIN = ("orchestrator.__main__", "orchestrator.worker")
 
 
 def _preload(kind: str) -> None:

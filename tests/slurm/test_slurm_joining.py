@@ -13,11 +13,11 @@ from lab import Cluster
 from launching import begun, make_slurm_spec, wait_until
 
 from launchers import local
-from orchestrator.config.compose import compose
+from orchestrator.composition.compose import compose
 from orchestrator.errors import EXIT_DONE, EXIT_SAVED
-from orchestrator.following import StageJob
-from orchestrator.rundir import RunFolder, read_json, write_json
-from orchestrator.slurm_following import join_jobs
+from orchestrator.execution.following import StageJob
+from orchestrator.execution.slurm_following import join_jobs
+from orchestrator.run_folder.folder import RunFolder, read_json, write_json
 
 
 def test_a_running_job_is_joined_left_running_and_ended(

@@ -12,7 +12,7 @@ from launching import wait_until
 from running import Bench, Done, make_bench
 
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import read_json
+from orchestrator.run_folder.folder import read_json
 
 SLURM = ("launcher=slurm", "cluster=minicluster", "cluster.nodes=1")
 

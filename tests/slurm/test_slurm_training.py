@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from launchers.submission import read_jobs
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import read_json
+from orchestrator.run_folder.folder import read_json
 
 STEPS = "stages.sft.max_steps=200"
 """Some seconds of a tiny model: a signal takes up to one until it is seen, in which a fast machine makes dozens of steps."""

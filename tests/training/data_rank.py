@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 def main(folder: Path, slow_seconds: float) -> None:
     from data_parts import data_config
 
-    from orchestrator.training.data import build
-    from orchestrator.training.data.prepare import ensure_prepared
+    from orchestrator.data.preparation import build
+    from orchestrator.data.preparation.prepare import ensure_prepared
 
     config = data_config(train__path=str(folder / "rows.jsonl"), packing="best_fit", max_length=64)
     note, rank = folder / "note.json", int(os.environ["RANK"])
@@ -42,8 +42,8 @@ def main(folder: Path, slow_seconds: float) -> None:
     import torch
     import torch.distributed as dist
 
-    from orchestrator.dataset.order import BatchOrder
-    from orchestrator.training.data.rows import PreparedRows
+    from orchestrator.data.order import BatchOrder
+    from orchestrator.dataloader.batch import PreparedRows
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=5))
     rows = PreparedRows.open(Path(json.loads(note.read_text())["train"]))

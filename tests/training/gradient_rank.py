@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from orchestrator.config.compose import compose
-from orchestrator.dataset.order import BatchOrder
+from orchestrator.composition.compose import compose
+from orchestrator.data.order import BatchOrder
+from orchestrator.data.preparation.prepare import ensure_prepared
+from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.prefetch import Batches
+from orchestrator.distributed.runtime import start_runtime
+from orchestrator.models.loading import load_model
 from orchestrator.planning.plan import resolve
-from orchestrator.training.batches import Batches
-from orchestrator.training.data.prepare import ensure_prepared
-from orchestrator.training.data.rows import PreparedRows
-from orchestrator.training.health import Health
-from orchestrator.training.job import Job
+from orchestrator.training.faults import Health
 from orchestrator.training.loop import accumulate_gradients
-from orchestrator.training.model import load_model
+from orchestrator.training.loop_state import Job
 from orchestrator.training.objectives import sft_objective
-from orchestrator.training.optimizers import build_optimizer
-from orchestrator.training.runtime import start_runtime
+from orchestrator.training.optimizer import build_optimizer
 
 
 def main(model_folder: str, rows_file: str, micro_size: str, out: str) -> None:

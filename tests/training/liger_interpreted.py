@@ -19,7 +19,7 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from test_head import VOCABULARY, _gradients, _inputs, _model, _query, _tuned
 
-from orchestrator.training.causal import attach_head
+from orchestrator.models.causal_lm import attach_head
 
 CASES = [
     ("untied", "full"),

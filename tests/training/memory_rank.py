@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.rundir import RunFolder, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder, read_json, write_json
 
 
 def bytes_of(tensors: Iterable[Any]) -> int:
@@ -63,16 +63,16 @@ def measure(run: Path) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
     from orchestrator.config.run import RunConfig
+    from orchestrator.distributed.runtime import start_runtime
+    from orchestrator.distributed.zero_fragments import base_optimizer, local_fragments
     from orchestrator.metrics.phases import Phases
+    from orchestrator.models.tuning import build_policy
+    from orchestrator.run_folder.stop_request import StopRequest
+    from orchestrator.run_state.recorder import Context, Record
     from orchestrator.stages.sft import plan_course
-    from orchestrator.training.context import Context, Record
-    from orchestrator.training.fragments import base_optimizer, local_fragments
-    from orchestrator.training.health import HEALTHY
+    from orchestrator.training.faults import HEALTHY
     from orchestrator.training.loop import optimizer_step
-    from orchestrator.training.runtime import start_runtime
     from orchestrator.training.session import assemble, open_session
-    from orchestrator.training.stop import StopRequest
-    from orchestrator.training.tuning import build_policy
     from orchestrator.worker import _bring_inputs
 
     AcceleratorState._reset_state(True)
@@ -118,7 +118,7 @@ def measure(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    from orchestrator.training.model import quiet
+    from orchestrator.models.loading import quiet
 
     quiet()
     for place in json.loads(sys.argv[1]):

@@ -11,20 +11,20 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from orchestrator.adapter_counts import count_adapter_parameters
-from orchestrator.architecture import read_architecture
-from orchestrator.config.adapters import ADAPTER_TUNINGS, AdaloraTuning
-from orchestrator.config.compose import compose
+from orchestrator.architecture.adapter_parameters import count_adapter_parameters
+from orchestrator.architecture.parameter_counts import read_architecture
+from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
-from orchestrator.config.stages import TrainingStage
-from orchestrator.training.adapters import dequantised, make_up_for_rounding, plain_lora
-from orchestrator.training.artifact import open_adapter, write_artifact
-from orchestrator.training.causal import Query
-from orchestrator.training.logprobs import places_of
-from orchestrator.training.model import load_model, quiet
-from orchestrator.training.optimizers import RATE, build_optimizer
-from orchestrator.training.rank_allocation import KEPT, RankAllocation
-from orchestrator.training.tuning import apply_tuning, keep_input_types
+from orchestrator.config.training import TrainingStage
+from orchestrator.config.tuning import ADAPTER_TUNINGS, AdaloraTuning
+from orchestrator.losses.token_logprobs import places_of
+from orchestrator.models.artifact import open_adapter, write_artifact
+from orchestrator.models.causal_lm import Query
+from orchestrator.models.loading import load_model, quiet
+from orchestrator.models.peft_adapters import dequantised, make_up_for_rounding, plain_lora
+from orchestrator.models.tuning import apply_tuning, keep_input_types
+from orchestrator.training.adalora_ranks import KEPT, RankAllocation
+from orchestrator.training.optimizer import RATE, build_optimizer
 
 MERGED = {
     "lora": ("tuning=lora",),

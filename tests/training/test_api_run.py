@@ -9,7 +9,7 @@ import sys
 import pytest
 from running import Bench, make_bench
 
-from orchestrator.rundir import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder, read_json
 
 SCRIPT = """
 import json, sys

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orchestrator.training import attention
+from orchestrator.models import attention
 
 WAITING = ("_local_scalar_dense", "nonzero", "_to_copy", "is_nonzero", "equal")
 LAYERS = 3

@@ -10,10 +10,10 @@ import pytest
 import torch
 from data_parts import FAMILIES, data_config, write_jsonl, write_tokenizer
 
+from orchestrator.data.preparation.prepare import ensure_prepared
+from orchestrator.dataloader.batch import Batch, PreparedRows
+from orchestrator.dataloader.prefetch import Batches
 from orchestrator.errors import DataError
-from orchestrator.training.batches import Batches
-from orchestrator.training.data.prepare import ensure_prepared
-from orchestrator.training.data.rows import Batch, PreparedRows
 
 CPU = torch.device("cpu")
 

@@ -13,17 +13,17 @@ import torch
 from blending_runs import likeliest
 from safetensors.torch import load_file, save_file
 
-from orchestrator.config.compose import compose
-from orchestrator.config.ends import InterpolateStage, SoupStage
+from orchestrator.composition.compose import compose
+from orchestrator.config.evaluation import InterpolateStage, SoupStage
+from orchestrator.data.encoding.tokenizer import TokenizerFacts, core_tokenizer, load_facts
+from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.errors import CheckpointError, DataError
-from orchestrator.training.answers import Answered, choices_of, option_logprobs_RO
-from orchestrator.training.blending import AdapterBlend, weighted, whole_blend
-from orchestrator.training.choosing import choose_blend, greedy_members, inner_best
-from orchestrator.training.context import Start
-from orchestrator.training.data.tokenizer import TokenizerFacts, core_tokenizer, load_facts
-from orchestrator.training.runtime import start_single_runtime
-from orchestrator.training.set_scores import SetScores, lost_line, normalised, score_table
-from orchestrator.training.tuning import apply_tuning
+from orchestrator.evaluation.answer_options import Answered, choices_of, option_logprobs_RO
+from orchestrator.evaluation.set_scores import SetScores, lost_line, normalised, score_table
+from orchestrator.merging.blend import AdapterBlend, weighted, whole_blend
+from orchestrator.merging.selection import choose_blend, greedy_members, inner_best
+from orchestrator.models.tuning import apply_tuning
+from orchestrator.run_state.recorder import Start
 
 WORDS = ("+experiment=llama_lora", "model.dtype=float32", "cluster.device=cpu", "tracking=none")
 

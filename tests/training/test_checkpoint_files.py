@@ -12,10 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from orchestrator.config.stages import FaultConfig
+from orchestrator.config.training import FaultConfig
+from orchestrator.distributed.random_state import random_state, seed_of, set_random_state
 from orchestrator.errors import CheckpointError
-from orchestrator.rundir import file_digest
-from orchestrator.training.health import (
+from orchestrator.run_folder.folder import file_digest
+from orchestrator.training.checkpointing.tensor_files import check_written, write_tensors
+from orchestrator.training.faults import (
     HEALTHY,
     after_step,
     find_fault,
@@ -23,8 +25,6 @@ from orchestrator.training.health import (
     must_go_back,
     reason_to_give_up,
 )
-from orchestrator.training.random_state import random_state, seed_of, set_random_state
-from orchestrator.training.tensor_files import check_written, write_tensors
 
 FAULTS = FaultConfig(skips_before_rollback=2, max_skips=3, max_rollbacks=1, spike_sigma=3.0, spike_window=4)
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator import checkpoints
-from orchestrator.config.compose import compose
+from orchestrator.composition.compose import compose
 from orchestrator.config.run import fitting_micro_size
 from orchestrator.errors import ConfigError
-from orchestrator.resume_rules import elsewhere, refuse_changes
-from orchestrator.rundir import MANIFEST, StageFolder
+from orchestrator.run_folder import checkpoints
+from orchestrator.run_folder.folder import MANIFEST, StageFolder
+from orchestrator.run_state.resume_rules import elsewhere, refuse_changes
 
 RANKS = 2
 

@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.training.class_losses import (
-    class_losses_D,
-    confidences_D,
-    contrastive_loss,
-    divergence_D,
-    soft_pseudo_labels_DC,
-    uniform_divergence_D,
-)
-from orchestrator.training.class_metrics import (
+from orchestrator.classification.metrics import (
     matthews,
     multi_label_report,
     pearson,
     ranks,
     regression_report,
     single_label_report,
+)
+from orchestrator.losses.classification import (
+    class_losses_D,
+    confidences_D,
+    contrastive_loss,
+    divergence_D,
+    soft_pseudo_labels_DC,
+    uniform_divergence_D,
 )
 
 LOGITS = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -11,22 +11,22 @@ import tiny
 import torch
 from classifying import ENCODERS, colours, write_decoder, write_encoder, write_labelled
 
-from orchestrator.config.compose import compose
+from orchestrator.classification.classes import Classes, targets_of
+from orchestrator.classification.model import document_answers, load_classifier
+from orchestrator.classification.objective import classify_objective, judged
+from orchestrator.classification.self_training import self_training_objective
+from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
-from orchestrator.dataset.examples import Labelled
+from orchestrator.data.encoding.answer_spans import NotRendered
+from orchestrator.data.encoding.labelled_text import encode_labelled
+from orchestrator.data.encoding.tokenizer import load_facts
+from orchestrator.data.formats.examples import Labelled
+from orchestrator.data.preparation.prepare import ensure_prepared
+from orchestrator.dataloader.batch import Batch, PreparedRows, batch_of
+from orchestrator.distributed.runtime import Runtime, start_single_runtime
 from orchestrator.errors import CheckpointError, ConfigError, DataError
-from orchestrator.training.classes import Classes, targets_of
-from orchestrator.training.classifier import document_answers, load_classifier
-from orchestrator.training.classifying import classify_objective, judged
-from orchestrator.training.data.labelled import encode_labelled
-from orchestrator.training.data.prepare import ensure_prepared
-from orchestrator.training.data.rows import Batch, PreparedRows, batch_of
-from orchestrator.training.data.spans import NotRendered
-from orchestrator.training.data.tokenizer import load_facts
-from orchestrator.training.optimizers import RATE, parameter_groups
-from orchestrator.training.runtime import Runtime, start_single_runtime
-from orchestrator.training.self_training import self_training_objective
-from orchestrator.training.tuning import apply_tuning
+from orchestrator.models.tuning import apply_tuning
+from orchestrator.training.optimizer import RATE, parameter_groups
 
 CLASSES = Classes(problem="single_label", names=("red", "green", "blue"))
 TEXTS = ["a red stone", "blue", "green river and seven clouds"]
@@ -236,7 +236,7 @@ def test_packed_rows_have_the_loss_of_single_ones(runtime: Runtime, root: Path, 
 
 
 def test_the_self_training_loss_is_the_sum_of_its_parts(runtime: Runtime, root: Path) -> None:
-    from orchestrator.training.class_losses import contrastive_loss, divergence_D, uniform_divergence_D
+    from orchestrator.losses.classification import contrastive_loss, divergence_D, uniform_divergence_D
 
     config = compose(["+experiment=llama_weak_supervision"])
     stage = config.stages["self_training"].model_copy(update={"contrastive_weight": 0.7, "confidence_weight": 0.3})

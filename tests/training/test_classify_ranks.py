@@ -12,12 +12,12 @@ from classifying import words_of as run_words
 from classifying import write_encoder, write_sets
 from safetensors.torch import load_file
 
-from orchestrator.config.compose import compose
+from orchestrator.classification.classes import Classes
+from orchestrator.classification.model import load_classifier
+from orchestrator.composition.compose import compose
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
 from orchestrator.planning.plan import resolve
-from orchestrator.rundir import RunFolder, StageFolder, write_json
-from orchestrator.training.classes import Classes
-from orchestrator.training.classifier import load_classifier
+from orchestrator.run_folder.folder import RunFolder, StageFolder, write_json
 
 CLASSIFIERS = {
     "full": ("tuning=full",),

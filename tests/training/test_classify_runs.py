@@ -12,7 +12,7 @@ from loading import check_scripts
 from running import Bench, Done, make_bench
 
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import StageFolder, read_json
+from orchestrator.run_folder.folder import StageFolder, read_json
 
 NAMES = {0: "blue", 1: "green", 2: "red"}
 

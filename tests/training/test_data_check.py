@@ -14,13 +14,13 @@ from data_parts import CHATML, FAMILIES, data_config, write_jsonl, write_tokeniz
 from rich.console import Console
 from transformers import LlamaConfig, MixtralConfig, PreTrainedModel, Qwen3Config
 
-from orchestrator.dataset.examples import Chat
+from orchestrator.data.encoding.tokenizer import load_facts
+from orchestrator.data.formats.examples import Chat
+from orchestrator.dataloader.batch import PreparedRows
 from orchestrator.errors import DataError, TrainingFailed
-from orchestrator.training.data.check import DataReport, Piece, check_data, decoded_pieces, document_faults, histogram
-from orchestrator.training.data.report import histogram_lines, print_report, table_rows
-from orchestrator.training.data.rows import PreparedRows
-from orchestrator.training.data.tokenizer import load_facts
-from orchestrator.training.replica import check_gradients, small_copy
+from orchestrator.preflight.data_check import DataReport, Piece, check_data, decoded_pieces, document_faults, histogram
+from orchestrator.preflight.data_report import histogram_lines, print_report, table_rows
+from orchestrator.preflight.gradient_check import check_gradients, small_copy
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from data_parts import FAMILIES, data_config, write_jsonl, write_tokenizer
 
-from orchestrator.dataset.ledger import Ledger, audit, ledger_path, rows_of_step
-from orchestrator.dataset.order import Order, make_order
-from orchestrator.dataset.prepared import PreparedFolder
-from orchestrator.training.data.prepare import ensure_prepared
+from orchestrator.data.ledger import Ledger, audit, ledger_path, rows_of_step
+from orchestrator.data.order import Order, make_order
+from orchestrator.data.preparation.prepare import ensure_prepared
+from orchestrator.data.prepared.folder import PreparedFolder
 
 
 @pytest.fixture(scope="module")

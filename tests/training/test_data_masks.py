@@ -13,11 +13,11 @@ from data_parts import CHATML, FAMILIES, QWEN3, Family, data_config, write_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.dataset.examples import Chat, Prompt
-from orchestrator.dataset.formats import parse_row
-from orchestrator.training.data.encode import Encoded, Encoder, encode_examples, encode_prompt, make_encoder
-from orchestrator.training.data.spans import NotRendered
-from orchestrator.training.data.tokenizer import core_tokenizer, is_splittable, load_facts
+from orchestrator.data.encoding.answer_spans import NotRendered
+from orchestrator.data.encoding.encoder import Encoded, Encoder, encode_examples, encode_prompt, make_encoder
+from orchestrator.data.encoding.tokenizer import core_tokenizer, is_splittable, load_facts
+from orchestrator.data.formats.examples import Chat, Prompt
+from orchestrator.data.formats.parse import parse_row
 
 
 @lru_cache
@@ -301,7 +301,7 @@ def test_marks_of_trl_agree() -> None:
 def test_our_renderer_is_transformers() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    from orchestrator.training.data.template import ChatTemplate
+    from orchestrator.data.encoding.chat_template import ChatTemplate
 
     messages = [
         {"role": "system", "content": " Be <b>short</b> & clear "},

@@ -18,14 +18,14 @@ import pytest
 from data_parts import FAMILIES, ROOT, data_config, write_jsonl, write_tokenizer
 
 from orchestrator.config.data import DataConfig
-from orchestrator.dataset import key as key_module
-from orchestrator.dataset.meta import DATA_VERSION
-from orchestrator.dataset.parts import find_prepared
-from orchestrator.dataset.prepared import PreparedFolder
+from orchestrator.data.preparation import build as build_module
+from orchestrator.data.preparation.prepare import Prepared, ensure_prepared, estimate_seconds
+from orchestrator.data.prepared import key as key_module
+from orchestrator.data.prepared.folder import PreparedFolder
+from orchestrator.data.prepared.meta import DATA_VERSION
+from orchestrator.data.prepared.parts import find_prepared
+from orchestrator.dataloader.batch import PreparedRows
 from orchestrator.errors import DataError, OrchestratorError
-from orchestrator.training.data import build as build_module
-from orchestrator.training.data.prepare import Prepared, ensure_prepared, estimate_seconds
-from orchestrator.training.data.rows import PreparedRows
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "it", "is", "raining"]
 
@@ -135,7 +135,7 @@ def test_a_hit_imports_nothing_heavy_and_is_fast(data: Path, tokenizer: Path, tm
     prepare(data_config(train__path=str(data)), tokenizer, tmp_path / "cache")
     code = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, 'tests'); from data_parts import data_config\n"
-        "from orchestrator.training.data.prepare import ensure_prepared; start = time.perf_counter()\n"
+        "from orchestrator.data.preparation.prepare import ensure_prepared; start = time.perf_counter()\n"
         f"found = ensure_prepared(data_config(train__path={str(data)!r}), tokenizer_folder=Path({str(tokenizer)!r}), "
         f"cache=Path({str(tmp_path / 'cache')!r}), seed=0, say=print)\n"
         "print(found.was_hit, time.perf_counter() - start)\n"
@@ -157,7 +157,7 @@ def test_processes_make_what_one_process_makes(
         else:
             path.write_text(json.dumps(rows_of(3000)))
         config = data_config(train__path=str(path), packing="best_fit", max_length=128, num_processes=2)
-        monkeypatch.setattr("orchestrator.training.data.chunks.CHUNK_BYTES", 1 << 14)
+        monkeypatch.setattr("orchestrator.data.encoding.chunks.CHUNK_BYTES", 1 << 14)
         alone = prepare(config, tokenizer, tmp_path / f"alone-{kind}")
         with monkeypatch.context() as patch:
             patch.setattr(build_module, "TRIAL_SECONDS", 0.0)
@@ -173,7 +173,7 @@ def test_processes_make_what_one_process_makes(
 def test_two_at_once_build_once(data: Path, tokenizer: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, 'tests'); from data_parts import data_config\n"
-        "from orchestrator.training.data.prepare import ensure_prepared\n"
+        "from orchestrator.data.preparation.prepare import ensure_prepared\n"
         f"found = ensure_prepared(data_config(train__path={str(data)!r}), tokenizer_folder=Path({str(tokenizer)!r}), "
         f"cache=Path({str(tmp_path / 'cache')!r}), seed=0, say=lambda s: None)\n"
         "print(found.train_digest, found.train_statistics.tokens)"
@@ -193,7 +193,7 @@ def test_killed_at_any_moment_it_starts_clean(tokenizer: Path, tmp_path: Path) -
     cache = tmp_path / "cache"
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, 'tests'); from data_parts import data_config\n"
-        "from orchestrator.training.data.prepare import ensure_prepared\n"
+        "from orchestrator.data.preparation.prepare import ensure_prepared\n"
         f"ensure_prepared(data_config(train__path={str(data)!r}, packing='best_fit', max_length=128), "
         f"tokenizer_folder=Path({str(tokenizer)!r}), cache=Path({str(cache)!r}), seed=0, say=lambda s: None)\n"
     )
@@ -214,7 +214,7 @@ def test_killed_at_any_moment_it_starts_clean(tokenizer: Path, tmp_path: Path) -
 
 
 def test_a_process_that_dies_is_told(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.training.data import processes
+    from orchestrator.data.encoding import worker_pool as processes
 
     data = write_jsonl(tmp_path / "rows.jsonl", rows_of(3000))
     start = processes._start
@@ -226,7 +226,7 @@ def test_a_process_that_dies_is_told(tokenizer: Path, tmp_path: Path, monkeypatc
         return started[-1]
 
     monkeypatch.setattr(processes, "_start", doomed)
-    monkeypatch.setattr("orchestrator.training.data.chunks.CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr("orchestrator.data.encoding.chunks.CHUNK_BYTES", 1 << 14)
     monkeypatch.setattr(build_module, "TRIAL_SECONDS", 0.0)
     monkeypatch.setattr(build_module, "PARALLEL_SECONDS", 0.0)
     with pytest.raises(OrchestratorError, match="a process that tokenises ended with code -9"):
@@ -240,7 +240,7 @@ def test_what_takes_too_long_is_refused_with_the_command(
 ) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", rows_of(3000))
     monkeypatch.setattr(build_module, "TRIAL_SECONDS", 0.0)
-    monkeypatch.setattr("orchestrator.training.data.chunks.CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr("orchestrator.data.encoding.chunks.CHUNK_BYTES", 1 << 14)
     with pytest.raises(DataError, match=r"would take about \d+ s here, more than 0 s.*\northo prepare x") as caught:
         prepare(
             data_config(train__path=str(data)),

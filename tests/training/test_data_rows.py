@@ -21,11 +21,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from orchestrator.classification.classes import Classes, targets_of
+from orchestrator.data.preparation.prepare import ensure_prepared
+from orchestrator.dataloader.batch import IGNORED, Batch, PreparedRows
 from orchestrator.errors import ConfigError
-from orchestrator.training import attention, attention_blocks
-from orchestrator.training.classes import Classes, targets_of
-from orchestrator.training.data.prepare import ensure_prepared
-from orchestrator.training.data.rows import IGNORED, Batch, PreparedRows
+from orchestrator.models import attention, attention_blocks
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 

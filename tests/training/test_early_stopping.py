@@ -12,11 +12,11 @@ import torch
 from running import Bench, Done, make_bench
 from safetensors.torch import load_file
 
-from orchestrator import checkpoints
-from orchestrator.config.stages import EarlyStoppingConfig
+from orchestrator.config.training import EarlyStoppingConfig
 from orchestrator.errors import ConfigError
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import read_json
+from orchestrator.run_folder import checkpoints
+from orchestrator.run_folder.folder import read_json
 from orchestrator.training.early_stopping import NOT_STOPPING, Stopping, after_evaluation, metric_of
 from orchestrator.training.evaluation import Evaluation
 

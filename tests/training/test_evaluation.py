@@ -13,14 +13,14 @@ import torch
 from data_parts import data_config, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from orchestrator.config.compose import compose
-from orchestrator.training.causal import attach_head
-from orchestrator.training.data.prepare import ensure_prepared
-from orchestrator.training.data.rows import PreparedRows
+from orchestrator.composition.compose import compose
+from orchestrator.data.preparation.prepare import ensure_prepared
+from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.passes import CPU_PASS_TOKENS, passes
+from orchestrator.distributed.runtime import Runtime, start_single_runtime
+from orchestrator.models.causal_lm import attach_head
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.objectives import sft_objective
-from orchestrator.training.passes import CPU_PASS_TOKENS, passes
-from orchestrator.training.runtime import Runtime, start_single_runtime
 
 ROWS = [{"instruction": f"{i} " + "ab " * (i * 37 % 80), "output": "cd " * (1 + i * 11 % 9)} for i in range(50)]
 

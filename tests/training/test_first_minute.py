@@ -12,7 +12,7 @@ import pytest
 from running import Bench, make_bench
 
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder, read_json
 
 GIB = 2**30
 TOKENS = 9000

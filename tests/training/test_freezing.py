@@ -13,10 +13,10 @@ from cells import Cell, Place, largest_difference, make_place, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from orchestrator import checkpoints
-from orchestrator.config.compose import CONF
-from orchestrator.config.stages import ScheduleConfig
-from orchestrator.rundir import read_json
+from orchestrator.composition.compose import CONF
+from orchestrator.config.training import ScheduleConfig
+from orchestrator.run_folder import checkpoints
+from orchestrator.run_folder.folder import read_json
 from orchestrator.schedule import learning_rate_factor
 
 FREEZE = ("tuning=freeze", "tuning.layers=all", "tuning.head=true", "tuning.embeddings=true")

@@ -13,9 +13,9 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from orchestrator.dataset.order import BatchOrder
-from orchestrator.training.data.rows import PreparedRows
-from orchestrator.training.losses import token_cross_entropy_sum
+from orchestrator.data.order import BatchOrder
+from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.losses.token_cross_entropy import token_cross_entropy_sum
 
 RANK = Path(__file__).with_name("gradient_rank.py")
 GLOBAL_SIZE = 8

@@ -22,11 +22,11 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from orchestrator.estimate.loss_head import LEAST_ROWS, chunk_rows
-from orchestrator.training.causal import Query, _known_head, attach_adapted_head, attach_head, head_of
-from orchestrator.training.head import Shape, Term, chunked_logprobs_K
-from orchestrator.training.logprobs import places_of, token_entropies_BT, token_logprobs_BT
-from orchestrator.training.tuning import keep_input_types
+from orchestrator.architecture.loss_head_chunks import LEAST_ROWS, chunk_rows
+from orchestrator.losses.chunked_head import Shape, Term, chunked_logprobs_K
+from orchestrator.losses.token_logprobs import places_of, token_entropies_BT, token_logprobs_BT
+from orchestrator.models.causal_lm import Query, _known_head, attach_adapted_head, attach_head, head_of
+from orchestrator.models.tuning import keep_input_types
 
 VOCABULARY = 331
 WIDTHS = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2} | {
@@ -119,8 +119,10 @@ CASES = [
 @pytest.mark.parametrize(("kind", "tuning"), CASES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_it_equals_whole_logits(kind: str, tuning: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.estimate.loss_head.CPU_CHUNK_BYTES", 4 * VOCABULARY)
-    monkeypatch.setattr("orchestrator.estimate.loss_head.CPU_BLOCK_BYTES", 4 * VOCABULARY)  # 8 rows of 32 at a time
+    monkeypatch.setattr("orchestrator.architecture.loss_head_chunks.CPU_CHUNK_BYTES", 4 * VOCABULARY)
+    monkeypatch.setattr(
+        "orchestrator.architecture.loss_head_chunks.CPU_BLOCK_BYTES", 4 * VOCABULARY
+    )  # 8 rows of 32 at a time
     model = _tuned(_model(kind), tuning)
     assert head_of(model, CPU).startswith("chunked") == (tuning != "dora-head")
     ids_BT, labels_BT = _inputs()
@@ -225,7 +227,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "lora-head"])
 def test_no_tensor_holds_whole_logits(tuning: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.estimate.loss_head.CPU_CHUNK_BYTES", 4 * VOCABULARY)
+    monkeypatch.setattr("orchestrator.architecture.loss_head_chunks.CPU_CHUNK_BYTES", 4 * VOCABULARY)
     model = _tuned(_model("untied"), tuning)
     ids_BT, labels_BT = _inputs()
     trained = len(places_of(labels_BT))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from running import make_bench
 
-from orchestrator.kernels import liger_is_installed
+from orchestrator.architecture.kernels import liger_is_installed
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import read_json
+from orchestrator.run_folder.folder import read_json
 
 
 def test_the_log_tells_what_the_plan_named(tmp_path: Path) -> None:

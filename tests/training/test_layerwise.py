@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from orchestrator.dataloader.batch import Batch, batch_of
 from orchestrator.errors import ConfigError
-from orchestrator.training import attention
-from orchestrator.training.causal import Query, attach_head
-from orchestrator.training.data.rows import Batch, batch_of
-from orchestrator.training.layerwise import compile_layers, recompute_layers
-from orchestrator.training.logprobs import places_of
+from orchestrator.losses.token_logprobs import places_of
+from orchestrator.models import attention
+from orchestrator.models.causal_lm import Query, attach_head
+from orchestrator.models.layer_transforms import compile_layers, recompute_layers
 
 LENGTHS = (11, 3, 18)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.config.compose import compose
-from orchestrator.config.stages import SftStage
+from orchestrator.architecture.kernels import liger_is_installed
+from orchestrator.composition.compose import compose
+from orchestrator.config.training import SftStage
+from orchestrator.distributed.runtime import start_runtime
 from orchestrator.errors import ConfigError
-from orchestrator.kernels import liger_is_installed
-from orchestrator.training import liger
-from orchestrator.training.head import Shape, Term
-from orchestrator.training.runtime import start_runtime
+from orchestrator.losses import liger_head as liger
+from orchestrator.losses.chunked_head import Shape, Term
 
 
 @pytest.mark.skipif(not liger_is_installed(), reason="liger-kernel and triton are not installed (the extra `gpu`)")

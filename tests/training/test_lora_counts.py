@@ -10,13 +10,13 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from orchestrator.architecture import count_lora_parameters, count_parameters, read_architecture
-from orchestrator.architecture_families import FAMILIES
-from orchestrator.config.compose import CONF, compose
+from orchestrator.architecture.families import FAMILIES
+from orchestrator.architecture.parameter_counts import count_lora_parameters, count_parameters, read_architecture
+from orchestrator.composition.compose import CONF, compose
 from orchestrator.config.model import Architecture, LoraTuning
 from orchestrator.errors import ConfigError
-from orchestrator.training.memory_models import transformers_config
-from orchestrator.training.tuning import apply_tuning
+from orchestrator.models.tracing.untrained_models import transformers_config
+from orchestrator.models.tuning import apply_tuning
 
 PRESETS = ("smollm2_135m", "llama3_8b", "qwen3_8b", "mixtral_8x7b", "llama3_70b")
 TUNINGS = {

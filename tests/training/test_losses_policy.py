@@ -10,9 +10,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from orchestrator.training.data.rows import Span
-from orchestrator.training.logprobs import sums_by_document, token_entropies_BT, token_logprobs_BT
-from orchestrator.training.policy_losses import (
+from orchestrator.dataloader.batch import Span
+from orchestrator.losses.policy import (
     Aggregation,
     Baseline,
     KlEstimator,
@@ -22,6 +21,7 @@ from orchestrator.training.policy_losses import (
     policy_token_losses_BT,
     weight,
 )
+from orchestrator.losses.token_logprobs import sums_by_document, token_entropies_BT, token_logprobs_BT
 
 TOLERANCE = 1e-5
 SEQUENCES, POSITIONS, VOCABULARY = 6, 8, 11

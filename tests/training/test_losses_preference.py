@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from orchestrator.training.preference_losses import (
+from orchestrator.losses.preference import (
     PairLogprobs,
     bradley_terry_N,
     centring_N,

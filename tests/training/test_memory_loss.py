@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from orchestrator.architecture.loss_head_chunks import kept_bytes_per_token, temporary_bytes
 from orchestrator.config.model import Architecture
 from orchestrator.estimate.activations import Load, loss_bytes
-from orchestrator.estimate.loss_head import kept_bytes_per_token, temporary_bytes
-from orchestrator.training.head import Shape, Term, chunked_logprobs_K
-from orchestrator.training.losses import IGNORED, token_cross_entropy_sum
-from orchestrator.training.memory_trace import LiveBytes
+from orchestrator.losses.chunked_head import Shape, Term, chunked_logprobs_K
+from orchestrator.losses.token_cross_entropy import IGNORED, token_cross_entropy_sum
+from orchestrator.models.tracing.live_bytes import LiveBytes
 
 VOCABULARY = 500
 
@@ -69,8 +69,8 @@ def test_the_chunked_head_takes_what_the_forecast_says(
     dtype: torch.dtype, softcap: float | None, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A frozen head: a chunk's products, a block's logits and probabilities, and the gradients that are kept."""
-    monkeypatch.setattr("orchestrator.estimate.loss_head.CPU_CHUNK_BYTES", 4 * VOCABULARY * 300)
-    monkeypatch.setattr("orchestrator.estimate.loss_head.CPU_BLOCK_BYTES", 4 * VOCABULARY * 100)
+    monkeypatch.setattr("orchestrator.architecture.loss_head_chunks.CPU_CHUNK_BYTES", 4 * VOCABULARY * 300)
+    monkeypatch.setattr("orchestrator.architecture.loss_head_chunks.CPU_BLOCK_BYTES", 4 * VOCABULARY * 100)
     hidden_KW = torch.ones(rows, 8, dtype=dtype, requires_grad=True)
     weight_VW = torch.ones(VOCABULARY, 8, dtype=dtype)
     targets_K = torch.zeros(rows, dtype=torch.int64)

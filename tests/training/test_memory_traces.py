@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from orchestrator.config.compose import compose
+from orchestrator.composition.compose import compose
 from orchestrator.config.model import Architecture, LoraTuning
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.activations import Load, activation_memory, mode_of
-from orchestrator.training.memory_models import Mode, build_model
-from orchestrator.training.memory_trace import Precision, trace
+from orchestrator.models.tracing.live_bytes import Precision, trace
+from orchestrator.models.tracing.untrained_models import Mode, build_model
 
 LENGTHS = (512, 2048, 8192)
 TUNINGS = ("full", "lora")
@@ -119,7 +119,7 @@ def test_two_trackers_see_the_same_peak() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    from orchestrator.training import memory_trace
+    from orchestrator.models.tracing import live_bytes as memory_trace
 
     model = facts("llama", 32000, 1024, 2816, (16, 4, 64))
     mode = Mode(precision="bfloat16", checkpoint_every=0, attention="sdpa", lora=None)

@@ -11,8 +11,8 @@ import pytest
 from running import Done, make_bench
 
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import read_json
-from orchestrator.training.profiling import SPANS
+from orchestrator.run_folder.folder import read_json
+from orchestrator.training.profiler import SPANS
 
 
 def traced_names(file: Path) -> set[str]:

@@ -11,20 +11,20 @@ import pytest
 import tiny
 import torch
 
-from orchestrator.adapter_counts import count_adapter_parameters, count_sites
-from orchestrator.architecture import read_architecture
-from orchestrator.config.adapters import LoreftTuning
-from orchestrator.config.compose import compose
+from orchestrator.architecture.adapter_parameters import count_adapter_parameters, count_sites
+from orchestrator.architecture.parameter_counts import read_architecture
+from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
+from orchestrator.config.tuning import LoreftTuning
+from orchestrator.dataloader.batch import Batch, Span, batch_of
+from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.errors import CheckpointError, ConfigError
-from orchestrator.training.artifact import open_artifact, write_artifact
-from orchestrator.training.data.rows import Batch, Span, batch_of
-from orchestrator.training.logprobs import places_of
-from orchestrator.training.model import load_model
+from orchestrator.losses.token_logprobs import places_of
+from orchestrator.models.artifact import open_artifact, write_artifact
+from orchestrator.models.loading import load_model
+from orchestrator.models.reft import Intervention, orthonormal_RW, places_in
+from orchestrator.models.tuning import apply_tuning
 from orchestrator.training.objectives import token_scores_BT
-from orchestrator.training.reft import Intervention, orthonormal_RW, places_in
-from orchestrator.training.runtime import start_single_runtime
-from orchestrator.training.tuning import apply_tuning
 
 SITES = {"one site a layer": (), "two sites a layer": ("tuning.share_weights=false",)}
 VARIANTS = ("loreft", "direft")

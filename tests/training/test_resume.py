@@ -15,10 +15,10 @@ from cells import Cell, Place, largest_difference, make_place, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from orchestrator import checkpoints
 from orchestrator.config.run import RunConfig
-from orchestrator.resume_rules import may_differ
-from orchestrator.rundir import read_json
+from orchestrator.run_folder import checkpoints
+from orchestrator.run_folder.folder import read_json
+from orchestrator.run_state.resume_rules import may_differ
 
 LORA = ("tuning=lora", "tuning.rank=4")
 EIGHT_BIT = ("tuning=full", "optimizer@stages.sft.optimizer=adamw_8bit", "stages.sft.optimizer.lr=2e-3")

@@ -15,7 +15,7 @@ import torch
 from cells import STEPS, Cell, Place, command, crash, environment, make_place, train
 from safetensors.torch import load_file
 
-from orchestrator import checkpoints
+from orchestrator.run_folder import checkpoints
 
 LORA = ("tuning=lora", "tuning.rank=4", "tuning.dropout=0.2")
 SHARDINGS = ("none", "zero1", "zero2", "zero3")

@@ -9,7 +9,7 @@ import pytest
 from running import Bench, Done, make_bench
 
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.rundir import RunFolder, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder, read_json, write_json
 
 SAVES = ("stages.sft.checkpoint.every_steps=2", "launcher=local")
 ADAPTER = "adapter_model.safetensors"

@@ -15,8 +15,8 @@ import pytest
 from cells import environment, make_place
 
 from orchestrator.errors import EXIT_SAVED
-from orchestrator.rundir import read_json
-from orchestrator.training.stop import SIGNALS, StopRequest, job_deadline
+from orchestrator.run_folder.folder import read_json
+from orchestrator.run_folder.stop_request import SIGNALS, StopRequest, job_deadline
 
 
 @pytest.fixture(autouse=True)

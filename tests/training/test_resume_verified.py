@@ -10,13 +10,13 @@ import pytest
 from running import Bench, make_bench
 
 from launchers.process import Launch, launch
-from orchestrator.config.compose import compose
+from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
-from orchestrator.jobs import job_spec, render
+from orchestrator.execution.job_specs import job_spec, render
+from orchestrator.execution.resume_proof import compare, print_proof, small_runs, verify_resume
 from orchestrator.planning.plan import resolve, run_directory_of
-from orchestrator.rundir import MANIFEST, RunFolder, read_json, write_json
-from orchestrator.verify import compare, print_proof, small_runs, verify_resume
+from orchestrator.run_folder.folder import MANIFEST, RunFolder, read_json, write_json
 
 
 @contextmanager

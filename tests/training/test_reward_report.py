@@ -8,8 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from orchestrator.errors import DataError, TrainingFailed
-from orchestrator.training.reward_report import (
+from orchestrator.alignment.reward_statistics import (
     Pairs,
     RewardReport,
     WordsBaseline,
@@ -22,6 +21,7 @@ from orchestrator.training.reward_report import (
     report_of,
     wilson_interval,
 )
+from orchestrator.errors import DataError, TrainingFailed
 
 WORDS = [f"word{i}" for i in range(30)]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from orchestrator.config.compose import compose
-from orchestrator.training.data.rows import batch_of
-from orchestrator.training.model import load_scorer
+from orchestrator.composition.compose import compose
+from orchestrator.dataloader.batch import batch_of
+from orchestrator.distributed.runtime import Runtime, start_single_runtime
+from orchestrator.models.loading import load_scorer
 from orchestrator.training.objectives import document_scores
-from orchestrator.training.runtime import Runtime, start_single_runtime
 
 SIZE = {
     "vocab_size": 64,

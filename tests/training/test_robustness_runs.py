@@ -11,8 +11,8 @@ from blending_runs import answer_words, likeliest, write_answer_sets
 from running import Bench, Done, make_bench
 from safetensors.torch import load_file
 
-from orchestrator.rundir import read_json, read_manifest
-from orchestrator.training.data.rows import PreparedRows
+from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.run_folder.folder import read_json, read_manifest
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 
+from orchestrator.composition.compose import compose
 from orchestrator.config.alignment import RolloutConfig
-from orchestrator.config.compose import compose
-from orchestrator.training.draws import SeededDraws
-from orchestrator.training.model import load_model
-from orchestrator.training.rollout import Completion, Request, SeededSampler, end_ids_of, make_generate, seed_of
-from orchestrator.training.runtime import Runtime, start_single_runtime
+from orchestrator.distributed.runtime import Runtime, start_single_runtime
+from orchestrator.generation.generator import Completion, Request, SeededSampler, end_ids_of, make_generate, seed_of
+from orchestrator.generation.seeded_sampling import SeededDraws
+from orchestrator.models.loading import load_model
 
 SETTINGS = RolloutConfig(
     prompts=4,

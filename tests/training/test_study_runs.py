@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from running import Bench, make_bench
 
-from orchestrator.config.compose import compose
+from orchestrator.composition.compose import compose
 from orchestrator.metrics.jsonl import number_of, read_rows, step_of
-from orchestrator.rundir import RunFolder, StageFolder, read_json
-from orchestrator.study.statistics import expected_best
-from orchestrator.study.trials import WrongMetric, metric_watch
+from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json
+from orchestrator.studies.statistics import expected_best
+from orchestrator.studies.trials import WrongMetric, metric_watch
 
 SEEDS = (
     "study=seeds",

@@ -19,7 +19,7 @@ from wandb_offline import offline_files, offline_history, records
 from wandb_server import FAKE_KEY, WandbServer, unreachable, wandb_server
 
 from orchestrator.metrics.jsonl import RecordFile
-from orchestrator.metrics.wandb import (
+from orchestrator.metrics.wandb.process import (
     Outcome,
     WandbProcess,
     WandbSettings,

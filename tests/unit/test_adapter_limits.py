@@ -7,16 +7,16 @@ import functools
 import pytest
 import yaml
 
-from orchestrator.adapter_counts import count_adapter_parameters, shape_problems
-from orchestrator.config.adapters import ADAPTER_TUNINGS
-from orchestrator.config.compose import CONF, compose
-from orchestrator.config.limits import LIMITS, ZERO
+from orchestrator.architecture.adapter_parameters import count_adapter_parameters, shape_problems
+from orchestrator.composition.compose import CONF, compose
 from orchestrator.config.model import Architecture
 from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import RunConfig
+from orchestrator.config.tuning import ADAPTER_TUNINGS
+from orchestrator.config.tuning_rules import LIMITS, ZERO
 from orchestrator.errors import ConfigError
 from orchestrator.estimate.flops import flops_per_token
-from orchestrator.estimate.states import state_memory, trainable_parameters
+from orchestrator.estimate.model_states import state_memory, trainable_parameters
 
 REFUSED = {
     "adalora under ZeRO": (("tuning=adalora", "sharding=zero2"), "type sharding=none"),

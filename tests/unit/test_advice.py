@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from asking import Asker
 
-from orchestrator.advising import choices_of, judge_of
-from orchestrator.bases import Base
-from orchestrator.config.compose import compose
+from orchestrator.architecture.base_model import Base
+from orchestrator.composition.compose import compose
 from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import RunConfig, training_stages
-from orchestrator.estimate.advice import Advice, advise, axes_of
-from orchestrator.facts import gather
+from orchestrator.planning.auto_settings import choices_of, judge_of
+from orchestrator.planning.inspect_inputs import gather
 from orchestrator.planning.plan import DataFacts, make_plan, resolve
+from orchestrator.planning.settings_search import Advice, advise, axes_of
 
 EXPERIMENTS = {
     "llama3_8b_lora": ["cluster=h100x8"],

@@ -7,14 +7,14 @@ from functools import cache
 import pytest
 import yaml
 
-from orchestrator.architecture import adapter_problems, count_lora_parameters, count_parameters
-from orchestrator.config.compose import CONF, compose
+from orchestrator.architecture.deepspeed import deepspeed_dict
+from orchestrator.architecture.parameter_counts import adapter_problems, count_lora_parameters, count_parameters
+from orchestrator.architecture.zero_buckets import sized
+from orchestrator.composition.compose import CONF, compose
 from orchestrator.config.model import Architecture, LoraTuning, ZeroSharding
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.flops import flops_per_token
-from orchestrator.estimate.states import NF4_BYTES, StateMemory, state_memory
-from orchestrator.zero import deepspeed_dict
-from orchestrator.zero_sizes import sized
+from orchestrator.estimate.model_states import NF4_BYTES, StateMemory, state_memory
 
 PUBLISHED = {
     "smollm2_135m": 134_515_008,

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.bases import Base
-from orchestrator.config.compose import CONF, compose
+from orchestrator.architecture.base_model import Base
+from orchestrator.composition.compose import CONF, compose
 from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import accumulation_steps
-from orchestrator.config.stages import ScheduleConfig
+from orchestrator.config.training import ScheduleConfig
 from orchestrator.planning.plan import DataFacts, make_plan, resolve
-from orchestrator.plurals import counted
 from orchestrator.schedule import (
     learning_rate_factor,
     level_opens_at,
@@ -24,6 +23,7 @@ from orchestrator.schedule import (
     total_steps,
     warmup_steps,
 )
+from orchestrator.text.plurals import counted
 
 SHAPES = [
     ScheduleConfig(name=name, warmup_ratio=warmup, decay_ratio=decay, final_ratio=final)

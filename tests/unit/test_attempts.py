@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import attempts
-from orchestrator.attempts import (
+from orchestrator.composition.compose import compose
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import CheckpointError, ConfigError, DataError, TrainingFailed
+from orchestrator.run_folder.folder import RunFolder, StageFolder, write_json
+from orchestrator.run_state import attempts
+from orchestrator.run_state.attempts import (
     Attempt,
     Decision,
     State,
@@ -21,10 +25,6 @@ from orchestrator.attempts import (
     write_attempt,
     write_fault,
 )
-from orchestrator.config.compose import compose
-from orchestrator.config.run import RunConfig
-from orchestrator.errors import CheckpointError, ConfigError, DataError, TrainingFailed
-from orchestrator.rundir import RunFolder, StageFolder, write_json
 
 MAX_FAILURES, MAX_PREEMPTIONS = 2, 4
 

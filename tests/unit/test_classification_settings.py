@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from asking import Asker
 
-from orchestrator.architecture import read_architecture
-from orchestrator.config.compose import compose
+from orchestrator.architecture.parameter_counts import read_architecture
+from orchestrator.composition.compose import compose
 from orchestrator.config.model import FreezeTuning
+from orchestrator.config.pipeline import resolve_starts
 from orchestrator.config.run import has_new_heads
-from orchestrator.dataset.examples import Labelled, Reading, RowProblem
-from orchestrator.dataset.formats import parse_row
-from orchestrator.estimate.states import trainable_parameters
-from orchestrator.pipeline import resolve_starts
+from orchestrator.data.formats.examples import Labelled, Reading, RowProblem
+from orchestrator.data.formats.parse import parse_row
+from orchestrator.estimate.model_states import trainable_parameters
 
 BERT = {
     "model_type": "bert", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -10,11 +10,11 @@ from typing import Any, get_args
 import pytest
 from asking import ROW, Asker, write_rows
 
-from orchestrator.config.compose import compose, dotted_keys
-from orchestrator.config.problems import PATTERNS
+from orchestrator.composition.compose import compose, dotted_keys
+from orchestrator.composition.overrides import CONF, choices_of, parse_override
+from orchestrator.config.key_hints import ALIASES, CHOICE_HINTS, key_hint
 from orchestrator.config.run import RunConfig
-from orchestrator.hints import ALIASES, CHOICE_HINTS, key_hint
-from orchestrator.words import CONF, choices_of, parse_override
+from orchestrator.config.validation_messages import PATTERNS
 
 LORA = "+experiment=llama_lora"
 

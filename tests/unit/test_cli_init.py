@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from asking import ROW, Asker, write_rows
 
-from orchestrator.config.compose import examine
+from orchestrator.composition.compose import examine
 
 
 @pytest.mark.parametrize(

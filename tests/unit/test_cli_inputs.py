@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from asking import ROW, Asker, write_model, write_rows, write_tensors
 
-from orchestrator.bases import find_base
-from orchestrator.config.compose import compose
+from orchestrator.architecture.base_model import find_base
+from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
-from orchestrator.dataset.sources import inspect
+from orchestrator.data.sources.locate import inspect
 from orchestrator.errors import DataError, ModelError
 
 LORA = "+experiment=llama_lora"

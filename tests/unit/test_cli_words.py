@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from asking import Asker
 
-from orchestrator.config.compose import experiments
+from orchestrator.composition.compose import experiments
 
 LORA = "+experiment=llama_lora"
 
@@ -226,13 +226,13 @@ def test_verbs_and_folders(ask: Asker, words: tuple[str, ...], sentence: str) ->
     ],
 )
 def test_open_maps_take_new_keys(words: tuple[str, ...], expected: dict[str, str]) -> None:
-    from orchestrator.config.compose import compose
+    from orchestrator.composition.compose import compose
 
     assert compose([LORA, *words]).cluster.environment == expected
 
 
 def test_words_win_over_files_and_later_words_over_earlier_ones() -> None:
-    from orchestrator.config.compose import compose
+    from orchestrator.composition.compose import compose
 
     config = compose(
         [LORA, "stages.sft.data.train.columns={prompt: question}", "seed=3", "seed=4", "seeds.data=5", "tuning.rank=2"]

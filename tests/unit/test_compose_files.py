@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from asking import Asker
 
-from orchestrator.config.compose import CONF, compose
+from orchestrator.composition.compose import CONF, compose
 
 HEAD = """\
 # @package _global_

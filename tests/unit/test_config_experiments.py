@@ -10,10 +10,10 @@ import pytest
 from asking import SLURM_SIZE, Asker
 
 from launchers.spec import InvalidValueError
-from orchestrator.config.compose import CONF, compose, experiments
+from orchestrator.composition.compose import CONF, compose, experiments
 from orchestrator.config.run import RunConfig
-from orchestrator.facts import gather
-from orchestrator.jobs import render
+from orchestrator.execution.job_specs import render
+from orchestrator.planning.inspect_inputs import gather
 from orchestrator.planning.plan import make_plan, resolve
 
 LAUNCHERS = ("local", "torchrun", "slurm")

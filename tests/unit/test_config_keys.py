@@ -13,13 +13,13 @@ import pytest
 import yaml
 
 import orchestrator
+from orchestrator.composition.compose import CONF
 from orchestrator.config.alignment import RewardSource
 from orchestrator.config.base import Section
-from orchestrator.config.compose import CONF
 from orchestrator.config.functions import FunctionSource
-from orchestrator.config.problems import _sections as sections_in
 from orchestrator.config.run import RunConfig
-from orchestrator.config.stages import EarlyStoppingConfig
+from orchestrator.config.training import EarlyStoppingConfig
+from orchestrator.config.validation_messages import _sections as sections_in
 
 ROOT = Path(orchestrator.__file__).parent.parent
 READERS = [

@@ -13,9 +13,9 @@ from test_config_keys import FIELDS
 
 import orchestrator
 from orchestrator.cli.keys import page
-from orchestrator.key_reference import Key, reference
-from orchestrator.key_search import matching
-from orchestrator.words import CONF
+from orchestrator.composition.key_reference import Key, reference
+from orchestrator.composition.key_search import matching
+from orchestrator.composition.overrides import CONF
 
 LORA = "+experiment=llama_lora"
 

@@ -14,10 +14,10 @@ import pytest
 from asking import Asker, latest, write_model, write_rows
 
 from orchestrator.config.data import DataFormat
-from orchestrator.dataset.columns import detect, suggested
-from orchestrator.dataset.examples import Chat
-from orchestrator.dataset.formats import parse_row
-from orchestrator.dataset.reading import file_kind, position, read_rows
+from orchestrator.data.formats.columns import detect, suggested
+from orchestrator.data.formats.examples import Chat
+from orchestrator.data.formats.parse import parse_row
+from orchestrator.data.sources.readers import file_kind, position, read_rows
 
 STAGES = {
     "sft": "llama_lora",

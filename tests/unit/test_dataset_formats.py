@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.dataset.columns import detect
-from orchestrator.dataset.examples import Chat, Plain, Prompt, RowProblem
-from orchestrator.dataset.formats import parse_row
+from orchestrator.data.formats.columns import detect
+from orchestrator.data.formats.examples import Chat, Plain, Prompt, RowProblem
+from orchestrator.data.formats.parse import parse_row
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 

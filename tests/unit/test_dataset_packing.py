@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.dataset.packing import (
+from orchestrator.data.preparation.packing import (
     Packs,
     best_fit,
     efficiency,

@@ -7,8 +7,8 @@ import pytest
 from data_parts import data_config
 
 from orchestrator.config.data import SourceConfig
-from orchestrator.dataset.selection import first_occurrences, held_out, mixture
-from orchestrator.dataset.splits import held_out_rows
+from orchestrator.config.splits import held_out_rows
+from orchestrator.data.preparation.selection import first_occurrences, held_out, mixture
 
 HASHES = np.random.default_rng(0).integers(0, 2**63, 1000).astype(np.uint64)
 

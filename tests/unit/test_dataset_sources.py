@@ -13,8 +13,7 @@ import pytest
 from data_parts import data_config, write_jsonl
 
 from orchestrator.config.data import SourceConfig
-from orchestrator.dataset.reading import read_rows
-from orchestrator.dataset.sources import (
+from orchestrator.data.sources.locate import (
     DEMONSTRATION,
     held_out_source,
     inspect,
@@ -23,6 +22,7 @@ from orchestrator.dataset.sources import (
     splits_train,
     validate_rows,
 )
+from orchestrator.data.sources.readers import read_rows
 from orchestrator.errors import DataError
 
 ROWS: list[dict[str, Any]] = [{"instruction": f"q{i} ü", "input": "", "output": f"a{i}\n"} for i in range(5)]
@@ -252,8 +252,8 @@ def test_a_quick_look_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None
     path = write_jsonl(tmp_path / "a.jsonl", ROWS * 4000)
     code = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, 'tests'); from data_parts import data_config\n"
-        "from orchestrator.dataset.sources import inspect, validate_rows\n"
-        "from orchestrator.dataset import key, ledger, order, packing, parts, prepared, selection\n"
+        "from orchestrator.data.sources.locate import inspect, validate_rows\n"
+        "from orchestrator.data import key, ledger, order, packing, parts, prepared, selection\n"
         f"source = data_config(train__path={str(path)!r}).train; start = time.perf_counter()\n"
         "facts = inspect(source, field='x'); print(facts.rows, time.perf_counter() - start)\n"
         "heavy = {'torch', 'transformers', 'datasets', 'tokenizers', 'pyarrow', 'jinja2'} & set(sys.modules); assert not heavy, heavy"

@@ -11,9 +11,9 @@ import pytest
 from asking import ROW, Asker, write_rows
 
 from orchestrator.cli.verbs import VERBS
-from orchestrator.config.compose import examine
-from orchestrator.scaling import take_node_counts
-from orchestrator.sweep import first_words
+from orchestrator.composition.compose import examine
+from orchestrator.composition.multirun import first_words
+from orchestrator.planning.scaling import take_node_counts
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_ELSEWHERE = ("first_hour.md",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from orchestrator.config.compose import CONF, compose
+from orchestrator.composition.compose import CONF, compose
 from orchestrator.config.model import Architecture
 from orchestrator.estimate.flops import (
     attention_flops,

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from orchestrator.estimate.goodput import (
+from orchestrator.estimate.checkpoint_interval import (
     Failures,
     best_every_steps,
     best_period,

@@ -8,15 +8,21 @@ from itertools import product
 import pytest
 from test_arithmetic_memory import preset
 
-from orchestrator.architecture_families import FAMILIES
-from orchestrator.config.compose import compose
+from orchestrator.architecture.families import FAMILIES
+from orchestrator.composition.compose import compose
+from orchestrator.estimate.activation_polynomials import FOLDER, moments_of, traced
 from orchestrator.estimate.activations import Load, activation_memory, attention_path, chunked_head_bytes, loss_bytes
 from orchestrator.estimate.constants import GIB
-from orchestrator.estimate.generation import kv_cache_bytes
-from orchestrator.estimate.phases import Loss, memory_forecast
-from orchestrator.estimate.polynomials import FOLDER, moments_of, traced
-from orchestrator.estimate.records import MemoryForecast, PhaseForecast, verdict_of
-from orchestrator.estimate.sharding import bucket_bytes, gathered_bytes, persistent_bytes, secondary_bytes, step_bytes
+from orchestrator.estimate.generation_memory import kv_cache_bytes
+from orchestrator.estimate.memory import Loss, memory_forecast
+from orchestrator.estimate.memory_records import MemoryForecast, PhaseForecast, verdict_of
+from orchestrator.estimate.sharding_buffers import (
+    bucket_bytes,
+    gathered_bytes,
+    persistent_bytes,
+    secondary_bytes,
+    step_bytes,
+)
 
 ROW = Load(rows=1, length=4096, trained_share=1.0, logits="whole", is_packed=False, on_cpu=False)
 EIGHT = ("model.dtype=bfloat16", "launcher=torchrun", "cluster.processes_per_node=8", "stages.sft.batch.global_size=64")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.compose import compose
+from orchestrator.composition.compose import compose
 from orchestrator.errors import ConfigError
 from orchestrator.planning.plan import resolve
-from orchestrator.resume_rules import may_differ
 from orchestrator.rewards.builtin import Sample
 from orchestrator.rewards.extensions import load_callback, load_metric
+from orchestrator.run_state.resume_rules import may_differ
 
 CODE = """
 def share(samples, digits=3):

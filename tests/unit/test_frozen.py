@@ -10,11 +10,11 @@ import pytest
 from asking import Asker
 
 from orchestrator import __version__
-from orchestrator.config.compose import compose
+from orchestrator.composition.compose import compose
 from orchestrator.errors import RunFolderError
-from orchestrator.frozen import added_keys, load_config, load_frozen
 from orchestrator.planning.plan import run_directory_of
-from orchestrator.rundir import RunFolder, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder, read_json, write_json
+from orchestrator.run_state.frozen import added_keys, load_config, load_frozen
 
 LORA = "+experiment=llama_lora"
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.comparing import spent_words
-from orchestrator.goodput import time_spent
 from orchestrator.metrics.jsonl import RecordFile
-from orchestrator.rundir import StageFolder
+from orchestrator.planning.plan_vs_actual import spent_words
+from orchestrator.run_folder.folder import StageFolder
+from orchestrator.run_state.goodput import time_spent
 
 EVENTS: list[dict[str, Any]] = [
     {"event": "start", "attempt": 1, "time": 8, "began": 0},

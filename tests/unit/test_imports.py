@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.compose import compose
-from orchestrator.training.imports import needs_bitsandbytes, uncollected
+from orchestrator.composition.compose import compose
+from orchestrator.distributed.import_blocking import needs_bitsandbytes, uncollected
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def test_it_looks_as_if_it_were_not_installed(tmp_path: Path, words: str, found:
     (tmp_path / "config.json").write_text("{}")
     code = (
         "import sys; from importlib.util import find_spec; from pathlib import Path\n"
-        "from orchestrator.config.compose import compose\n"
-        "from orchestrator.training.imports import leave_out_deepspeed, leave_out_unused\n"
+        "from orchestrator.composition.compose import compose\n"
+        "from orchestrator.distributed.import_blocking import leave_out_deepspeed, leave_out_unused\n"
         "config = compose(['+experiment=llama_lora', *sys.argv[2:]])\n"
         "leave_out_unused(config, Path(sys.argv[1])); leave_out_deepspeed(config)\n"
         "print(find_spec('bitsandbytes') is not None, find_spec('deepspeed') is not None)"
@@ -71,9 +71,9 @@ def test_what_a_verb_does_not_need_is_not_imported(tmp_path: Path) -> None:
     assert {"hydra", "pydantic", "rich"} <= planned
     unneeded = {
         "torch",
-        "orchestrator.execution",
-        "orchestrator.advising",
-        "orchestrator.submission",
+        "orchestrator.execution.run_pipeline",
+        "orchestrator.planning.auto_settings",
+        "orchestrator.execution.slurm_submission",
         "launchers.sbatch",
     }
     assert unneeded & planned == set()

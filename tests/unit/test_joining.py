@@ -20,20 +20,20 @@ from launchers import local
 from launchers.claims import Claim, identify, open_claim
 from launchers.process import Joined, launch
 from launchers.spec import JobSpec
-from orchestrator import following
-from orchestrator.attempts import INTERRUPTED, read_attempts
-from orchestrator.config.compose import compose
+from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
-from orchestrator.control import cancel
 from orchestrator.errors import EXIT_DONE, EXIT_SAVED, LaunchFailed, RunFolderError
-from orchestrator.following import StageJob, run_stage
-from orchestrator.location import settle
+from orchestrator.execution import following
+from orchestrator.execution.cancel import cancel
+from orchestrator.execution.following import StageJob, run_stage
+from orchestrator.housekeeping.prune import of_runs
+from orchestrator.housekeeping.remove import refusals
 from orchestrator.metrics.jsonl import RecordFile
-from orchestrator.moved import refuse_left_behind
-from orchestrator.pruning import of_runs
-from orchestrator.removal import refusals
-from orchestrator.rundir import RunFolder, StageFolder, write_json, write_text
-from orchestrator.stage_status import stage_statuses
+from orchestrator.monitoring.stage_status import stage_statuses
+from orchestrator.run_folder.folder import RunFolder, StageFolder, write_json, write_text
+from orchestrator.run_state.attempts import INTERRUPTED, read_attempts
+from orchestrator.run_state.location import settle
+from orchestrator.run_state.moved import refuse_left_behind
 
 
 def claim_of(spec: JobSpec) -> Claim:

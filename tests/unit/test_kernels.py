@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from asking import Asker
 
-from orchestrator import kernels
-from orchestrator.bases import Base
-from orchestrator.config.compose import compose
+from orchestrator.architecture import kernels
+from orchestrator.architecture.base_model import Base
+from orchestrator.architecture.kernels import documents_path, head_kernel, head_problems, liger_problem
+from orchestrator.composition.compose import compose
 from orchestrator.config.model import Architecture
 from orchestrator.errors import ConfigError
-from orchestrator.kernels import documents_path, head_kernel, head_problems, liger_problem
 from orchestrator.planning.plan import DataFacts, make_plan, resolve
 
 LORA = "+experiment=llama_lora"

@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.architecture import count_parameters
-from orchestrator.config.compose import CONF, compose
-from orchestrator.config.model import Architecture, FreezeTuning
-from orchestrator.config.rules import rule_problems
-from orchestrator.errors import ConfigError
-from orchestrator.estimate.flops import flops_per_token
-from orchestrator.estimate.states import state_memory, trainable_parameters
-from orchestrator.layers import (
+from orchestrator.architecture.layers import (
     count_freeze_parameters,
     depth_of,
     levels_of,
@@ -25,6 +18,13 @@ from orchestrator.layers import (
     rates_of,
     trained_names,
 )
+from orchestrator.architecture.parameter_counts import count_parameters
+from orchestrator.composition.compose import CONF, compose
+from orchestrator.config.model import Architecture, FreezeTuning
+from orchestrator.config.rules import rule_problems
+from orchestrator.errors import ConfigError
+from orchestrator.estimate.flops import flops_per_token
+from orchestrator.estimate.model_states import state_memory, trainable_parameters
 
 NAMES = [
     "model.embed_tokens.weight",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.attempts import decide, read_attempts
-from orchestrator.config.compose import compose
-from orchestrator.location import locate, settle
-from orchestrator.rundir import RunFolder, read_json, write_json, write_text
+from orchestrator.composition.compose import compose
+from orchestrator.run_folder.folder import RunFolder, read_json, write_json, write_text
+from orchestrator.run_state.attempts import decide, read_attempts
+from orchestrator.run_state.location import locate, settle
 
 
 @pytest.fixture

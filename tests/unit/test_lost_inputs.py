@@ -9,10 +9,10 @@ import pytest
 from asking import ROW, Asker, write_model, write_rows
 from run_folders import write_checkpoint
 
-from orchestrator.frozen import load_config
-from orchestrator.identity import content_digests
-from orchestrator.lost_inputs import lost_inputs
-from orchestrator.rundir import RunFolder, write_json
+from orchestrator.planning.lost_inputs import lost_inputs
+from orchestrator.run_folder.folder import RunFolder, write_json
+from orchestrator.run_state.content_digests import content_digests
+from orchestrator.run_state.frozen import load_config
 
 ACCEPT = "stages.sft.checkpoint.accept_changes="
 

@@ -11,7 +11,15 @@ from typing import Literal
 
 import pytest
 
-from orchestrator.metrics.wandb import WandbSettings, WandbState, how_to_see, resolve_mode, run_id, start, write_state
+from orchestrator.metrics.wandb.process import (
+    WandbSettings,
+    WandbState,
+    how_to_see,
+    resolve_mode,
+    run_id,
+    start,
+    write_state,
+)
 
 
 def test_one_id_for_the_life_of_the_run(tmp_path: Path) -> None:
@@ -74,7 +82,7 @@ def _settings(folder: Path, *, mode: Literal["offline", "disabled"]) -> WandbSet
 
 def test_the_login_side_imports_neither_torch_nor_the_sdk() -> None:
     code = (
-        "import sys, orchestrator.metrics.console, orchestrator.metrics.wandb, orchestrator.metrics.wandb_supervisor\n"
+        "import sys, orchestrator.metrics.console, orchestrator.metrics.wandb.process, orchestrator.metrics.wandb.supervisor\n"
         "heavy = {'torch', 'transformers', 'deepspeed', 'accelerate', 'peft', 'datasets', 'wandb'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

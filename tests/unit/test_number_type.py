@@ -12,13 +12,13 @@ import pytest
 import yaml
 from asking import Asker
 
-from orchestrator.accelerators import Gpu, gpu_of, torch_build
-from orchestrator.config.compose import CONF, compose, examine
-from orchestrator.config.sites import HardwareConfig
-from orchestrator.machine import Machine, device_of, this_machine, with_device
-from orchestrator.number_type import choose, settle, settle_folder
-from orchestrator.processor import Processor, this_processor
-from orchestrator.rundir import RunFolder, read_json, write_json
+from orchestrator.composition.compose import CONF, compose, examine
+from orchestrator.config.cluster import HardwareConfig
+from orchestrator.machine.accelerators import Gpu, gpu_of, torch_build
+from orchestrator.machine.dtype import choose, settle, settle_folder
+from orchestrator.machine.processor import Processor, this_processor
+from orchestrator.machine.this_machine import Machine, device_of, this_machine, with_device
+from orchestrator.run_folder.folder import RunFolder, read_json, write_json
 
 LORA = "+experiment=llama_lora"
 CPUINFO = (

@@ -8,7 +8,7 @@ from data_parts import data_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.dataset.order import (
+from orchestrator.data.order import (
     FILLER,
     BatchOrder,
     Order,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from asking import Asker
 
-from orchestrator.plurals import counted
+from orchestrator.text.plurals import counted
 
 SCREEN_LINES, SCREEN_COLUMNS, LINES_OF_A_FURTHER_STAGE = 24, 100, 8
 PRIVATE = (" nodes x ", "1 nodes", "1 processes", "goodput", "context ", "slack", "head=", " or sdpa", "bucket")

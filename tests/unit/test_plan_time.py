@@ -14,21 +14,21 @@ import pytest
 import yaml
 from asking import Asker
 
-from orchestrator.bases import Base
-from orchestrator.config.compose import CONF, compose
+from orchestrator.architecture.base_model import Base
+from orchestrator.composition.compose import CONF, compose
 from orchestrator.config.data import DataConfig
 from orchestrator.config.model import Architecture
-from orchestrator.dataset.lengths import prepared_facts
-from orchestrator.dataset.meta import Meta, Statistics
+from orchestrator.data.prepared.meta import Meta, Statistics
+from orchestrator.data.prepared.statistics import prepared_facts
 from orchestrator.errors import DataError
-from orchestrator.estimate.rows import PreparedFacts
-from orchestrator.estimate.speed import Rate
-from orchestrator.facts import gather
-from orchestrator.job_processor import processor_key
-from orchestrator.machine import this_machine
-from orchestrator.measured import Measured, find_measured, read_measured
+from orchestrator.estimate.row_lengths import PreparedFacts
+from orchestrator.estimate.step_time import Rate
+from orchestrator.machine.job_processor import processor_key
+from orchestrator.machine.this_machine import this_machine
+from orchestrator.planning.inspect_inputs import gather
+from orchestrator.planning.measured_speed import Measured, find_measured, read_measured
 from orchestrator.planning.plan import DataFacts, make_plan, resolve
-from orchestrator.rundir import RunFolder, write_json
+from orchestrator.run_folder.folder import RunFolder, write_json
 
 LLAMA = "+experiment=llama3_8b_lora"
 NAMES = ("a100_40", "a100_80", "b200", "cpu", "gh200", "h100", "h200", "l40s", "mi300x", "rtx4090", "unknown")
@@ -181,7 +181,7 @@ def test_a_large_set_is_sampled_evenly(tmp_path: Path) -> None:
 
 
 def test_steps_under_a_token_budget_are_those_of_the_order(tmp_path: Path) -> None:
-    from orchestrator.dataset.order import make_order
+    from orchestrator.data.order import make_order
 
     lengths = [3, 50, 7, 20, 33, 8, 2, 60, 12, 12, 5]
     folder = write_prepared(tmp_path / "p", lengths, lengths)

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from asking import Asker
 
-from orchestrator.bases import Base
-from orchestrator.config.compose import compose
-from orchestrator.estimate.speed import Rate
-from orchestrator.host_hardware import as_seen
-from orchestrator.job_processor import job_environment
-from orchestrator.machine import Machine, this_machine
-from orchestrator.number_type import settle
+from orchestrator.architecture.base_model import Base
+from orchestrator.composition.compose import compose
+from orchestrator.estimate.step_time import Rate
+from orchestrator.machine.dtype import settle
+from orchestrator.machine.job_processor import job_environment
+from orchestrator.machine.processor import Processor
+from orchestrator.machine.this_machine import Machine, this_machine
+from orchestrator.planning.host_hardware import as_seen
 from orchestrator.planning.plan import DataFacts, make_plan
-from orchestrator.probing import setting_of
-from orchestrator.processor import Processor
+from orchestrator.planning.processor_speed import setting_of
 
 LORA = ("+experiment=llama_lora", "launcher=local", "cluster.device=cpu", "model.dtype=float32")
 MEASURING = "measuring this processor's speed"
@@ -62,7 +62,7 @@ def test_the_probe_compares_an_emulated_type_with_float32() -> None:
     """Shapes of a tiny model, so that the process costs little more than its import of torch."""
     shapes = {"hidden": 64, "inner": 128, "layers": 2, "queries": 64, "keys": 32, "vocabulary": 512, "head_dim": 16}
     rest = {"experts": 1, "method": "full", "rank": 0, "dtype": "bfloat16", "compares": True}
-    argv = [sys.executable, "-m", "orchestrator.training.probe", json.dumps({**shapes, **rest})]
+    argv = [sys.executable, "-m", "orchestrator.preflight.processor_probe", json.dumps({**shapes, **rest})]
     answer = subprocess.run(
         argv, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config.compose import compose
-from orchestrator.rundir import RunFolder, write_json
-from orchestrator.tables import print_result
+from orchestrator.composition.compose import compose
+from orchestrator.display.result_text import print_result
+from orchestrator.run_folder.folder import RunFolder, write_json
 
 Told = Callable[..., str]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from asking import ROW, Asker, latest, write_model, write_rows
 
-from orchestrator.config.compose import compose
+from orchestrator.composition.compose import compose
 from orchestrator.config.model import FreezeTuning, FullTuning
-from orchestrator.identity import content_digests
-from orchestrator.pipeline import stage_digest
+from orchestrator.config.pipeline import stage_digest
 from orchestrator.planning.plan import resolve
+from orchestrator.run_state.content_digests import content_digests
 
 SETS = "stages.e.sets={far: {path: far.jsonl, shift: true}}"
 WISE = ("+experiment=llama_full", "+stage@stages.w=interpolate", "pipeline=[sft,w]")

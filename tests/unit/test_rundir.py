@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import CheckpointError, ConfigError, RunFolderError
-from orchestrator.freezing import all_or_nothing, check_writable, freeze
-from orchestrator.frozen import read_config
-from orchestrator.rundir import (
+from orchestrator.run_folder.folder import (
     MANIFEST,
     RunFolder,
     file_digest,
@@ -25,6 +23,8 @@ from orchestrator.rundir import (
     write_manifest,
     write_text,
 )
+from orchestrator.run_state.freeze import all_or_nothing, check_writable, freeze
+from orchestrator.run_state.frozen import read_config
 
 
 def names(folder: Path) -> list[str]:

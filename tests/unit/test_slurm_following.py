@@ -13,14 +13,14 @@ from asking import SLURM_SIZE, Asker
 from run_folders import finish, write_run, write_training
 
 from launchers import local
-from orchestrator import slurm_following
-from orchestrator.attempts import Attempt, write_attempt
 from orchestrator.errors import EXIT_DONE, EXIT_LAUNCH_FAILED, EXIT_SAVED
-from orchestrator.following import StageJob
-from orchestrator.frozen import load_config
-from orchestrator.jobs import job_spec
-from orchestrator.rundir import RunFolder, write_json, write_text
-from orchestrator.slurm_following import join_jobs
+from orchestrator.execution import slurm_following
+from orchestrator.execution.following import StageJob
+from orchestrator.execution.job_specs import job_spec
+from orchestrator.execution.slurm_following import join_jobs
+from orchestrator.run_folder.folder import RunFolder, write_json, write_text
+from orchestrator.run_state.attempts import Attempt, write_attempt
+from orchestrator.run_state.frozen import load_config
 
 PENDING = "7|7|PENDING|Priority|0:00|1:00|N/A|"
 RUNNING = "7|7|RUNNING|None|0:10|1:00|N/A|node1"

@@ -16,12 +16,12 @@ from asking import SLURM_SIZE, Asker
 
 from orchestrator.config.study import SearchStudy, SeedsStudy, WeakRule
 from orchestrator.errors import EXIT_DONE, EXIT_SAVED, ConfigError
-from orchestrator.study.report import write_report
-from orchestrator.study.search import Outcome, open_study, outcome_of, run_trials
-from orchestrator.study.seeds import judge, judging_step, seed_trials
-from orchestrator.study.space import Axis, Choices, Range, axis_of, samples, split_space, text_of
-from orchestrator.study.statistics import best_first, expected_best, standard_deviation, two_way
-from orchestrator.study.trials import Standing, StudyFolder
+from orchestrator.studies.optuna_search import Outcome, open_study, outcome_of, run_trials
+from orchestrator.studies.report import write_report
+from orchestrator.studies.search_space import Axis, Choices, Range, axis_of, samples, split_space, text_of
+from orchestrator.studies.seed_grid import judge, judging_step, seed_trials
+from orchestrator.studies.statistics import best_first, expected_best, standard_deviation, two_way
+from orchestrator.studies.trials import Standing, StudyFolder
 
 LORA = "+experiment=llama_lora"
 RATE = "stages.sft.optimizer.lr=tag(log, interval(1e-4,1e-2))"

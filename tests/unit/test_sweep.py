@@ -7,8 +7,8 @@ import json
 import pytest
 from asking import Asker
 
+from orchestrator.composition.multirun import combinations, first_words, is_sweep
 from orchestrator.errors import ConfigError
-from orchestrator.sweep import combinations, first_words, is_sweep
 
 LORA = "+experiment=llama_lora"
 

@@ -8,9 +8,13 @@ import os
 import sys
 
 ADDRESS = "TESTS_FORK_SERVER"
-PROGRAMS = ("orchestrator", "orchestrator.worker", "orchestrator.attempts", "torch.distributed.run")
-TORCH_PROGRAMS = tuple(
-    f"orchestrator.training.{name}" for name in ("foreground", "prove", "examine", "generate", "export")
+PROGRAMS = ("orchestrator", "orchestrator.worker", "orchestrator.run_state.attempts", "torch.distributed.run")
+TORCH_PROGRAMS = (
+    "orchestrator.evaluation.artifact_proof",
+    "orchestrator.evaluation.compare_with_base",
+    "orchestrator.merging.export",
+    "orchestrator.metrics.foreground",
+    "orchestrator.preflight.main",
 )
 
 

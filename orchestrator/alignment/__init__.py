@@ -1,0 +1,1 @@
+"""How are reward models, preference pairs and policies trained?"""

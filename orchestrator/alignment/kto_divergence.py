@@ -1,0 +1,73 @@
+"""KTO's estimate of the KL: how much likelier the policy finds answers that stand beside other prompts. One more forward pass a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from orchestrator.alignment.reference_logprobs import keep_reference
+from orchestrator.data.order import rank_slices
+from orchestrator.dataloader.batch import Batch, PreparedRows, batch_of
+from orchestrator.errors import DataError
+from orchestrator.training.objectives import document_logprobs
+from orchestrator.training.session import Session
+
+
+class Mismatched:
+    """Prompts of prepared rows, each with the answer of the next row. The pairing is fixed, so that a reference can be kept."""
+
+    def __init__(self, rows: PreparedRows) -> None:
+        if rows.is_packed or rows.rows < 2:
+            raise DataError("loss=kto needs at least two rows that are not packed: set data.packing=none")
+        self._rows = rows
+        self.rows = rows.rows
+        self.digest = f"{rows.digest}-mismatched"
+        self.document_offsets = rows.document_offsets
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The batch of these rows' prompts; -1 is a filler."""
+        documents = [-1 if index < 0 else self._rows.document_of(index) for index in indices]
+        return batch_of([self._mixed(document) for document in documents], documents, digest=self.digest)
+
+    def _mixed(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, which are trained) of a document's prompt with the next document's answer."""
+        if document < 0:
+            return np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.bool_)
+        ids, trained = self._rows.document(document)
+        other_ids, other_trained = self._rows.document((document + 1) % (len(self.document_offsets) - 1))
+        prompt, answer = ids[~trained], other_ids[other_trained]
+        return np.concatenate([prompt, answer]), np.arange(len(prompt) + len(answer)) >= len(prompt)
+
+
+class Divergence:
+    """The mean log-ratio over the mismatched answers of a step's global batch; the same on every rank."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._rows = Mismatched(session.rows)
+        self._reference = keep_reference(session, [self._rows])
+        self._value = 0.0
+
+    def value(self) -> float:
+        """Of the step that was measured last, not below 0."""
+        return self._value
+
+    @torch.no_grad()
+    def measure(self, indices: np.ndarray) -> Mapping[str, float]:
+        """Measures a step; every rank calls it."""
+        runtime, model = self._session.runtime, self._session.model
+        micro_size = self._session.context.stage.batch.micro_size
+        slices = rank_slices(indices, rank=runtime.rank, world_size=runtime.world_size, micro_size=micro_size)
+        total = 0.0
+        was_training = model.training
+        model.eval()
+        for chosen in slices:
+            batch = self._rows.batch(chosen.tolist()).to(runtime.device)
+            logprobs_D, _ = document_logprobs(runtime, model, batch)
+            total += float((logprobs_D.cpu() - self._reference.of(batch)).sum())
+        model.train(was_training)
+        real = int((indices >= 0).sum())
+        self._value = max(0.0, runtime.sum_over_ranks([total])[0] / real)
+        return {"kl": self._value}

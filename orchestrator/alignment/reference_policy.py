@@ -1,0 +1,91 @@
+"""The policy that a policy stage must not leave: the base with its adapter off, a frozen copy of the adapter, or a second model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from orchestrator.alignment.rewards import without_sharding
+from orchestrator.config.alignment import PolicyStage
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS
+from orchestrator.models.loading import DTYPES, load_model
+from orchestrator.models.peft_adapters import adapter_settings
+from orchestrator.models.tuning import build_policy, load_adapter
+from orchestrator.run_state.recorder import Context
+from orchestrator.training.session import Session
+
+REFERENCE = "reference"
+"""Name of the frozen copy of the adapter."""
+
+
+def wants_reference(stage: PolicyStage) -> bool:
+    return bool(stage.kl_coefficient) or stage.limits.kl is not None
+
+
+def build_policy_with_reference(
+    context: Context, stage: PolicyStage, dtype: torch.dtype, packed: bool
+) -> torch.nn.Module:
+    """The module to train; with a frozen copy of the adapter that it starts from, where there is one."""
+    model: Any = build_policy(context, dtype, packed)
+    start, tuning = context.start, context.config.tuning
+    if (
+        start is None
+        or start.kind != "adapter"
+        or isinstance(tuning, WHOLE_MODEL_TUNINGS)
+        or not wants_reference(stage)
+    ):
+        return model
+    model.add_adapter(REFERENCE, adapter_settings(tuning))
+    load_adapter(model, start.folder, name=REFERENCE)
+    for name, parameter in model.named_parameters():
+        if f".{REFERENCE}." in name:
+            parameter.requires_grad_(False)
+    model.set_adapter("default")
+    return model
+
+
+UseReference = Callable[[], AbstractContextManager[torch.nn.Module]]
+"""Gives, while it is entered, the module that computes the reference policy."""
+
+
+def reference_policy(session: Session, stage: PolicyStage) -> UseReference | None:
+    """How to reach the reference policy; None where none is asked for."""
+    if not wants_reference(stage):
+        return None
+    if isinstance(session.context.config.tuning, WHOLE_MODEL_TUNINGS):
+        second = _second_model(session)
+        return lambda: nullcontext(second)
+    return lambda: _other_adapter(session)
+
+
+@contextmanager
+def _other_adapter(session: Session) -> Generator[torch.nn.Module]:
+    """Switches the adapter layers themselves: PEFT's own switches change which parameters are trained."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    module: Any = session.runtime.accelerator.unwrap_model(session.model)
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        has_copy = any(REFERENCE in getattr(layer, name) for name in layer.adapter_layer_names if hasattr(layer, name))
+        if has_copy:
+            layer._active_adapter = [REFERENCE]
+        else:
+            layer._disable_adapters = True
+    try:
+        yield session.model
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def _second_model(session: Session) -> torch.nn.Module:
+    """Full fine-tuning needs the first weights a second time, whole on every rank."""
+    context, runtime = session.context, session.runtime
+    folder = context.start.folder if context.start is not None else context.base_folder
+    with without_sharding():
+        second = load_model(folder, context.config, weights_dtype=DTYPES[context.config.model.dtype])
+    return second.requires_grad_(False).to(runtime.device).eval()  # type: ignore[arg-type]

@@ -1,0 +1,147 @@
+"""Rewards of completions: reward models, built-in and the user's own functions, weighted and kept apart. Must not know the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from orchestrator.config.alignment import RewardSource
+from orchestrator.config.pipeline import MODEL_PREFIX, STAGE_PREFIX
+from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
+from orchestrator.dataloader.batch import batch_of
+from orchestrator.distributed.runtime import Runtime
+from orchestrator.errors import ConfigError
+from orchestrator.generation.generator import Completion, Request
+from orchestrator.models.artifact import open_artifact
+from orchestrator.models.loading import DTYPES, load_scorer
+from orchestrator.rewards.builtin import Sample
+from orchestrator.rewards.load import load_reward
+from orchestrator.run_state.recorder import Context
+from orchestrator.training.objectives import document_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A completion as rewards see it."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    sample: Sample
+
+
+def as_scored(context: Context, request: Request, completion: Completion, row: Mapping[str, Any]) -> Scored:
+    """Ids and texts of a completion."""
+    tokenizer = core_tokenizer(load_facts(context.base_folder).core)
+    sample = Sample(
+        prompt=tokenizer.decode(list(request.prompt), skip_special_tokens=True),
+        completion=tokenizer.decode(list(completion.ids), skip_special_tokens=True),
+        tokens=len(completion.ids),
+        is_finished=completion.is_finished,
+        row=row,
+    )
+    return Scored(prompt_ids=request.prompt, completion_ids=completion.ids, sample=sample)
+
+
+Score = Callable[[Sequence[Scored]], list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """Every reward of a stage by its name, with its weight."""
+
+    scores: Mapping[str, Score]
+    weights: Mapping[str, float]
+
+    def of(self, completions: Sequence[Scored]) -> tuple[list[float], dict[str, list[float]]]:
+        """(weighted sums, each reward by itself) of these completions."""
+        apart = {name: score(completions) for name, score in self.scores.items()}
+        sums = [sum(self.weights[name] * values[i] for name, values in apart.items()) for i in range(len(completions))]
+        return sums, apart
+
+
+def make_rewards(context: Context, runtime: Runtime, sources: Sequence[RewardSource]) -> Rewards:
+    """Loads every model and function. ConfigError where one cannot be used."""
+    names = _names(sources)
+    scores = {name: _score(context, runtime, source) for name, source in zip(names, sources, strict=True)}
+    return Rewards(scores=scores, weights={name: s.weight for name, s in zip(names, sources, strict=True)})
+
+
+def _names(sources: Sequence[RewardSource]) -> list[str]:
+    """A short name for each; a number where two would be alike."""
+    short = [source.source.rsplit(":", 1)[-1].rsplit("/", 1)[-1] for source in sources]
+    return [name if short.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(short)]
+
+
+def _score(context: Context, runtime: Runtime, source: RewardSource) -> Score:
+    if source.source.startswith(STAGE_PREFIX):
+        folder = context.rewards[source.source.removeprefix(STAGE_PREFIX)]
+        return _by_model(runtime, _open_trained(context, runtime, folder))
+    if source.source.startswith(MODEL_PREFIX):
+        folder = Path(source.source.removeprefix(MODEL_PREFIX)).expanduser()
+        return _by_model(runtime, _open_folder(context, runtime, folder))
+    function = load_reward(source.source, source.options)
+    return lambda completions: [function(completion.sample) for completion in completions]
+
+
+def _open_trained(context: Context, runtime: Runtime, folder: Path) -> torch.nn.Module:
+    """The reward model of an earlier stage, whole on every rank, frozen."""
+    config = context.config
+    with without_sharding():
+        model = open_artifact(
+            folder,
+            base_folder=context.base_folder,
+            config=config,
+            weights_dtype=DTYPES[config.model.dtype],
+            scores=True,
+        )
+    return model.requires_grad_(False).to(runtime.device).eval()
+
+
+def _open_folder(context: Context, runtime: Runtime, folder: Path) -> torch.nn.Module:
+    if not folder.is_dir():
+        raise ConfigError(f"rewards: model:{folder} is no folder; give one with a sequence-classification model")
+    if load_facts(folder).core != load_facts(context.base_folder).core:
+        raise ConfigError(
+            f"rewards: the tokenizer of {folder} is not the policy's; take a reward model of the same family"
+        )
+    with without_sharding():
+        model = load_scorer(folder, context.config, weights_dtype=DTYPES[context.config.model.dtype], packed=False)
+    return model.requires_grad_(False).to(runtime.device).eval()
+
+
+def _by_model(runtime: Runtime, model: torch.nn.Module) -> Score:
+    @torch.no_grad()
+    def score(completions: Sequence[Scored]) -> list[float]:
+        found: list[float] = []
+        for first in range(0, len(completions), SCORED_AT_ONCE):
+            part = completions[first : first + SCORED_AT_ONCE]
+            texts = [np.array([*one.prompt_ids, *one.completion_ids], dtype=np.int64) for one in part]
+            batch = batch_of([(ids, np.zeros(len(ids), dtype=np.bool_)) for ids in texts], list(range(len(texts))))
+            found += document_scores(runtime, model, batch.to(runtime.device)).tolist()
+        return found
+
+    return score
+
+
+SCORED_AT_ONCE = 16
+
+
+@contextmanager
+def without_sharding() -> Generator[None]:
+    """Models that are loaded inside are whole on every rank, although transformers was told of ZeRO-3."""
+    from transformers.integrations import deepspeed
+
+    reference: Any = deepspeed._hf_deepspeed_config_weak_ref  # pyright: ignore[reportPrivateUsage]
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        settings = None if reference is None else reference()
+        if settings is not None:
+            deepspeed.set_hf_deepspeed_config(settings)

@@ -1,0 +1,213 @@
+"""The Python API behind `from orchestrator import compose, plan, run, resume, status, load`: the code of the verbs, with typed
+results. Must not import torch before `load` is called.
+
+An override is a string in Hydra's grammar (`"+experiment=llama_lora"`), or a mapping of keys to Python values, which needs no quoting:
+
+    run("+experiment=llama_lora", {"name": "mine", "stages.sft.data.train.path": "my rows.jsonl"})
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+from orchestrator.commands.plan_from_overrides import composed_words, planned_run
+from orchestrator.commands.plan_from_overrides import resume as resume_run
+from orchestrator.commands.plan_from_overrides import run as run_overrides
+from orchestrator.composition.overrides import two_values
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import (
+    EXIT_DO_NOT_RESTART,
+    EXIT_DONE,
+    EXIT_SAVED,
+    ConfigError,
+    LaunchFailed,
+    TrainingFailed,
+)
+from orchestrator.metrics.jsonl import Row, last_attempt_rows, read_rows
+from orchestrator.monitoring.stage_status import StageStatus, find_runs, stage_statuses
+from orchestrator.planning.plan import Plan
+from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json
+from orchestrator.run_state.attempts import read_attempts
+from orchestrator.run_state.opened_model import OpenedModel
+
+Override: TypeAlias = "str | Mapping[str, object]"
+Folder: TypeAlias = "str | Path"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """A finished stage: what result.json says, typed where scripts need it."""
+
+    name: str
+    kind: str
+    folder: Path
+    artifact: Path
+    steps: int | None
+    """Optimizer steps; None, like the losses, for a stage that trains nothing."""
+    loss_before: float | None
+    """Mean held-out loss in nats a trained token, before the first step."""
+    loss_after: float | None
+    proven_loss: float | None
+    """Loss of the artifact, opened again in a fresh process."""
+    record: Mapping[str, Any]
+    """result.json, whole."""
+
+    def metrics(self) -> list[Row]:
+        """Rows of metrics.jsonl in the order of their steps; of a step that was replayed, the last."""
+        return last_attempt_rows(read_rows(StageFolder(self.folder).metrics))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended."""
+
+    folder: Path
+    outcome: Literal["finished", "saved", "submitted"]
+    """`saved`: interrupted or asked to stop, `resume(folder)` goes on; `submitted`: Slurm has it, ask `status(folder)`."""
+    stages: Mapping[str, StageResult]
+    """Finished stages by name, in the order of the pipeline."""
+
+
+def compose(*overrides: Override, config_directory: Folder | None = None) -> RunConfig:
+    """The validated configuration; ConfigError with every problem."""
+    words = _words(overrides, config_directory=None)
+    return composed_words(words, None if config_directory is None else Path(config_directory)).config
+
+
+def plan(*overrides: Override, config_directory: Folder | None = None) -> Plan:
+    """What `run` would do: data, steps, memory, time. Nothing is written."""
+    return planned_run(_words(overrides, config_directory=config_directory))[1]
+
+
+def run(*overrides: Override, config_directory: Folder | None = None) -> RunResult:
+    """Check, plan, launch and wait, with progress on standard output; go on with an unfinished run, skip what is done.
+
+    Raises ConfigError before anything starts, LaunchFailed or TrainingFailed where a stage ends without a result.
+    """
+    from orchestrator.execution.run_pipeline import WHOLE
+
+    words = _words(overrides, config_directory=config_directory)
+    config, planned = planned_run(words)
+    if config.study.kind != "none":
+        raise ConfigError(
+            f"study={config.study.kind}: a study is many runs; use the command line, or call run for each of them"
+        )
+    return _ended(RunFolder(Path(planned.run_directory)), run_overrides(words, part=WHOLE))
+
+
+def resume(folder: Folder) -> RunResult:
+    """Go on with a run from its folder, wherever it lies; raises as `run` does."""
+    found = _run_folder(folder)
+    return _ended(found, resume_run(found))
+
+
+def status(folder: Folder) -> list[StageStatus]:
+    """Every stage of a run, or of every run in an output folder."""
+    root = Path(folder).expanduser().resolve()
+    runs = find_runs(root)
+    if not runs:
+        raise ConfigError(f"{folder} is no run folder, and holds none: there is no run.json")
+    return stage_statuses(runs)
+
+
+def load(folder: Folder, *, stage: str | None = None) -> OpenedModel:
+    """Model and tokenizer of a finished run (its last stage that made a model), on the device where a run would train.
+
+    Imports torch and transformers. ConfigError where the stage is not finished or made no model.
+    """
+    opened = import_module("orchestrator.evaluation.open_model")  # torch enters here and nowhere before
+    return opened.open_run(_run_folder(folder), stage)
+
+
+def _words(overrides: Sequence[object], *, config_directory: Folder | None) -> list[str]:
+    words = [] if config_directory is None else ["--config-dir", str(config_directory)]
+    for override in overrides:
+        if isinstance(override, str):
+            if override.startswith("-"):
+                raise ConfigError(f"{override}: options belong to the command line; give overrides, such as name=mine")
+            words.append(override)
+        elif not isinstance(override, Mapping):
+            raise ConfigError(
+                f"{override!r} is no override; give strings and mappings one by one: run(*overrides), not run(overrides)"
+            )
+        else:
+            entries = cast("Mapping[str, object]", override).items()
+            words += [f"{key}={_hydra_text(value)}" for key, value in entries]
+    if problems := two_values(words):
+        raise ConfigError(problems)
+    return words
+
+
+def _hydra_text(value: object) -> str:
+    """A Python value in Hydra's grammar, quoted so that it comes out as it went in."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case str() | Path():
+            return QuotedString(text=str(value), quote=Quote.single).with_quotes()
+        case list() | tuple():
+            return f"[{','.join(_hydra_text(entry) for entry in cast('Sequence[object]', value))}]"
+        case dict():
+            entries = cast("dict[str, object]", value).items()
+            return "{" + ",".join(f"{_dict_key(key)}:{_hydra_text(entry)}" for key, entry in entries) + "}"
+        case _:
+            kinds = "None, bool, int, float, str, Path, list, tuple and dict"
+            raise ConfigError(f"{value!r} ({type(value).__name__}) is no value of a key; allowed are {kinds}")
+
+
+def _dict_key(key: str) -> str:
+    # Hydra's grammar has no quotes around keys.
+    if re.fullmatch(r"[A-Za-z_][\w.-]*", key, re.ASCII) is None:
+        raise ConfigError(f"{key!r} is no key of a dict in an override; allowed are letters, digits, dots, - and _")
+    return key
+
+
+def _run_folder(folder: Folder) -> RunFolder:
+    root = Path(folder).expanduser()
+    if not (root / "run.json").is_file():
+        raise ConfigError(f"{folder} is no run folder: it holds no run.json")
+    return RunFolder(root.resolve())
+
+
+def _ended(folder: RunFolder, code: int) -> RunResult:
+    from orchestrator.monitoring.stage_status import pipeline_of
+
+    names = pipeline_of(folder)
+    results = {name: _stage_result(name, folder.stage(name)) for name in names if folder.stage(name).result.exists()}
+    if code not in (EXIT_DONE, EXIT_SAVED):
+        raise _failure(folder, [name for name in names if name not in results], code)
+    finished = "finished" if len(results) == len(names) else "submitted"
+    return RunResult(folder=folder.root, outcome="saved" if code == EXIT_SAVED else finished, stages=results)
+
+
+def _failure(folder: RunFolder, unfinished: Sequence[str], code: int) -> LaunchFailed | TrainingFailed:
+    """The reason that the newest attempt recorded."""
+    attempts = [(name, attempt) for name in unfinished for attempt in read_attempts(folder.stage(name))[-1:]]
+    why = [f"{name}: {attempt.why}" for name, attempt in attempts] or [f"{folder.root}: ended with exit code {code}"]
+    return (TrainingFailed if code == EXIT_DO_NOT_RESTART else LaunchFailed)(why)
+
+
+def _stage_result(name: str, files: StageFolder) -> StageResult:
+    record: dict[str, Any] = read_json(files.result)
+    return StageResult(
+        name=name,
+        kind=record["kind"],
+        folder=files.root,
+        artifact=files.artifact,
+        steps=record.get("steps"),
+        loss_before=record.get("eval_loss_before"),
+        loss_after=record.get("eval_loss_after"),
+        proven_loss=record.get("proof", {}).get("reopened_loss"),
+        record=record,
+    )

@@ -1,0 +1,1 @@
+"""What is known of a model without loading it: shapes, parameter counts, kernels, DeepSpeed settings?"""

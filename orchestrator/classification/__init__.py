@@ -1,0 +1,1 @@
+"""How are classifiers trained, scored and used?"""

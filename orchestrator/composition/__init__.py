@@ -1,0 +1,1 @@
+"""How do YAML files and overrides become one configuration?"""

@@ -1,0 +1,89 @@
+"""The composed values with the file and line, or the command line, that each comes from. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from orchestrator.composition.compose import Tree, build_tree, origins_of, roots_of
+from orchestrator.composition.experiment_file import Sources, is_experiment_file, open_sources
+from orchestrator.composition.hydra_tree import as_sentences, chosen_files
+from orchestrator.composition.overrides import CONF, dotted_keys
+from orchestrator.composition.recipes import take_recipes
+from orchestrator.composition.yaml_locations import find_places
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sourced:
+    """Plain values, and the source of each leaf by its dotted key."""
+
+    values: dict[str, Any]
+    sources: Mapping[str, str]
+    problems: tuple[str, ...]
+    """What could not be obeyed; the values are those of the rest."""
+
+
+def sourced(overrides: Sequence[str], *, config_directory: Path | None) -> Sourced:
+    """What the overrides compose, before a plan settles what is `auto`; ConfigError where nothing can be composed."""
+    with open_sources(overrides, roots_of(config_directory)) as (rest, sources):
+        found = build_tree(rest, sources)
+        with as_sentences(sources.roots):
+            moved = take_recipes(found.tree, origins_of(found, sources))
+            values: Any = OmegaConf.to_container(found.tree, resolve=True)
+        places = _places(found, sources)
+        places |= {key: places[own] for key, own in moved.items() if own in places}
+    return Sourced(
+        values=values,
+        sources={key: _source(key, places) for key, _ in leaves(values)},
+        problems=tuple(found.problems),
+    )
+
+
+def experiment_alone(overrides: Sequence[str]) -> list[str]:
+    """The overrides that choose the experiment, and no other."""
+    return [text for text in overrides if is_experiment_file(text) or text.lstrip("+").startswith("experiment=")]
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is no section; an empty map is a leaf."""
+    for name, value in cast("dict[str, Any]", tree).items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _places(found: Tree, sources: Sources) -> dict[str, str]:
+    """Where every key got its value, inner ones too."""
+    files = find_places(chosen_files(found.choices, sources.roots), with_references=True)
+    places = {key: _short(sources.as_given(place)) for key, place in files.items()}
+    if sources.default_name() is not None:
+        places["name"] = f"{sources.file} (its own name)"
+    for override in found.values:
+        inner = dotted_keys(override.value)
+        if not inner:
+            # What an earlier file said below this key is gone.
+            places = {key: place for key, place in places.items() if not key.startswith(f"{override.key}.")}
+        places |= dict.fromkeys([override.key, *(f"{override.key}.{key}" for key in inner)], COMMAND_LINE)
+    return places
+
+
+def _source(key: str, places: Mapping[str, str]) -> str:
+    """Of the key itself or of the nearest section above it."""
+    parts = key.split(".")
+    above = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return next((places[name] for name in above if name in places), "")
+
+
+def _short(place: str) -> str:
+    """Our files as conf/GROUP/FILE:LINE, others relative to the working folder where they are below it."""
+    for folder, prefix in ((CONF, "conf/"), (Path.cwd(), "")):
+        if place.startswith(f"{folder}/"):
+            return prefix + place.removeprefix(f"{folder}/")
+    return place

@@ -1,0 +1,204 @@
+"""Where each adapter works: the one table of it, as data, and the sentences that refuse the rest; no torch.
+
+`benchmarks/adapters.py` runs the cells at two ranks; docs/adapters.md tells what it found, and which cells were not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from orchestrator.config.alignment import RolloutConfig
+from orchestrator.config.data import DataConfig
+from orchestrator.config.model import LoraTuning, ModelConfig, Nf4Quantization, NoQuantization, NoSharding, ZeroSharding
+from orchestrator.config.tuning import AdaloraTuning, AdapterTuning, Ia3Tuning, LoreftTuning, OftTuning, PromptTuning
+
+ZERO = ("zero1", "zero2", "zero3")
+NO_PACKING = "virtual tokens stand before a row, and the documents after the first one would not see them"
+NO_ENGINE = "that engine lays prompts end to end, where this method cannot tell them apart"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one method cannot do: each entry is the reason, which a sentence tells."""
+
+    shardings: Mapping[str, str]
+    nf4: str | None = None
+    packing: str | None = None
+    checkpointing: str | None = None
+    merge: str | None = None
+    continuous: str | None = None
+    """Of generating with `rollout.engine=continuous`."""
+    stages: tuple[str, ...] = ("sft", "dpo", "evaluate", "merge")
+    """Kinds of stages that know the method."""
+
+
+LIMITS: Mapping[str, Limits] = {
+    "lora": Limits(
+        shardings={},
+        stages=(
+            "sft",
+            "reward",
+            "dpo",
+            "grpo",
+            "classify",
+            "self_training",
+            "evaluate",
+            "interpolate",
+            "soup",
+            "merge",
+        ),
+    ),
+    "ia3": Limits(shardings={}),
+    "vera": Limits(shardings={}),
+    "oft": Limits(shardings={}),
+    "adalora": Limits(
+        shardings=dict.fromkeys(ZERO, "ranks are allocated by gradients, which ZeRO has let go when the update is done")
+    ),
+    "prompt": Limits(
+        shardings={},
+        packing=NO_PACKING,
+        continuous=NO_ENGINE,
+        merge="embeddings before the text are no part of a weight",
+    ),
+    "prefix": Limits(
+        shardings={},
+        packing=NO_PACKING,
+        continuous=NO_ENGINE,
+        checkpointing="a layer that is computed again is given no cache, and the prefix is one",
+        merge="keys and values before the text are no part of a weight",
+    ),
+    "loreft": Limits(
+        shardings={}, continuous=NO_ENGINE, merge="it changes hidden states at some positions, not weights"
+    ),
+}
+PISSA = Limits(
+    shardings={"zero3": "the base lies in shards where its principal part is sought, and that was not tested"},
+    nf4="the residual would have to be quantised in its turn",
+    stages=("sft", "dpo", "evaluate", "merge"),
+)
+"""Of tuning=lora with init=pissa, beside LoRA's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What of a run the table speaks of."""
+
+    tuning: AdapterTuning
+    quantization: NoQuantization | Nf4Quantization
+    sharding: NoSharding | ZeroSharding
+    model: ModelConfig
+    kinds: Mapping[str, str]
+    """Kind of each planned stage."""
+    data: Mapping[str, DataConfig]
+    """Data of each planned stage."""
+    rollouts: Mapping[str, RolloutConfig]
+    """How each planned stage generates that does."""
+    followers: tuple[str, ...]
+    """Stages that train on from an earlier one."""
+
+
+def adapter_rule_problems(setting: Setting) -> list[str]:
+    """One sentence for all that the method cannot do in this run, each with what to type."""
+    tuning = setting.tuning
+    problems = [*_limit_problems(setting, LIMITS[tuning.method], f"tuning={tuning.method}")]
+    match tuning:
+        case LoraTuning():
+            problems += _lora_problems(setting, tuning)
+        case Ia3Tuning():
+            unknown = sorted(set(tuning.feedforward_modules) - set(tuning.target_modules))
+            if unknown:
+                problems.append(
+                    f"tuning.feedforward_modules: {', '.join(unknown)} must stand in tuning.target_modules, too"
+                )
+        case AdaloraTuning():
+            problems += _adalora_problems(tuning)
+        case LoreftTuning():
+            problems += _loreft_problems(tuning)
+        case OftTuning() if not tuning.use_cayley_neumann and isinstance(setting.sharding, ZeroSharding):
+            if setting.model.dtype == "bfloat16":
+                problems.append(
+                    "tuning.use_cayley_neumann: false solves for the rotation, and torch cannot do that in the 16 bits that "
+                    "ZeRO holds it in; type tuning.use_cayley_neumann=true, or sharding=none"
+                )
+        case PromptTuning():
+            problems += [
+                f"stages.{name}.rollout.generate_size: tuning=prompt sees padding between its tokens and a shorter prompt, so "
+                f"that prompts are answered one at a time; type stages.{name}.rollout.generate_size=1"
+                for name, rollout in setting.rollouts.items()
+                if rollout.generate_size > 1
+            ]
+        case _:
+            pass
+    return problems
+
+
+def why_no_merge(tuning: AdapterTuning) -> str | None:
+    """Why nothing can be merged into the base; None where it can."""
+    reason = LIMITS[tuning.method].merge
+    return None if reason is None else f"tuning={tuning.method} leaves nothing to merge: {reason}"
+
+
+def _limit_problems(setting: Setting, limits: Limits, what: str) -> Iterator[str]:
+    strategy = setting.sharding.strategy
+    if strategy in limits.shardings:
+        free = [name for name in ("none", *ZERO) if name not in limits.shardings]
+        yield f"sharding: {what} does not work with {strategy}: {limits.shardings[strategy]}; type sharding={free[-1]}"
+    if limits.nf4 is not None and isinstance(setting.quantization, Nf4Quantization):
+        yield f"quantization: {what} does not work with nf4: {limits.nf4}; type quantization=none"
+    if limits.checkpointing is not None and setting.model.gradient_checkpointing:
+        yield (
+            f"model.gradient_checkpointing: {what} does not work with it: {limits.checkpointing}; type "
+            "model.gradient_checkpointing=false"
+        )
+    for name, data in setting.data.items():
+        if limits.packing is not None and data.packing != "none":
+            yield f"stages.{name}.data.packing: {what}: {limits.packing}; type stages.{name}.data.packing=none"
+    for name, rollout in setting.rollouts.items():
+        if limits.continuous is not None and rollout.engine == "continuous":
+            yield f"stages.{name}.rollout.engine: {what}: {limits.continuous}; type stages.{name}.rollout.engine=batch"
+    for name, kind in setting.kinds.items():
+        if kind == "merge" and limits.merge is not None:
+            yield f"stages.{name}: {what} leaves nothing to merge: {limits.merge}; take {name} out of the pipeline"
+        elif kind not in limits.stages:
+            yield f"stages.{name}: a stage of kind {kind} does not know {what}; type tuning=lora"
+
+
+def _lora_problems(setting: Setting, tuning: LoraTuning) -> Iterator[str]:
+    if tuning.init == "loftq" and not isinstance(setting.quantization, Nf4Quantization):
+        yield "tuning.init: loftq makes up for the rounding of nf4, and the base is not quantised; type quantization=nf4"
+    if tuning.use_dora and isinstance(setting.quantization, Nf4Quantization) and setting.sharding.strategy == "zero3":
+        yield (
+            "sharding: tuning.use_dora=true unpacks nf4 weights and puts others in their place, which ZeRO-3 does not know; "
+            "type sharding=zero2, or tuning.use_dora=false"
+        )
+    if not tuning.is_pissa:
+        return
+    yield from _limit_problems(setting, PISSA, f"tuning.init={tuning.init}")
+    if tuning.use_dora:
+        yield "tuning.use_dora: not with tuning.init=pissa, which was not tested with it; type tuning.use_dora=false"
+    for name in setting.followers:
+        yield (
+            f"stages.{name}: tuning.init={tuning.init} begins with the base, and the stage before leaves an adapter of twice "
+            f"the rank; type tuning.init=default, or stages.{name}.start_from=null"
+        )
+
+
+def _adalora_problems(tuning: AdaloraTuning) -> Iterator[str]:
+    if tuning.rank >= tuning.initial_rank:
+        yield (
+            f"tuning.initial_rank: ranks fall from {tuning.initial_rank} to {tuning.rank} on the mean, so it must be greater; "
+            f"type tuning.initial_rank={max(tuning.rank + 1, tuning.rank * 3 // 2)}"
+        )
+    if tuning.first_share + tuning.last_share >= 1:
+        yield (
+            f"tuning.first_share and tuning.last_share leave no step to allocate ranks in: {tuning.first_share:g} + "
+            f"{tuning.last_share:g} is not below 1; type tuning.first_share=0.1 tuning.last_share=0.3"
+        )
+
+
+def _loreft_problems(tuning: LoreftTuning) -> Iterator[str]:
+    if not tuning.first_positions and not tuning.last_positions:
+        yield "tuning: first_positions and last_positions are both 0, so nothing is changed; type tuning.last_positions=7"
+    if tuning.layers == ():
+        yield "tuning.layers: no layer is changed; type tuning.layers=all"

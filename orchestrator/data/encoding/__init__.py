@@ -1,0 +1,1 @@
+"""How does an example become token ids and a mask of trained tokens?"""

@@ -1,0 +1,97 @@
+"""Which rows a stage can train on, and what to type where it cannot; must not import torch."""
+
+from __future__ import annotations
+
+from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
+from orchestrator.config.base import Section
+from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
+from orchestrator.config.data import DataFormat
+from orchestrator.config.training import SftStage
+from orchestrator.data.formats.columns import KINDS, mapping_override, suggested
+from orchestrator.data.formats.examples import Row
+from orchestrator.data.formats.parse import EXPECTED_FIELDS
+
+FORMAT_OF: dict[str, DataFormat] = {
+    "text": "alpaca",
+    "pair": "preference",
+    "feedback": "feedback",
+    "class": "classification",
+    "prompt": "prompts",
+}
+"""The format that is named where a stage needs rows of a kind."""
+
+
+def wanted_kind(stage: Section) -> str | None:
+    """The kind of rows (see `KINDS`) that a stage trains on; None for one that trains nothing and takes several."""
+    match stage:
+        case SftStage():
+            return "text"
+        case RewardStage():
+            return "pair"
+        case DpoStage():
+            return "feedback" if stage.loss == "kto" else "pair"
+        case PolicyStage():
+            return "prompt"
+        case ClassifyStage() | SelfTrainingStage():
+            return "class"
+        case _:
+            return None
+
+
+def format_problem(stage: Section, data_format: DataFormat | None, row: Row | None, *, field: str) -> str | None:
+    """Why the rows of a source train nothing in a stage, or the wrong thing, with what to type; None where they are right."""
+    wanted = wanted_kind(stage)
+    if wanted is None or data_format is None or KINDS[data_format] == wanted:
+        return None
+    why, advice = _untrained(data_format, row, field=field) if wanted == "text" else ("", "")
+    if not advice:
+        name = FORMAT_OF[wanted]
+        mapping = None if row is None else suggested(list(map(str, row)), wanted)
+        advice = (
+            f"type {mapping_override(field, mapping)}"
+            if mapping
+            else f"it needs format {name}: {EXPECTED_FIELDS[name]}"
+        )
+    return f"{field}: rows of format {data_format} {why or f'are nothing that {_name(stage)} trains on'}; {advice}"
+
+
+def _name(stage: Section) -> str:
+    return str(stage.model_dump(include={"kind"})["kind"])
+
+
+def _untrained(data_format: DataFormat, row: Row | None, *, field: str) -> tuple[str, str]:
+    """Why such rows are not for supervised fine-tuning, and what to type."""
+    row = row or {}
+    names = list(map(str, row))
+    match data_format:
+        case "prompts":
+            mapping = suggested(names, "text") or {"instruction": "prompt", "output": "COLUMN"}
+            return "hold no answer to train on", f"name the answer's column with {mapping_override(field, mapping)}"
+        case "preference":
+            why = "are pairs, and the rejected answers would be trained too"
+            return (
+                why,
+                f"for the chosen answers alone type {mapping_override(field, _chosen(row))}; dpo and reward take pairs",
+            )
+        case "feedback":
+            return (
+                "say of answers whether they are good, and the bad ones would be trained too",
+                f"keep the good ones in a file of their own and type {field}.format=prompt_completion; stage=dpo with loss=kto takes both",
+            )
+        case "classification":
+            return (
+                "are texts with a label, which sft does not train",
+                "a classifier is +experiment=llama_classify; for the label as an answer type "
+                + mapping_override(field, {"instruction": "text", "output": "label"}),
+            )
+        case _:
+            return "", ""
+
+
+def _chosen(row: Row) -> dict[str, str]:
+    """Conversations carry their prompt with them; of texts, the prompt has a column of its own, or there is none."""
+    if isinstance(row.get("chosen"), list):
+        return {"messages": "chosen"}
+    if "instruction" in row:
+        return {"output": "chosen"}
+    return {"instruction": "prompt", "output": "chosen"} if "prompt" in row else {"text": "chosen"}

@@ -1,0 +1,1 @@
+"""How are prepared rows made: selection, encoding, packing, the files?"""

@@ -1,0 +1,1 @@
+"""What lies in a folder of prepared rows, and is it still what was asked for?"""

@@ -1,0 +1,194 @@
+"""What decides prepared rows, as a readable key and its digest; must not import torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
+from orchestrator.data.prepared.meta import DATA_VERSION, META
+from orchestrator.errors import DataError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+CLASSIFICATION_VERSION = 1
+"""As DATA_VERSION, for rows of format classification alone."""
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+RACY_NANOSECONDS = 2_000_000_000
+"""A file changed so shortly before it was hashed could change again without a new time stamp: its hash is not kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedKey:
+    """Everything that decides a set of prepared rows, by name, and its digest."""
+
+    components: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.components, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def prepared_key(
+    config: DataConfig,
+    sources: tuple[tuple[SourceConfig, tuple[Path, ...], DataFormat], ...],
+    *,
+    role: str,
+    splits: bool,
+    tokenizer_folder: Path,
+    seed: int,
+    hashes: FileHashes,
+) -> PreparedKey:
+    """The key of one set of rows; with `splits` the rows held out of train belong to it."""
+    is_drawn = any(source.rows is not None or source.weight is not None for source, _, _ in sources)
+    return PreparedKey(
+        {
+            "role": role,
+            "data": [[hashes.of(file) for file in files] for _, files, _ in sources],
+            "format": [[data_format, *_reading(source, data_format)] for source, _, data_format in sources],
+            "mixture": [[source.rows, source.weight] for source, _, _ in sources],
+            "split": {"fraction": config.eval.fraction, "max_rows": config.eval.max_rows} if splits else None,
+            "seed": seed if splits or is_drawn else None,
+            "tokenizer": tokenizer_digest(tokenizer_folder, hashes),
+            "template": template_digest(config, tokenizer_folder),
+            "template_date": config.template_date,
+            "max_length": config.max_length,
+            "loss_on": config.loss_on,
+            "packing": config.packing,
+            "deduplicate": config.deduplicate,
+            "code": DATA_VERSION,
+        }
+    )
+
+
+def _reading(source: SourceConfig, data_format: DataFormat) -> list[Any]:
+    """What decides how rows of a format are understood."""
+    columns = dict(sorted(source.columns.items()))
+    if data_format != "classification":
+        return [columns]
+    return [columns, source.unlabelled, source.no_label, CLASSIFICATION_VERSION]
+
+
+def changed_components(cache: Path, key: PreparedKey) -> tuple[str, ...] | None:
+    """What differs from the most similar set in the cache, as `name: there -> here`; None where the cache is empty."""
+    nearest: tuple[str, ...] | None = None
+    for path in cache.glob(f"*/{META}"):
+        try:
+            other = cast("dict[str, Any]", json.loads(path.read_text())["key"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if other.get("role") != key.components["role"]:
+            continue
+        names = [name for name in key.components if json.dumps(other.get(name)) != json.dumps(key.components[name])]
+        if nearest is None or len(names) < len(nearest):
+            nearest = tuple(_difference(name, other.get(name), key.components[name]) for name in names)
+    return nearest
+
+
+def _difference(name: str, there: object, here: object) -> str:
+    short = all(len(json.dumps(value)) <= 40 for value in (there, here)) and name not in (
+        "data",
+        "tokenizer",
+        "template",
+    )
+    return f"{name}: {there} there, {here} here" if short else name
+
+
+class FileHashes:
+    """sha256 of files, remembered by (path, size, time, inode) in a file of the cache, so that a hit reads no data."""
+
+    def __init__(self, cache: Path) -> None:
+        self._path = cache / "hashes.json"
+        self._known: dict[str, str] = self._load()
+        self._is_new = False
+
+    def _load(self) -> dict[str, str]:
+        try:
+            value = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return cast("dict[str, str]", value) if isinstance(value, dict) else {}
+
+    def of(self, path: Path) -> str:
+        """The sha256 of a file's bytes. Raises DataError where it cannot be read."""
+        try:
+            state = path.stat()
+            name = f"{path}|{state.st_size}|{state.st_mtime_ns}|{state.st_ino}"
+            known = self._known.get(name)
+            if known is not None:
+                return known
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        if time.time_ns() - state.st_mtime_ns > RACY_NANOSECONDS:
+            self._known[name] = digest
+            self._is_new = True
+        return digest
+
+    def save(self) -> None:
+        """Writes what is new, atomically; a cache that cannot be written only costs time."""
+        if not self._is_new:
+            return
+        temporary = self._path.with_name(f"hashes.{os.getpid()}.tmp")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(dict(list(self._known.items())[-10_000:])))
+            temporary.replace(self._path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+        self._is_new = False
+
+
+def tokenizer_digest(folder: Path, hashes: FileHashes) -> str:
+    """sha256 over a tokenizer's files and settings, without its chat template."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(f"{name}:{hashes.of(folder / name)}\n".encode())
+    config = _tokenizer_config(folder)
+    config.pop("chat_template", None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def template_digest(config: DataConfig, folder: Path) -> str:
+    """sha256 of the chat template in use. Raises DataError where a configured one is no file."""
+    if config.chat_template is not None:
+        path = Path(config.chat_template).expanduser()
+        if not path.is_file():
+            raise DataError(f"chat_template={config.chat_template} is not a file")
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    for name in TEMPLATE_FILES:
+        if (folder / name).is_file():
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    return hashlib.sha256(json.dumps(_tokenizer_config(folder).get("chat_template")).encode()).hexdigest()
+
+
+def has_template(config: DataConfig, folder: Path) -> bool:
+    """Whether conversations are rendered by a template of the tokenizer's own, or a configured one."""
+    files = any((folder / name).is_file() for name in TEMPLATE_FILES)
+    return config.chat_template is not None or files or bool(_tokenizer_config(folder).get("chat_template"))
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}

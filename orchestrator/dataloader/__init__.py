@@ -1,0 +1,1 @@
+"""How do prepared rows become batches on a device?"""

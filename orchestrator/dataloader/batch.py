@@ -1,0 +1,271 @@
+"""Prepared rows as batches of tensors; nothing is tokenised here; must not import transformers or `launchers`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from orchestrator.data.prepared.folder import PreparedFolder
+from orchestrator.losses.token_logprobs import places_of
+
+IGNORED = -100
+"""Label of a position that is not a target."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a document stands in a batch: tokens start..stop of sequence `sequence`."""
+
+    sequence: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch. B sequences of T tokens, padded on the right; D documents (a pair has two: chosen, then rejected)."""
+
+    input_ids_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    """-100 where nothing is learnt, else the token of the same position: the loss shifts by one, as in transformers."""
+    places_K: torch.Tensor
+    """Of the trained tokens in the flattened labels: made here, so that nobody has to ask a GPU for it."""
+    attention_mask_BT: torch.Tensor | None
+    """1 on real tokens; None where nothing is padded, or rows are packed. A causal model does not need it (`model_inputs`)."""
+    position_ids_BT: torch.Tensor | None
+    """Restart with every document of a packed row; None where every sequence is one document."""
+    boundaries: torch.Tensor
+    """int32: where documents (and stretches of padding) start in the B sequences laid end to end, and where the last ends."""
+    longest: int
+    """Tokens of the longest stretch between two boundaries."""
+    documents: tuple[Span, ...]
+    values_D: torch.Tensor
+    """Margin, label or class number of each document's row; NaN where there is none."""
+    row_ids: tuple[tuple[int, ...], ...]
+    """Source rows of each trainable row; empty for a filler."""
+    num_tokens: int
+    """Real tokens, padding and fillers left out."""
+    num_trained_tokens: int
+    """Targets after the causal shift."""
+    document_ids: tuple[int, ...] = ()
+    """Number of each document in its prepared folder."""
+    digest: str = ""
+    """Of the prepared folder."""
+    prompts: tuple[Span, ...] = ()
+    """What stands before the first trained token of each document; all of it where nothing is trained."""
+
+    def model_inputs(self) -> dict[str, Any]:
+        """What a causal model is called with.
+
+        No mask: with padding on the right no real token can see any, and without a mask every attention takes its
+        fast path. Packed rows bring positions that restart and, for kernels over documents, their boundaries. No cache:
+        with one, transformers does not look at the positions, and the documents of a packed row see each other.
+        """
+        if self.position_ids_BT is None:
+            return {"input_ids": self.input_ids_BT, "use_cache": False}
+        return {
+            "input_ids": self.input_ids_BT,
+            "use_cache": False,
+            "position_ids": self.position_ids_BT,
+            "cu_seq_lens_q": self.boundaries,
+            "cu_seq_lens_k": self.boundaries,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
+
+    def to(self, device: torch.device | str) -> Self:
+        """The batch on a device; what is on it already stays."""
+
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Self:
+        """The batch in memory from which a GPU copies by itself, so that the host does not wait for it."""
+        return self._moved(torch.Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        return replace(
+            self,
+            input_ids_BT=move(self.input_ids_BT),
+            labels_BT=move(self.labels_BT),
+            places_K=move(self.places_K),
+            attention_mask_BT=None if self.attention_mask_BT is None else move(self.attention_mask_BT),
+            position_ids_BT=None if self.position_ids_BT is None else move(self.position_ids_BT),
+            boundaries=move(self.boundaries),
+            values_D=move(self.values_D),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutPrompt:
+    """A prompt to generate from, and what a reward may need of its row."""
+
+    ids: tuple[int, ...]
+    row: int
+    extra: dict[str, Any]
+
+
+Segment = tuple[int, int, int]
+"""Document (-1 for a filler), start and stop within it."""
+
+
+class PreparedRows(PreparedFolder):
+    """A prepared folder that makes batches. `rows`, `lengths`, `trained_tokens`, `digest` and `row_ids` describe its rows."""
+
+    pad_to_multiple_of: int = 1
+
+    @classmethod
+    def open(cls, folder: Path, *, pad_to_multiple_of: int = 1) -> Self:
+        """Maps a folder that `ensure_prepared` made. Raises DataError where it is not one."""
+        rows = cls(folder)
+        rows.pad_to_multiple_of = pad_to_multiple_of
+        return rows
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row may hold several documents."""
+        return self.meta.packing != "none"
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The batch of these trainable rows; -1 is a filler: one token, nothing to learn."""
+        chosen = [int(index) for index in indices]
+        sequences = self._sequences(chosen)
+        longest = max(sum(stop - start for _, start, stop in sequence) for sequence in sequences)
+        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(sequences), width)
+        ids = np.full(shape, self.meta.pad_id, dtype=np.int64)
+        labels = np.full(shape, IGNORED, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.int64)
+        positions = np.zeros(shape, dtype=np.int64)
+        spans: list[Span] = []
+        prompts: list[Span] = []
+        known: list[int] = []
+        units: list[int] = []
+        edges = [0]
+        for b, sequence in enumerate(sequences):
+            place = 0
+            for document, start, stop in sequence:
+                end = place + stop - start
+                if document >= 0:
+                    self._fill(ids[b, place:end], labels[b, place:end], document, start, stop)
+                    spans.append(Span(b, place, end))
+                    trained = self.trained[int(self.document_offsets[document]) + start :][: stop - start]
+                    prompts.append(prompt_span(b, place, trained))
+                    known.append(document)
+                    units.append(self.unit_of(document))
+                positions[b, place:end] = np.arange(end - place)
+                mask[b, place:end] = 1
+                edges.append(b * width + end)
+                place = end
+            if place < width:
+                positions[b, place:] = np.arange(width - place)
+                edges.append((b + 1) * width)
+        return Batch(
+            input_ids_BT=torch.from_numpy(ids),
+            labels_BT=torch.from_numpy(labels),
+            places_K=places_of(torch.from_numpy(labels)),
+            attention_mask_BT=torch.from_numpy(mask) if not self.is_packed and bool((mask == 0).any()) else None,
+            position_ids_BT=torch.from_numpy(positions) if self.is_packed else None,
+            boundaries=torch.tensor(edges, dtype=torch.int32),
+            longest=int(np.diff(edges).max()),
+            documents=tuple(spans),
+            values_D=torch.from_numpy(self.unit_values[units]) if units else torch.zeros(0),
+            row_ids=tuple(self.row_ids(index) for index in chosen),
+            num_tokens=sum(span.stop - span.start for span in spans),
+            num_trained_tokens=int((labels[:, 1:] != IGNORED).sum()),
+            document_ids=tuple(known),
+            digest=self.digest,
+            prompts=tuple(prompts),
+        )
+
+    def document_of(self, index: int) -> int:
+        """The first document of a trainable row."""
+        return int(self.segment_documents[int(self.row_offsets[index])])
+
+    def document(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids, which of them are trained) of a document."""
+        span = slice(int(self.document_offsets[document]), int(self.document_offsets[document + 1]))
+        return self.tokens[span].astype(np.int64), np.asarray(self.trained[span])
+
+    def documents_in(self, indices: Sequence[int]) -> int:
+        """Documents of these trainable rows; a preference pair has two."""
+        return sum(int(self.row_offsets[index + 1] - self.row_offsets[index]) for index in indices)
+
+    def prompt(self, index: int) -> RolloutPrompt:
+        """The prompt of a row of a set of prompts."""
+        assert self.meta.kind == "prompt" and not self.is_packed
+        document = self.document_of(index)
+        extra = self.extra(self.unit_of(document))
+        return RolloutPrompt(
+            ids=tuple(self.document_ids(document).tolist()),
+            row=self.row_ids(index)[0],
+            extra=json.loads(extra) if extra else {},
+        )
+
+    def _sequences(self, indices: list[int]) -> list[list[Segment]]:
+        """The segments of every sequence of a batch; a pair that is not packed makes two sequences."""
+        apart = self.meta.documents_per_unit if not self.is_packed else 1
+        sequences: list[list[Segment]] = []
+        for index in indices:
+            segments = [(-1, 0, 1)] * apart if index < 0 else self._segments(index)
+            sequences += [segments] if apart == 1 else [[segment] for segment in segments]
+        return sequences
+
+    def _segments(self, index: int) -> list[Segment]:
+        part = slice(int(self.row_offsets[index]), int(self.row_offsets[index + 1]))
+        columns = (self.segment_documents[part], self.segment_starts[part], self.segment_stops[part])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def _fill(self, ids: np.ndarray, labels: np.ndarray, document: int, start: int, stop: int) -> None:
+        base = int(self.document_offsets[document])
+        tokens = self.tokens[base + start : base + stop].astype(np.int64)
+        ids[:] = tokens
+        labels[:] = np.where(self.trained[base + start : base + stop], tokens, IGNORED)
+        labels[0] = IGNORED
+
+
+def prompt_span(sequence: int, start: int, trained: np.ndarray) -> Span:
+    """The tokens before the first trained one of a document that begins at `start`."""
+    length = int(np.argmax(trained)) if np.any(trained) else len(trained)
+    return Span(sequence, start, start + length)
+
+
+def batch_of(
+    texts: Sequence[tuple[np.ndarray, np.ndarray]], document_ids: Sequence[int], *, digest: str = "", pad_id: int = 0
+) -> Batch:
+    """Single documents, given as (ids, which are trained), padded on the right; a document of -1 is a filler."""
+    width = max(len(ids) for ids, _ in texts)
+    ids_BT = torch.full((len(texts), width), pad_id, dtype=torch.int64)
+    labels_BT = torch.full((len(texts), width), IGNORED, dtype=torch.int64)
+    mask_BT = torch.zeros((len(texts), width), dtype=torch.int64)
+    edges = [0]
+    for b, (ids, trained) in enumerate(texts):
+        row = torch.from_numpy(ids)
+        ids_BT[b, : len(ids)] = row
+        labels_BT[b, : len(ids)] = torch.where(torch.from_numpy(trained), row, IGNORED)
+        mask_BT[b, : len(ids)] = 1
+        edges += [b * width + len(ids)] + ([(b + 1) * width] if len(ids) < width else [])
+    labels_BT[:, 0] = IGNORED
+    real = [b for b, document in enumerate(document_ids) if document >= 0]
+    return Batch(
+        input_ids_BT=ids_BT,
+        labels_BT=labels_BT,
+        places_K=places_of(labels_BT),
+        attention_mask_BT=mask_BT if bool((mask_BT == 0).any()) else None,
+        position_ids_BT=None,
+        boundaries=torch.tensor(edges, dtype=torch.int32),
+        longest=int(np.diff(edges).max()),
+        documents=tuple(Span(b, 0, len(texts[b][0])) for b in real),
+        values_D=torch.full((len(real),), torch.nan),
+        row_ids=tuple(() if document < 0 else (document,) for document in document_ids),
+        num_tokens=sum(len(texts[b][0]) for b in real),
+        num_trained_tokens=int((labels_BT[:, 1:] != IGNORED).sum()),
+        document_ids=tuple(document_ids[b] for b in real),
+        digest=digest,
+        prompts=tuple(prompt_span(b, 0, texts[b][1]) for b in real),
+    )

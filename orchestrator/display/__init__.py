@@ -1,0 +1,1 @@
+"""How is a plan, a forecast or a result shown to a person?"""

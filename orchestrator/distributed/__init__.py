@@ -1,0 +1,1 @@
+"""What do ranks share: Accelerator, ZeRO shards, gathering, random states?"""

@@ -1,0 +1,56 @@
+"""Whole trained parameters by name, from any sharding."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from orchestrator.distributed.runtime import Runtime
+
+
+def gather_trainable(runtime: Runtime, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """fp32 copies on the host of every trained parameter, by its name in the unwrapped module.
+
+    Every rank must call it; rank 0 gets the tensors, the others an empty dict.
+    """
+    module = runtime.accelerator.unwrap_model(model)
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    gathered: dict[str, torch.Tensor] = {}
+    for name, parameter in trained:
+        whole = _whole(runtime, parameter)
+        if runtime.is_main:
+            gathered[name] = whole.detach().to("cpu", torch.float32, copy=True)
+    return gathered
+
+
+def gather_frozen(runtime: Runtime, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies on the host of every parameter that is not trained, in its own type; as `gather_trainable`."""
+    module = runtime.accelerator.unwrap_model(model)
+    gathered: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        with _made_whole(parameter):
+            if runtime.is_main:
+                gathered[name] = parameter.detach().to("cpu", copy=True)
+    return gathered
+
+
+def _made_whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
+
+
+def _whole(runtime: Runtime, parameter: torch.nn.Parameter) -> torch.Tensor:
+    if not runtime.uses_deepspeed:
+        return parameter
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    whole = safe_get_full_fp32_param(parameter)
+    assert whole is not None, "DeepSpeed keeps an fp32 master of every trained parameter"
+    return whole

@@ -1,0 +1,170 @@
+"""The ranks of a job: Accelerator, devices, agreement between ranks, ordered end. Must not know models or data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+from orchestrator.architecture.deepspeed import deepspeed_dict
+from orchestrator.architecture.kernels import liger_is_installed, liger_problem
+from orchestrator.config.model import ZeroSharding
+from orchestrator.config.run import RunConfig, accumulation_steps
+from orchestrator.config.training import TrainingStage
+from orchestrator.errors import ConfigError
+from orchestrator.files.cache import compiled_folder
+from orchestrator.metrics.phases import Phases
+
+
+def environment_rank() -> int:
+    """This process's rank, before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def environment_local_rank() -> int:
+    """This process's rank on its node, before any process group exists."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """The process group as a stage sees it."""
+
+    accelerator: Accelerator
+    uses_deepspeed: bool
+    autocast_dtype: torch.dtype | None
+    """16-bit type of the forward pass over fp32 weights; None where the weights' own type is used."""
+    phases: Phases = field(default_factory=Phases)
+    """Where loops over rows say how far they are."""
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """The precision in which every forward pass runs, in training, evaluation and proof alike."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over all ranks, in fp64; every rank must call it."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            self.accelerator.wait_for_everyone()
+
+    def peak_memory_gib(self) -> float:
+        """Peak of the device's allocator, or of the process's resident memory on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def end(self) -> None:
+        """Tears down in order: two gloo ranks under ZeRO-3 abort now and then when the interpreter does it."""
+        self.accelerator.free_memory()
+        if dist.is_initialized():
+            self.barrier()
+            dist.destroy_process_group()
+
+
+def start_runtime(config: RunConfig, stage: TrainingStage, phases: Phases | None = None) -> Runtime:
+    """Builds the Accelerator, with its DeepSpeed dict, and asserts that it is what was configured."""
+    uses_cpu = _uses_cpu(config)
+    sharding = config.sharding
+    if uses_cpu and isinstance(sharding, ZeroSharding) and (sharding.quantized_weights or sharding.quantized_gradients):
+        raise ConfigError(
+            "sharding.quantized_weights, sharding.quantized_gradients: their kernels need GPUs, and torch sees none here; "
+            "set both to false"
+        )
+    refused = liger_problem(config.model.loss_head, ("cpu" if uses_cpu else "cuda",), has_liger=liger_is_installed())
+    if refused is not None:
+        raise ConfigError(refused)
+    settings = deepspeed_dict(config, stage)
+    bfloat16 = config.model.dtype == "bfloat16"
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if uses_cpu and "RANK" in os.environ else []
+    accelerator = Accelerator(
+        cpu=uses_cpu and settings is None,
+        mixed_precision="bf16" if bfloat16 and settings is not None else "no",
+        gradient_accumulation_steps=accumulation_steps(config, stage),
+        deepspeed_plugin=_deepspeed_plugin(settings) if settings is not None else None,
+        kwargs_handlers=handlers,
+        step_scheduler_with_optimizer=False,
+    )
+    _assert_as_configured(accelerator, config, uses_deepspeed=settings is not None)
+    return Runtime(
+        accelerator=accelerator,
+        uses_deepspeed=settings is not None,
+        autocast_dtype=torch.bfloat16 if bfloat16 and settings is None else None,
+        phases=phases or Phases(),
+    )
+
+
+def start_single_runtime(config: RunConfig, *, autocast: bool, phases: Phases | None = None) -> Runtime:
+    """One process without sharding: for the proof and for generation."""
+    return Runtime(
+        accelerator=Accelerator(cpu=_uses_cpu(config), mixed_precision="no"),
+        uses_deepspeed=False,
+        autocast_dtype=torch.bfloat16 if autocast else None,
+        phases=phases or Phases(),
+    )
+
+
+def _uses_cpu(config: RunConfig) -> bool:
+    available = torch.cuda.is_available()
+    if config.cluster.device == "cuda" and not available:
+        raise ConfigError(
+            "cluster.device: cuda, but torch sees no GPU here; type cluster.device=cpu or see `orchestrator doctor`"
+        )
+    return config.cluster.device == "cpu" or not available
+
+
+def _deepspeed_plugin(settings: Any) -> Any:
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(compiled_folder()))
+    from accelerate.utils import DeepSpeedPlugin
+
+    return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=settings["zero_optimization"]["stage"] == 3)
+
+
+def _assert_as_configured(accelerator: Accelerator, config: RunConfig, *, uses_deepspeed: bool) -> None:
+    """Without this, accelerate on a CPU lets every rank silently believe that it is rank 0 of 1."""
+    expected_type = DistributedType.DEEPSPEED if uses_deepspeed else None
+    facts = {
+        "world size": (accelerator.num_processes, config.world_size),
+        "rank": (accelerator.process_index, environment_rank()),
+        "distributed type": (accelerator.distributed_type, expected_type or accelerator.distributed_type),
+        "process group": (dist.is_initialized(), config.world_size > 1 or uses_deepspeed or dist.is_initialized()),
+    }
+    wrong = [f"{name} is {real}, {wanted} was configured" for name, (real, wanted) in facts.items() if real != wanted]
+    if not uses_deepspeed and config.world_size > 1:
+        ddp = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if accelerator.distributed_type not in ddp:
+            wrong.append(f"distributed type is {accelerator.distributed_type}, DDP was configured")
+    if wrong:
+        raise ConfigError([f"the process group is not what was configured: {fault}" for fault in wrong])

@@ -1,0 +1,26 @@
+"""Bytes of the frozen parameters; must not import torch."""
+
+from __future__ import annotations
+
+from orchestrator.architecture.parameter_counts import count_parameters
+from orchestrator.config.model import Architecture, FreezeTuning, Nf4Quantization
+from orchestrator.config.run import RunConfig
+from orchestrator.config.tuning import ADAPTER_TUNINGS
+from orchestrator.estimate.model_states import NF4_BYTES, trainable_parameters
+
+
+def frozen_bytes(
+    model: Architecture, config: RunConfig, *, per_linear: float | None = None, per_embedding: float | None = None
+) -> float:
+    """Bytes of the frozen base at its real width (or at the given widths); 0 where everything is trained."""
+    if isinstance(config.tuning, FreezeTuning):
+        frozen = count_parameters(model).total - trainable_parameters(model, config)
+        return frozen * (2.0 if config.model.dtype == "bfloat16" else 4.0)
+    if not isinstance(config.tuning, ADAPTER_TUNINGS):
+        return 0.0
+    counts = count_parameters(model)
+    width = 2.0 if config.model.dtype == "bfloat16" else 4.0
+    linear = NF4_BYTES if isinstance(config.quantization, Nf4Quantization) else width
+    return (counts.total - counts.embedding) * (linear if per_linear is None else per_linear) + counts.embedding * (
+        width if per_embedding is None else per_embedding
+    )

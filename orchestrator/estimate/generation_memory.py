@@ -1,0 +1,145 @@
+"""Memory of generating and scoring: KV cache, prefill, the models that stand beside the policy; must not import torch."""
+
+from __future__ import annotations
+
+from orchestrator.architecture.parameter_counts import count_parameters
+from orchestrator.config.alignment import PolicyStage, RolloutConfig
+from orchestrator.config.evaluation import (
+    ChoosingStage,
+    EvaluateStage,
+    InterpolateStage,
+    MergeStage,
+    ScoringStage,
+    SoupStage,
+)
+from orchestrator.config.model import Architecture, ZeroSharding
+from orchestrator.config.run import RunConfig, makes_classifier
+from orchestrator.config.training import TrainingStage
+from orchestrator.config.tuning import ADAPTER_TUNINGS
+from orchestrator.estimate.activations import Load, activation_memory
+from orchestrator.estimate.memory_parts import Parts, Phase
+from orchestrator.estimate.model_states import base_bytes, compute_width, trainable_parameters
+from orchestrator.estimate.sharding_buffers import whole_bytes
+
+SAMPLER_COPIES = 6
+"""fp32 rows of the vocabulary per sequence: the model's scores, scaled, log-softmax, noise, their sum, what is left possible."""
+
+
+def kv_cache_bytes(model: Architecture, *, sequences: int, length: int, width: int) -> float:
+    """Keys and values of every layer: 2 x layers x key heads x head width, for every token."""
+    per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * width
+    return float(per_token * sequences * length)
+
+
+def rollout_parts(model: Architecture, config: RunConfig, stage: PolicyStage) -> Parts:
+    """Generating with transformers: whole weights on every rank, the cache and its growth, prefill or a step."""
+    sequences = min(stage.rollout.generate_size, stage.rollout.prompts * stage.rollout.group_size // config.world_size)
+    gathers = isinstance(config.sharding, ZeroSharding) and config.sharding.strategy == "zero3"
+    return {
+        **_generation(model, config, stage.rollout, prompt=stage.data.max_length, sequences=max(1, sequences)),
+        "gathered": whole_bytes(model, config) if gathers else 0.0,
+    }
+
+
+def reference_bytes(model: Architecture, config: RunConfig, stage: TrainingStage) -> float:
+    """Models beside the policy: a reference under full fine-tuning (LoRA needs at most a second adapter), reward models.
+
+    A reward model is taken to be as large as the base.
+    """
+    if not isinstance(stage, PolicyStage):
+        return 0.0
+    base = base_bytes(model, config)
+    wants_reference = bool(stage.kl_coefficient) or stage.limits.kl is not None
+    reference = trainable_parameters(model, config) * 4.0 if isinstance(config.tuning, ADAPTER_TUNINGS) else base
+    judges = sum(1 for reward in stage.rewards if reward.source.startswith(("stage:", "model:")))
+    return (reference if wants_reference else 0.0) + judges * base
+
+
+def scoring_phases(
+    model: Architecture, config: RunConfig, stage: ScoringStage | MergeStage, *, is_cautious: bool
+) -> list[Phase]:
+    """A stage without an optimizer: one process, whole weights. Cautious: the merged model, too, is there in fp32."""
+    alone = config.model_copy(
+        update={"cluster": config.cluster.model_copy(update={"nodes": 1, "processes_per_node": 1})}
+    )
+    width = compute_width(config)
+    whole = count_parameters(model).total * width
+    is_of_classifiers = stage.start_from in config.stages and makes_classifier(config, stage.start_from)
+    load = Load(
+        rows=stage.micro_size,
+        length=stage.data.max_length,
+        trained_share=1.0,
+        logits="none" if is_of_classifiers else "whole",
+        on_cpu=config.cluster.device == "cpu",
+        is_packed=False,
+    )
+    scoring: Parts = {"activations": activation_memory(model, alone, load).evaluation}
+    if isinstance(stage, MergeStage):
+        return _merging_phases(model, scoring, merged=count_parameters(model).total * (4.0 if is_cautious else width))
+    held: Parts = {"weights": base_bytes(model, config)}
+    if isinstance(config.tuning, ADAPTER_TUNINGS):
+        held["weights"] += trainable_parameters(model, config) * 4.0
+    elif not isinstance(stage, ChoosingStage) and not is_of_classifiers:
+        held["base beside"] = float(whole)
+    rewards = stage.rewards if isinstance(stage, EvaluateStage) else ()
+    judges = sum(1 for reward in rewards if reward.source.startswith(("stage:", "model:")))
+    blended = _blended_bytes(config, stage, whole=float(whole), adapter=trainable_parameters(model, config) * 4.0)
+    beside: Parts = {"models beside": judges * base_bytes(model, config)}
+    phases = [
+        Phase(name="load", static=held, changing={}, host={"loading": float(whole), **blended}),
+        Phase(name="evaluation", static=held, changing=scoring, host=blended),
+    ]
+    if rewards or stage.exact_match:
+        answers = stage.rollout.prompts * stage.rollout.group_size
+        made = _generation(
+            model,
+            config,
+            stage.rollout,
+            prompt=stage.data.max_length,
+            sequences=min(stage.rollout.generate_size, answers),
+        )
+        phases.append(Phase(name="rollout", static={**held, **beside}, changing=made, host=blended))
+    return phases
+
+
+def _blended_bytes(config: RunConfig, stage: ScoringStage, *, whole: float, adapter: float) -> Parts:
+    """What an interpolation or a soup keeps of its ingredients in the host's memory; the model that is scored is one of them more."""
+    if isinstance(stage, InterpolateStage):
+        return {"ingredients": 2.0 * adapter if isinstance(config.tuning, ADAPTER_TUNINGS) else 2.0 * whole}
+    if isinstance(stage, SoupStage):
+        number = len(stage.members) + (stage.start_from is not None)
+        return {"ingredients": number * adapter if isinstance(config.tuning, ADAPTER_TUNINGS) else (number + 1) * whole}
+    return {}
+
+
+def _merging_phases(model: Architecture, scoring: Parts, *, merged: float) -> list[Phase]:
+    """The trained model in fp32, and the merged one."""
+    whole = count_parameters(model).total * 4.0
+    both: Parts = {"weights": whole, "merged": merged}
+    return [
+        Phase(name="load", static={"weights": whole}, changing={}, host={"loading": whole}),
+        Phase(name="evaluation", static=both, changing=scoring, host={}),
+        Phase(name="save", static=both, changing={}, host={"artifact": merged}),
+    ]
+
+
+def _generation(
+    model: Architecture, config: RunConfig, rollout: RolloutConfig, *, prompt: int, sequences: int
+) -> Parts:
+    """The cache; its largest layer twice while it grows; prefill of the prompts, whose last logits alone are made."""
+    full_autocast = not isinstance(config.tuning, ADAPTER_TUNINGS) and not isinstance(config.sharding, ZeroSharding)
+    width = 4 if full_autocast else compute_width(config)
+    cache = kv_cache_bytes(model, sequences=sequences, length=prompt + rollout.max_new_tokens, width=width)
+    load = Load(
+        rows=sequences,
+        length=prompt,
+        trained_share=0.0,
+        logits="none",
+        is_packed=False,
+        on_cpu=config.cluster.device == "cpu",
+    )
+    return {
+        "KV cache": cache,
+        "temporaries": 2 * cache / model.num_hidden_layers + sequences * model.vocab_size * 4.0 * SAMPLER_COPIES,
+        "activations": activation_memory(model, config, load).evaluation,
+    }

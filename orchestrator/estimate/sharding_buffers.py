@@ -1,0 +1,83 @@
+"""What DeepSpeed and DDP hold beside the states: buckets, gathered parameters, small ones that stay; must not import torch."""
+
+from __future__ import annotations
+
+from orchestrator.architecture.adapter_parameters import low_rank
+from orchestrator.architecture.families import linear_layers
+from orchestrator.architecture.parameter_counts import count_parameters
+from orchestrator.architecture.zero_buckets import sizes_of
+from orchestrator.config.model import Architecture, ZeroSharding
+from orchestrator.config.run import RunConfig
+from orchestrator.config.tuning import ADAPTER_TUNINGS
+from orchestrator.estimate.activations import layer_parameters
+from orchestrator.estimate.constants import LIVE_ELEMENTS, SUB_GROUP_ELEMENTS
+from orchestrator.estimate.model_states import (
+    adapter_width,
+    base_bytes,
+    compute_width,
+    shards_of,
+    trainable_parameters,
+    trained_width,
+)
+
+
+def bucket_bytes(model: Architecture, config: RunConfig) -> float:
+    """Flat buffers in which gradients travel; DDP's hold all of them (accelerate leaves gradient_as_bucket_view off)."""
+    trained = trainable_parameters(model, config)
+    if not isinstance(config.sharding, ZeroSharding):
+        return 4.0 * trained if config.world_size > 1 else 0.0
+    buffers = 2 if config.sharding.overlap_communication and config.sharding.strategy != "zero3" else 1
+    return float(min(sizes_of(config.sharding, model).bucket, trained) * buffers * compute_width(config))
+
+
+def gathered_bytes(model: Architecture, config: RunConfig, *, least: bool = False) -> float:
+    """Whole parameters on a rank under ZeRO-3: DeepSpeed keeps what it meets again within a thousand million elements.
+
+    `least`: only the largest layer and the next one are there.
+    """
+    if not _is_zero3(config) or not isinstance(config.sharding, ZeroSharding):
+        return 0.0
+    whole = whole_bytes(model, config)
+    width = whole / count_parameters(model).total
+    largest = layer_parameters(model) * width
+    if least:
+        return min(whole, 2 * largest)
+    return min(whole, (LIVE_ELEMENTS + sizes_of(config.sharding, model).prefetch) * compute_width(config) + largest)
+
+
+def persistent_bytes(model: Architecture, config: RunConfig) -> float:
+    """Parameters too small to be sharded away: under ZeRO-3 they also stay whole on every rank."""
+    if not _is_zero3(config) or not isinstance(config.sharding, ZeroSharding):
+        return 0.0
+    limit, rank = sizes_of(config.sharding, model).persistence, low_rank(config.tuning)
+    sizes = [linear.inputs * linear.outputs for linear in linear_layers(model)]
+    sizes += [size * rank for linear in linear_layers(model) for size in (linear.inputs, linear.outputs)]
+    vectors = 4 * model.hidden_size
+    small = vectors + sum(size for size in sizes if size < limit)
+    return float(small * model.num_hidden_layers * compute_width(config))
+
+
+def secondary_bytes(model: Architecture, config: RunConfig) -> float:
+    """ZeRO++'s second copy of the shards (2306.10209, hpZ): all weights, divided by the ranks of a node alone."""
+    if not isinstance(config.sharding, ZeroSharding) or config.sharding.hpz_partition_size is None:
+        return 0.0
+    return whole_bytes(model, config) / config.sharding.hpz_partition_size
+
+
+def whole_bytes(model: Architecture, config: RunConfig) -> float:
+    """Every parameter, unsharded, as this run holds it."""
+    if isinstance(config.tuning, ADAPTER_TUNINGS):
+        return base_bytes(model, config) + trainable_parameters(model, config) * adapter_width(config)
+    return float(count_parameters(model).total * trained_width(config))
+
+
+def step_bytes(model: Architecture, config: RunConfig) -> float:
+    """fp32 copies of gradients that DeepSpeed makes for its step: of the partition, or of a sub-group under ZeRO-3."""
+    if not isinstance(config.sharding, ZeroSharding):
+        return 0.0
+    own = trainable_parameters(model, config) / shards_of(config).optimizer
+    return 4.0 * (min(own, SUB_GROUP_ELEMENTS) if _is_zero3(config) else own)
+
+
+def _is_zero3(config: RunConfig) -> bool:
+    return config.sharding.strategy == "zero3"

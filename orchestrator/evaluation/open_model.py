@@ -1,0 +1,59 @@
+"""The model of a finished run, opened for use from Python: notebooks and scripts."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from transformers import AutoTokenizer
+
+from orchestrator.classification.model import open_classifier
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import ConfigError
+from orchestrator.models.artifact import open_artifact
+from orchestrator.models.loading import DTYPES, quiet
+from orchestrator.models.stage_inputs import find_base_folder
+from orchestrator.run_folder.folder import RunFolder, read_json, read_manifest
+from orchestrator.run_state.frozen import load_config
+from orchestrator.run_state.opened_model import OpenedModel
+
+
+def open_run(run: RunFolder, stage: str | None) -> OpenedModel:
+    """The artifact of a stage, by default of the last one that made a model; its files must be those that were proven."""
+    config = load_config(run)
+    name = _stage_with_model(run, config, stage)
+    files = run.stage(name)
+    kind: str = read_json(files.result)["artifact"]["kind"]
+    read_manifest(files.artifact)
+    base_folder = find_base_folder(config, run, name)
+    quiet()
+    own = config.for_stage(name)
+    is_classifier, scores = kind.startswith("classifier_"), kind.startswith("reward_")
+    open_it = open_classifier if is_classifier else partial(open_artifact, scores=scores)
+    model = open_it(
+        files.artifact,
+        base_folder=base_folder,
+        config=own,
+        weights_dtype=DTYPES[own.model.dtype],
+        packed=False,
+    )
+    device = "cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(str(files.artifact))
+    return OpenedModel(model=model.to(device).eval(), tokenizer=tokenizer, stage=name, kind=kind, config=own)
+
+
+def _stage_with_model(run: RunFolder, config: RunConfig, stage: str | None) -> str:
+    """ConfigError where the stage is unknown, unfinished or made no model."""
+    kinds = {
+        name: str(read_json(run.stage(name).result)["artifact"]["kind"])
+        for name in config.pipeline
+        if run.stage(name).result.exists()
+    }
+    models = [name for name, kind in kinds.items() if kind.endswith(("model", "adapter"))]
+    chosen = stage or (models[-1] if models else None)
+    if chosen not in models:
+        given = f"stage {stage}" if stage else str(run.root)
+        raise ConfigError(
+            f"{given}: no finished stage with a model; those of this run are {', '.join(models) or 'none'}"
+        )
+    return chosen

@@ -1,0 +1,283 @@
+"""Scores of one model on named sets: accuracy, loss and exact match of the answers, and a fixed general text; tables of them."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from orchestrator.classification.classes import Classes, read_classes
+from orchestrator.classification.model import refuse_other_rows
+from orchestrator.classification.objective import class_report
+from orchestrator.config.evaluation import FIRST_SET, FORGETTING, ScoringStage, shifts_of
+from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
+from orchestrator.data.prepared.meta import Kind
+from orchestrator.data.sources.locate import DEMONSTRATION
+from orchestrator.dataloader.batch import PreparedRows, batch_of
+from orchestrator.distributed.runtime import Runtime
+from orchestrator.errors import DataError
+from orchestrator.evaluation.answer_options import Choices, answered_rows, choices_of, option_logprobs_RO
+from orchestrator.generation.generator import Request, end_ids_of, make_generate
+from orchestrator.generation.prompts import prompt_of
+from orchestrator.run_state.recorder import Context
+from orchestrator.training.evaluation import evaluate
+from orchestrator.training.objectives import prompt_objective, proof_objective
+
+GENERAL_TEXT = DEMONSTRATION / "general_text.txt"
+NO_GENERAL_TEXT = "set forgetting: left out, a classifier has no loss on a text"
+_LAST_MARKS = re.compile(r"[\s.!?]+$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetScores:
+    """How one model does on one set; None where the set does not allow the measure, or nobody asked for it."""
+
+    rows: int
+    loss: float
+    """Nats a trained token; of rewards' pairs and other kinds what their stage's proof measures."""
+    accuracy: float | None = None
+    """Share of the rows whose right option is the likeliest."""
+    exact_match: float | None = None
+    """Share of the rows whose greedy answer is the row's own, after `normalised`."""
+
+    def to_json(self) -> dict[str, float | int | None]:
+        return {
+            "rows": self.rows,
+            "loss": self.loss,
+            "perplexity": math.exp(min(self.loss, 700.0)),
+            "accuracy": self.accuracy,
+            "accuracy_error": standard_error(self.accuracy, self.rows),
+            "exact_match": self.exact_match,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenSet:
+    """A set that can be scored again and again."""
+
+    name: str
+    rows: PreparedRows
+    count: int
+    shift: bool
+    choices: Choices | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """All that a stage scores models by."""
+
+    context: Context
+    runtime: Runtime
+    sets: tuple[OpenSet, ...]
+    classes: Classes | None = None
+    """What a classifier tells apart; None where a language model is scored."""
+
+    def of(self, model: torch.nn.Module) -> dict[str, SetScores]:
+        """Scores by set, the general text last where the stage asks for it."""
+        stage = cast("ScoringStage", self.context.stage)
+        found = {one.name: scores_of(self, model, one) for one in self.sets}
+        if stage.forgetting and self.classes is None:
+            found[FORGETTING] = general_text_scores(self.context, self.runtime, model)
+        return found
+
+
+def open_scorer(context: Context, runtime: Runtime) -> Scorer:
+    """Opens every prepared set of the stage, and says how many options each has. DataError where options do not fit.
+
+    Where the stage starts from a classifier its classes are the options, and there is no general text to score.
+    """
+    classes = None
+    if context.start is not None and context.start.kind.startswith("classifier_"):
+        classes = read_classes(context.start.folder)
+    stage = cast("ScoringStage", context.stage)
+    facts = load_facts(context.base_folder)
+    shifts = shifts_of(stage)
+    folders = {FIRST_SET: context.train_data, **context.sets}
+    wanted = {FIRST_SET: stage.options} | {name: entry.options for name, entry in stage.sets.items()}
+    opened: list[OpenSet] = []
+    for name, folder in folders.items():
+        rows = PreparedRows.open(folder, pad_to_multiple_of=stage.data.pad_to_multiple_of)
+        count = min(stage.rows, rows.rows)
+        field = field_of(context, name)
+        if classes is not None:
+            refuse_other_rows(rows, field)
+        choices = None if classes else choices_of(answered_rows(rows, count), wanted[name], facts, field=field)
+        opened.append(OpenSet(name=name, rows=rows, count=count, shift=shifts[name], choices=choices))
+    return Scorer(context=context, runtime=runtime, sets=tuple(opened), classes=classes)
+
+
+def field_of(context: Context, name: str) -> str:
+    """The key of a set in the configuration."""
+    return f"stages.{context.name}" + ("" if name == FIRST_SET else f".sets.{name}")
+
+
+def told_sets(scorer: Scorer) -> list[str]:
+    """A line for each set: rows, shift, and where the options come from."""
+
+    def told(one: OpenSet) -> str:
+        if scorer.classes is not None:
+            return f"classes {', '.join(scorer.classes.names)}" if scorer.classes.names else "a number"
+        return "no options, so no accuracy" if one.choices is None else f"options {', '.join(one.choices.names)}"
+
+    left_out = cast("ScoringStage", scorer.context.stage).forgetting and scorer.classes is not None
+    return [
+        *(
+            f"set {one.name}: {one.count} rows, {'out of distribution' if one.shift else 'in distribution'}, {told(one)}"
+            for one in scorer.sets
+        ),
+        *([NO_GENERAL_TEXT] if left_out else []),
+    ]
+
+
+def scores_of(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScores:
+    """How a model does on a set, by the kind of its rows: the seam for other kinds of models."""
+    kind = one.rows.meta.kind
+    if kind not in SCORERS or (kind == "class") != (scorer.classes is not None):
+        raise DataError(
+            f"stages.{scorer.context.name}: rows of format {one.rows.meta.format} have no answer that a language model could be "
+            "scored by; map the columns to instruction and output, with the class in words"
+        )
+    return SCORERS[kind](scorer, model, one)
+
+
+def _text_scores(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScores:
+    exact = _exact_match(scorer, model, one)
+    if one.choices is None:
+        return SetScores(rows=one.count, loss=_loss(scorer, model, one), exact_match=exact)
+    logprobs_RO = option_logprobs_RO(scorer.runtime, model, one.choices)
+    right_R = torch.tensor(one.choices.right)
+    tokens = sum(len(row.answer) for row in one.choices.rows)
+    loss = -float(logprobs_RO.gather(1, right_R[:, None]).sum()) / tokens
+    accuracy = float((logprobs_RO.argmax(1) == right_R).double().mean())
+    return SetScores(rows=one.count, loss=loss, accuracy=accuracy, exact_match=exact)
+
+
+def _prompt_scores(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScores:
+    return SetScores(rows=one.count, loss=_loss(scorer, model, one), exact_match=_exact_match(scorer, model, one))
+
+
+def _loss_alone(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScores:
+    return SetScores(rows=one.count, loss=_loss(scorer, model, one))
+
+
+def _class_scores(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScores:
+    """Of the labelled rows among the first ones; a number that is predicted has a loss alone."""
+    assert scorer.classes is not None, "other rows were refused"
+    stage = cast("ScoringStage", scorer.context.stage)
+    report = class_report(
+        scorer.runtime,
+        model,
+        one.rows,
+        classes=scorer.classes,
+        micro_size=stage.micro_size,
+        limit=one.count,
+        field=field_of(scorer.context, one.name),
+    )
+    return SetScores(rows=report["rows"], loss=report["loss"], accuracy=report.get("accuracy"))
+
+
+SCORERS: Mapping[Kind, Callable[[Scorer, torch.nn.Module, OpenSet], SetScores]] = {
+    "text": _text_scores,
+    "prompt": _prompt_scores,
+    "pair": _loss_alone,
+    "feedback": _loss_alone,
+    "class": _class_scores,
+}
+
+
+def _loss(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> float:
+    stage = cast("ScoringStage", scorer.context.stage)
+    objective = proof_objective(scorer.runtime, stage, one.rows.meta.kind)
+    return evaluate(scorer.runtime, model, objective, one.rows, micro_size=stage.micro_size, limit=one.count).loss
+
+
+def _exact_match(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> float | None:
+    """None where it is not asked for, or rows bring no answer to compare with."""
+    stage = cast("ScoringStage", scorer.context.stage)
+    if not stage.exact_match:
+        return None
+    context = scorer.context
+    asked = [prompt_of(context, one.rows, index) for index in range(one.count)]
+    if not all(isinstance(row.get("answer"), str) and ids for ids, row in asked):
+        return None
+    module: Any = model
+    ends, pad_id = end_ids_of(module, context.base_folder), one.rows.meta.pad_id
+    generate = make_generate(scorer.runtime, model, end_ids=ends, pad_id=pad_id)
+    greedy = stage.rollout.model_copy(update={"temperature": 0.0})
+    completions = generate([Request(prompt=ids, seed=0) for ids, _ in asked], greedy)
+    tokenizer = core_tokenizer(load_facts(context.base_folder).core)
+    said = [tokenizer.decode(list(done.ids), skip_special_tokens=True) for done in completions]
+    pairs = zip(said, asked, strict=True)
+    return sum(normalised(text) == normalised(row["answer"]) for text, (_, row) in pairs) / one.count
+
+
+def normalised(text: str) -> str:
+    """NFKC, without case, blanks joined to one, without `.`, `!`, `?` at the end: what exact match compares."""
+    return _LAST_MARKS.sub("", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
+
+
+def general_text_scores(context: Context, runtime: Runtime, model: torch.nn.Module) -> SetScores:
+    """Loss a token of the fixed text, in pieces of at most `data.max_length` tokens."""
+    stage = cast("ScoringStage", context.stage)
+    core = core_tokenizer(load_facts(context.base_folder).core)
+    ids = torch.tensor(core.encode(GENERAL_TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids)
+    pieces = [piece.numpy() for piece in ids.split(stage.data.max_length) if len(piece) > 1]
+    terms = prompt_objective(runtime).terms
+    model.eval()
+    total = 0.0
+    with torch.no_grad():
+        for number, piece in enumerate(pieces):
+            batch = batch_of([(piece, piece == piece)], [number])
+            total += float(terms(model, batch.to(runtime.device))[0])
+    return SetScores(rows=len(pieces), loss=total / sum(len(piece) - 1 for piece in pieces))
+
+
+def standard_error(share: float | None, rows: int) -> float | None:
+    """Of a share of so many rows: sqrt(p (1-p) / n)."""
+    return None if share is None else math.sqrt(share * (1 - share) / rows)
+
+
+def lost_line(base: Mapping[str, SetScores], tuned: Mapping[str, SetScores], shifts: Mapping[str, bool]) -> str:
+    """One sentence: on which sets the tuned model is worse than the base."""
+    lost: list[str] = []
+    for name, before in base.items():
+        after = tuned[name]
+        label = f"{name} (shift)" if shifts.get(name) else name
+        if before.accuracy is not None and after.accuracy is not None and after.accuracy < before.accuracy:
+            error = standard_error(before.accuracy, before.rows) or 0.0
+            lost.append(
+                f"{label} accuracy {before.accuracy:.3f} -> {after.accuracy:.3f} (one standard error {error:.3f})"
+            )
+        elif after.loss > before.loss:
+            was, now = math.exp(min(before.loss, 700.0)), math.exp(min(after.loss, 700.0))
+            lost.append(f"{label} perplexity {was:.2f} -> {now:.2f}")
+    return (
+        f"lost against the base: {'; '.join(lost)}" if lost else f"lost against the base: nothing on {len(base)} sets"
+    )
+
+
+def score_table(columns: Mapping[str, Mapping[str, SetScores]], shifts: Mapping[str, bool]) -> list[str]:
+    """Lines of a Markdown table: a row for each set and measure, a column for each model."""
+    names = list(next(iter(columns.values())))
+    lines = ["| set | measure | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    for name in names:
+        label = f"{name} (shift)" if shifts.get(name) else name
+        for measure in ("accuracy", "exact_match", "loss", "perplexity"):
+            cells = [scores[name].to_json()[measure] for scores in columns.values()]
+            if any(cell is not None for cell in cells):
+                lines.append(f"| {label} | {measure} | " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return lines
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def shift_labels(sets: Sequence[OpenSet]) -> dict[str, bool]:
+    """Shift of every set by its name."""
+    return {one.name: one.shift for one in sets}

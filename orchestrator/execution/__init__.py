@@ -1,0 +1,1 @@
+"""How is a plan started, submitted, followed, ended and proven resumable?"""

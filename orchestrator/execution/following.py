@@ -1,0 +1,284 @@
+"""Starts a stage here, or joins the attempt that already works on it, and follows it to its end. Must not import torch."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from launchers.claims import Claim, open_claim
+from launchers.process import Joined, Launch, Outcome, launch
+from launchers.spec import JobSpec, Script
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import (
+    EXIT_DONE,
+    EXIT_LAUNCH_FAILED,
+    EXIT_SAVED,
+    LaunchFailed,
+    OrchestratorError,
+    RunFolderError,
+)
+from orchestrator.run_folder.folder import RunFolder, StageFolder
+from orchestrator.run_state.attempts import INTERRUPTED, MACHINE_LOST, close_attempt, decide, read_attempts
+from orchestrator.run_state.location import locate
+from orchestrator.run_state.moved import away
+
+POLL_SECONDS = 0.05
+LISTEN_SECONDS = 25.0
+"""Guards show life every 10 s."""
+CHOICE = "l: leave it running (Enter)   s: save and end it   w: keep watching\n? "
+
+Watch = Callable[[str], bool]
+"""Asked again and again while a stage, given by its name, runs here: whether to have it save and end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageJob:
+    """A stage that can be started on this machine."""
+
+    name: str
+    spec: JobSpec
+    script: Script
+    steps: int
+    """As planned, for the bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Followed:
+    """A stage that runs on this machine, as one command sees it."""
+
+    job: StageJob
+    files: StageFolder
+    running: Launch | Joined
+    watch: Watch
+    since: float
+    """When it was launched; 0 for one that was joined."""
+    began: float
+    """When the command was given."""
+
+
+def live_claim(spec: JobSpec, run: RunFolder) -> Claim | None:
+    """The attempt at a stage that runs on this machine. What a copy took over from its original is not its own."""
+    claim = _open_claim(spec)
+    is_alive = claim is not None and claim.is_of_this_machine and claim.is_alive
+    if not is_alive or (locate(run).is_copy and away(run, spec.stage) is None):
+        return None
+    return claim
+
+
+def run_stage(config: RunConfig, run: RunFolder, job: StageJob, *, watch: Watch, began: float) -> int:
+    """Starts the stage, or joins its running attempt, and shows it until it ends; the exit code."""
+    files = run.stage(job.name)
+    while True:
+        launched = time.time()
+        running = _start_or_join(run, job)
+        if running is None:
+            return EXIT_DONE
+        since = 0.0 if isinstance(running, Joined) else launched
+        followed = Followed(job=job, files=files, running=running, watch=watch, since=since, began=began)
+        outcome = _follow(followed)
+        if outcome is None:
+            return EXIT_SAVED
+        lost_the_race = outcome.exit_code == EXIT_LAUNCH_FAILED and outcome.attempt is None
+        if not lost_the_race or live_claim(job.spec, run) is None:
+            return _after(config, files, job.name, outcome)
+
+
+@contextmanager
+def start_lock(run: RunFolder) -> Generator[None]:
+    """One command at a time looks whether a stage runs and starts it; the kernel ends the lock with its process."""
+    with open(run.lock, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another command is starting {run.root}: waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: the script's own claim still lets one start only
+            pass
+        yield
+
+
+def _start_or_join(run: RunFolder, job: StageJob) -> Launch | Joined | None:
+    """None where another command finished the stage meanwhile."""
+    files, spec = run.stage(job.name), job.spec
+    with start_lock(run):
+        if files.result.exists():
+            return None
+        claim = live_claim(spec, run)
+        if claim is not None:
+            _refuse_moved_away(run, job.name)
+            print(
+                f"{job.name}: attempt {claim.attempt} is running on this machine (process {claim.process}); joined it",
+                flush=True,
+            )
+            return Joined(claim, spec)
+        _refuse_other_machine(spec)
+        print(f"{job.name}: {spec.script_path}; log {files.logs}", flush=True)
+        running = launch(job.script, spec)
+        with suppress(
+            KeyboardInterrupt
+        ):  # asked for again by whoever follows: the job is there and must not be forgotten
+            while running.is_running() and running.attempt is None:
+                time.sleep(POLL_SECONDS)
+        return running
+
+
+def _open_claim(spec: JobSpec) -> Claim | None:
+    return open_claim(spec.log_directory, spec.attempts_directory)
+
+
+def _refuse_moved_away(run: RunFolder, stage: str) -> None:
+    """Ranks write to the path that they were started with, wherever the folder is now."""
+    found = away(run, stage)
+    if found is None:
+        return
+    # Once the process has made its old folder again, `mv` would put the run inside of it.
+    back = "" if found.root.exists() else f"move it back with `mv {run.root} {found.root}`, or "
+    raise RunFolderError(
+        f"{stage}: process {found.claim.process} (attempt {found.claim.attempt}) still works in {found.root}, from where the run "
+        f"folder was moved: {back}type `cancel {run.root}`, which has it save and end there and tells how to go on"
+    )
+
+
+def _refuse_other_machine(spec: JobSpec) -> None:
+    """An attempt that another machine, which shares this folder, works on can be told from its files alone."""
+    claim = _open_claim(spec)
+    if claim is None or claim.job or claim.is_of_this_machine:
+        return
+    before = claim.beats()
+    if not before:
+        return
+    print(
+        f"attempt {claim.attempt} was begun on {claim.host}: listening {LISTEN_SECONDS:.0f} s for its ranks", flush=True
+    )
+    deadline = time.monotonic() + LISTEN_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(1.0)
+        if claim.beats() != before:
+            raise LaunchFailed(
+                f"attempt {claim.attempt} is running on {claim.host}, which shares this folder: type `status --watch` to see it "
+                "here, `cancel` to have it save and end, or resume on that machine to join it"
+            )
+
+
+# ---- following -----------------------------------------------------------------------------------
+
+
+def _follow(stage: Followed) -> Outcome | None:
+    """How the attempt ended; None where it goes on without this command."""
+    running, interrupts = stage.running, 0
+    is_running = _watched(running, lambda: stage.watch(stage.job.name))
+    while True:
+        try:
+            _show(stage, is_running)
+            break
+        except KeyboardInterrupt:
+            interrupts += 1
+            if interrupts == 1 and isinstance(running, Joined):
+                choice = ask(stage.job.name, "was started by another command.")
+                if choice == "l":
+                    return None
+                interrupts = 1 if choice == "s" else 0
+            if interrupts == 1:
+                print("\nasked the job to save and end; a second Ctrl-C ends it at once", flush=True)
+                running.stop()
+            elif interrupts > 1:
+                _end(stage, INTERRUPTED, None)
+        except BrokenPipeError:  # `run | head`: what is shown never decides whether a job goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"{stage.job.name}: nobody reads this command's output; the job goes on without it", file=sys.stderr)
+            return None
+        except OrchestratorError as error:  # a study that cannot use the stage
+            _end(stage, MACHINE_LOST, f"ended by its command: {error}")
+            raise
+    outcome = running.poll()
+    assert outcome is not None
+    if interrupts > 1 and outcome.attempt is None:
+        print(f"{stage.job.name}: ended by a second Ctrl-C before it began; the same command starts it")
+        return None
+    return outcome
+
+
+def _show(stage: Followed, is_running: Callable[[], bool]) -> None:
+    from orchestrator.metrics.display import show_progress, view_of_stage  # it draws: imported while the job starts
+
+    files = stage.files
+    while stage.running.is_running():
+        view = view_of_stage(
+            stage.job.name,
+            metrics_file=files.metrics,
+            events_file=files.events,
+            phases_file=files.phases,
+            total_steps=stage.job.steps,
+            since=stage.since,
+            began=stage.began,
+        )
+        show_progress(view, is_running)
+
+
+def ask(name: str, what_it_is: str) -> str:
+    """What to do with a job that this command did not start: l, s or w. Nobody to ask leaves it alone."""
+    choice = ""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        print(f"\n{name} {what_it_is}")
+        try:
+            while choice not in ("l", "s", "w"):
+                choice = input(CHOICE).strip().lower()[:1] or "l"
+        except (KeyboardInterrupt, EOFError):
+            choice = "l"
+    choice = choice or "l"
+    if choice == "l":
+        print(f"\n{name}: left running; the same command joins it again, `cancel` has it save and end", flush=True)
+    return choice
+
+
+def _end(stage: Followed, code: int, why: str | None) -> None:
+    """Kills the attempt and puts on record who did it, which nobody else could tell."""
+    with suppress(KeyboardInterrupt):  # a third one changes nothing
+        attempt = stage.running.attempt
+        stage.running.kill()
+        if attempt is not None:
+            close_attempt(stage.files, attempt, code, outside_cause=why)
+
+
+def _watched(running: Launch | Joined, is_enough: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether it runs; asks it once to save and end where it is enough."""
+    asked: list[bool] = []
+
+    def is_running() -> bool:
+        if not asked and is_enough():
+            asked.append(True)
+            running.stop()
+        return running.is_running()
+
+    return is_running
+
+
+def _after(config: RunConfig, files: StageFolder, stage: str, outcome: Outcome) -> int:
+    """Tells how the attempt ended, from its record."""
+    if files.result.exists():
+        return EXIT_DONE
+    code, cause = outcome.exit_code, None if outcome.cause is None else str(outcome.cause)
+    earlier = [attempt.number for attempt in read_attempts(files)]
+    if outcome.attempt is None and (code == EXIT_LAUNCH_FAILED or not earlier):
+        raise LaunchFailed(f"{stage}: it ended with exit code {code} before an attempt: {outcome.last_words or cause}")
+    attempt = close_attempt(files, outcome.attempt or earlier[-1], code)
+    decision = decide(files, config, attempt)
+    if decision.exit_code == EXIT_SAVED:
+        end = attempt.why if attempt.exit_code == INTERRUPTED else f"saved at step {attempt.step} ({attempt.why})"
+        print(f"{stage}: {end}; the same command goes on from there")
+        return EXIT_SAVED
+    tell_failure(stage, decision.why, cause, str(files.logs))
+    return decision.exit_code
+
+
+def tell_failure(stage: str, why: str, cause: str | None, logs: str) -> None:
+    """On stderr: why, the first cause where it says more, and where the log is."""
+    print(f"error: {stage}: {why}", file=sys.stderr)
+    if cause is not None and cause not in why:
+        print(f"error: first cause: {cause}", file=sys.stderr)
+    print(f"the whole log is in {logs}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""How are completions sampled?"""

@@ -1,0 +1,144 @@
+"""transformers' continuous batching as the generator: a sequence that ends makes room for the next one at once.
+
+N sequences that get a token at a step, V vocabulary entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
+
+from orchestrator.config.alignment import RolloutConfig
+from orchestrator.distributed.runtime import Runtime
+from orchestrator.errors import TrainingFailed
+from orchestrator.generation.seeded_sampling import SeededDraws
+
+PAGE_TOKENS = 256
+"""Tokens of a page of the cache, as transformers has it by default."""
+NO_END = -1
+LONGEST_WAIT_SECONDS = 3600.0
+POLL_SECONDS = 1.0
+
+
+class _Sampler(ContinuousBatchingLogitsProcessor):
+    """Draws each sequence's token with its own noise, wherever it stands in the batch of the moment."""
+
+    supported_kwargs = {"place": int}  # noqa: RUF012 - the base class declares it so
+    ignored_kwargs = ()
+
+    def __init__(self, draws: SeededDraws) -> None:
+        self._draws = draws
+        self._places: list[int] = []
+        self.logprobs: list[tuple[list[int], torch.Tensor]] = []
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.fill_(0)
+
+    def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> torch.Tensor:
+        self._places = [request.state.logit_processor_kwargs["place"] for request in requests_with_new_token]
+        return torch.tensor(self._places, dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        count = len(self._places)
+        chosen_N, logprobs_N = self._draws.draw(scores[:count], self._places)
+        self.logprobs.append((list(self._places), logprobs_N))
+        only_NV = torch.full_like(scores, -torch.inf)
+        only_NV[:count].scatter_(1, chosen_N[:, None], 0.0)
+        return only_NV
+
+    def of_places(self, number: int) -> list[list[float]]:
+        """The log-probabilities of each sequence's tokens, in their order."""
+        found: list[list[float]] = [[] for _ in range(number)]
+        for places, logprobs_N in self.logprobs:
+            for place, logprob in zip(places, logprobs_N.tolist(), strict=True):
+                found[place].append(logprob)
+        return found
+
+
+def generate_continuously(
+    module: Any,
+    prompts: Sequence[Sequence[int]],
+    draws: SeededDraws,
+    settings: RolloutConfig,
+    *,
+    runtime: Runtime,
+    end_ids: Sequence[int],
+) -> list[tuple[list[int], list[float]]]:
+    """(new tokens, their log-probabilities) of every prompt, `generate_size` of them at a time. TrainingFailed where it breaks."""
+    sampler = _Sampler(draws)
+    with _in_the_trainers_precision(module, runtime):
+        manager = module.init_continuous_batching(
+            generation_config=GenerationConfig(
+                max_new_tokens=settings.max_new_tokens, do_sample=False, eos_token_id=list(end_ids) or NO_END
+            ),
+            continuous_batching_config=_settings(prompts, settings),
+        )
+        manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([sampler]))
+        manager.logit_processor.tensors_required = 1
+        manager.start()
+        try:
+            for place, prompt in enumerate(prompts):
+                manager.add_request(list(prompt), request_id=str(place), place=place)
+            found = _collect(manager, len(prompts))
+        finally:
+            manager.stop(block=True, timeout=LONGEST_WAIT_SECONDS)
+            manager.destroy()
+    logprobs = sampler.of_places(len(prompts))
+    return [(ids, logprobs[place][: len(ids)]) for place, ids in enumerate(found)]
+
+
+def _collect(manager: Any, number: int) -> list[list[int]]:
+    found: dict[int, list[int]] = {}
+    while len(found) < number:
+        result = manager.get_result(timeout=POLL_SECONDS)
+        if result is None:
+            if not manager.is_running():
+                raise TrainingFailed("the generator ended without an answer; type rollout.engine=batch")
+            continue
+        if result.error is not None:
+            raise TrainingFailed(f"the generator failed: {result.error}; type rollout.engine=batch")
+        if result.is_finished():
+            found[int(result.request_id)] = list(result.generated_tokens)
+    return [found[place] for place in range(number)]
+
+
+def _settings(prompts: Sequence[Sequence[int]], settings: RolloutConfig) -> ContinuousBatchingConfig:
+    """A cache for `generate_size` sequences and no more; what a captured graph or a second stream would reorder is off."""
+    longest = max(len(prompt) for prompt in prompts) + settings.max_new_tokens
+    pages = -(-longest // PAGE_TOKENS) + 1
+    return ContinuousBatchingConfig(
+        page_size=PAGE_TOKENS,
+        num_blocks=pages * settings.generate_size,
+        max_batch_tokens=max(longest, settings.generate_size),
+        max_requests_per_batch=settings.generate_size,
+        max_memory_percent=0.8,
+        allow_block_sharing=False,
+        use_async_batching=False,
+        use_cuda_graph=False,
+        auto_switch_to_flash=False,
+    )
+
+
+@contextmanager
+def _in_the_trainers_precision(module: Any, runtime: Runtime) -> Generator[None]:
+    """The forward pass as the trainer computes it: the generator runs in a thread, where autocast would be off."""
+    original = module.forward
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        with torch.no_grad(), runtime.forward_context():
+            return original(*inputs, **named)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward

@@ -1,0 +1,21 @@
+"""The prompt of a prepared row, and what a reward or a metric may need of the row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
+from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.run_state.recorder import Context
+
+
+def prompt_of(context: Context, rows: PreparedRows, index: int) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """(prompt ids, the row for rewards): of a set of prompts, or of a row with its answer, which is the reference then."""
+    if rows.meta.kind == "prompt":
+        prompt = rows.prompt(index)
+        return prompt.ids, prompt.extra
+    ids, trained = rows.document(rows.document_of(index))
+    first = int(trained.argmax())
+    tokenizer = core_tokenizer(load_facts(context.base_folder).core)
+    answer = tokenizer.decode(ids[first:].tolist(), skip_special_tokens=True).strip()
+    return tuple(ids[:first].tolist()), {"answer": answer}

@@ -1,0 +1,1 @@
+"""How are runs deleted, pruned and forked?"""

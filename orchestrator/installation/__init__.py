@@ -1,0 +1,1 @@
+"""Which packages stand in this environment, and are they ours?"""

@@ -1,0 +1,1 @@
+"""Which losses and log-probabilities are there, as functions of tensors alone?"""

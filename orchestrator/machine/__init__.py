@@ -1,0 +1,1 @@
+"""What is this machine: processor, GPUs, the number formats that they compute?"""

@@ -1,0 +1,1 @@
+"""How are adapters merged, models interpolated, averaged and exported?"""

@@ -1,0 +1,196 @@
+"""Merges an adapter into its base, measures what that changed, and writes a folder that anybody can load and publish."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from orchestrator.architecture.base_model import TOKENIZER_FILES
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS, Nf4Quantization, NoQuantization
+from orchestrator.config.run import RunConfig
+from orchestrator.dataloader.batch import Batch, PreparedRows
+from orchestrator.distributed.runtime import Runtime
+from orchestrator.errors import CheckpointError
+from orchestrator.models.artifact import COMPANIONS, open_adapter, open_artifact
+from orchestrator.models.loading import DTYPES, load_model
+from orchestrator.run_folder.folder import publish, write_manifest, write_text
+
+LOGITS = "merged"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way of merging, and what it cost."""
+
+    name: str
+    kl: float
+    """Mean KL(trained || merged), in nats a token."""
+    agreement: float
+    """Share of the tokens for which both would choose the same next one."""
+    loss: float
+    """Of the trained tokens (of all, where none is), by the merged model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is merged: an adapter and its base, or a full model that only changes its place."""
+
+    config: RunConfig
+    base_folder: Path
+    artifact: Path
+    kind: str
+
+
+def merge(
+    source: Source, rows: PreparedRows, runtime: Runtime, *, limit: int, micro_size: int, say: Say
+) -> tuple[Any, Way, list[Way]]:
+    """The merged model, how it was merged, and every way that was measured; the one with the smallest KL is taken."""
+    batches = [
+        rows.batch(list(range(first, min(first + micro_size, limit, rows.rows)))).to(runtime.device)
+        for first in range(0, min(limit, rows.rows), micro_size)
+    ]
+    trained = _logits_of(_trained(source).to(runtime.device), batches, runtime)
+    ways = {"dense base": _merged_dense}
+    if isinstance(source.config.quantization, Nf4Quantization) and source.kind == "adapter":
+        ways["dequantised 4-bit base"] = _merged_dequantised
+    measured: list[Way] = []
+    for name, build in ways.items():
+        model = build(source).to(runtime.device)
+        measured.append(_compared(name, trained, _logits_of(model, batches, runtime), batches))
+        say(f"{name}: KL {measured[-1].kl:.2e} nats a token, same next token {measured[-1].agreement:.2%}")
+        del model
+        gc.collect()
+    best = min(measured, key=lambda way: way.kl)
+    return ways[best.name](source), best, measured
+
+
+def write_merged(model: Any, folder: Path, *, source: Source, card: str, facts: Mapping[str, Any]) -> None:
+    """Model in `model.dtype`, tokenizer and card beside `folder`, then renamed. Raises CheckpointError where they do not fit."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.config.use_cache = True
+    model.save_pretrained(temporary)
+    for name in (*COMPANIONS, *TOKENIZER_FILES):
+        # The artifact's own files first: its chat template is the one that training used.
+        found = next(
+            (folder / name for folder in (source.artifact, source.base_folder) if (folder / name).is_file()), None
+        )
+        if found is not None and not (temporary / name).exists():
+            shutil.copyfile(found, temporary / name)
+    problems = fit_problems(temporary, model)
+    if problems:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(problems)
+    write_text(temporary / "README.md", card)
+    for file in temporary.iterdir():
+        file.chmod(0o644)
+    write_manifest(temporary, facts)
+    publish(temporary, folder)
+
+
+def fit_problems(folder: Path, model: Any) -> list[str]:
+    """What does not fit between tokenizer, vocabulary and tied weights of a written folder."""
+    problems: list[str] = []
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokenizer = folder / "tokenizer.json"
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        problems.append(f"{folder}: the base has no tokenizer to copy")
+    elif tokenizer.is_file():
+        content = json.loads(tokenizer.read_text(encoding="utf-8"))
+        ids = [token["id"] for token in content.get("added_tokens", [])]
+        ids += list(content["model"]["vocab"].values()) if isinstance(content["model"].get("vocab"), dict) else []
+        if ids and max(ids) >= rows:
+            problems.append(f"{folder}: the tokenizer knows the id {max(ids)}, the embedding has {rows} rows")
+    head = model.get_output_embeddings()
+    is_tied = head is not None and head.weight is model.get_input_embeddings().weight
+    if is_tied != bool(model.config.tie_word_embeddings):
+        problems.append(
+            f"{folder}: config.json says tie_word_embeddings={model.config.tie_word_embeddings}, the weights say {is_tied}"
+        )
+    return problems
+
+
+def _trained(source: Source) -> torch.nn.Module:
+    return open_artifact(
+        source.artifact,
+        base_folder=source.base_folder,
+        config=source.config,
+        weights_dtype=DTYPES[source.config.model.dtype],
+    ).eval()
+
+
+def _merged_dense(source: Source) -> Any:
+    """Into the base as it was published; added in fp32 and rounded once."""
+    dense = source.config.model_copy(update={"quantization": NoQuantization(scheme="none")})
+    if isinstance(source.config.tuning, WHOLE_MODEL_TUNINGS):
+        return open_artifact(
+            source.artifact, base_folder=source.base_folder, config=dense, weights_dtype=DTYPES[dense.model.dtype]
+        )
+    return _with_adapter(load_model(source.base_folder, dense, weights_dtype=torch.float32), source)
+
+
+def _merged_dequantised(source: Source) -> Any:
+    """Into the weights that training saw: the 4-bit base, dequantised."""
+    import bitsandbytes.functional as bnb
+    from bitsandbytes.nn import Linear4bit
+
+    quantised = load_model(source.base_folder, source.config, weights_dtype=DTYPES[source.config.model.dtype])
+    seen = {
+        f"{name}.weight": bnb.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        for name, module in quantised.named_modules()
+        if isinstance(module, Linear4bit)
+    }
+    del quantised
+    dense = source.config.model_copy(update={"quantization": NoQuantization(scheme="none")})
+    model = load_model(source.base_folder, dense, weights_dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    for name, weight in seen.items():
+        parameters[name].data.copy_(weight.reshape(parameters[name].shape))
+    return _with_adapter(model, source)
+
+
+def _with_adapter(base: Any, source: Source) -> Any:
+    model: Any = open_adapter(base, source.artifact)
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.config.dtype = DTYPES[source.config.model.dtype]
+    for parameter in merged.parameters():  # the parameters alone: 16-bit rotary frequencies are another model
+        parameter.data = parameter.data.to(DTYPES[source.config.model.dtype])
+    return merged.eval()
+
+
+@torch.no_grad()
+def _logits_of(model: torch.nn.Module, batches: Sequence[Batch], runtime: Runtime) -> list[torch.Tensor]:
+    model.eval()
+    found: list[torch.Tensor] = []
+    for batch in batches:
+        with runtime.forward_context():
+            found.append(model(**batch.model_inputs()).logits.float().cpu())
+        runtime.phases.advance(sum(map(len, found)), sum(len(one.input_ids_BT) for one in batches))
+    return found
+
+
+def _compared(
+    name: str, trained: Sequence[torch.Tensor], merged: Sequence[torch.Tensor], batches: Sequence[Batch]
+) -> Way:
+    kl = same = loss = 0.0
+    tokens = 0
+    for one_BTV, other_BTV, batch in zip(trained, merged, batches, strict=True):
+        places = [(place.sequence, slice(place.start, place.stop - 1)) for place in batch.documents]
+        one_KV = torch.cat([one_BTV[b, span] for b, span in places]).log_softmax(-1)
+        other_KV = torch.cat([other_BTV[b, span] for b, span in places]).log_softmax(-1)
+        next_K = torch.cat([batch.input_ids_BT.cpu()[b, span.start + 1 : span.stop + 1] for b, span in places])
+        kl += float(functional.kl_div(other_KV, one_KV, log_target=True, reduction="sum"))
+        same += float((one_KV.argmax(-1) == other_KV.argmax(-1)).sum())
+        loss += float(functional.nll_loss(other_KV, next_K, reduction="sum"))
+        tokens += len(next_K)
+    return Way(name=name, kl=max(0.0, kl / tokens), agreement=same / tokens, loss=loss / tokens)

@@ -1,0 +1,198 @@
+"""Weighted sums of fine-tuned models of one base, in the place of one of them: whole weights, or adapters of it.
+
+A blend gives every ingredient a weight w_i, and the base the rest, 1 - sum w_i:
+theta = theta_0 + sum_i w_i (theta_i - theta_0), with theta_i - theta_0 = s_i B_i A_i for an adapter. A sum of such products is
+one product of concatenated factors, [w_1 s_1 B_1 ... w_n s_n B_n] [A_1; ...; A_n], exactly, with the ranks added up; the mean of
+the factors would be another model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+
+from orchestrator.classification.classes import read_classes
+from orchestrator.classification.model import open_classifier
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS
+from orchestrator.config.run import RunConfig, makes_classifier
+from orchestrator.errors import CheckpointError
+from orchestrator.models.artifact import open_model
+from orchestrator.models.causal_lm import attach_adapted_head
+from orchestrator.models.loading import DTYPES, load_model
+from orchestrator.models.tuning import ADAPTER_WEIGHTS, load_adapter_weights
+from orchestrator.run_folder.folder import read_json
+from orchestrator.run_state.recorder import Context, Start
+
+_DOWN = re.compile(r"\.lora_(A|embedding_A)(\.|$)")
+_UP = re.compile(r"\.lora_(B|embedding_B)(\.|$)")
+ADAPTER_SETTINGS = "adapter_config.json"
+Tensors = dict[str, torch.Tensor]
+
+
+class Blend(Protocol):
+    """A model whose weights are set again and again."""
+
+    model: torch.nn.Module
+
+    def put(self, weights: Sequence[float]) -> None:
+        """Gives the ingredients these weights, in their order, and the base the rest."""
+        ...
+
+
+def open_blend(context: Context, ingredients: Sequence[Start]) -> Blend:
+    """The ingredients of a context's stage as a model; CheckpointError where they do not fit each other."""
+    config, base_folder = context.config, context.base_folder
+    if makes_classifier(config, context.name):
+        return classifier_blend(config, base_folder, ingredients)
+    if isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
+        return whole_blend(config, base_folder, ingredients)
+    return AdapterBlend(config, base_folder, ingredients)
+
+
+def whole_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[Start]) -> WholeBlend:
+    """Whole language models."""
+    dtype = DTYPES[config.model.dtype]
+    base = _parameters(load_model(base_folder, config, weights_dtype=dtype))
+    return WholeBlend(base, lambda folder: open_model(folder, config, dtype, packed=False), ingredients)
+
+
+def classifier_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[Start]) -> WholeBlend:
+    """Whole classifiers, whose weights in the blend add up to 1: the base has no head for their classes."""
+    _refuse_other_classes(ingredients)
+
+    def opened(folder: Path) -> torch.nn.Module:
+        dtype = DTYPES[config.model.dtype]
+        return open_classifier(folder, config, base_folder=base_folder, weights_dtype=dtype, packed=False)
+
+    return WholeBlend(None, opened, ingredients)
+
+
+class WholeBlend:
+    """Owns a whole model, and the weights of base and ingredients in the host's memory."""
+
+    def __init__(
+        self,
+        base: Tensors | None,
+        open_it: Callable[[Path], torch.nn.Module],
+        ingredients: Sequence[Start],
+    ) -> None:
+        """Without a base (a classifier's head is not in it) the first ingredient stands in its place, and weights add up to 1."""
+        self._ingredients: list[Tensors] = []
+        for ingredient in ingredients:
+            self.model = open_it(ingredient.folder)
+            self._ingredients.append(_parameters(self.model))
+            _refuse_others(ingredient, self._ingredients[-1], base or self._ingredients[0])
+        self._base, self._has_base = base or self._ingredients[0], base is not None
+        self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def put(self, weights: Sequence[float]) -> None:
+        assert self._has_base or math.isclose(sum(weights), 1.0), f"there is no base to take the rest of {weights}"
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(weighted(self._base[name], [one[name] for one in self._ingredients], weights))
+
+
+class AdapterBlend:
+    """Owns a base with one adapter, whose rank is the sum of the ingredients'."""
+
+    def __init__(self, config: RunConfig, base_folder: Path, ingredients: Sequence[Start]) -> None:
+        from peft import PeftConfig, get_peft_model
+
+        self._adapters = [_read_adapter(ingredient) for ingredient in ingredients]
+        first = self._adapters[0]
+        for ingredient, adapter in zip(ingredients, self._adapters, strict=True):
+            _refuse_others(ingredient, adapter.tensors, first.tensors, shapes=False)
+        settings: Any = PeftConfig.from_pretrained(str(ingredients[0].folder))
+        settings.r = sum(adapter.rank for adapter in self._adapters)
+        settings.lora_alpha = first.scale * (settings.r**0.5 if settings.use_rslora else settings.r)
+        settings.inference_mode = True
+        self._scale = first.scale
+        base = load_model(base_folder, config, weights_dtype=DTYPES[config.model.dtype])
+        self.model = get_peft_model(base, settings)  # type: ignore[arg-type]
+        attach_adapted_head(base)
+
+    def put(self, weights: Sequence[float]) -> None:
+        load_adapter_weights(self.model, self._joined(weights), source="the blend")
+
+    def _joined(self, weights: Sequence[float]) -> Tensors:
+        """The factors of the weighted sum: A's below each other, B's beside each other with weight and scale."""
+        joined: Tensors = {}
+        for name in self._adapters[0].tensors:
+            parts = [adapter.tensors[name] for adapter in self._adapters]
+            if _DOWN.search(name):
+                joined[name] = torch.cat(parts, dim=0)
+                continue
+            shares = [
+                weight * adapter.scale / self._scale for weight, adapter in zip(weights, self._adapters, strict=True)
+            ]
+            joined[name] = torch.cat([share * part for share, part in zip(shares, parts, strict=True)], dim=1)
+        return joined
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Adapter:
+    tensors: Tensors
+    rank: int
+    scale: float
+    """s in s B A: alpha / rank, or alpha / sqrt(rank) (2312.03732)."""
+
+
+def weighted(base: torch.Tensor, ingredients: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """base + sum_i w_i (ingredient_i - base) in fp32; to the bit an ingredient of weight 1 beside zeros, and where all are equal."""
+    if list(weights).count(0.0) == len(weights) - 1 and 1.0 in weights:
+        return ingredients[list(weights).index(1.0)]
+    start = base.float()
+    return start + sum(
+        weight * (ingredient.float() - start) for ingredient, weight in zip(ingredients, weights, strict=True) if weight
+    )
+
+
+def _parameters(model: torch.nn.Module) -> Tensors:
+    """Copies on the host, by name; a tied matrix stands once."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+
+
+def _read_adapter(ingredient: Start) -> _Adapter:
+    settings = read_json(ingredient.folder / ADAPTER_SETTINGS)
+    tensors = load_file(ingredient.folder / ADAPTER_WEIGHTS)
+    strange = [name for name, tensor in tensors.items() if not _is_factor(name) or tensor.dim() != 2]
+    if strange or settings["use_dora"] or settings["rank_pattern"] or settings["alpha_pattern"]:
+        raise CheckpointError(
+            f"{ingredient.folder}: this adapter is no plain sum of low-rank products ({', '.join(strange[:3]) or 'DoRA or ranks by layer'}): "
+            "blend whole models, or leave it out"
+        )
+    rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+    return _Adapter(tensors=tensors, rank=rank, scale=alpha / (rank**0.5 if settings["use_rslora"] else rank))
+
+
+def _is_factor(name: str) -> bool:
+    return _DOWN.search(name) is not None or _UP.search(name) is not None
+
+
+def _refuse_other_classes(ingredients: Sequence[Start]) -> None:
+    """CheckpointError where two classifiers tell other things apart."""
+    classes = [read_classes(one.folder) for one in ingredients]
+    for one, theirs in zip(ingredients, classes, strict=True):
+        if theirs != classes[0]:
+            raise CheckpointError(
+                f"{one.folder}: it learnt {theirs.problem} over {list(theirs.names)}, {ingredients[0].stage} {classes[0].problem} over "
+                f"{list(classes[0].names)}; ingredients have their classes in common: give both stages the same labels"
+            )
+
+
+def _refuse_others(ingredient: Start, own: Mapping[str, torch.Tensor], first: Tensors, *, shapes: bool = True) -> None:
+    """CheckpointError where the names (and shapes) of two ingredients are not the same."""
+    different = sorted(own.keys() ^ first.keys())
+    different += [name for name in own.keys() & first.keys() if shapes and own[name].shape != first[name].shape]
+    if different:
+        raise CheckpointError(
+            f"{ingredient.folder}: it does not have the parameters of the others ({', '.join(different[:3])}); ingredients have base "
+            "and tuning in common"
+        )

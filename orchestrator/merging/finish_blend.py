@@ -1,0 +1,105 @@
+"""The end of an interpolation or a soup: write the chosen blend, prove it in a fresh process, and only then its result."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from orchestrator.classification.classes import read_classes
+from orchestrator.classification.objective import labelled_objective, proof_rows
+from orchestrator.config.evaluation import ScoringStage
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS
+from orchestrator.config.run import makes_classifier
+from orchestrator.data.prepared.meta import read_meta
+from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.distributed.runtime import Runtime
+from orchestrator.merging.blend import open_blend
+from orchestrator.metrics import phases as phase
+from orchestrator.models.artifact import adapter_names, check_tensors, write_artifact
+from orchestrator.models.loading import DTYPES
+from orchestrator.run_folder.folder import write_json
+from orchestrator.run_state.recorder import Context, Record, Start
+from orchestrator.training.evaluation import evaluate
+from orchestrator.training.finish import artifact_kind, finish_scoring, prove_in_fresh_process
+from orchestrator.training.objectives import proof_objective
+
+PROOF_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """An ingredient and its weight in a blend."""
+
+    ingredient: Start
+    weight: float
+
+
+def finish_blend(
+    context: Context, runtime: Runtime, record: Record, shares: Sequence[Share], *, summary: Mapping[str, Any]
+) -> int:
+    """Makes the blend anew of what has weight in it, writes, proves and reports; the exit code."""
+    context.phases.begin(phase.WRITING, unit=phase.ROWS)  # it is scored once more, as the proof will score it
+    used = [share for share in shares if share.weight] or list(shares[:1])
+    blend = open_blend(context, [share.ingredient for share in used])
+    blend.put([share.weight for share in used])
+    _write(context, blend.model, used, record)
+    _write_expectation(context, runtime, blend.model)
+    del blend
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    prove_in_fresh_process(context)
+    return finish_scoring(context, record, dict(summary), kind=artifact_kind(context))
+
+
+def _write(context: Context, model: torch.nn.Module, used: Sequence[Share], record: Record) -> None:
+    config = context.config
+    is_whole = isinstance(config.tuning, WHOLE_MODEL_TUNINGS)
+    weights = {
+        name: parameter.detach().float().cpu()
+        for name, parameter in model.named_parameters()
+        if is_whole or ".lora_" in name
+    }
+    facts = {
+        "run": config.name,
+        "stage": context.name,
+        "kind": context.stage.kind,
+        "tuning": config.tuning.method,
+        "base": config.model.base,
+        "format": read_meta(context.train_data).format,
+        "blend": {share.ingredient.stage: share.weight for share in used},
+    }
+    write_artifact(model, weights, context.folder.artifact, base_folder=context.base_folder, config=config, facts=facts)
+    if is_whole or any(share.weight for share in used):
+        check_tensors(context.folder.artifact, adapter_names(model, weights, config))
+    else:
+        record.say("warning: the chosen blend is the base itself; the adapter that is written changes nothing")
+
+
+def _write_expectation(context: Context, runtime: Runtime, model: torch.nn.Module) -> None:
+    """What the proof must find again, scored as the proof scores: all in `model.dtype`."""
+    config, stage = context.config, cast("ScoringStage", context.stage)
+    if config.quantization.scheme == "none":
+        model.to(DTYPES[config.model.dtype])
+    rows = PreparedRows.open(context.train_data)
+    limit = min(stage.rows, PROOF_ROWS)
+    if makes_classifier(config, context.name):
+        objective = labelled_objective(runtime, read_classes(context.folder.artifact), rows)
+        limit = proof_rows(objective, rows, limit)
+    else:
+        objective = proof_objective(runtime, stage, rows.meta.kind)
+    model.to(runtime.device).eval()
+    scored = evaluate(runtime, model, objective, rows, micro_size=stage.micro_size, limit=limit)
+    expectation = {
+        "data": str(context.train_data),
+        "rows": scored.rows,
+        "loss": scored.loss,
+        "micro_size": stage.micro_size,
+        "autocast": False,
+        "base_folder": str(context.base_folder),
+    }
+    write_json(context.folder.proof, expectation)

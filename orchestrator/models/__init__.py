@@ -1,0 +1,1 @@
+"""How is a model loaded, tuned, saved and opened again?"""

@@ -1,0 +1,219 @@
+"""Brings the base model to a local folder and loads it, quantised or straight into ZeRO-3 shards."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from orchestrator.architecture.base_model import dequantised_folder, find_base, hub_is_offline, package_gguf
+from orchestrator.architecture.kernels import DOCUMENTS, attention_name
+from orchestrator.config.model import FullTuning, ModelConfig, Nf4Quantization
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import ModelError
+from orchestrator.files.cache import locked
+from orchestrator.models import attention
+from orchestrator.models.causal_lm import NOT_FOR_A_BACKBONE, attach_head
+from orchestrator.run_folder.folder import file_digest, publish, write_manifest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def quiet() -> None:
+    """Keeps progress bars and libraries' talk to one another out of the logs; errors stay."""
+    import logging
+    import warnings
+
+    import transformers
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package that is not needed
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+    )  # from inside PEFT
+
+    warnings.filterwarnings(
+        "ignore", message=".*vera_A and vera_B.*", category=UserWarning
+    )  # made again from their seed
+    warnings.filterwarnings(
+        "ignore", message="Position ids are not supported.*", category=UserWarning
+    )  # counted from 0
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def fetch_base(model: ModelConfig, *, cache: Path, say: Callable[[str], None]) -> Path:
+    """A local folder with config, safetensors and tokenizer; dequantises or downloads where needed."""
+    base = find_base(model)
+    match base.source:
+        case "folder":
+            return Path(base.place)
+        case "package":
+            gguf = package_gguf(base.place)
+            assert gguf is not None, "find_base saw it"
+            return _dequantised(gguf, cache=cache, say=say)
+        case "hub":
+            return _downloaded(model, say=say)
+
+
+def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, packed: bool = False) -> PreTrainedModel:
+    """The base model in `weights_dtype`, or in 4 bits; under ZeRO-3 transformers loads straight into shards.
+
+    `packed` says that its rows hold several documents, which must not see each other.
+    """
+    options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": attention_of(config, packed=packed)}
+    if isinstance(config.quantization, Nf4Quantization):
+        options["quantization_config"] = nf4_settings(config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.base: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    keep_weights_in_place(model)
+    attach_head(model, choice=config.model.loss_head)
+    return model
+
+
+def load_scorer(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, packed: bool) -> PreTrainedModel:
+    """A sequence-classification model with one label that scores *every* token; the caller reads where a text ends.
+
+    transformers picks the last token by its id, which is wrong where padding is the end token or an end stands in the
+    prompt. Raises ModelError where the architecture has no such head.
+    """
+    options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": attention_of(config, packed=packed)}
+    if isinstance(config.quantization, Nf4Quantization):
+        options["quantization_config"] = nf4_settings(config, skip=("score",))
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            str(folder), num_labels=1, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder} cannot be loaded as a reward model: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if not hasattr(model, "score"):
+        raise ModelError(
+            f"{folder}: {type(model).__name__} has no head named score; take a decoder such as Llama or Qwen"
+        )
+    model.config.pad_token_id = model.config.pad_token_id or 0
+    keep_weights_in_place(model)
+    return _scoring_every_token(model)
+
+
+def _scoring_every_token(model: Any) -> PreTrainedModel:
+    """The same model, whose forward pass gives (B, T, 1) scores; its class keeps its name, which config.json will hold."""
+    original = type(model)
+
+    def forward(self: Any, input_ids: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
+        known = {name: value for name, value in inputs.items() if value is not None and name not in NOT_FOR_A_BACKBONE}
+        backbone = getattr(self, self.base_model_prefix)
+        return self.score(backbone(input_ids=input_ids, **known).last_hidden_state)
+
+    model.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
+    return model
+
+
+def attention_of(config: RunConfig, *, packed: bool) -> str:
+    """transformers' name of the attention: `auto` computes packed rows document by document, others by sdpa."""
+    name = attention_name(config.model.attention, packed=packed)
+    if name == DOCUMENTS:
+        attention.register()
+    return name
+
+
+def keep_weights_in_place(model: torch.nn.Module) -> None:
+    """Forbids bitsandbytes to repack 4-bit weights for a CPU's AVX-512 in evaluation.
+
+    It replaces `weight.data` behind ZeRO-3's back (the base silently changes), and fails on layers whose input
+    width is no multiple of 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def weights_dtype(config: RunConfig, *, uses_deepspeed: bool) -> torch.dtype:
+    """Type of the loaded weights.
+
+    A frozen base is held in `model.dtype`. Trained weights are fp32 masters: held by DeepSpeed itself, or loaded as
+    fp32 and run under autocast where DeepSpeed is not used.
+    """
+    if isinstance(config.tuning, FullTuning) and not uses_deepspeed:
+        return torch.float32
+    return DTYPES[config.model.dtype]
+
+
+def nf4_settings(config: RunConfig, *, skip: tuple[str, ...] = ()) -> Any:
+    """transformers' settings of a base in 4 bits; modules of the names in `skip` stay as they are."""
+    from transformers import BitsAndBytesConfig
+
+    quantization, compute_dtype = config.quantization, DTYPES[config.model.dtype]
+    assert isinstance(quantization, Nf4Quantization)
+    return BitsAndBytesConfig(
+        llm_int8_skip_modules=list(skip) or None,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=quantization.double_quantization,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=compute_dtype,  # ZeRO shards only what has the type of the other parameters
+    )
+
+
+def _dequantised(gguf: Path, *, cache: Path, say: Callable[[str], None]) -> Path:
+    """The package's weights as safetensors in a cache folder named by the file's hash; made once, atomically."""
+    folder = dequantised_folder(gguf, cache)
+    if folder.is_dir():
+        return folder
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():
+            return folder
+        say(f"dequantising {gguf.name} (4 bits to bfloat16), once; about half a minute")
+        temporary = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        _write_dequantised(gguf, temporary)
+        write_manifest(temporary, {"source": gguf.name, "source_sha256": file_digest(gguf)})
+        publish(temporary, folder)
+    return folder
+
+
+def _write_dequantised(gguf: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer, GgufConfig
+
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError:
+        raise ModelError(
+            "reading a GGUF model needs the package gguf; type pip install 'finetune-orchestrator[demo]'"
+        ) from None
+    place = str(gguf.parent)
+    model = AutoModelForCausalLM.from_pretrained(
+        place, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(place, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _downloaded(model: ModelConfig, *, say: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"model.base: the hub knows no {model.base} (or it is gated and no token is set: type hf auth login)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        state = (
+            "the hub is switched off (HF_HUB_OFFLINE)"
+            if hub_is_offline()
+            else "the hub does not answer: this machine is offline"
+        )
+        raise ModelError(
+            f"model.base: {model.base} is not in the local cache and {state}; give a folder (model.base=FOLDER), or "
+            f"download it where there is a network: hf download {model.base} ({type(error).__name__})"
+        ) from None

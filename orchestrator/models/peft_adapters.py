@@ -1,0 +1,203 @@
+"""PEFT's settings of every adapter, and what of an adapter PEFT itself gets wrong for us: first values, and what is saved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from orchestrator.config.model import LoraTuning
+from orchestrator.config.tuning import (
+    VIRTUAL_TOKEN_TUNINGS,
+    AdaloraTuning,
+    AdapterTuning,
+    Ia3Tuning,
+    LoreftTuning,
+    OftTuning,
+    PrefixTuning,
+    PromptTuning,
+    VeraTuning,
+)
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PROMPT_WEIGHTS = "prompt_embeddings"
+"""PEFT's name of what prompt and prefix tuning save."""
+
+
+def adapter_settings(tuning: AdapterTuning, task: str = "CAUSAL_LM", *, whole: Sequence[str] = ()) -> Any:
+    """PEFT's settings; modules of the names in `whole` are trained themselves, and saved."""
+    settings = _settings(tuning, task)
+    if whole:
+        settings.modules_to_save = list(whole)
+    return settings
+
+
+def _settings(tuning: AdapterTuning, task: str) -> Any:
+    match tuning:
+        case LoraTuning():
+            return lora_settings(tuning, task)
+        case Ia3Tuning() | VeraTuning() | OftTuning() | AdaloraTuning():
+            return _layer_settings(tuning, task)
+        case PromptTuning() | PrefixTuning():
+            return _virtual_token_settings(tuning, task)
+        case LoreftTuning():
+            raise AssertionError("LoReFT is not PEFT's")
+
+
+def lora_settings(tuning: LoraTuning, task: str = "CAUSAL_LM") -> Any:
+    """PEFT's settings of LoRA. LoftQ's values are put in afterwards: PEFT's own way wants a base that is not quantised yet."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type=task,  # type: ignore[arg-type]
+        r=tuning.rank,
+        lora_alpha=whole(tuning.alpha),  # type: ignore[arg-type]
+        lora_dropout=tuning.dropout,
+        target_modules=modules_of(tuning.target_modules),
+        use_rslora=tuning.use_rslora,
+        use_dora=tuning.use_dora,
+        init_lora_weights=tuning.init if tuning.is_pissa else True,  # type: ignore[arg-type]
+    )
+
+
+def _layer_settings(tuning: Ia3Tuning | VeraTuning | OftTuning | AdaloraTuning, task: str) -> Any:
+    from peft import AdaLoraConfig, IA3Config, OFTConfig, VeraConfig
+
+    common: dict[str, Any] = {"task_type": task, "target_modules": modules_of(tuning.target_modules)}
+    match tuning:
+        case Ia3Tuning():
+            return IA3Config(**common, feedforward_modules=list(tuning.feedforward_modules))
+        case VeraTuning():
+            with warnings.catch_warnings():  # that A and B must be made again from their seed is what is wanted
+                warnings.simplefilter("ignore")
+                return VeraConfig(
+                    **common,
+                    r=tuning.rank,
+                    vera_dropout=tuning.dropout,
+                    d_initial=tuning.d_initial,
+                    projection_prng_key=tuning.projection_seed,
+                    save_projection=False,
+                )
+        case OftTuning():
+            return OFTConfig(
+                **common, r=0, oft_block_size=tuning.block_size, use_cayley_neumann=tuning.use_cayley_neumann
+            )
+        case AdaloraTuning():
+            return AdaLoraConfig(
+                **common,
+                target_r=tuning.rank,
+                init_r=tuning.initial_rank,
+                lora_alpha=whole(tuning.alpha),  # type: ignore[arg-type]
+                lora_dropout=tuning.dropout,
+                total_step=1,  # how many there are is known only when the rows are: RankAllocation has the real schedule
+                tinit=0,
+                tfinal=0,
+                deltaT=tuning.allocate_every_steps,
+                beta1=tuning.beta1,
+                beta2=tuning.beta2,
+                orth_reg_weight=tuning.orthogonal_weight,
+            )
+
+
+def _virtual_token_settings(tuning: PromptTuning | PrefixTuning, task: str) -> Any:
+    from peft import PrefixTuningConfig, PromptTuningConfig
+
+    if isinstance(tuning, PrefixTuning):
+        return PrefixTuningConfig(task_type=task, num_virtual_tokens=tuning.virtual_tokens, prefix_projection=False)  # type: ignore[arg-type]
+    init = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}[tuning.init]
+    return PromptTuningConfig(task_type=task, num_virtual_tokens=tuning.virtual_tokens, prompt_tuning_init=init)  # type: ignore[arg-type]
+
+
+def whole(number: float) -> float:
+    """An int where it is one: PEFT writes it into its settings so."""
+    return int(number) if number == int(number) else number
+
+
+def modules_of(targets: str | tuple[str, ...]) -> Any:
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def keep_first_values(model: Any) -> None:
+    """Remembers PiSSA's first A and B: what was taken out of the base (`plain_lora`)."""
+    model.first_values = {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def plain_lora(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """PiSSA's trained weights as LoRA of twice the rank on the untouched base, and the model's settings to match.
+
+    W0 - s B0 A0 + s B A = W0 + s [B, -B0] [A; A0] (PEFT converts in the same way). Anybody can load it, and with the
+    adapter off the base is the base.
+    """
+    from peft import LoraConfig
+
+    first: Mapping[str, torch.Tensor] = model.first_values
+    found = dict(weights)
+    for name, values in first.items():
+        if ".lora_A." in name:
+            found[name] = torch.cat([weights[name], values], dim=0)
+        else:
+            found[name] = torch.cat([weights[name], -values], dim=1)
+    settings: LoraConfig = model.peft_config["default"]
+    settings.init_lora_weights = True
+    settings.r *= 2  # alpha too, so that the scale stays: alpha / r, or alpha / sqrt(r) under rsLoRA
+    settings.lora_alpha = whole(settings.lora_alpha * (2**0.5 if settings.use_rslora else 2))  # type: ignore[assignment]
+    return found
+
+
+@torch.no_grad()
+def make_up_for_rounding(model: Any, folder: Path) -> None:
+    """LoftQ's first step (2310.08659, algorithm 1) on a base in 4 bits: s B A is the best approximation of W - Q(W).
+
+    `folder` holds the weights before they were rounded. PEFT's own function needs a GPU and knows no scale s.
+    """
+    from peft.tuners.lora import Linear4bit
+    from peft.utils.loftq_utils import _low_rank_decomposition, _SafetensorLoader
+
+    written = _SafetensorLoader(model, str(folder))
+    for place, module in model.named_modules():
+        if not isinstance(module, Linear4bit):
+            continue
+        layer: Any = module
+        exact = written.get_tensor(f"{place.removeprefix('base_model.model.')}.weight")
+        parts = _low_rank_decomposition(exact.float() - dequantised(layer.base_layer), layer.r["default"])
+        layer.lora_A["default"].weight.copy_(parts["R"])
+        layer.lora_B["default"].weight.copy_(parts["L"] / layer.scaling["default"])
+
+
+def dequantised(layer: Any) -> torch.Tensor:
+    """The weights of a 4-bit layer as it computes with them, fp32."""
+    import bitsandbytes.functional as bnb
+
+    whole_weight: Any = bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return whole_weight.float()
+
+
+def save_adapter(model: Any, weights: Mapping[str, torch.Tensor], folder: Path, tuning: AdapterTuning) -> None:
+    """Writes PEFT's folder of these weights. PEFT would take prompt and prefix from the live model, which may be sharded."""
+    if not isinstance(tuning, VIRTUAL_TOKEN_TUNINGS):
+        model.save_pretrained(folder, state_dict=dict(weights), selected_adapters=["default"])
+        return
+    settings = model.peft_config["default"]
+    save_file({PROMPT_WEIGHTS: next(iter(weights.values())).contiguous()}, folder / ADAPTER_WEIGHTS)
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
+
+
+def saved_shapes(model: Any, weights: Mapping[str, torch.Tensor], tuning: AdapterTuning) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that `save_adapter` writes."""
+    if isinstance(tuning, VIRTUAL_TOKEN_TUNINGS):
+        (embedding,) = weights.values()
+        return {PROMPT_WEIGHTS: tuple(embedding.shape)}
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(model, state_dict=dict(weights))
+    assert len(saved) == len(weights), "PEFT saves every trained parameter under a name of its own"
+    return {name: tuple(tensor.shape) for name, tensor in saved.items()}

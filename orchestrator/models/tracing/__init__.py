@@ -1,0 +1,1 @@
+"""Which bytes does a real module hold, traced without computing anything?"""

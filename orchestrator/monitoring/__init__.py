@@ -1,0 +1,1 @@
+"""Where do runs stand, and what came of them?"""

@@ -1,0 +1,141 @@
+"""What one stage of a run says of itself, from its files alone: state, losses, speed, cost, what it was scored on. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from orchestrator.config.base import JsonValue
+from orchestrator.errors import OrchestratorError
+from orchestrator.metrics.jsonl import Row, last_attempt_rows, number_of, readable_rows, step_of
+from orchestrator.monitoring.stage_status import StageStatus
+from orchestrator.run_folder.folder import StageFolder, flatten, read_json
+from orchestrator.run_state.goodput import time_spent
+
+MINIMISED = "loss"
+SCORES = ("accuracy", "f1_macro", "mcc", "pearson", "spearman", "reward")
+"""What evaluations measure besides the loss, by the name behind `eval_`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFacts:
+    """One stage of one run; None where it is not known, or not yet."""
+
+    stage: str
+    kind: str
+    state: str
+    """proven, running, stopped, failed, ..."""
+    why: str
+    artifact: str | None
+    steps: int
+    tokens: int | None
+    before: Mapping[str, float]
+    """By measure, such as loss, accuracy or reward: the first evaluation, on the model that the stage started from."""
+    after: Mapping[str, float]
+    best: Mapping[str, tuple[float, int]]
+    """The best evaluation and its step."""
+    train_loss: float | None
+    tokens_per_second: float | None
+    peak_memory_gib: float | None
+    wall_seconds: float | None
+    dollars: float | None
+    digests: Mapping[str, str]
+    """Of base, tokenizer, template and data files; empty where an older version wrote the run."""
+    held_out: str | None
+    """Digest of the prepared rows that it was evaluated on."""
+    loss_kind: str
+    """Losses of the same kind mean the same."""
+
+
+def stage_facts(files: StageFolder, config: Mapping[str, JsonValue], status: StageStatus) -> StageFacts:
+    """The facts of a stage of any version; what an older one did not write is None."""
+    flat = flatten(cast("JsonValue", dict(config)))
+    result = _read(files.result)
+    prepared = _read(files.prepared)
+    rows = last_attempt_rows(readable_rows(files.metrics)[0])
+    kind = str(flat.get(f"stages.{status.stage}.kind") or "unknown")
+    is_policy = any("eval_reward" in row for row in rows)
+    before, after, best = _evaluations(rows, without_loss=is_policy)
+    spent = time_spent(files)
+    wall = None if spent is None else spent.wall_seconds
+    return StageFacts(
+        stage=status.stage,
+        kind=kind,
+        state="proven" if status.state == "finished" else status.state,
+        why=status.why,
+        artifact=result.get("artifact", {}).get("kind"),
+        steps=int(result.get("steps") or status.step),
+        tokens=result.get("tokens"),
+        before=before,
+        after=after if result else {},
+        best=best,
+        train_loss=None if is_policy else status.loss,
+        tokens_per_second=result.get("tokens_per_second") or _median(rows, "tokens_per_second"),
+        peak_memory_gib=max(
+            (value for row in rows if (value := number_of(row, "memory_gib")) is not None), default=None
+        ),
+        wall_seconds=wall if wall is not None else result.get("seconds"),
+        dollars=_dollars(flat, wall),
+        digests=result.get("digests") or prepared.get("content") or {},
+        held_out=_held_out(prepared),
+        loss_kind=f"{kind} ({flat[key]})" if (key := f"stages.{status.stage}.loss") in flat else kind,
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is missing or torn, since facts of an unfinished run may be."""
+    try:
+        found: JsonValue = read_json(file)
+    except OrchestratorError:
+        return {}
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+
+
+def _evaluations(
+    rows: Sequence[Row], *, without_loss: bool
+) -> tuple[dict[str, float], dict[str, float], dict[str, tuple[float, int]]]:
+    """First, last and best value of every measure; a policy's loss is the negative reward, and says nothing more."""
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    best: dict[str, tuple[float, int]] = {}
+    measures = SCORES if without_loss else (MINIMISED, *SCORES)
+    for row in rows:
+        for name in measures:
+            value = number_of(row, f"eval_{name}")
+            if value is None:
+                continue
+            if step_of(row) == 0:
+                first[name] = value
+                continue
+            last[name] = value
+            sign = 1 if name == MINIMISED else -1
+            if name not in best or sign * value < sign * best[name][0]:
+                best[name] = (value, step_of(row))
+    return first, last, best
+
+
+def _median(rows: Sequence[Row], key: str) -> float | None:
+    values = sorted(value for row in rows if (value := number_of(row, key)) is not None)
+    return values[len(values) // 2] if values else None
+
+
+def _dollars(flat: Mapping[str, JsonValue], wall_seconds: float | None) -> float | None:
+    """Only where the site set a price."""
+    price = flat.get("cluster.hardware.dollars_per_hour")
+    nodes, processes = flat.get("cluster.nodes"), flat.get("cluster.processes_per_node")
+    if not isinstance(price, int | float) or wall_seconds is None:
+        return None
+    if not isinstance(nodes, int) or not isinstance(processes, int):
+        return None
+    return price * nodes * processes * wall_seconds / 3600
+
+
+def _held_out(prepared: Mapping[str, Any]) -> str | None:
+    """The last parts of the path: its folder is named by a digest of rows and preparation, wherever the cache is."""
+    path = prepared.get("evaluation")
+    if not isinstance(path, str):
+        return None
+    parts = Path(path).parts
+    return "/".join(parts[-2:]) if parts[-1] == "evaluation" else parts[-1]

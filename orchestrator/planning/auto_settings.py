@@ -1,0 +1,282 @@
+"""Settles what a configuration leaves to the plan (`auto`), and prints what else would fit. Must not import torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.architecture.base_model import Base
+from orchestrator.composition.compose import Composed, presets
+from orchestrator.config.autos import AUTO
+from orchestrator.config.model import ZeroSharding
+from orchestrator.config.run import Quantization, RunConfig, Sharding
+from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.machine.this_machine import this_machine
+from orchestrator.planning.host_hardware import as_seen
+from orchestrator.planning.inspect_inputs import gather
+from orchestrator.planning.plan import DataFacts, StagePlan, make_plan, resolve, run_directory_of
+from orchestrator.planning.processor_speed import with_speeds
+from orchestrator.planning.settings_search import (
+    Advice,
+    Axes,
+    Judge,
+    Judgement,
+    Option,
+    advise,
+    axes_of,
+    nearest_changes,
+)
+from orchestrator.run_folder.folder import RunFolder, flatten
+from orchestrator.run_state.frozen import read_config
+
+SHOWN = 8
+SIMPLE_FIRST = ("none", "zero1", "zero2", "zero3", "zero3_offload")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The presets that can be chosen, by name, from simple to involved."""
+
+    shardings: Mapping[str, Sharding]
+    quantizations: Mapping[str, Quantization]
+
+
+def settled_words(composed: Composed, config_directory: Path | None) -> list[str]:
+    """A word for every `auto`: as the run folder has it already, else as the search finds it."""
+    config = resolve(composed.config, Path.cwd())
+    frozen = _frozen_words(config, composed.autos)
+    if frozen is not None:
+        return frozen
+    machine = this_machine(config.cluster.environment)
+    config = as_seen(config, machine, config_directory, assumes_speed=True)
+    base, data = gather(config)
+    data = with_speeds(config, machine, base, data, may_measure=True)
+    choices = choices_of(config, config_directory)
+    axes = _open_axes(axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations), composed)
+    advice = found_advice(config, axes, judge_of(base, data), choices)
+    if advice.best is None:
+        raise ConfigError(
+            [f"{', '.join(composed.autos)}: auto finds no setting that fits", *nearest_sentences(advice, config)]
+        )
+    wanted = tuple(composed.autos)
+    return [word for word in advice.best.words() if word.split("=")[0] in wanted]
+
+
+def print_advice(composed: Composed, config_directory: Path | None, *, as_json: bool) -> None:
+    """The settings that fit, the fastest first, and why the first is the first; as JSON all of them, with the nearest changes."""
+    machine = this_machine(composed.config.cluster.environment)
+    config = as_seen(resolve(composed.config, Path.cwd()), machine, config_directory, assumes_speed=True)
+    base, data = gather(config)
+    data = with_speeds(config, machine, base, data, may_measure=True)
+    choices = choices_of(config, config_directory)
+    axes = axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations)
+    advice = found_advice(config, axes, judge_of(base, data), choices)
+    if as_json:
+        print(json.dumps({"fitting": [asdict(one) for one in advice.fitting], "nearest": advice.nearest}, indent=2))
+        return
+    console = Console()
+    if advice.best is None:
+        console.print("\n".join(["nothing fits at this global batch", *nearest_sentences(advice, config)]))
+        return
+    console.print(_table(advice, config))
+    for sentence in explanation(advice):
+        console.print(sentence)
+
+
+def smaller_settings(config: RunConfig, stage: str, *, number: int = 3) -> list[str]:
+    """What to type so that a stage needs less memory than it does now, the fastest first, at the same global batch."""
+    machine = this_machine(config.cluster.environment)
+    config = as_seen(config, machine, None, assumes_speed=True)
+    base, data = gather(config)
+    data = with_speeds(config, machine, base, data, may_measure=False)
+    choices = choices_of(config, None)
+    axes = axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations)
+    judge = judge_of(base, data)
+    now = judge(config)[stage].high_gib
+    options = advise(config, axes, judge).options
+    smaller = sorted((option for option in options if option.high_gib < now), key=lambda option: option.seconds)
+    return [" ".join(_changed_words(option, config)) for option in smaller[:number]]
+
+
+def found_advice(config: RunConfig, axes: Axes, judge: Judge, choices: Choices) -> Advice:
+    """The advice, with the nearest changes where nothing fits."""
+    advice = advise(config, axes, judge)
+    if advice.best is not None:
+        return advice
+    nf4 = next((known for known in choices.quantizations.values() if known.scheme == "nf4"), None)
+    whole = axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations)
+    wider = advise(config, whole, judge).best
+    if wider is not None:
+        return replace(advice, nearest=(" ".join(wider.words()),))
+    return advice if nf4 is None else replace(advice, nearest=nearest_changes(config, whole, judge, nf4=nf4))
+
+
+def judge_of(base: Base, data: Mapping[str, DataFacts]) -> Judge:
+    """Judges by the plan itself; what was measured holds for its own setting alone, so that the table's rates compare."""
+    unmeasured = {name: replace(facts, measured=None) for name, facts in data.items()}
+
+    def judge(config: RunConfig) -> dict[str, Judgement]:
+        planned = make_plan(config, base=base, data=unmeasured)
+        return {stage.name: judgement(stage) for stage in planned.stages if stage.global_size is not None}
+
+    return judge
+
+
+def judgement(stage: StagePlan) -> Judgement:
+    """What a planned stage says; ConfigError where memory or time cannot be reckoned."""
+    memory, time = stage.memory, stage.time
+    if memory is None or memory.verdict is None:
+        raise ConfigError(
+            f"stages.{stage.name}: what fits cannot be told without the memory of a device and the facts of the base; type for "
+            "example hardware@cluster.hardware=h100, or cluster.hardware.memory_gib=80"
+        )
+    if time is None or time.step_seconds is None:
+        raise ConfigError(f"stages.{stage.name}: {'the base is unknown' if time is None else time.basis}")
+    return Judgement(
+        verdict=memory.verdict,
+        low_gib=memory.low,
+        high_gib=memory.high,
+        node_gib=memory.node_gib,
+        step_seconds=time.step_seconds,
+        steps=stage.steps or 1,
+    )
+
+
+def choices_of(config: RunConfig, config_directory: Path | None) -> Choices:
+    """The presets of the configuration's folders; the configuration's own sharding with the values that it has now."""
+    sharding = TypeAdapter[Any](Sharding)
+    found = {
+        name: sharding.validate_python(content)
+        for name, content in presets("sharding", config_directory).items()
+        if content.get("strategy") != AUTO
+    }
+    names = sorted(
+        found, key=lambda name: (SIMPLE_FIRST.index(name) if name in SIMPLE_FIRST else len(SIMPLE_FIRST), name)
+    )
+    if config.world_size == 1:  # there is nobody to share with
+        names = [name for name in names if found[name].strategy == "none" or _offloads(found[name])]
+    ours = {name: config.sharding if _alike(found[name], config.sharding) else found[name] for name in names}
+    quantization = TypeAdapter[Any](Quantization)
+    quantizations = {
+        name: quantization.validate_python(content)
+        for name, content in presets("quantization", config_directory).items()
+    }
+    return Choices(shardings=ours, quantizations=quantizations)
+
+
+def nearest_sentences(advice: Advice, config: RunConfig) -> list[str]:
+    least = min((option.high_gib for option in advice.options), default=None)
+    room = config.cluster.hardware.memory_gib
+    told = [] if least is None else [f"the least that any setting needs is {least:.1f} GiB of {room:.1f} GiB a device"]
+    hosts = min((option.node_gib for option in advice.options), default=0.0)
+    if config.cluster.node_memory_gib is not None and hosts > config.cluster.node_memory_gib:
+        told.append(f"a node's host needs {hosts:.0f} GiB at least, it has {config.cluster.node_memory_gib:g}")
+    told += [f"this would fit: {words}" for words in advice.nearest]
+    return told if advice.nearest else [*told, "no single change of nodes, quantization or max_length makes it fit"]
+
+
+def explanation(advice: Advice) -> list[str]:
+    """Why the first option is first, against the best of those that differ in one thing."""
+    best = advice.best
+    assert best is not None
+    told = [f"the fastest that fits: {' '.join(best.words())}"]
+    for what in ("sharding", "checkpointing"):
+        others = [option for option in advice.options if getattr(option, what) != getattr(best, what)]
+        if others:
+            told.append(f"  against {_difference(best, others[0])}")
+    return told
+
+
+def _changed_words(option: Option, config: RunConfig) -> list[str]:
+    """The words of an option that are not the configuration's own already."""
+    own = {
+        "model.gradient_checkpointing": str(config.model.gradient_checkpointing).lower(),
+        "quantization": config.quantization.scheme,
+        **{f"stages.{name}.batch.micro_size": str(_micro_size(config, name)) for name in option.micro_sizes},
+    }
+    return [word for word in option.words() if own.get(word.split("=")[0]) != word.split("=")[1]]
+
+
+def _difference(best: Option, other: Option) -> str:
+    words = " ".join(other.words(best))
+    if other.verdict == "NO":
+        return f"{words}: does not fit ({other.high_gib:.1f} GiB)"
+    slower = other.seconds / best.seconds - 1
+    pace = f"{slower:+.0%} time" if abs(slower) >= 0.005 else "the same time"
+    return f"{words}: {other.verdict}, {pace}, {other.high_gib - best.high_gib:+.1f} GiB"
+
+
+def _table(advice: Advice, config: RunConfig) -> Table:
+    room = config.cluster.hardware.memory_gib
+    table = Table(title="settings that fit, fastest first", title_justify="left", box=None, pad_edge=False)
+    for name in ("sharding", "checkpointing", "micro sizes", "verdict", f"GiB of {room:.1f}", "seconds a step"):
+        table.add_column(name, justify="right" if name[0] in "Gs" and name != "sharding" else "left")
+    for option in advice.fitting[:SHOWN]:
+        table.add_row(
+            option.sharding,
+            "on" if option.checkpointing else "off",
+            ", ".join(f"{name} {size}" for name, size in option.micro_sizes.items()),
+            option.verdict,
+            f"{option.high_gib:.1f}",
+            ", ".join(f"{seconds:.3g}" for seconds in option.step_seconds.values()),
+        )
+    return table
+
+
+def _open_axes(axes: Axes, composed: Composed) -> Axes:
+    """Only what was left open, everything else as it is configured."""
+    config, autos = composed.config, composed.autos
+    shardings = {
+        name: known for name, known in axes.shardings.items() if "sharding" in autos or known == config.sharding
+    }
+    sizes = {
+        name: known if f"stages.{name}.batch.micro_size" in autos else (_micro_size(config, name),)
+        for name, known in axes.micro_sizes.items()
+    }
+    is_open = "model.gradient_checkpointing" in autos
+    checkpointing = (False, True) if is_open else (config.model.gradient_checkpointing,)
+    return replace(
+        axes, shardings=shardings or {"as configured": config.sharding}, micro_sizes=sizes, checkpointing=checkpointing
+    )
+
+
+def _micro_size(config: RunConfig, name: str) -> int:
+    stage: Any = config.stages[name]
+    return int(stage.batch.micro_size)
+
+
+def _frozen_words(config: RunConfig, autos: Sequence[str]) -> list[str] | None:
+    """What the run folder settled before, so that a rerun goes on with it; None for a new run."""
+    try:
+        frozen: Any = read_config(RunFolder(run_directory_of(config)))
+    except RunFolderError:
+        return None
+    leaves = flatten(frozen)
+    words: list[str] = []
+    for key in autos:
+        if key == "sharding":
+            words.append("sharding=none" if leaves["sharding.strategy"] == "none" else _sharding_word(leaves))
+        elif key in leaves:
+            words.append(f"{key}={str(leaves[key]).lower()}")
+    return words
+
+
+def _sharding_word(leaves: Mapping[str, Any]) -> str:
+    is_offloaded = leaves.get("sharding.offload_optimizer") == "cpu"
+    return f"sharding={leaves['sharding.strategy']}{'_offload' if is_offloaded else ''}"
+
+
+def _offloads(sharding: Sharding) -> bool:
+    return isinstance(sharding, ZeroSharding) and sharding.offload_optimizer != "none"
+
+
+def _alike(one: Sharding, other: Sharding) -> bool:
+    """Whether two shardings are of one preset: what is tuned below that counts as the configuration's own."""
+    return one.strategy == other.strategy and _offloads(one) == _offloads(other)

@@ -1,0 +1,119 @@
+"""What a plan warns of: where the base comes from, memory, and how often the rows are seen; must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from orchestrator.architecture.base_model import Base
+from orchestrator.config.alignment import PolicyStage
+from orchestrator.config.model import FullTuning
+from orchestrator.config.run import RunConfig, training_pipeline
+from orchestrator.config.training import TrainingStage
+from orchestrator.data.sources.locate import DEMONSTRATIONS
+from orchestrator.planning.stage_forecast import epoch_steps, guessed_epoch_steps
+from orchestrator.schedule import total_steps
+
+if TYPE_CHECKING:
+    from orchestrator.planning.plan import DataFacts, StagePlan
+
+USUAL_EPOCHS = 3
+"""What is offered where rows are repeated too often; conf/stage/sft.yaml says the same."""
+MANY_PASSES = 5.0
+"""More passes than this over a user's rows are rarely meant: fine-tuning takes 1 to 5."""
+
+MOST_FOR_WHOLE_MODELS = 2e-4
+"""conf/optimizer/adamw.yaml: usual for adapters. Full fine-tuning is published with 1e-5 to 1e-4."""
+
+
+def plan_warnings(
+    config: RunConfig, base: Base, stages: Sequence[StagePlan], data: Mapping[str, DataFacts]
+) -> list[str]:
+    """Every warning of a plan, in the order in which they are printed."""
+    found = [*_warnings(base, stages), *_rate_warnings(config)]
+    return [*found, *_template_warnings(config, data), *_pass_warnings(config, data)]
+
+
+def _rate_warnings(config: RunConfig) -> list[str]:
+    """`tuning=full` on an experiment for adapters keeps its rate, which makes a whole model diverge or forget."""
+    return [
+        f"stages.{name}.optimizer.lr={stage.optimizer.lr:g} is a rate for adapters; every parameter is trained, which takes about a "
+        f"tenth of it: type stages.{name}.optimizer.lr={stage.optimizer.lr / 10:g}"
+        for name, stage in training_pipeline(config).items()
+        if isinstance(config.for_stage(name).tuning, FullTuning) and stage.optimizer.lr > MOST_FOR_WHOLE_MODELS
+    ]
+
+
+def _template_warnings(config: RunConfig, data: Mapping[str, DataFacts]) -> list[str]:
+    """Plain prompts on a base that expects its chat template are legal, and rarely meant."""
+    return [
+        f"stages.{name}.data.train: format {facts.format} is plain text, past the chat template of {config.model.base}; "
+        f"to go through the template type {facts.templated}"
+        for name, facts in data.items()
+        if name in config.pipeline and facts.templated is not None
+    ]
+
+
+def _warnings(base: Base, stages: Sequence[StagePlan]) -> list[str]:
+    warnings: list[str] = []
+    if base.source == "package":
+        warnings.append(
+            f"the base comes from the package {base.place}: 4-bit weights, dequantised; not the hub's original"
+        )
+    for stage in stages:
+        memory = stage.memory
+        if memory is not None and memory.verdict in ("TIGHT", "NO"):
+            host = (
+                ""
+                if memory.node_memory_gib is None
+                else f", a node's host {memory.node_gib:.0f} of {memory.node_memory_gib:g}"
+            )
+            warnings.append(
+                f"stages.{stage.name}: {memory.verdict}: {memory.low:.1f} to {memory.high:.1f} GiB of {memory.memory_gib:g} in phase "
+                f"{memory.binding}{host}; `plan advise=true` with the same words tells what fits"
+            )
+    return warnings
+
+
+def _pass_warnings(config: RunConfig, data: Mapping[str, DataFacts]) -> list[str]:
+    """A sentence for every stage whose `max_steps` sees only a part of the user's rows, or sees them very often."""
+    stages = training_pipeline(config)
+    return [
+        sentence
+        for name, stage in stages.items()
+        if name in data and (sentence := _sentence(name, stage, data[name])) is not None
+    ]
+
+
+def _sentence(name: str, stage: TrainingStage, data: DataFacts) -> str | None:
+    """The demonstration's own recipe knows its rows, and `epochs` need no explanation."""
+    exact = epoch_steps(stage, data)
+    per_epoch = exact or guessed_epoch_steps(stage, data)
+    is_ours = stage.data.train.path in DEMONSTRATIONS and not stage.data.mix
+    if stage.max_steps is None or per_epoch is None or is_ours:
+        return None
+    passes = stage.max_steps / per_epoch
+    is_short = stage.max_steps < per_epoch
+    if not is_short and passes <= MANY_PASSES:
+        return None
+    epochs = 1 if is_short else USUAL_EPOCHS
+    steps = total_steps(max_steps=None, epochs=epochs, steps_per_epoch=per_epoch)
+    about = "" if exact else "about "
+    over = _over(stage, data, about=about)
+    seen = (
+        f"sees {about}{passes:.2g} of a pass over {over}: most are never trained on"
+        if passes < 0.5
+        else f"ends before one pass over {over} ({about}{passes:.2f} of it)"
+        if is_short
+        else f"is {about}{passes:.3g} passes over {over}"
+    )
+    return (
+        f"stages.{name}.max_steps={stage.max_steps} {seen}; for {'a whole pass' if is_short else f'{epochs} passes'} type "
+        f"stages.{name}.epochs={epochs} in its place ({about}{steps:,} steps)"
+    )
+
+
+def _over(stage: TrainingStage, data: DataFacts, *, about: str) -> str:
+    what = "prompts" if isinstance(stage, PolicyStage) else "rows"
+    is_counted = data.train_rows is not None and not about and stage.data.packing == "none"
+    return f"the {data.train_rows:,} {what}" if is_counted else f"the {what}"

@@ -1,0 +1,1 @@
+"""What can be proven before any GPU is paid for?"""

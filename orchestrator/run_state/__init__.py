@@ -1,0 +1,1 @@
+"""What was frozen, what may go on, and what counts as done?"""

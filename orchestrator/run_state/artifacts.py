@@ -1,0 +1,112 @@
+"""What an earlier stage made, as its result.json tells, and whether a later stage can use it. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.alignment import PolicyStage
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS
+from orchestrator.config.run import RunConfig
+from orchestrator.errors import ConfigError
+from orchestrator.run_folder.folder import MANIFEST, RunFolder, file_digest, read_json
+from orchestrator.run_state.content_digests import SHARED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """The proven artifact of a finished stage."""
+
+    stage: str
+    path: Path
+    kind: str
+    """model, adapter, reward_model, reward_adapter or merged."""
+    digest: str
+    """sha256 of its manifest."""
+    base: str
+    report: Mapping[str, Any] | None
+    """A reward model's report on held-out pairs."""
+    content: Mapping[str, str]
+    """Digests of what it was made from; empty where an older version made it."""
+
+    @property
+    def is_reward(self) -> bool:
+        return self.kind.startswith("reward_")
+
+
+def read_artifact(run: RunFolder, stage: str) -> Artifact:
+    """The artifact of a stage; ConfigError where the stage is not done, or its artifact is not the one that was proven."""
+    file = run.stage(stage).result
+    if not file.exists():
+        raise ConfigError(f"{stage} is not done: there is no {file}; run the stages before this one first")
+    result = read_json(file)
+    told = result["artifact"]
+    path = run.stage(stage).artifact  # wherever the run folder is now
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        raise ConfigError(
+            f"{path}: the artifact that {stage} proved is gone; put it back, or train it again with --from {stage}"
+        )
+    if file_digest(manifest) != told["manifest_sha256"]:
+        raise ConfigError(
+            f"{path} is not the artifact that {stage} proved: its {MANIFEST} changed since; put the old files back, or train "
+            f"it again with --from {stage}, which keeps what is there under superseded/"
+        )
+    return Artifact(
+        stage=stage,
+        path=path,
+        kind=told["kind"],
+        digest=told["manifest_sha256"],
+        base=result["base"]["name"],
+        report=result.get("reward_report"),
+        content=result.get("digests", {}),
+    )
+
+
+def check_artifacts(
+    config: RunConfig, name: str, artifacts: Mapping[str, Artifact], *, content: Mapping[str, str] | None = None
+) -> None:
+    """ConfigError with a sentence for every artifact that does not fit the stage that wants to read it.
+
+    `content` are the digests of what the stage itself will be made from, where its base is on this machine.
+    """
+    problems = [problem for artifact in artifacts.values() for problem in _problems(config, artifact)]
+    problems += [
+        problem for artifact in artifacts.values() for problem in _other_content(name, artifact, content or {})
+    ]
+    stage = config.stages[name]
+    if isinstance(stage, PolicyStage) and not stage.accept_weak_reward:
+        problems += [problem for artifact in artifacts.values() for problem in _weakness(name, artifact)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _other_content(name: str, artifact: Artifact, content: Mapping[str, str]) -> Iterator[str]:
+    for what in SHARED:
+        there, here = artifact.content.get(what), content.get(what)
+        if there is not None and here is not None and there != here:
+            yield (
+                f"{artifact.stage}: its artifact was made with another {what} ({there[:12]}) than {name} has ({here[:12]}); "
+                f"put the old {what} back, or type --from {artifact.stage}"
+            )
+
+
+def _weakness(name: str, artifact: Artifact) -> Iterator[str]:
+    report = artifact.report
+    if report is not None and not report["beats_chance"]:
+        interval = f"{report['accuracy']:.2f} ({report['accuracy_low']:.2f} to {report['accuracy_high']:.2f})"
+        yield (
+            f"{artifact.stage}: its accuracy on {report['pairs']} held-out pairs is {interval}, which does not beat chance; train "
+            f"it longer or on more pairs, or type stages.{name}.accept_weak_reward=true"
+        )
+
+
+def _problems(config: RunConfig, artifact: Artifact) -> Iterator[str]:
+    if artifact.base != config.model.base:
+        yield f"{artifact.stage}: its artifact was trained on {artifact.base}, this run's base is {config.model.base}"
+    is_full = isinstance(config.tuning, WHOLE_MODEL_TUNINGS)
+    if is_full != artifact.kind.endswith("model"):
+        wanted = "a full model" if is_full else "an adapter"
+        yield f"{artifact.stage}: its artifact is of kind {artifact.kind}, tuning={config.tuning.method} expects {wanted}"

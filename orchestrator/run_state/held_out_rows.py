@@ -1,0 +1,65 @@
+"""The held-out rows of a finished stage as they stand in their files: those of `eval.path`, or those split off from train. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from orchestrator.config.data import DataConfig, SourceConfig
+from orchestrator.config.run import RunConfig
+from orchestrator.data.formats.examples import Example
+from orchestrator.data.formats.parse import parse_row
+from orchestrator.data.sources.locate import (
+    held_out_source,
+    locate,
+    reading_of,
+    settle_format,
+    source_rows,
+    splits_train,
+)
+from orchestrator.errors import ConfigError
+from orchestrator.run_folder.folder import RunFolder, read_json
+
+
+def held_out_examples(config: RunConfig, run: RunFolder, stage: str, count: int) -> Iterator[Example]:
+    """The first `count` held-out rows; ConfigError where there are none, or their files are not on this machine."""
+    data = config.stages[stage].data
+    source = held_out_source(data)
+    if source is not None:
+        yield from islice(_examples(source, field="data.eval"), count)
+    elif splits_train(data):
+        yield from _split_off(data, run, stage, count)
+    else:
+        raise ConfigError(
+            f"--examples: {stage} held out no rows (stages.{stage}.data.eval.path=none); take --prompt TEXT"
+        )
+
+
+def _split_off(data: DataConfig, run: RunFolder, stage: str, count: int) -> Iterator[Example]:
+    """The rows that preparing set apart, found by their numbers in the files of train."""
+    from orchestrator.data.prepared.folder import PreparedFolder  # maps arrays, which the login side needs here alone
+
+    prepared = Path(str(read_json(run.stage(stage).prepared)["evaluation"]))
+    if not prepared.is_dir():
+        raise ConfigError(
+            f"--examples: the prepared rows of {stage} are no longer in {prepared}; type `prepare {run.root}`, or take --prompt TEXT"
+        )
+    wanted = [int(row) for row in PreparedFolder(prepared).unit_rows[:count]]
+    found: dict[int, Example] = {}
+    position = 0
+    for source in (data.train, *data.mix):
+        for example in _examples(source, field="data.train"):
+            if position in wanted:
+                found[position] = example
+            position += 1
+    yield from (found[row] for row in wanted if row in found)
+
+
+def _examples(source: SourceConfig, *, field: str) -> Iterator[Example]:
+    files = locate(source, field=field)
+    if files is None:
+        raise ConfigError(f"--examples: {source.path} is not on this machine; take --prompt TEXT")
+    reading = reading_of(source, settle_format(source, files, field=field))
+    for _, _, row in source_rows(files):
+        yield parse_row(row, reading.format, reading.columns)

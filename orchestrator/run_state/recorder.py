@@ -1,0 +1,198 @@
+"""What a stage is given, and the record that it keeps: metrics, events, W&B, attempts."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.cluster import WandbTracking
+from orchestrator.config.run import RunConfig, Stage
+from orchestrator.config.training import TrainingStage
+from orchestrator.metrics.console import line
+from orchestrator.metrics.jsonl import RecordFile
+from orchestrator.metrics.phases import TRACKING, Phases
+from orchestrator.metrics.wandb import process as wandb
+from orchestrator.run_folder.folder import StageFolder
+from orchestrator.run_folder.stop_request import StopRequest
+from orchestrator.run_state.attempts import Attempt, State, write_attempt
+from orchestrator.run_state.user_callbacks import Callbacks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The proven artifact of an earlier stage."""
+
+    stage: str
+    folder: Path
+    kind: str
+    """`model` or `adapter`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """One attempt at one stage."""
+
+    config: RunConfig
+    name: str
+    stage: Stage
+    folder: StageFolder
+    run_file: Path
+    attempt: int
+    stop: StopRequest
+    base_folder: Path
+    """Local folder of the base model."""
+    start: Start | None = None
+    """What is trained on where it is not the bare base."""
+    train_data: Path
+    evaluation_data: Path | None
+    """Prepared data."""
+    beside: Sequence[Start] = ()
+    """Further artifacts, which an interpolation or a soup blends with `start`."""
+    sets: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    """Prepared data of the further sets that a stage scores, by name."""
+    rewards: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    """Folders of the reward stages that this one reads, by the stage's name."""
+    digest: str = ""
+    """Of all that decides the stage's result."""
+    began: float = field(default_factory=time.time)
+    """When this process began: imports and the bringing of inputs count as start-up."""
+    phases: Phases = field(default_factory=Phases)
+    """Where this attempt says what it is doing."""
+    input_digests: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of the artifacts that the stage reads, by stage."""
+    content_digests: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of base, tokenizer, template, data files and code."""
+
+
+class Record:
+    """Owns the record of an attempt on rank 0; on other ranks it takes rows and does nothing."""
+
+    def __init__(self, context: Context, *, rank: int) -> None:
+        self._context = context
+        self._is_main = rank == 0
+        self.last_step = 0
+        self.total_steps = 0
+        self.rollbacks = 0
+        """Rows written after a rollback replay steps; they say so."""
+        self._wandb: wandb.WandbProcess | None = None
+        self._lock = threading.Lock()
+        self._unwritten: list[tuple[RecordFile, dict[str, Any]]] = []
+        self._callbacks: Callbacks | None = None
+        if not self._is_main:
+            return
+        if isinstance(context.stage, TrainingStage) and context.stage.callbacks:
+            self._callbacks = Callbacks(context.stage.callbacks, ask_to_stop=context.stop.ask, warn=warn)
+        context.folder.root.mkdir(parents=True, exist_ok=True)
+        self._metrics = RecordFile(context.folder.metrics)
+        self._events = RecordFile(context.folder.events)
+        settings = _wandb_settings(context)
+        self._wandb = wandb.start(settings) if settings is not None else None
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        """Appends a row of metrics.jsonl and prints it."""
+        self.last_step = int(row["step"])
+        if self._is_main:
+            full = {"step": row["step"], "attempt": self._context.attempt, "time": time.time(), **row}
+            if self.rollbacks:
+                full["rollbacks"] = self.rollbacks
+            self._append(self._metrics, full)
+            self._context.phases.spoken()
+            _print(line(full, self.total_steps))
+            if self._callbacks is not None:
+                self._callbacks.call("step" if "loss" in row else "evaluation", full)
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Appends to events.jsonl: start, train, save, stop, resume, skip, fault, trained, finish."""
+        if self._is_main:
+            full = {"event": event, "attempt": self._context.attempt, "time": time.time(), **facts}
+            self._append(self._events, full)
+            if self._callbacks is not None:
+                self._callbacks.call(event, full)
+
+    def _append(self, file: RecordFile, row: dict[str, Any]) -> None:
+        """Keeps rows that a full disk refuses, and writes them before the next one: the record stops no training."""
+        with self._lock:  # checkpoints tell their end from a thread of their own
+            self._unwritten.append((file, row))
+            try:
+                while self._unwritten:
+                    target, oldest = self._unwritten[0]
+                    target.append(oldest)
+                    del self._unwritten[0]
+            except OSError as error:
+                if len(self._unwritten) == 1:
+                    warn(f"the record cannot be written ({error.strerror}); its rows wait in memory")
+
+    def skipped_update(self, step: int, why: str, rows: list[int]) -> None:
+        """Tells that a step left the weights as they were."""
+        self.event("skip", step=step, why=why, rows=rows)
+        self.say(f"warning: step {step} updated nothing: {why}; rows {rows}")
+
+    def say(self, sentence: str) -> None:
+        """Tells the log."""
+        if self._is_main:
+            self._context.phases.spoken()
+            _print(sentence)
+
+    def finish(self, summary: Mapping[str, Any], *, outcome: wandb.Outcome) -> str | None:
+        """Ends W&B in bounded time; the sentence that tells how to see its run."""
+        if self._wandb is None:
+            return None
+        tracking = self._context.config.tracking
+        assert isinstance(tracking, WandbTracking)
+        timeout = tracking.finish_timeout_seconds
+        with self._context.phases.during(TRACKING):
+            told = wandb.finish(self._wandb, summary, outcome=outcome, timeout_seconds=timeout)
+        self._wandb = None
+        return told
+
+    def close_attempt(self, state: State, why: str, *, exit_code: int) -> None:
+        """Writes attempts/K.json."""
+        if self._is_main:
+            attempt = Attempt(
+                number=self._context.attempt,
+                state=state,
+                why=why,
+                host=socket.gethostname(),
+                rank=0,
+                exit_code=exit_code,
+                step=self.last_step,
+            )
+            write_attempt(self._context.folder, attempt)
+
+
+def _wandb_settings(context: Context) -> wandb.WandbSettings | None:
+    tracking = context.config.tracking
+    if not isinstance(tracking, WandbTracking):
+        return None
+    return wandb.WandbSettings(
+        project=tracking.project,
+        entity=tracking.entity,
+        mode=tracking.mode,
+        name=f"{context.config.name}-{context.name}",
+        group=context.config.name,
+        job_type=context.name,
+        config=context.config.model_dump(mode="json"),
+        metrics_file=str(context.folder.metrics),
+        samples_file=str(context.folder.generated),
+        profile_folder=str(context.folder.profile),
+        directory=str(context.folder.wandb),
+        init_timeout_seconds=tracking.init_timeout_seconds,
+        finish_timeout_seconds=tracking.finish_timeout_seconds,
+    )
+
+
+def _print(text: str) -> None:
+    """Tells the log; a log on a full disk stops no training."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
+def warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)

@@ -1,0 +1,129 @@
+"""What may change when a run goes on, what may not, and what a change of the ranks does to the micro-batches; must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from orchestrator.config.base import JsonValue
+from orchestrator.config.classification import SelfTrainingStage
+from orchestrator.config.run import RunConfig, fitting_micro_size, training_stages
+from orchestrator.errors import ConfigError
+from orchestrator.run_folder.folder import flatten
+
+JsonObject = dict[str, JsonValue]
+
+FREE = (
+    "name",
+    "output_dir",
+    "pipeline",
+    "cluster",
+    "launcher",
+    "tracking",
+    "study",
+    "sharding",
+    "model.preset",
+    "profile",
+)
+"""Keys that say where and how a run is computed, not what."""
+FREE_OF_A_STAGE = (
+    "checkpoint",
+    "faults",
+    "ledger",
+    "metrics",
+    "callbacks",
+    "log_every_steps",
+    "evaluate_every_steps",
+    "pause_at_step",
+    "batch.micro_size",
+    "data.num_processes",
+)
+
+
+def may_differ(config: RunConfig) -> frozenset[str]:
+    """Dotted keys, with all below them, that may change between attempts: those that leave the result alone, and accepted ones."""
+    free = {f"stages.{name}.{key}" for name in config.stages for key in FREE_OF_A_STAGE}
+    accepted = {key for stage in training_stages(config).values() for key in stage.checkpoint.accept_changes}
+    return (frozenset(FREE) | free) - _decisive(config) | accepted
+
+
+def _decisive(config: RunConfig) -> frozenset[str]:
+    """Keys that are free but where early stopping judges by them, or the loss looks at the pairs of a micro-batch."""
+    stages = training_stages(config)
+    judged = {
+        f"stages.{name}.{key}"
+        for name, stage in stages.items()
+        if stage.early_stopping is not None
+        for key in ("evaluate_every_steps", "metrics")
+    }
+    paired = {
+        f"stages.{name}.batch.micro_size" for name, stage in stages.items() if isinstance(stage, SelfTrainingStage)
+    }
+    return frozenset(judged | paired)
+
+
+def settings_that_matter(config: RunConfig, stage: str) -> dict[str, JsonValue]:
+    """The leaves that decide a stage's result, by dotted key; `tuning` is the stage's own."""
+    config = config.for_stage(stage)
+    free = (frozenset(FREE) | {f"stages.{stage}.{key}" for key in FREE_OF_A_STAGE}) - _decisive(config)
+    others = {f"stages.{name}" for name in config.stages if name != stage}
+    leaves = flatten(config.model_dump(mode="json"))
+    return {key: value for key, value in leaves.items() if not is_below(key, free | others)}
+
+
+def refuse_changes(
+    old: Mapping[str, JsonValue], new: Mapping[str, JsonValue], *, stage: str, accepted: frozenset[str]
+) -> list[str]:
+    """ConfigError with old and new value of every setting that changed; the accepted changes, told."""
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    sentences = {key: f"{key}: {old.get(key)} in the checkpoint, {new.get(key)} now" for key in changed}
+    refused = [key for key in changed if not is_below(key, accepted)]
+    if refused:
+        advice = f"repeat the old value, start a new run with name=, or type stages.{stage}.checkpoint.accept_changes=[{','.join(refused)}]"
+        raise ConfigError([*(sentences[key] for key in refused), advice])
+    return [sentences[key] for key in changed]
+
+
+def elsewhere(values: JsonObject, *, nodes: int, processes_per_node: int) -> tuple[JsonObject, list[str]]:
+    """The plain configuration of a run on another number of ranks, and what that does to the micro-batches.
+
+    The global batch stays, so that order, schedule and result stay; where the micro-batch no longer divides a rank's share of it,
+    the largest smaller one is taken. ConfigError where the ranks cannot share the global batch.
+    """
+    cluster, stages = _object(values["cluster"]), _object(values["stages"])
+    ranks = nodes * processes_per_node
+    told: list[str] = []
+    moved: JsonObject = {}
+    for name, section in stages.items():
+        stage = _object(section)
+        if "batch" not in stage:
+            moved[name] = stage
+            continue
+        batch = _object(stage["batch"])
+        global_size, micro_size = _whole(batch["global_size"]), _whole(batch["micro_size"])
+        fitting = fitting_micro_size(global_size=global_size, micro_size=micro_size, world_size=ranks)
+        if fitting is None:
+            raise ConfigError(
+                f"stages.{name}.batch: {ranks} ranks cannot share {global_size} rows; take a number of ranks that divides it"
+            )
+        moved[name] = {**stage, "batch": {**batch, "micro_size": fitting}}
+        told.append(
+            f"{name}: {ranks} ranks x {global_size // ranks // fitting} micro-batches x {fitting} rows = {global_size}"
+        )
+    cluster = {**cluster, "nodes": nodes, "processes_per_node": processes_per_node}
+    return {**values, "cluster": cluster, "stages": moved}, told
+
+
+def _object(value: JsonValue) -> JsonObject:
+    assert isinstance(value, dict), "the configuration was valid when it was frozen"
+    return value
+
+
+def _whole(value: JsonValue) -> int:
+    assert isinstance(value, int), "the configuration was valid when it was frozen"
+    return value
+
+
+def is_below(key: str, roots: frozenset[str]) -> bool:
+    """Whether a dotted key is one of the roots or stands below one."""
+    parts = key.split(".")
+    return any(".".join(parts[:depth]) in roots for depth in range(1, len(parts) + 1))

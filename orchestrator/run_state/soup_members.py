@@ -1,0 +1,115 @@
+"""What a soup or an interpolation is made of beside the artifact that it starts from, and whether it fits. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.config.evaluation import InterpolateStage, SoupStage
+from orchestrator.config.model import WHOLE_MODEL_TUNINGS, LoraTuning
+from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage, made_kind
+from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
+from orchestrator.run_folder.folder import MANIFEST, RunFolder
+from orchestrator.run_state.frozen import load_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """A finished stage of another run."""
+
+    run: RunFolder
+    stage: str
+    config: RunConfig
+    """As that stage saw it."""
+
+
+def stages_beside(stage: Stage) -> tuple[str, ...]:
+    """Stages of the same run whose artifacts are blended with that of `start_from`."""
+    if isinstance(stage, InterpolateStage):
+        return () if stage.origin is None else (stage.origin,)
+    if isinstance(stage, SoupStage):
+        return tuple(member.removeprefix(STAGE_PREFIX) for member in stage.members if member.startswith(STAGE_PREFIX))
+    return ()
+
+
+def members_elsewhere(stage: Stage) -> tuple[str, ...]:
+    """Members of a soup that other runs made."""
+    if not isinstance(stage, SoupStage):
+        return ()
+    return tuple(member for member in stage.members if not member.startswith(STAGE_PREFIX))
+
+
+def read_member(member: str) -> Elsewhere:
+    """The finished stage of another run that a member names. ConfigError where there is none."""
+    folder, stage = _place(member)
+    if not (folder / "run.json").is_file():
+        raise ConfigError(f"{member}: no run folder (run.json expected); give FOLDER, FOLDER:STAGE or stage:NAME")
+    run = RunFolder(folder)
+    try:
+        config = load_config(run)
+    except RunFolderError as error:
+        raise ConfigError([f"{member}: {problem}" for problem in error.problems]) from None
+    policies = [name for name in config.pipeline if made_kind(config, name) in POLICY_KINDS]
+    wanted = stage or (policies[-1] if policies else "")
+    if wanted not in policies:
+        raise ConfigError(
+            f"{member}: {wanted or 'it'} makes no policy; its stages that do are {', '.join(policies) or 'none'}"
+        )
+    if not run.stage(wanted).result.exists():
+        raise ConfigError(f"{member}: {wanted} is not done: there is no {run.stage(wanted).result}")
+    return Elsewhere(run=run, stage=wanted, config=config.for_stage(wanted))
+
+
+def manifests_elsewhere(stage: Stage) -> list[Path]:
+    """The manifest of every member that another run made: what it was when the soup was cooked."""
+    found = [read_member(member) for member in members_elsewhere(stage)]
+    return [one.run.stage(one.stage).artifact / MANIFEST for one in found]
+
+
+def blend_problems(config: RunConfig) -> list[str]:
+    """What does not fit between the members of the soups of a resolved configuration; reads other runs' folders."""
+    return [problem for name in config.pipeline if name in config.stages for problem in _member_problems(config, name)]
+
+
+def _member_problems(config: RunConfig, name: str) -> Iterator[str]:
+    field = f"stages.{name}.members"
+    ours = config.for_stage(name)
+    for member in members_elsewhere(config.stages[name]):
+        try:
+            theirs = read_member(member).config
+        except OrchestratorError as error:
+            yield from (f"{field}: {problem}" for problem in error.problems)
+            continue
+        pairs = {
+            "model.base": (theirs.model.base, ours.model.base),
+            "model.dtype": (theirs.model.dtype, ours.model.dtype),
+            "quantization": (theirs.quantization.scheme, ours.quantization.scheme),
+        }
+        both_whole = all(isinstance(one.tuning, WHOLE_MODEL_TUNINGS) for one in (theirs, ours))
+        if not both_whole:
+            pairs["tuning.method"] = (theirs.tuning.method, ours.tuning.method)
+        if not both_whole and theirs.tuning.method == ours.tuning.method:
+            pairs |= {
+                f"tuning.{key}": (str(value), str(ours.tuning.model_dump()[key]))
+                for key, value in theirs.tuning.model_dump().items()
+            }
+        for key, (one, other) in pairs.items():
+            if one != other:
+                yield f"{field}: {member} has {key} {one}, this run {other}; ingredients of a soup have base and tuning in common"
+
+
+def grows_rank(config: RunConfig, name: str) -> bool:
+    """Whether a stage makes an adapter of a higher rank than `tuning.rank`: a sum of products is one with the ranks added up."""
+    stage = config.stages[name]
+    if not isinstance(config.for_stage(name).tuning, LoraTuning):
+        return False
+    return isinstance(stage, SoupStage) or (isinstance(stage, InterpolateStage) and stage.origin is not None)
+
+
+def _place(member: str) -> tuple[Path, str]:
+    """(folder of the run, name of the stage, empty where none is given)."""
+    if Path(member).is_dir():
+        return Path(member), ""
+    folder, _, stage = member.rpartition(":")
+    return Path(folder or member), stage if folder else ""

@@ -1,0 +1,1 @@
+"""How are numbers and durations put in words?"""

@@ -1,0 +1,1 @@
+"""How is the state of a training written, verified and restored?"""

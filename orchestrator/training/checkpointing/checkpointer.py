@@ -1,0 +1,291 @@
+"""Saves, restores and rolls back the training state of a stage. Folders and their proof are `orchestrator.run_folder.checkpoints`'."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from orchestrator.config.cluster import WandbTracking
+from orchestrator.config.run import accumulation_steps
+from orchestrator.distributed.random_state import seed_of
+from orchestrator.distributed.runtime import Runtime
+from orchestrator.distributed.zero_fragments import count_trained
+from orchestrator.errors import CheckpointError
+from orchestrator.metrics.wandb.process import run_id
+from orchestrator.run_folder import checkpoints
+from orchestrator.run_folder.checkpoints import Found
+from orchestrator.run_folder.folder import free_bytes, read_json, write_json
+from orchestrator.run_state.recorder import Context, Record
+from orchestrator.run_state.resume_rules import refuse_changes, settings_that_matter
+from orchestrator.training.checkpointing.newest_proven import newest_proven
+from orchestrator.training.checkpointing.training_state import INDEX, collect, restore, restore_random_state
+from orchestrator.training.checkpointing.writer import CheckpointWriter, Pending
+from orchestrator.training.early_stopping import Stopping
+from orchestrator.training.faults import health_from_json
+from orchestrator.training.loop_state import Progress
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors")
+MEBIBYTE = 1 << 20
+PROBE_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+"""Relative; other ranks and stages sum in another order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is saved. The model and the optimizer are Accelerate's prepared ones."""
+
+    runtime: Runtime
+    model: torch.nn.Module
+    optimizer: Any
+    data_digest: str
+    probe: Callable[[], float] | None
+    """The model's loss on rows that never change; every rank calls it."""
+
+
+class Checkpointer:
+    """Owns the background write. Every rank calls every method, at the same step."""
+
+    def __init__(self, context: Context, subject: Subject, record: Record) -> None:
+        self._context, self._subject, self._record = context, subject, record
+        self._writer = CheckpointWriter(
+            folder=context.folder,
+            settings=context.stage.checkpoint,
+            rank=subject.runtime.rank,
+            world_size=subject.runtime.world_size,
+            record=record,
+        )
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._evaluated: tuple[int, float] | None = None
+        self._best: dict[str, Any] | None = None
+        if subject.runtime.is_main:
+            self._tell_space()
+
+    def note_evaluation(self, step: int, loss: float) -> None:
+        """The held-out loss of a step; the checkpoint of the same step carries it."""
+        self._evaluated = (step, loss)
+        if self._best is None or loss < self._best["loss"]:
+            self._best = {"step": step, "loss": loss}
+
+    def save(self, progress: Progress) -> None:
+        """Takes a snapshot and goes on; waits first where the last save is still being written.
+
+        A model whose probe is not finite is not saved: going back to it would be of no use.
+        """
+        start = time.perf_counter()
+        self._writer.wait(for_newer=True)
+        probe = None if self._subject.probe is None else self._subject.probe()
+        if probe is not None and not math.isfinite(probe):
+            self._record.event("save_refused", step=progress.step, why=f"the probe's loss is {probe}")
+            self._record.say(f"warning: step {progress.step} is not saved: the loss on the probe's rows is {probe}")
+            return
+        probe_seconds = time.perf_counter() - start
+        self._writer.start(self._pending(progress, probe=probe, start=start, probe_seconds=probe_seconds))
+
+    def _pending(self, progress: Progress, *, probe: float | None, start: float, probe_seconds: float) -> Pending:
+        state = collect(self._subject.runtime, self._subject.model, self._subject.optimizer)
+        return Pending(
+            step=progress.step,
+            tensors=self._snapshot(state.tensors),
+            metadata={INDEX: json.dumps(state.index)},
+            state=self._state(progress, probe),
+            facts=self._facts(progress),
+            stall_seconds=time.perf_counter() - start,
+            probe_seconds=probe_seconds,
+        )
+
+    def rehearse(self, progress: Progress) -> None:
+        """Writes a checkpoint, reads it back and removes it: CheckpointError where the disk would refuse the real ones."""
+        if self._context.stage.checkpoint.rehearse:
+            self._writer.rehearse(self._pending(progress, probe=None, start=time.perf_counter(), probe_seconds=0.0))
+
+    def resume(self) -> Progress | None:
+        """Puts everything back from the newest proven checkpoint; None where there is none.
+
+        ConfigError where a setting that matters changed; CheckpointError where the probe's loss does not come out again.
+        """
+        found = newest_proven(self._subject.runtime, self._context.folder, self._tell)
+        if found is None:
+            return None
+        progress = self._restored(found)
+        if self._context.folder.rollbacks.exists():
+            known = read_json(self._context.folder.rollbacks)
+            health = replace(progress.health, omitted=tuple(known["omitted"]), rollbacks=known["rollbacks"])
+            progress = replace(progress, health=health)
+        self._record.event("resume", step=progress.step, **self._changes(found))
+        return progress
+
+    def roll_back(self, progress: Progress) -> Progress | None:
+        """Goes back to before the streak of faults and leaves its data out; None where no checkpoint is that old."""
+        start = time.perf_counter()
+        self._writer.wait(for_newer=True)
+        streak = progress.health.streak
+        found = newest_proven(self._subject.runtime, self._context.folder, self._tell, before=streak[0])
+        if found is None:
+            return None
+        earlier = self._restored(found)
+        omitted = tuple(sorted({*progress.health.omitted, *streak}))
+        health = replace(earlier.health, omitted=omitted, rollbacks=progress.health.rollbacks + 1)
+        if self._subject.runtime.is_main:
+            self._forget_after(found.step)
+            write_json(self._context.folder.rollbacks, {"omitted": list(omitted), "rollbacks": health.rollbacks})
+        self._record.event(
+            "roll_back",
+            from_step=progress.step,
+            to_step=found.step,
+            omitted_steps=list(streak),
+            seconds=time.perf_counter() - start,
+        )
+        self._record.say(
+            f"went back from step {progress.step} to {found.step}; the data of steps {list(streak)} is left out"
+        )
+        self._record.rollbacks = health.rollbacks
+        return replace(earlier, health=health)
+
+    def put_back(self, step: int) -> bool:
+        """Makes the model what it was at a step whose checkpoint was kept; False, and a warning, where that is not proven.
+
+        Call it after `close`: nothing is trained or saved any more.
+        """
+        found = newest_proven(self._subject.runtime, self._context.folder, self._tell, before=step + 1)
+        if found is None or found.step != step:
+            self._record.event("best_lost", step=step)
+            self._record.say(f"warning: the best checkpoint, of step {step}, is not there; the last weights are taken")
+            return False
+        self._restored(found)
+        self._record.event("best", step=step)
+        self._record.say(f"the weights of step {step}, the best, are put back")
+        return True
+
+    def close(self) -> int | None:
+        """Waits for the last save; the newest step that this attempt proved."""
+        self._writer.close()
+        return self._writer.proven_step
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        """A checkpoint that was moved aside, to the record and the log."""
+        self._record.event(event, **facts)
+        self._record.say(
+            f"warning: the checkpoint of step {facts['step']} is not used: {facts['why'][0]}; it is in {facts['moved_to']}"
+        )
+
+    def _tell_space(self) -> None:
+        """What the checkpoints will take, beside what is free."""
+        stage = self._context.stage
+        trained = count_trained(self._subject.runtime, self._subject.model)
+        one = checkpoints.bytes_of_one(trained, stage.optimizer)
+        most = checkpoints.most_bytes(one, stage.checkpoint, self._record.total_steps)
+        free = free_bytes(self._context.folder.checkpoints)
+        self._record.event("space", checkpoint_bytes=one, most_bytes=most, free_bytes=free)
+        told = f"a checkpoint takes {one / MEBIBYTE:,.1f} MiB, all of them at most {most / MEBIBYTE:,.1f}; {free / MEBIBYTE:,.0f} are free"
+        self._record.say(told if most < free else f"warning: {told}: saves will fail until somebody makes room")
+
+    def _restored(self, found: Found) -> Progress:
+        subject, state = self._subject, found.state
+        self._tell_accepted(state)
+        same_ranks = found.world_size == subject.runtime.world_size
+        same_layout = same_ranks and found.manifest["sharding"] == self._context.config.sharding.strategy
+        restore(found.rank_files, subject.runtime, subject.model, subject.optimizer, same_ranks=same_layout)
+        self._check_probe(found.step, state["probe"])
+        if same_ranks:
+            restore_random_state(found.rank_files[subject.runtime.rank], subject.runtime.device)
+        else:
+            set_seed(seed_of(self._context.config.seeds.weights, step=found.step, rank=subject.runtime.rank))
+        self._best = state["best"]
+        return _progress_from_json(state["progress"])
+
+    def _tell_accepted(self, state: dict[str, Any]) -> None:
+        context = self._context
+        accepted = frozenset(context.stage.checkpoint.accept_changes)
+        for sentence in refuse_changes(state["settings"], self._settings(), stage=context.name, accepted=accepted):
+            self._record.say(f"accepted: {sentence}")
+
+    def _check_probe(self, step: int, stored: float | None) -> None:
+        """CheckpointError where the model that was put back does not score as the saved one did."""
+        if stored is None or self._subject.probe is None:
+            return
+        loss = self._subject.probe()
+        allowed = PROBE_TOLERANCE[self._context.config.model.dtype]
+        if not abs(loss - stored) <= allowed * abs(stored):
+            raise CheckpointError(
+                f"step {step} was put back, but its loss on the probe's rows is {loss:.7g}, {stored:.7g} was stored; they differ by "
+                f"{abs(loss - stored) / abs(stored):.2g}, {allowed:g} is allowed. Nothing was trained"
+            )
+
+    def _snapshot(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Host copies, in memory that is kept from save to save: fresh pages would cost more than the copy."""
+        for name, tensor in tensors.items():
+            room = self._buffers.get(name)
+            if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
+                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[name].copy_(tensor, non_blocking=True)
+        if self._subject.runtime.device.type == "cuda":
+            torch.cuda.synchronize(self._subject.runtime.device)
+        return {name: self._buffers[name] for name in tensors}
+
+    def _state(self, progress: Progress, probe: float | None) -> dict[str, Any]:
+        tracked = isinstance(self._context.config.tracking, WandbTracking) and self._subject.runtime.is_main
+        return {
+            "progress": asdict(progress),
+            "probe": probe,
+            "best": self._best,
+            "wandb_id": run_id(self._context.folder.wandb) if tracked else None,
+            "settings": self._settings(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        digest = {f"stages.{self._context.name}.data": self._subject.data_digest}
+        return {**settings_that_matter(self._context.config, self._context.name), **digest}
+
+    def _facts(self, progress: Progress) -> dict[str, Any]:
+        at_this_step = self._evaluated is not None and self._evaluated[0] == progress.step
+        return {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "world_size": self._subject.runtime.world_size,
+            "sharding": self._context.config.sharding.strategy,
+            "attempt": self._context.attempt,
+            "created": time.time(),
+            "best_step": progress.stopping.best_step,
+            "eval_loss": self._evaluated[1] if at_this_step and self._evaluated is not None else None,
+            "config_digest": checkpoints.digest_of(self._settings()),
+            "data_digest": self._subject.data_digest,
+            "versions": {name: metadata.version(name) for name in PACKAGES if _is_installed(name)},
+        }
+
+    def _changes(self, found: Found) -> dict[str, Any]:
+        config, stage = self._context.config, self._context.stage
+        return {
+            "world_size": [found.world_size, self._subject.runtime.world_size],
+            "sharding": [found.manifest["sharding"], config.sharding.strategy],
+            "random_states": "kept" if found.world_size == self._subject.runtime.world_size else "seeded anew",
+            "micro_size": stage.batch.micro_size,
+            "micro_batches_per_rank": accumulation_steps(config, stage),
+        }
+
+    def _forget_after(self, step: int) -> None:
+        """Moves checkpoints newer than the one that was gone back to aside: their weights are in doubt."""
+        folder = self._context.folder
+        for newer in checkpoints.saved_steps(folder):
+            if newer > step:
+                checkpoints.quarantine(folder, newer, [f"a rollback went back to step {step}"], self._tell)
+
+
+def _progress_from_json(values: dict[str, Any]) -> Progress:
+    health, stopping = health_from_json(values["health"]), Stopping(**values["stopping"])
+    return Progress(**{**values, "health": health, "stopping": stopping})
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

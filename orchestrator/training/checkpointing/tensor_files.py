@@ -1,0 +1,109 @@
+"""Writes named tensors as safetensors, hashing on the way; reads them back by name and range. Knows no checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from orchestrator.errors import CheckpointError
+from orchestrator.run_folder.folder import file_digest
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+ALIGNMENT = 8
+PIECE_BYTES = 8 << 20
+"""Written and hashed at a time: small enough that the file system and the training thread get their turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A file as it was meant to be."""
+
+    bytes: int
+    sha256: str
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Written:
+    """Writes host tensors, fsyncs, and gives size and digest of what was in memory. OSError where the disk cannot take it."""
+    digest = hashlib.sha256()
+    size = 0
+    aligned = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    with open(path, "wb", buffering=0) as file:
+        for piece in _pieces(aligned, metadata):
+            view = memoryview(piece)
+            digest.update(view)
+            size += len(view)
+            while view:
+                view = view[file.write(view) :]
+        os.fsync(file.fileno())
+    return Written(bytes=size, sha256=digest.hexdigest())
+
+
+def check_written(path: Path, written: Written) -> None:
+    """Reads a file back, past the page cache where the system allows, and compares; CheckpointError where it differs."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    size, digest = path.stat().st_size, file_digest(path)
+    if (size, digest) != (written.bytes, written.sha256):
+        raise CheckpointError(
+            f"{path}: read back, it has {size} bytes and sha256 {digest[:12]}; {written.bytes} and {written.sha256[:12]} were written"
+        )
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Size of the tensors without the header."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _pieces(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    header = _header(tensors, metadata)
+    yield len(header).to_bytes(8, "little") + header
+    for tensor in tensors.values():
+        raw = (
+            memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")
+            if tensor.numel()
+            else b""
+        )
+        for start in range(0, len(raw), PIECE_BYTES):
+            yield raw[start : start + PIECE_BYTES]
+
+
+def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    place = 0
+    for name, tensor in tensors.items():
+        stop = place + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, stop]}
+        place = stop
+    text = json.dumps(entries, ensure_ascii=False).encode()
+    return text + b" " * (-(8 + len(text)) % ALIGNMENT)
+
+
+@contextmanager
+def open_tensors(paths: Sequence[Path]) -> Iterator[list[Any]]:
+    """Maps files for reading by name; nothing is read before a tensor is asked for."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+
+
+def names_in(handle: Any) -> list[str]:
+    """Names of the tensors of an opened file; its handle is no dict."""
+    return list(handle.keys())

@@ -1,1 +1,0 @@
-"""From rows of a file to batches of tensors; must not import `launchers`."""

@@ -1,0 +1,70 @@
+"""Judges losses: which update is skipped, when the run goes back, when it is given up. Pure; must not import torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestrator.config.training import FaultConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """What the next judgement depends on; part of every checkpoint."""
+
+    streak: tuple[int, ...] = ()
+    """Steps without an update since the last good one."""
+    skipped: int = 0
+    """Updates skipped so far in this line of the run."""
+    omitted: tuple[int, ...] = ()
+    """Steps whose data a rollback took out."""
+    rollbacks: int = 0
+    losses: tuple[float, ...] = ()
+    """Mean losses of the newest good steps, where a spike threshold needs them."""
+
+
+HEALTHY = Health()
+
+
+def find_fault(health: Health, loss: float, settings: FaultConfig) -> str | None:
+    """Why a step of this mean loss must not update the weights, or None."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if settings.spike_sigma is None or len(health.losses) < settings.spike_window:
+        return None
+    mean, deviation = statistics.fmean(health.losses), statistics.stdev(health.losses)
+    limit = mean + settings.spike_sigma * deviation
+    if loss <= limit:
+        return None
+    return f"the loss spiked to {loss:.4g}, over {mean:.4g} + {settings.spike_sigma:g} x {deviation:.2g} = {limit:.4g}"
+
+
+def after_step(health: Health, step: int, *, loss: float, fault: str | None, settings: FaultConfig) -> Health:
+    """The health after a step that was updated (no fault) or skipped."""
+    if step in health.omitted:
+        return health
+    if fault is not None:
+        return replace(health, streak=(*health.streak, step), skipped=health.skipped + 1)
+    losses = (*health.losses, loss)[-settings.spike_window :] if settings.spike_sigma is not None else ()
+    return replace(health, streak=(), losses=losses)
+
+
+def must_go_back(health: Health, settings: FaultConfig) -> bool:
+    """So many skips in a row that the weights themselves are in doubt."""
+    return len(health.streak) >= settings.skips_before_rollback
+
+
+def reason_to_give_up(health: Health, settings: FaultConfig) -> str | None:
+    """The bound that was passed, or None."""
+    if health.skipped + len(health.omitted) > settings.max_skips:
+        return f"{health.skipped + len(health.omitted)} updates were skipped, faults.max_skips is {settings.max_skips}"
+    if must_go_back(health, settings) and health.rollbacks >= settings.max_rollbacks:
+        return f"{len(health.streak)} faults in a row after {health.rollbacks} rollbacks, faults.max_rollbacks is {settings.max_rollbacks}"
+    return None
+
+
+def health_from_json(values: Mapping[str, Any]) -> Health:
+    return Health(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

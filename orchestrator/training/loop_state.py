@@ -1,0 +1,112 @@
+"""What the training loop works on: the job, where it stands, its effects, and one step's result. Knows no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from orchestrator.config.training import TrainingStage
+from orchestrator.data.order import Order
+from orchestrator.dataloader.prefetch import Batches
+from orchestrator.distributed.runtime import Runtime
+from orchestrator.training.adalora_ranks import RankAllocation
+from orchestrator.training.early_stopping import NOT_STOPPING, Stopping
+from orchestrator.training.faults import HEALTHY, Health
+from orchestrator.training.gradual_unfreezing import Unfreezing
+from orchestrator.training.objectives import Objective, Rows
+from orchestrator.training.profiler import Profiler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the loop trains, and on what. The model and the optimizer are Accelerate's prepared ones."""
+
+    runtime: Runtime
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    stage: TrainingStage
+    rows: Rows
+    batches: Batches
+    """Of `rows`."""
+    order: Order
+    steps: int
+    flops_per_token: float | None
+    peak_flops: float | None
+    """Of all ranks together, per second."""
+    allocation: RankAllocation | None = None
+    """Moves AdaLoRA's ranks after every update."""
+    unfreezing: Unfreezing | None = None
+    """Opens trained parameters level by level; None trains all from the first step."""
+    profiler: Profiler | None = None
+    """Sees where the time of a step goes; None looks away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where the run stands after `step` optimizer steps."""
+
+    step: int
+    tokens: int
+    trained_tokens: int
+    health: Health = HEALTHY
+    stopping: Stopping = NOT_STOPPING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """The effects of the loop. Every rank calls them at the same step."""
+
+    record: Callable[[Mapping[str, Any]], None]
+    """Takes a row of metrics; called on every rank, acts on rank 0."""
+    evaluate: Callable[[Progress], Progress]
+    """Scores the model, and judges whether training goes on."""
+    save: Callable[[Progress], None]
+    rehearse: Callable[[Progress], None]
+    """Tries a save after the very first step, so that what would fail later fails now."""
+    roll_back: Callable[[Progress], Progress | None]
+    """Puts the model back to the last proven checkpoint before the streak of faults; None where there is none."""
+    fault: Callable[[int, str, list[int]], None]
+    """Tells that the update of a step was skipped, why, and which rows it held."""
+    stop_reason: Callable[[], str | None]
+    """This rank's own wish to stop."""
+    begin: Callable[[int], Mapping[str, Any]]
+    """Makes the rows of a step (from 1) ready, and gives what its row of metrics tells of them."""
+    took: Callable[[int, Sequence[int]], None]
+    """Tells the rows (fillers too) that this rank computed at a step."""
+
+
+def watched(hooks: Hooks, profiler: Profiler) -> Hooks:
+    """The same effects, each as a span of the profile."""
+    return replace(
+        hooks,
+        begin=profiler.watch(hooks.begin, "rollout"),
+        record=profiler.watch(hooks.record, "logging"),
+        evaluate=profiler.watch(hooks.evaluate, "evaluation"),
+        save=profiler.watch(hooks.save, "saving"),
+        rehearse=profiler.watch(hooks.rehearse, "saving"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step over the global batch."""
+
+    sums: tuple[float, ...]
+    """Of the loss and of the objective's measures."""
+    weight: float
+    """Units of the global batch, by which the sums are divided."""
+    told: Mapping[str, Any]
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    data_seconds: float
+    seconds: float
+    rollout_seconds: float
+    """What it took to make the step's rows ready, before `seconds`; next to nothing where they were prepared."""
+    stop: bool
+    fault: str | None
+    """Why nothing was updated."""

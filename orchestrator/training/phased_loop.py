@@ -1,0 +1,40 @@
+"""The effects of the training loop, announced: each is a phase that whoever watches the run can see. Must not know files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from orchestrator.metrics import phases as phase
+from orchestrator.metrics.phases import Phases
+from orchestrator.training.loop_state import Hooks, Progress
+
+T = TypeVar("T")
+
+
+def announced(hooks: Hooks, phases: Phases, *, total_steps: int) -> Hooks:
+    """The same effects; training becomes the phase at work once the first step is done."""
+
+    def took(step: int, rows: Sequence[int]) -> None:
+        hooks.took(step, rows)
+        # The first step compiles kernels and fills caches: its time says nothing about the next one's.
+        if phases.is_at(phase.FIRST_STEP):
+            phases.begin(phase.TRAINING, total=total_steps, unit=phase.STEPS)
+        phases.advance(step, unit=phase.STEPS)
+
+    return replace(
+        hooks,
+        evaluate=_within(phases, phase.EVALUATION, hooks.evaluate, unit=phase.ROWS),
+        save=_within(phases, phase.SAVING, hooks.save),
+        rehearse=_within(phases, phase.TRIAL, hooks.rehearse),
+        took=took,
+    )
+
+
+def _within(phases: Phases, name: str, act: Callable[[Progress], T], *, unit: str = "") -> Callable[[Progress], T]:
+    def acted(at: Progress) -> T:
+        with phases.during(name, unit=unit):
+            return act(at)
+
+    return acted

@@ -1,0 +1,32 @@
+"""The training loop with a profiler where `profile=true` asks for one. Must not know stages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from orchestrator.run_state.recorder import Context, Record
+from orchestrator.training.loop import train
+from orchestrator.training.loop_state import Hooks, Job, Progress, watched
+from orchestrator.training.profiler import Profiler, told_shares
+
+
+def train_profiled(context: Context, record: Record, job: Job, progress: Progress, hooks: Hooks) -> Progress:
+    """`loop.train`, and after it the breakdown of its steps in the stage's folder and in the log."""
+    left = job.steps - progress.step
+    if not context.config.profile or left < 1:
+        return train(job, progress, hooks)
+    rank = job.runtime.rank
+    profiler = Profiler(
+        context.folder.profile, device=job.runtime.device, rank=rank, attempt=context.attempt, steps=left
+    )
+    if job.runtime.uses_deepspeed:
+        _watch_update(job.model, profiler)
+    progress = train(replace(job, profiler=profiler), progress, watched(hooks, profiler))
+    record.event("profile", step=progress.step, **told_shares(profiler.close()))
+    return progress
+
+
+def _watch_update(engine: Any, profiler: Profiler) -> None:
+    """DeepSpeed updates inside its backward pass: its step becomes a span of its own."""
+    engine.step = profiler.watch(engine.step, "optimizer")

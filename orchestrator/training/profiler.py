@@ -1,0 +1,130 @@
+"""Where the time of a step goes (`profile=true`): seconds by span in metrics.jsonl, and a trace of a few steps. Off, nothing is built.
+
+The spans: rollout (a step's rows are generated), data (a batch is made and moved), forward, backward, communication (what the ranks
+agree on), optimizer, logging, evaluation, saving. Sums of gradients and gathers of shards run inside forward and backward: the trace tells them apart. On a GPU
+every edge of a span waits for the device, so that a profiled step is a little slower than others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from orchestrator.run_folder.folder import write_json, write_text
+
+SPANS = ("rollout", "data", "forward", "backward", "communication", "optimizer", "logging", "evaluation", "saving")
+COLLECTIVES = ("gloo:", "nccl:", "c10d::", "ncclDevKernel")
+WAIT_STEPS, WARM_UP_STEPS, TRACED_STEPS = 2, 1, 3
+TOP_OPERATORS = 40
+
+
+def span(profiler: Profiler | None, name: str) -> AbstractContextManager[Any]:
+    """A part of a step; nothing where nothing is profiled."""
+    return nullcontext() if profiler is None else profiler.span(name)
+
+
+def begin_step(profiler: Profiler | None) -> None:
+    """An optimizer step begins."""
+    if profiler is not None:
+        profiler.begin_step()
+
+
+class Profiler:
+    """Owns torch's profiler of one attempt on one rank."""
+
+    def __init__(self, folder: Path, *, device: torch.device, rank: int, attempt: int, steps: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._device = device
+        self._folder, self._label, self._is_main = folder, f"attempt-{attempt}.rank-{rank}", rank == 0
+        self._seconds = dict.fromkeys(SPANS, 0.0)
+        self._taken = dict.fromkeys(SPANS, 0.0)
+        self._open: list[float] = []
+        """For every span that is open, the seconds of those inside it."""
+        self._steps = 0
+        self._writing_seconds = 0.0
+        self._began = time.perf_counter()
+        traced = min(TRACED_STEPS, steps)
+        warm_up = min(WARM_UP_STEPS, steps - traced)
+        plan = schedule(wait=min(WAIT_STEPS, steps - traced - warm_up), warmup=warm_up, active=traced, repeat=1)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        self._torch = profile(activities=activities, schedule=plan, on_trace_ready=self._write_trace)
+        self._torch.start()
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Seconds and a mark in the trace; what an inner span takes is not counted twice."""
+        self._wait()
+        start = time.perf_counter()
+        self._open.append(0.0)
+        try:
+            with record_function(f"orchestrator.{name}"):
+                yield
+                self._wait()
+        finally:
+            inner, took = self._open.pop(), time.perf_counter() - start
+            self._seconds[name] += took - inner
+            if self._open:
+                self._open[-1] += took
+
+    def watch(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The same function as a span."""
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            with self.span(name):
+                return function(*arguments, **options)
+
+        return watched
+
+    def begin_step(self) -> None:
+        """Tells that an optimizer step begins: the one before is over, with all that belongs to it. What torch's profiler then
+        collects and writes belongs to no step."""
+        if self._steps:
+            began = time.perf_counter()
+            self._torch.step()
+            self._writing_seconds += time.perf_counter() - began
+        else:
+            self._began = time.perf_counter()
+        self._steps += 1
+
+    def take(self, num_steps: int) -> dict[str, float]:
+        """Mean seconds a step of every span since the last time, as columns of metrics.jsonl."""
+        new = {name: self._seconds[name] - self._taken[name] for name in SPANS}
+        self._taken = dict(self._seconds)
+        return {f"profile_{name}_seconds": seconds / num_steps for name, seconds in new.items()}
+
+    def close(self) -> Mapping[str, float]:
+        """Writes the breakdown; seconds a step by span, and what no span covers as `other`."""
+        whole = (time.perf_counter() - self._began - self._writing_seconds) / max(1, self._steps)
+        self._torch.stop()
+        steps = max(1, self._steps)
+        by_span = {name: seconds / steps for name, seconds in self._seconds.items()}
+        told = {**by_span, "other": whole - sum(by_span.values()), "step": whole}
+        if self._is_main:
+            write_json(self._folder / f"{self._label}.breakdown.json", {"steps": self._steps, "seconds_a_step": told})
+        return told
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _write_trace(self, traced: profile) -> None:
+        traced.export_chrome_trace(str(self._folder / f"{self._label}.trace.json.gz"))
+        events = traced.key_averages()
+        order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
+        collectives = [event for event in events if event.key.startswith(COLLECTIVES)]
+        seconds = sum(max(event.cpu_time_total, event.device_time_total) for event in collectives) / 1e6
+        table = events.table(sort_by=order, row_limit=TOP_OPERATORS)
+        head = f"collectives in the traced steps, beside others' work or not: {seconds:.3f} s\n"
+        write_text(self._folder / f"{self._label}.operators.txt", head + table + "\n")
+
+
+def told_shares(told: Mapping[str, float]) -> dict[str, float | str]:
+    """Seconds of a step, and every span's share of it, for the record."""
+    whole = told["step"]
+    return {"seconds": whole} | {name: f"{seconds / whole:.0%}" for name, seconds in told.items() if name != "step"}

@@ -1,0 +1,50 @@
+"""What a stage tells of itself before its first step: its size, its kernels, its FLOPs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from orchestrator.architecture.kernels import attention_of_stage, sums_logprobs
+from orchestrator.architecture.parameter_counts import read_architecture
+from orchestrator.estimate.flops import flops_per_token
+from orchestrator.models.causal_lm import head_of
+from orchestrator.models.tuning import count_trainable
+from orchestrator.run_state.recorder import Context, Record
+from orchestrator.training.throughput import attended_tokens
+
+
+def tell_size(record: Record, model: torch.nn.Module) -> None:
+    trainable, total = count_trainable(model)
+    record.event("model", trainable_parameters=trainable, parameters=total)
+    record.say(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+
+
+def tell_kernels(context: Context, record: Record, model: torch.nn.Module, device: torch.device) -> None:
+    """Attention and loss head, in the words of the plan."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = attention_of_stage(
+        context.config,
+        context.stage,
+        read_architecture(context.base_folder),
+        device.type,
+        name=base.config._attn_implementation,
+    )
+    head = head_of(model, device, is_summed=sums_logprobs(context.stage))
+    record.event("attention", attention=attention)
+    record.event("head", head=head)
+    record.say(f"attention: {attention}")
+    record.say(f"loss head: {head}")
+
+
+def flops_of(context: Context) -> float | None:
+    architecture = read_architecture(context.base_folder)
+    if architecture is None:
+        return None
+    return flops_per_token(architecture, context.config, length=attended_tokens(context))
+
+
+def peak_flops(context: Context) -> float | None:
+    peak = context.config.cluster.hardware.peak_tflops
+    return None if peak is None else peak * 1e12 * context.config.world_size

@@ -1,0 +1,64 @@
+"""Writes down how fast a stage is while it trains, for `status` and for the next plan on this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from orchestrator.architecture.parameter_counts import read_architecture
+from orchestrator.config.training import TrainingStage
+from orchestrator.data.prepared.statistics import prepared_facts
+from orchestrator.estimate.row_lengths import shape_of
+from orchestrator.estimate.stage_time import with_completions
+from orchestrator.machine.job_processor import processor_key
+from orchestrator.machine.processor import this_processor
+from orchestrator.planning.measured_speed import AFTER_STEPS, Basis, write_measured
+from orchestrator.run_state.recorder import Context
+
+if TYPE_CHECKING:
+    from orchestrator.training.session import Session
+
+
+def measuring(session: Session) -> Callable[[Mapping[str, Any]], None]:
+    """Takes every row of metrics, and writes measured.json after the first `AFTER_STEPS` steps of the attempt."""
+    steps = 0
+
+    def take(row: Mapping[str, Any]) -> None:
+        nonlocal steps
+        session.record.metrics(row)
+        before, steps = steps, steps + int(row["num_steps"])
+        if before < AFTER_STEPS <= steps:
+            keep_measured(session)
+
+    return take
+
+
+def keep_measured(session: Session) -> None:
+    """Writes measured.json from the record so far; rank 0 alone."""
+    context = session.context
+    model = read_architecture(context.base_folder)
+    if not session.runtime.is_main or model is None:
+        return
+    basis = Basis(
+        stage=context.name,
+        model=model,
+        attended=attended_tokens(context),
+        time=time.time(),
+        processor=processor_key(this_processor(), os.environ),
+    )
+    write_measured(context.folder, context.config, basis)
+
+
+def attended_tokens(context: Context) -> float:
+    """Tokens that attention sees as one document, on average over the tokens: what FLOPs are counted with."""
+    stage = cast("TrainingStage", context.stage)
+    facts = prepared_facts(
+        context.train_data,
+        context.evaluation_data,
+        data=stage.data,
+        global_size=stage.batch.global_size,
+        seed=context.config.seeds.data,
+    )
+    return with_completions(shape_of(facts, micro_size=1, grouped=True), stage).attended
