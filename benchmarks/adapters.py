@@ -189,8 +189,9 @@ def arc(folder: Path, *, steps: int, rows: int) -> int:
 def _train(
     place: Path, name: str, folder: Path, held: Path, words: tuple[str, ...], *, steps: int
 ) -> tuple[dict[str, Any], int]:
+    from orchestrator.files.atomic import read_json
     from orchestrator.metrics.jsonl import read_rows
-    from orchestrator.run_folder.folder import RunFolder, read_json
+    from orchestrator.run_folder.folder import RunFolder
 
     common = [
         "+experiment=llama_lora",
@@ -221,9 +222,10 @@ def _accuracy(run: Path, held: Path) -> dict[str, float]:
     from orchestrator.data.encoding.encoder import encode_prompt, make_encoder
     from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
     from orchestrator.evaluation.compare_with_base import _chat
+    from orchestrator.files.atomic import read_json
     from orchestrator.models.artifact import open_artifact
     from orchestrator.models.loading import DTYPES, quiet
-    from orchestrator.run_folder.folder import RunFolder, read_json
+    from orchestrator.run_folder.folder import RunFolder
 
     quiet()
     stage = RunFolder(run).stage("sft")

@@ -27,11 +27,12 @@ from orchestrator.files.cache import cache_folder
 from orchestrator.metrics.jsonl import read_rows
 from orchestrator.models.loading import fetch_base, load_model
 from orchestrator.models.tuning import apply_tuning
-from orchestrator.planning.plan import resolve
+from orchestrator.planning.absolute_paths import resolve
 from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_folder.stop_request import StopRequest
-from orchestrator.run_state.recorder import Context, Record
+from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.checkpointing.checkpointer import Checkpointer, Subject
 from orchestrator.training.loop_state import Progress
 from orchestrator.training.optimizer import build_optimizer

@@ -137,7 +137,7 @@ def spent(run: Path, began: float, ended: float) -> dict[str, float]:
 
 
 def held_tokens(stage: Path) -> int:
-    from orchestrator.dataloader.batch import PreparedRows
+    from orchestrator.dataloader.prepared_rows import PreparedRows
 
     return int(PreparedRows.open(Path(json.loads((stage / "prepared.json").read_text())["evaluation"])).lengths.sum())
 

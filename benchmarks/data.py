@@ -27,7 +27,7 @@ import yaml
 from orchestrator.config.data import DataConfig
 from orchestrator.data.order import BatchOrder
 from orchestrator.data.preparation.packing import best_fit, efficiency, pack
-from orchestrator.data.sources.locate import validate_rows
+from orchestrator.data.sources.validate import validate_rows
 from orchestrator.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,7 +292,7 @@ def bench_train(path: Path, columns: dict[str, str], rounds: int, length: int, t
     from transformers import AutoModelForCausalLM
 
     from orchestrator.data.preparation.prepare import ensure_prepared
-    from orchestrator.dataloader.batch import PreparedRows
+    from orchestrator.dataloader.prepared_rows import PreparedRows
     from orchestrator.losses.token_cross_entropy import token_cross_entropy_sum
     from orchestrator.models import attention
 

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import tiny
 
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
-from orchestrator.run_folder.folder import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder
 
 METHODS = {
     "full": ("tuning=full", "optimizer@stages.sft.optimizer=adamw_8bit"),

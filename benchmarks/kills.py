@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from cells import Cell, Place, command, environment, make_place, train
 
+from orchestrator.files.manifest import MANIFEST
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.folder import MANIFEST
 
 STEPS = 90
 WORDS = (

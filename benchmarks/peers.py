@@ -81,7 +81,7 @@ def adapter_settings(spec: dict[str, Any]) -> Any:
 def batches_of(name: str, spec: dict[str, Any]) -> list[Any]:
     """Our prepared rows in our order, one batch a step."""
     from orchestrator.data.order import BatchOrder
-    from orchestrator.dataloader.batch import PreparedRows
+    from orchestrator.dataloader.prepared_rows import PreparedRows
 
     packed = name.endswith("packed")
     rows = PreparedRows.open(Path(spec["packed" if packed else "padded"]))
@@ -228,7 +228,7 @@ def held_out_loss(model: Any, spec: dict[str, Any]) -> float:
     """Mean loss of the held-out answers, row by row, by plain transformers."""
     import torch
 
-    from orchestrator.dataloader.batch import PreparedRows
+    from orchestrator.dataloader.prepared_rows import PreparedRows
 
     rows = PreparedRows.open(Path(spec["held"]))
     model.eval()

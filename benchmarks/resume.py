@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from cells import Cell, Place, largest_difference, make_place, train
 
-from orchestrator.run_folder.folder import read_json
+from orchestrator.files.atomic import read_json
 
 METHODS = {"full": ("tuning=full",), "lora": ("tuning=lora",), "qlora": ("tuning=lora", "quantization=nf4")}
 SHARDINGS = ("none", "zero1", "zero2", "zero3", "zero3_offload")

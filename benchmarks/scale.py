@@ -154,7 +154,7 @@ def raw(spec: Mapping[str, Any]) -> None:
     import torch
 
     from orchestrator.data.order import BatchOrder
-    from orchestrator.dataloader.batch import PreparedRows
+    from orchestrator.dataloader.prepared_rows import PreparedRows
     from orchestrator.files.cache import compiled_folder
 
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(compiled_folder()))

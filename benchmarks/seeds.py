@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import number_of, read_rows, step_of
-from orchestrator.run_folder.folder import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder
 
 NAME = "seeds"
 EVERY = 5

@@ -22,7 +22,8 @@ import numpy as np
 
 import orchestrator
 from orchestrator.architecture.families import FAMILIES
-from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.config.model import Architecture
+from orchestrator.config.tuning import LoraTuning
 from orchestrator.models.tracing.live_bytes import Event, Precision, Trace, trace
 from orchestrator.models.tracing.untrained_models import AttentionPath, Mode, build_model
 

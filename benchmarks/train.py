@@ -75,7 +75,7 @@ def parsed() -> argparse.Namespace:
 def prepared(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """The rows, tokenised once for all: padded, packed and held out."""
     from orchestrator.data.preparation.prepare import ensure_prepared
-    from orchestrator.dataloader.batch import PreparedRows
+    from orchestrator.dataloader.prepared_rows import PreparedRows
 
     lines = options.file.read_text(encoding="utf-8").splitlines()
     train, held = place / "train.jsonl", place / "held.jsonl"

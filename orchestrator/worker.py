@@ -16,20 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.evaluation import ScoringStage
-from orchestrator.config.pipeline import inputs_of, stage_digest
+from orchestrator.config.pipeline import inputs_of, members_elsewhere, stages_beside
 from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.distributed.import_blocking import leave_out_deepspeed, leave_out_unused, uncollected
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, OrchestratorError
+from orchestrator.files.atomic import read_json, write_json
 from orchestrator.files.cache import cache_folder
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
-from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_folder.stop_request import StopRequest, job_deadline
 from orchestrator.run_state.artifacts import Artifact, check_artifacts, read_artifact
 from orchestrator.run_state.attempts import next_attempt, write_fault
 from orchestrator.run_state.content_digests import content_digests
 from orchestrator.run_state.frozen import load_config
-from orchestrator.run_state.soup_members import Elsewhere, members_elsewhere, read_member, stages_beside
+from orchestrator.run_state.reuse import stage_digest
+from orchestrator.run_state.soup_members import Elsewhere, read_member
 from orchestrator.stages import STAGES
 
 PREPARE_POLL_SECONDS = 0.05
@@ -97,7 +99,7 @@ def _made_ready(
     leave_out_unused(config, Path(inputs["base_folder"]))
     module = importlib.import_module(STAGES[stage.kind])
     from orchestrator.models.loading import quiet
-    from orchestrator.run_state.recorder import Context
+    from orchestrator.run_state.stage_context import Context
 
     quiet()
     context = Context(
@@ -129,7 +131,7 @@ def _start(stage: Stage, artifacts: Mapping[str, Artifact]) -> Any:
 
 
 def _as_start(artifact: Artifact, name: str) -> Any:
-    from orchestrator.run_state.recorder import Start
+    from orchestrator.run_state.stage_context import Start
 
     return Start(stage=name, folder=artifact.path, kind=artifact.kind)
 

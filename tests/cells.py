@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.composition.compose import compose
+from orchestrator.files.atomic import read_json, write_json
 from orchestrator.metrics.jsonl import Row, last_attempt_rows, read_rows
-from orchestrator.planning.plan import resolve
-from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json, write_json
+from orchestrator.planning.absolute_paths import resolve
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 
 STEPS = 8
 
@@ -179,7 +180,8 @@ def _train_cell(cell: Cell) -> None:
     from orchestrator.metrics.phases import Phases
     from orchestrator.models.tuning import build_policy
     from orchestrator.run_folder.stop_request import StopRequest
-    from orchestrator.run_state.recorder import Context, Record, Start
+    from orchestrator.run_state.recorder import Record
+    from orchestrator.run_state.stage_context import Context, Start
     from orchestrator.stages import STAGES
     from orchestrator.training.loop import train as train_job
     from orchestrator.training.loop_state import Hooks, Progress

@@ -7,7 +7,8 @@ import io
 import re
 from pathlib import Path
 
-from orchestrator.run_folder.folder import StageFolder, read_json
+from orchestrator.files.atomic import read_json
+from orchestrator.run_folder.folder import StageFolder
 from orchestrator.run_state.loading_code import loading_lines
 
 CARD_SCRIPT = re.compile(r"```python\n(.*?)```", re.DOTALL)

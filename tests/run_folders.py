@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.composition.compose import compose
+from orchestrator.files.atomic import write_json
+from orchestrator.files.manifest import MANIFEST, file_digest, write_manifest
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.folder import MANIFEST, RunFolder, StageFolder, file_digest, write_json, write_manifest
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 
 DIGESTS = {"base": "b1", "tokenizer": "t1", "template": "c1", "code": "1", "data": "d1"}
 

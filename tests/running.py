@@ -14,8 +14,9 @@ import forking
 import tiny
 from asking import latest
 
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
-from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 
 MINUTES = 60
 

@@ -9,10 +9,11 @@ import torch
 
 from orchestrator.alignment.reference_logprobs import keep_reference
 from orchestrator.data.order import rank_slices
-from orchestrator.dataloader.batch import Batch, PreparedRows, batch_of
+from orchestrator.dataloader.batch import Batch, batch_of
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import DataError
 from orchestrator.training.objectives import document_logprobs
-from orchestrator.training.session import Session
+from orchestrator.training.recipe import Session
 
 
 class Mismatched:

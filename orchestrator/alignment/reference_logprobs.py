@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.dataloader.batch import Batch
 from orchestrator.errors import CheckpointError
-from orchestrator.run_folder.folder import sync_folder
+from orchestrator.files.atomic import sync_folder
 from orchestrator.training.objectives import document_logprobs
-from orchestrator.training.session import Session
+from orchestrator.training.recipe import Session
 
 NAME = "logprobs_D"
 

@@ -10,12 +10,12 @@ import torch
 
 from orchestrator.alignment.rewards import without_sharding
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.models.loading import DTYPES, load_model
 from orchestrator.models.peft_adapters import adapter_settings
 from orchestrator.models.tuning import build_policy, load_adapter
-from orchestrator.run_state.recorder import Context
-from orchestrator.training.session import Session
+from orchestrator.run_state.stage_context import Context
+from orchestrator.training.recipe import Session
 
 REFERENCE = "reference"
 """Name of the frozen copy of the adapter."""

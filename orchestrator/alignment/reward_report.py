@@ -11,10 +11,10 @@ import torch
 from orchestrator.alignment.reward_statistics import Pairs, RewardReport, report_of
 from orchestrator.config.alignment import RewardStage
 from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
-from orchestrator.dataloader.batch import PreparedRows
 from orchestrator.dataloader.passes import passes
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.training.objectives import document_scores
-from orchestrator.training.session import Session
+from orchestrator.training.recipe import Session
 
 
 def held_out_scores(session: Session) -> np.ndarray:

@@ -13,40 +13,16 @@ import torch
 
 from orchestrator.config.alignment import RewardSource
 from orchestrator.config.pipeline import MODEL_PREFIX, STAGE_PREFIX
-from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
+from orchestrator.data.encoding.tokenizer import load_facts
 from orchestrator.dataloader.batch import batch_of
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import ConfigError
-from orchestrator.generation.generator import Completion, Request
+from orchestrator.generation.samples import Scored
 from orchestrator.models.artifact import open_artifact
 from orchestrator.models.loading import DTYPES, load_scorer
-from orchestrator.rewards.builtin import Sample
 from orchestrator.rewards.load import load_reward
-from orchestrator.run_state.recorder import Context
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.objectives import document_scores
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """A completion as rewards see it."""
-
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    sample: Sample
-
-
-def as_scored(context: Context, request: Request, completion: Completion, row: Mapping[str, Any]) -> Scored:
-    """Ids and texts of a completion."""
-    tokenizer = core_tokenizer(load_facts(context.base_folder).core)
-    sample = Sample(
-        prompt=tokenizer.decode(list(request.prompt), skip_special_tokens=True),
-        completion=tokenizer.decode(list(completion.ids), skip_special_tokens=True),
-        tokens=len(completion.ids),
-        is_finished=completion.is_finished,
-        row=row,
-    )
-    return Scored(prompt_ids=request.prompt, completion_ids=completion.ids, sample=sample)
-
 
 Score = Callable[[Sequence[Scored]], list[float]]
 

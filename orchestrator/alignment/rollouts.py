@@ -11,7 +11,7 @@ import torch
 
 from orchestrator.alignment.policy_health import Health, health_of, judge
 from orchestrator.alignment.reference_policy import UseReference
-from orchestrator.alignment.rewards import Rewards, Scored, as_scored
+from orchestrator.alignment.rewards import Rewards
 from orchestrator.alignment.rollout_rows import (
     RolloutOrder,
     RolloutRows,
@@ -27,12 +27,13 @@ from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
 from orchestrator.dataloader.batch import batch_of
 from orchestrator.errors import TrainingFailed
 from orchestrator.generation.generator import Completion, Generate, Request, seed_of
+from orchestrator.generation.samples import Scored, as_scored
 from orchestrator.losses.policy import advantages_PG
 from orchestrator.losses.token_cross_entropy import IGNORED
 from orchestrator.metrics.jsonl import RecordFile
 from orchestrator.run_folder.checkpoints import saved_steps
 from orchestrator.training.objectives import token_scores_BT
-from orchestrator.training.session import Session
+from orchestrator.training.recipe import Session
 
 SHOWN_SAMPLES = 4
 """Completions of a rollout that are written down for people."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 from orchestrator.commands.plan_from_overrides import composed_words, planned_run
-from orchestrator.commands.plan_from_overrides import resume as resume_run
-from orchestrator.commands.plan_from_overrides import run as run_overrides
+from orchestrator.commands.resume import resume as resume_run
+from orchestrator.commands.run import run as run_overrides
 from orchestrator.composition.overrides import two_values
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import (
@@ -28,10 +28,11 @@ from orchestrator.errors import (
     LaunchFailed,
     TrainingFailed,
 )
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import Row, last_attempt_rows, read_rows
 from orchestrator.monitoring.stage_status import StageStatus, find_runs, stage_statuses
-from orchestrator.planning.plan import Plan
-from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json
+from orchestrator.planning.records import Plan
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_state.attempts import read_attempts
 from orchestrator.run_state.opened_model import OpenedModel
 

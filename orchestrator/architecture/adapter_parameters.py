@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from orchestrator.architecture.families import Linear, linear_layers
-from orchestrator.architecture.parameter_counts import count_lora_parameters
-from orchestrator.config.model import Architecture, FreezeTuning, FullTuning, LoraTuning
+from orchestrator.architecture.families import Linear, family_of, linear_layers
+from orchestrator.config.model import Architecture
 from orchestrator.config.tuning import (
     VIRTUAL_TOKEN_TUNINGS,
     AdaloraTuning,
     AdapterTuning,
+    FreezeTuning,
+    FullTuning,
     Ia3Tuning,
+    LoraTuning,
     LoreftTuning,
     OftTuning,
     PrefixTuning,
@@ -146,3 +148,41 @@ def kept_numbers_per_token(model: Architecture, tuning: FullTuning | FreezeTunin
             return float(2 * model.hidden_size)
         case _:
             return 0.0
+
+
+def count_lora_parameters(model: Architecture, tuning: LoraTuning) -> int:
+    """Sum of r (in + out) over the adapted layers (2106.09685); DoRA adds a magnitude for every output feature.
+
+    In a mixture `all-linear` means attention, router and the fused experts as PEFT adapts them: one adapter of rank 2 r for
+    gate and up of each expert, one of rank r for down. By name, attention alone can be chosen there.
+    """
+    is_all = tuning.target_modules == "all-linear"
+    known = [linear for linear in linear_layers(model) if linear.is_attention or not model.num_experts]
+    chosen = [linear for linear in known if is_all or linear.name in tuning.target_modules]
+    per_layer = sum(tuning.rank * (linear.inputs + linear.outputs) for linear in chosen)
+    if is_all and model.num_experts:
+        hidden, inner, experts = model.hidden_size, model.intermediate_size, model.num_experts
+        per_layer += tuning.rank * (hidden + experts + 2 * experts * (hidden + 2 * inner) + experts * (inner + hidden))
+    magnitudes = sum(linear.outputs for linear in chosen) if tuning.use_dora else 0
+    return (per_layer + magnitudes) * model.num_hidden_layers + _head_lora(model, tuning)
+
+
+def _head_lora(model: Architecture, tuning: LoraTuning) -> int:
+    """An encoder's dense layer before the head is adapted with the others."""
+    is_meant = tuning.target_modules == "all-linear" or "dense" in tuning.target_modules
+    if not family_of(model).head_transform or not is_meant:
+        return 0
+    return (2 * tuning.rank + (1 if tuning.use_dora else 0)) * model.hidden_size
+
+
+def adapter_problems(model: Architecture, tuning: FullTuning | FreezeTuning | AdapterTuning) -> list[str]:
+    """What PEFT cannot do with this model, one sentence each."""
+    if not isinstance(tuning, LoraTuning) or not model.num_experts or tuning.target_modules != "all-linear":
+        return []
+    faults = {"use_dora=true": tuning.use_dora, f"dropout={tuning.dropout}": tuning.dropout > 0}
+    return [
+        f"tuning.{setting}: PEFT cannot do that for the fused experts of a mixture; type "
+        f"tuning.target_modules=[{','.join(family_of(model).attention)}]"
+        for setting, is_set in faults.items()
+        if is_set
+    ]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.architecture.parameter_counts import read_architecture
+from orchestrator.architecture.read import read_architecture
 from orchestrator.config.model import Architecture, ModelConfig
-from orchestrator.data.prepared.key import FileHashes
 from orchestrator.errors import ModelError
+from orchestrator.files.hash_cache import FileHashes
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from orchestrator.architecture.zero_buckets import sizes_of
 from orchestrator.config.base import JsonValue
-from orchestrator.config.model import ZeroSharding
 from orchestrator.config.run import RunConfig, accumulation_steps
+from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.training import TrainingStage
 
 NEVER = 1_000_000_000

@@ -11,9 +11,10 @@ from typing import Literal
 from orchestrator.config.alignment import RewardStage
 from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
 from orchestrator.config.cluster import ClusterConfig
-from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, training_pipeline
 from orchestrator.config.training import SftStage, TrainingStage
+from orchestrator.config.tuning import LoraTuning
 
 Device = Literal["cpu", "cuda"]
 HeadChoice = Literal["auto", "torch", "liger"]

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 
 from orchestrator.architecture.families import family_of, linear_layers
 from orchestrator.architecture.parameter_counts import count_parameters
-from orchestrator.config.model import Architecture, FreezeTuning
+from orchestrator.config.model import Architecture
+from orchestrator.config.tuning import FreezeTuning
 from orchestrator.errors import ConfigError
 
 BELOW_ALL_LAYERS = -1

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.architecture.parameter_counts import count_parameters
-from orchestrator.config.model import Architecture, ZeroSharding
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
+from orchestrator.config.sharding import ZeroSharding
 
 MOST_ELEMENTS = 200_000_000
 """Of a bucket: 400 MB in 16 bits, twice where communication overlaps."""

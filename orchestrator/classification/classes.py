@@ -6,18 +6,17 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from orchestrator.config.classification import ClassifyStage
+from orchestrator.config.classification import ClassifyStage, Problem
 from orchestrator.data.prepared.folder import PreparedFolder
 from orchestrator.data.prepared.meta import Meta
 from orchestrator.dataloader.batch import Batch
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.run_folder.folder import read_json
+from orchestrator.files.atomic import read_json
 
-Problem = Literal["single_label", "multi_label", "regression"]
 NO_CLASS = -1
 """Target of a row without a label, where a row has one class."""
 SHOWN_ROWS = 8

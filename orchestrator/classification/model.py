@@ -14,17 +14,19 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from orchestrator.classification.classes import Classes, classes_of, read_classes, same_classes
 from orchestrator.config.classification import ClassifyStage
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS, Nf4Quantization
+from orchestrator.config.model import Nf4Quantization
 from orchestrator.config.run import RunConfig
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.data.encoding.labelled_text import separator_of
 from orchestrator.data.encoding.tokenizer import load_facts
-from orchestrator.dataloader.batch import Batch, PreparedRows
+from orchestrator.dataloader.batch import Batch
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import CheckpointError, DataError, ModelError
 from orchestrator.models.causal_lm import NOT_FOR_A_BACKBONE
 from orchestrator.models.loading import attention_of, keep_weights_in_place, nf4_settings
 from orchestrator.models.tuning import apply_tuning, hold_masters, load_adapter
-from orchestrator.run_state.recorder import Context
+from orchestrator.run_state.stage_context import Context
 
 HEADS = ("score", "classifier", "pooler", "pre_classifier")
 """Modules that are never held in 4 bits: they are new, and trained."""

@@ -20,9 +20,9 @@ from orchestrator.classification.objective import all_logits_DC
 from orchestrator.config.classification import SelfTrainingStage
 from orchestrator.dataloader.batch import Batch
 from orchestrator.errors import CheckpointError
+from orchestrator.files.atomic import sync_folder
 from orchestrator.losses.classification import confidences_D, soft_pseudo_labels_DC
-from orchestrator.run_folder.folder import sync_folder
-from orchestrator.training.session import Session
+from orchestrator.training.recipe import Session
 
 NAME = "labels_DC"
 

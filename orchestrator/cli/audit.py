@@ -13,6 +13,6 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.commands.check import audit
+    from orchestrator.commands.audit import audit
 
     return audit(run_folder_of(arguments))

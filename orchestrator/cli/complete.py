@@ -116,7 +116,7 @@ def _run_folders(current: str) -> list[str]:
 
 def _stages(before: Sequence[str]) -> list[str]:
     """Stages of the run folder on the line."""
-    from orchestrator.run_folder.folder import read_json
+    from orchestrator.files.atomic import read_json
 
     for word in before:
         file = Path(word, "run.json")

@@ -18,6 +18,6 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.commands.generate import export
+    from orchestrator.commands.export import export
 
     return export(run_folder_of(arguments), stage=arguments.stage, to=arguments.to, max_kl=arguments.max_kl)

@@ -30,7 +30,7 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.commands.plan_from_overrides import fork
+    from orchestrator.commands.fork import fork
 
     folders = [word for word in arguments.words if "=" not in word]
     if len(folders) != 1:

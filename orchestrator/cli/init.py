@@ -72,7 +72,7 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.run_folder.folder import write_text
+    from orchestrator.files.atomic import write_text
 
     file = Path(arguments.file).expanduser()
     _check_target(file, arguments.file, replace=arguments.force)

@@ -25,7 +25,7 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.commands.plan_from_overrides import plan
+    from orchestrator.commands.plan import plan
 
     advise = arguments.advise == "true"
     return plan(overrides_of(arguments), advise=advise, as_json=arguments.format == "json", everything=arguments.all)

@@ -15,7 +15,7 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.commands.check import prepare, prepare_run
+    from orchestrator.commands.prepare import prepare, prepare_run
 
     overrides: list[str] = arguments.overrides
     if len(overrides) == 1 and Path(overrides[0]).expanduser().is_dir():

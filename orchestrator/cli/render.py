@@ -13,6 +13,6 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.commands.plan_from_overrides import render
+    from orchestrator.commands.render import render
 
     return render(overrides_of(arguments))

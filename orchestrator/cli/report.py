@@ -14,6 +14,6 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.commands.generate import report
+    from orchestrator.commands.report import report
 
     return report(Path(arguments.folder).expanduser().resolve())

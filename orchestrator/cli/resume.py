@@ -13,6 +13,6 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.commands.plan_from_overrides import resume
+    from orchestrator.commands.resume import resume
 
     return resume(run_folder_of(arguments))

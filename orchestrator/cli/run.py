@@ -16,7 +16,7 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.commands.plan_from_overrides import run as run_overrides
+    from orchestrator.commands.run import run as run_overrides
     from orchestrator.execution.run_pipeline import Part
 
     return run_overrides(overrides_of(arguments), part=Part(only=arguments.only, anew_from=arguments.first))

@@ -14,6 +14,6 @@ def configure(parser: VerbParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from orchestrator.commands.check import verify_resume
+    from orchestrator.commands.verify_resume import verify_resume
 
     return verify_resume(overrides_of(arguments), steps=arguments.steps)

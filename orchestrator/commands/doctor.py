@@ -12,9 +12,9 @@ from importlib import metadata
 
 from orchestrator.architecture.base_model import hub_is_offline, package_gguf
 from orchestrator.errors import EXIT_DONE
+from orchestrator.files.atomic import existing_parent
 from orchestrator.files.cache import cache_folder
 from orchestrator.machine.this_machine import this_machine
-from orchestrator.run_folder.folder import existing_parent
 
 PACKAGES = (
     "torch",

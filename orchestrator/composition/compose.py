@@ -27,7 +27,7 @@ from orchestrator.composition.overrides import (
 from orchestrator.composition.recipes import Origins, fit, take_recipes
 from orchestrator.composition.yaml_locations import find_places
 from orchestrator.config.autos import AUTO, NUMBER_TYPE, SMALLEST, STAGE
-from orchestrator.config.pipeline import pipeline_problems
+from orchestrator.config.pipeline_rules import pipeline_problems
 from orchestrator.config.rules import parse_types, rule_problems
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError

@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from orchestrator.composition.overrides import CONF, RECIPE
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.classification import SelfTrainingStage
+from orchestrator.config.demonstration import DEMONSTRATIONS
 from orchestrator.config.run import RunConfig, fitting_micro_size, training_pipeline
 from orchestrator.config.training import BatchConfig, TrainingStage
-from orchestrator.data.sources.locate import DEMONSTRATIONS
 
 
 class Origin(IntEnum):

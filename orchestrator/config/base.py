@@ -24,3 +24,10 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, protected_namespaces=())
+
+
+def flatten(tree: JsonValue, prefix: str = "") -> dict[str, JsonValue]:
+    """Dotted keys of the leaves."""
+    if isinstance(tree, dict) and tree:
+        return {key: leaf for name, value in tree.items() for key, leaf in flatten(value, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): tree}

@@ -75,3 +75,6 @@ def _label_problems(field: str, stage: ClassifyStage) -> list[str]:
     if len(stage.labels) < 2 and stage.problem == "single_label":
         problems.append(f"{field}.labels: one class of {list(stage.labels)} is always right; give at least two")
     return problems
+
+
+Problem = Literal["single_label", "multi_label", "regression"]

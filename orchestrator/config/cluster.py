@@ -139,23 +139,3 @@ class LauncherConfig(Section):
     """Preemptions and lost nodes that cost nothing."""
     max_failures: NaturalInt
     """Failures after which the stage is given up."""
-
-
-class WandbTracking(Section):
-    """Weights & Biases."""
-
-    kind: Literal["wandb"]
-    project: str
-    entity: str | None
-    mode: Literal["auto", "online", "offline"]
-    """`auto` is online where there is a key, else offline."""
-    finish_timeout_seconds: PositiveFloat
-    """How long the end of a stage waits for W&B."""
-    init_timeout_seconds: PositiveFloat
-    """How long the server may take to answer at the start; training does not wait for it."""
-
-
-class NoTracking(Section):
-    """metrics.jsonl alone."""
-
-    kind: Literal["none"]

@@ -144,3 +144,8 @@ class DataConfig(Section):
                 f"tokens_per_batch={self.tokens_per_batch} cannot hold a row of max_length={self.max_length}"
             )
         return self
+
+
+def held_out_rows(rows: int, settings: HeldOutConfig) -> int:
+    """Rows that a split by `fraction` takes out of `rows`: at least one, at most `max_rows`, and never all."""
+    return min(settings.max_rows, max(1, round(rows * settings.fraction)), max(0, rows - 1))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, cast
 
 from pydantic import Field, model_validator
 
 from orchestrator.config.alignment import RewardSource, RolloutConfig
-from orchestrator.config.base import Fraction, Identifier, NaturalFloat, PositiveFloat, PositiveInt, Section, Text
+from orchestrator.config.base import Identifier, PositiveInt, Section, Text
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
 
 FIRST_SET = "data"
@@ -103,59 +102,6 @@ class EvaluateStage(ScoringStage):
     """What is asked of the answers that are generated to `data.train`; none generates nothing for it."""
 
 
-class ChoosingStage(ScoringStage):
-    """What every stage has that chooses among models by their scores."""
-
-    choose_by: Literal["accuracy", "loss"]
-    """What is compared: accuracy (more is better) or loss (less is better), as means over sets."""
-    choose_on: tuple[str, ...]
-    """Names of the sets that the choice looks at; keep test sets out of it, and they stay a test."""
-
-
-class InterpolateStage(ChoosingStage):
-    """Weights between two models, theta(a) = (1-a) theta_0 + a theta_1 (WiSE-FT, 2109.01903), scored over a; one is kept."""
-
-    kind: Literal["interpolate"]
-    origin: str | None
-    """Stage whose artifact is theta_0; null is the base. theta_1 is the artifact of `start_from`."""
-    alphas: Annotated[tuple[Fraction, ...], Field(min_length=1)]
-    """The values of a that are scored."""
-    choose: Literal["best_ood", "best_id", "id_within"]
-    """Which a is kept: best on sets with shift, best on those without, or the best on shift among those that lose at most
-    `within` against the best without."""
-    within: NaturalFloat
-    """What `id_within` may lose: a share of the rows where `choose_by` is accuracy (0.01 is one point), else nats a token."""
-
-
-class SoupStage(ChoosingStage):
-    """An average of several fine-tuned models of one base (model soups, 2203.05482)."""
-
-    kind: Literal["soup"]
-    members: tuple[Text, ...]
-    """Ingredients beside the artifact of `start_from`: `stage:NAME`, or the folder of a finished run, with `:STAGE` behind it
-    where it is not the last one that makes a policy."""
-    recipe: Literal["uniform", "greedy"]
-    """Average all, or (recipe 1 of the paper) from the best one on take in what does not make the average worse."""
-
-
-class MergeStage(Section):
-    """Merges an adapter into its base, measures what that changed, and writes a folder that can be published."""
-
-    kind: Literal["merge"]
-    start_from: str | None
-    """Stage whose artifact is merged; `auto` is the nearest earlier one that makes a policy."""
-    data: DataConfig
-    """`data.train` holds the rows on which merged and trained model are compared."""
-    rows: PositiveInt
-    """Rows that are compared, at most."""
-    micro_size: PositiveInt
-    """Rows of one forward pass."""
-    max_kl: PositiveFloat
-    """Largest mean KL divergence, in nats a token, of the merged to the trained model."""
-    price_per_hour: NaturalFloat | None
-    """Money for an hour of one device, for the model card; null leaves it out."""
-
-
 def data_of_set(stage: ScoringStage, name: str) -> DataConfig:
     """How the rows of a set of `sets` are made: the stage's data with another file."""
     entry = stage.sets[name]
@@ -178,34 +124,3 @@ def data_of_set(stage: ScoringStage, name: str) -> DataConfig:
 def shifts_of(stage: ScoringStage) -> dict[str, bool]:
     """Whether each set is out of distribution, by name, `data` first."""
     return {FIRST_SET: stage.shift} | {name: entry.shift for name, entry in stage.sets.items()}
-
-
-def scoring_problems(field: str, stage: ScoringStage) -> list[str]:
-    """What is wrong with the sets of a stage (`field` is its key), and with what it chooses by them."""
-    problems = [
-        f"{field}.sets.{name}: this name is taken (data is data.train); give the set another one"
-        for name in stage.sets
-        if name in (FIRST_SET, FORGETTING)
-    ]
-    if stage.data.packing != "none":
-        problems.append(f"{field}.data.packing: rows are scored one by one; set packing=none, not {stage.data.packing}")
-    if not isinstance(stage, ChoosingStage):
-        return problems
-    shifts = shifts_of(stage)
-    unknown = [name for name in stage.choose_on if name not in shifts]
-    if unknown:
-        problems.append(f"{field}.choose_on: {', '.join(unknown)}: no such set; there are {', '.join(shifts)}")
-    return problems + [f"{field}.choose_on: {what}" for what in _choice_problems(stage, shifts)]
-
-
-def _choice_problems(stage: ChoosingStage, shifts: Mapping[str, bool]) -> Iterator[str]:
-    """Sets that a choice needs and does not name."""
-    kinds = {shifts[name] for name in stage.choose_on if name in shifts}
-    there = ", ".join(f"{name} ({'shift' if is_shift else 'no shift'})" for name, is_shift in shifts.items())
-    if isinstance(stage, SoupStage) and stage.recipe == "greedy" and not kinds:
-        yield f"recipe=greedy looks at held-out scores; name the sets for it (there are {there}), and no test set"
-    if isinstance(stage, InterpolateStage):
-        needs = {"best_ood": {True}, "best_id": {False}, "id_within": {True, False}}[stage.choose]
-        for is_shift in sorted(needs - kinds):
-            what = "with shift=true" if is_shift else "without shift"
-            yield f"choose={stage.choose} needs a set {what}; name one (there are {there}), and no test set"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from orchestrator.config.base import Fraction, NaturalInt, PositiveFloat, PositiveInt, Section, Text
+from orchestrator.config.base import NaturalInt, PositiveInt, Section, Text
 
 
 class Architecture(Section):
@@ -74,65 +72,6 @@ class ModelConfig(Section):
         return -(-layers // self.checkpoint_every) if self.gradient_checkpointing else 0
 
 
-class FullTuning(Section):
-    """Every parameter is trained."""
-
-    method: Literal["full"]
-
-
-class FreezeTuning(Section):
-    """A part of the base's own parameters is trained, the rest stays as it is; the switches add up."""
-
-    method: Literal["freeze"]
-    layers: Annotated[str, Field(pattern=r"^(all|none|(first|last) [1-9][0-9]*)$")] | tuple[NaturalInt, ...]
-    """Whole layers: `last N`, `first N`, `all`, `none`, or a list of their numbers from 0."""
-    embeddings: bool
-    """Train the input embeddings."""
-    head: bool
-    """Train the output head; where it is tied to the embeddings, both are one matrix and both are trained."""
-    norms: bool
-    """Train every norm of the model, also those in frozen layers and the last one."""
-    also: tuple[str, ...]
-    """Patterns (fnmatch) of further parameters' names, such as `*.self_attn.q_proj.*`."""
-    unfreeze_every_steps: PositiveInt | None
-    """Open one level more (head and last norm, the layers from the last to the first, embeddings) every so many steps;
-    null with the next null: all from the first step."""
-    unfreeze_every_epochs: PositiveFloat | None
-    """The same in passes over the rows; 1 is ULMFiT's (1801.06146, section 3.3)."""
-
-    @property
-    def is_gradual(self) -> bool:
-        return self.unfreeze_every_steps is not None or self.unfreeze_every_epochs is not None
-
-
-class LoraTuning(Section):
-    """LoRA (2106.09685): h = W0 x + (alpha/r) B A x."""
-
-    method: Literal["lora"]
-    rank: PositiveInt
-    alpha: PositiveFloat
-    dropout: Fraction
-    target_modules: Literal["all-linear"] | tuple[str, ...]
-    """`all-linear` (every linear layer but the head) or a list of module names."""
-    use_rslora: bool
-    """Scale by alpha/sqrt(rank) instead of alpha/rank (2312.03732)."""
-    use_dora: bool
-    """Train magnitude and direction apart (2402.09353)."""
-    init: Annotated[str, Field(pattern=r"^(default|loftq|pissa|pissa_niter_[1-9][0-9]*)$")]
-    """`default`: A random, B 0. `pissa` (2404.02948): the base's principal part is trained, its residual is frozen;
-    `pissa_niter_16` finds it by 16 steps of a randomised method. `loftq` (2310.08659): A and B make up for nf4's rounding."""
-    lora_plus_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None
-    """Learning rate of B over that of A (LoRA+, 2402.12354); null is one rate for both."""
-
-    @property
-    def is_pissa(self) -> bool:
-        return self.init.startswith("pissa")
-
-
-WHOLE_MODEL_TUNINGS = (FullTuning, FreezeTuning)
-"""They train the base's own parameters: the artifact is a whole model, not an adapter."""
-
-
 class NoQuantization(Section):
     """The base is held in `model.dtype`."""
 
@@ -145,32 +84,3 @@ class Nf4Quantization(Section):
     scheme: Literal["nf4"]
     double_quantization: bool
     """Quantise the block constants too: 0.5 -> 0.127 bit a parameter."""
-
-
-class NoSharding(Section):
-    """One process, or DDP: every rank holds everything."""
-
-    strategy: Literal["none"]
-
-
-class ZeroSharding(Section):
-    """DeepSpeed ZeRO (1910.02054)."""
-
-    strategy: Literal["zero1", "zero2", "zero3"]
-    offload_optimizer: Literal["none", "cpu"]
-    offload_parameters: Literal["none", "cpu"]
-    """Only under zero3."""
-    overlap_communication: bool
-    bucket_elements: PositiveInt | None
-    """Elements of a reduce or gather bucket; null takes one layer of the model."""
-    prefetch_elements: NaturalInt | None
-    """Elements gathered ahead under zero3; null takes one layer of the model."""
-    persistence_elements: NaturalInt | None
-    """Parameters smaller than this stay gathered under zero3; null takes ten hidden sizes, 100,000 at least."""
-    hpz_partition_size: PositiveInt | None
-    """ZeRO++ (2306.10209, hpZ) under zero3: a second copy of the shards within so many ranks, a node's, so that the backward pass
-    gathers inside the node; null keeps none."""
-    quantized_weights: bool
-    """ZeRO++ (qwZ) under zero3: weights are gathered in 8 bits; needs GPUs."""
-    quantized_gradients: bool
-    """ZeRO++ (qgZ) under zero3: gradients are reduced in 4 and 8 bits; needs GPUs."""

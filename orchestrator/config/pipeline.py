@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-from orchestrator.config.alignment import PolicyStage, RewardSource, RewardStage
-from orchestrator.config.base import JsonValue
+from orchestrator.config.alignment import PolicyStage, RewardSource
 from orchestrator.config.classification import CLASSIFIER_KINDS, ClassifyStage, SelfTrainingStage
-from orchestrator.config.evaluation import EvaluateStage, InterpolateStage, MergeStage, ScoringStage, SoupStage
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS
-from orchestrator.config.run import PARENT, POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage, made_kind, makes_classifier
-from orchestrator.config.training import TrainingStage
-from orchestrator.rewards.extensions import CALLBACK, METRIC
-from orchestrator.rewards.load import problems_of
-from orchestrator.rewards.python_file import file_problems
-from orchestrator.run_folder.folder import RunFolder, read_json
-from orchestrator.run_state.content_digests import changed_content
-from orchestrator.run_state.resume_rules import settings_that_matter
-from orchestrator.run_state.soup_members import grows_rank, stages_beside
+from orchestrator.config.evaluation import EvaluateStage
+from orchestrator.config.merging import InterpolateStage, SoupStage
+from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage, made_kind
+from orchestrator.config.tuning import LoraTuning
 
 MODEL_PREFIX = "model:"
-THE_TOKENIZERS = "the tokenizer's own"
 
 
 def resolve_starts(config: RunConfig) -> RunConfig:
@@ -63,64 +49,6 @@ def descendants(config: RunConfig, changed: set[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def pipeline_problems(config: RunConfig) -> list[str]:
-    """What is wrong with the graph, one sentence each; the stages' own settings are judged elsewhere."""
-    resolved = resolve_starts(config)
-    return [problem for name in config.pipeline if name in config.stages for problem in _stage_problems(resolved, name)]
-
-
-def stage_digest(config: RunConfig, name: str, inputs: Mapping[str, str]) -> str:
-    """What decides a stage's result: its settings with the base, and the digests of the artifacts that it reads."""
-    settings: dict[str, JsonValue] = settings_that_matter(config, name)
-    facts: dict[str, Any] = {"settings": settings, "inputs": dict(inputs)}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def fresh_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
-    """The stages that are done and would come out the same: settings, base, data files and what they read are unchanged."""
-    artifacts: dict[str, str] = {}
-    origin = run.stage(PARENT).result
-    if origin.exists():
-        artifacts[PARENT] = read_json(origin)["artifact"]["manifest_sha256"]
-    for name in config.pipeline:
-        inputs = inputs_of(config, name)
-        file = run.stage(name).result
-        if not file.exists() or any(source not in artifacts for source in inputs):
-            continue
-        result = read_json(file)
-        wanted = stage_digest(config, name, {source: artifacts[source] for source in inputs})
-        if result.get("digest") in (None, wanted) and not changed_content(config, run, name):
-            artifacts[name] = result["artifact"]["manifest_sha256"]
-    return tuple(name for name in artifacts if name != PARENT)
-
-
-def may_be_made_anew(config: RunConfig, run: RunFolder) -> frozenset[str]:
-    """Keys of stages whose change makes a pipeline run them again: those that are done, or have nothing to lose yet."""
-    if len(config.pipeline) < 2:
-        return frozenset()
-    stages = {name: run.stage(name) for name in config.stages}
-    return frozenset(
-        f"stages.{name}"
-        for name, files in stages.items()
-        if files.result.exists() or not (files.checkpoints.is_dir() and any(files.checkpoints.iterdir()))
-    )
-
-
-def set_aside(run: RunFolder, names: Sequence[str]) -> list[str]:
-    """Moves the folders of stages that are run anew below superseded/; a sentence for each."""
-    told: list[str] = []
-    for name in names:
-        folder = run.stage(name).root
-        if not folder.is_dir():
-            continue
-        taken = len(list(run.superseded.glob(f"{name}-*"))) if run.superseded.is_dir() else 0
-        target = run.superseded / f"{name}-{taken + 1}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(target)
-        told.append(f"{name}: is run anew; what was there is in {target}")
-    return told
-
-
 def _nearest(config: RunConfig, name: str, kinds: tuple[str, ...]) -> str | None:
     if name not in config.pipeline:
         return None
@@ -141,132 +69,25 @@ def start_kinds(stage: Stage) -> tuple[str, ...]:
     return (*POLICY_KINDS, *CLASSIFIER_KINDS) if isinstance(stage, ClassifyStage) else _auto_kinds(stage)
 
 
-def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
-    before = config.pipeline[: config.pipeline.index(name)]
-    stage = config.stages[name]
-    start = stage.start_from
-    if start not in (None, "auto", PARENT):
-        yield from _input_problems(config, f"stages.{name}.start_from", start, before, start_kinds(stage))
-    if isinstance(stage, SelfTrainingStage) and start in (None, "auto"):
-        yield f"stages.{name}.start_from: it goes on from a classifier; put one before it, such as stage=classify on weak labels"
-    for source in inputs_of(config, name):
-        if source in before and source in config.stages:
-            yield from _template_problems(config, name, source)
-    if isinstance(stage, EvaluateStage | InterpolateStage | MergeStage) and start in (None, "auto"):
-        what = "makes a policy" if isinstance(stage, MergeStage) else "makes a policy or a classifier"
-        if any(made_kind(config, one) in start_kinds(stage) for one in before if one in config.stages):
-            yield f"stages.{name}.start_from: null; it must be a stage before {name} that {what}, or auto, the nearest one"
-        else:
-            yield f"stages.{name}.start_from: no stage before {name} {what}; put one into the pipeline, such as sft"
-    yield from _blend_problems(config, name, before)
-    if (
-        isinstance(stage, ScoringStage)
-        and start in before
-        and start in config.stages
-        and makes_classifier(config, start)
-    ):
-        yield from _scored_classifier_problems(config, name)
-    if isinstance(stage, PolicyStage) and not stage.rewards:
-        yield f"stages.{name}.rewards: there is none; add for example {{source: exact_match, weight: 1.0, options: {{}}}}"
-    for number, reward in enumerate(rewards_of(config, name)):
-        field = f"stages.{name}.rewards.{number}"
-        if reward.source.startswith(STAGE_PREFIX):
-            wanted = reward.source.removeprefix(STAGE_PREFIX)
-            yield from _input_problems(config, f"{field}.source", wanted, before, ("reward",))
-        elif not reward.source.startswith(MODEL_PREFIX):
-            yield from (f"{field}: {problem}" for problem in problems_of(reward.source, reward.options))
-    if isinstance(stage, TrainingStage):
-        yield from _function_problems(name, stage)
-
-
-def _function_problems(name: str, stage: TrainingStage) -> Iterator[str]:
-    """What is wrong with the user's own metrics and callbacks; their files are parsed and not executed."""
-    metrics = stage.metrics.functions
-    for form, key, functions in ((METRIC, "metrics.functions", metrics), (CALLBACK, "callbacks", stage.callbacks)):
-        for number, function in enumerate(functions):
-            problems = file_problems(function.source, function.options, form)
-            yield from (f"stages.{name}.{key}.{number}: {problem}" for problem in problems)
-    if metrics and isinstance(stage, RewardStage):
-        yield f"stages.{name}.metrics.functions: a reward model answers nothing that they could measure; leave them out"
-    elif metrics and stage.data.eval.path == "none":
-        yield f"stages.{name}.metrics.functions: nothing is held out to measure; leave out stages.{name}.data.eval.path=none"
-
-
-def _blend_problems(config: RunConfig, name: str, before: tuple[str, ...]) -> Iterator[str]:
-    """Ingredients that are no stage before this one, too few, or that cannot be trained on; `rules.py` has their tunings."""
-    stage, field = config.stages[name], f"stages.{name}"
-    of_classifiers = isinstance(stage, InterpolateStage) and makes_classifier(config, name)
-    for beside in stages_beside(stage):
-        key = "members" if isinstance(stage, SoupStage) else "origin"
-        kinds = CLASSIFIER_KINDS if of_classifiers else POLICY_KINDS
-        yield from _input_problems(config, f"{field}.{key}", beside, before, kinds)
-    if isinstance(stage, SoupStage):
-        first = () if stage.start_from is None else (STAGE_PREFIX + stage.start_from,)
-        ingredients = (*first, *stage.members)
-        if len(set(ingredients)) < max(2, len(ingredients)):
-            yield (
-                f"{field}.members: a soup needs two or more different ingredients, these are {', '.join(ingredients) or 'none'}; "
-                "type stage:NAME or the folder of a finished run"
-            )
-    start = stage.start_from
-    if isinstance(stage, TrainingStage) and start in before and start in config.stages and grows_rank(config, start):
-        yield (
-            f"{field}.start_from: {start} makes an adapter whose rank is the sum of its ingredients', which tuning.rank does not "
-            "train; start from one of them, or blend full models"
-        )
-
-
-def _scored_classifier_problems(config: RunConfig, name: str) -> Iterator[str]:
-    """What a stage asks of a classifier that it cannot do."""
-    stage = config.stages[name]
-    assert isinstance(stage, ScoringStage)
-    asked = ["exact_match"] if stage.exact_match else []
-    asked += ["rewards"] if isinstance(stage, EvaluateStage) and stage.rewards else []
-    yield from (
-        f"stages.{name}.{key}: {stage.start_from} is a classifier, which generates no answer; take it out"
-        for key in asked
-    )
-    given = {"options": stage.options} | {f"sets.{key}.options": entry.options for key, entry in stage.sets.items()}
-    yield from (
-        f"stages.{name}.{key}: {stage.start_from} is a classifier, whose options are its classes; type auto"
-        for key, options in given.items()
-        if options != "auto"
-    )
+def stages_beside(stage: Stage) -> tuple[str, ...]:
+    """Stages of the same run whose artifacts are blended with that of `start_from`."""
     if isinstance(stage, InterpolateStage):
-        yield from _classifier_blend_problems(config, name, stage)
+        return () if stage.origin is None else (stage.origin,)
+    if isinstance(stage, SoupStage):
+        return tuple(member.removeprefix(STAGE_PREFIX) for member in stage.members if member.startswith(STAGE_PREFIX))
+    return ()
 
 
-def _classifier_blend_problems(config: RunConfig, name: str, stage: InterpolateStage) -> Iterator[str]:
-    tuning, learnt = config.for_stage(name).tuning, config.stages[str(stage.start_from)]
-    if isinstance(learnt, ClassifyStage) and learnt.problem == "regression" and stage.choose_by == "accuracy":
-        yield f"stages.{name}.choose_by: {stage.start_from} predicts a number, which has no accuracy; type loss"
-    if stage.origin is None:
-        yield (
-            f"stages.{name}.origin: null is the base, which has no head for the classes of {stage.start_from}; name an earlier classifier, "
-            "such as a stage that trains the head alone (tuning: freeze with layers: none)"
-        )
-    if not isinstance(tuning, WHOLE_MODEL_TUNINGS):
-        yield (
-            f"stages.{name}: classifiers are interpolated as whole models, and {stage.start_from} is tuned by {tuning.method}; type "
-            "tuning=full or tuning=freeze"
-        )
+def members_elsewhere(stage: Stage) -> tuple[str, ...]:
+    """Members of a soup that other runs made."""
+    if not isinstance(stage, SoupStage):
+        return ()
+    return tuple(member for member in stage.members if not member.startswith(STAGE_PREFIX))
 
 
-def _template_problems(config: RunConfig, name: str, source: str) -> Iterator[str]:
-    ours, theirs = config.stages[name].data.chat_template, config.stages[source].data.chat_template
-    if ours != theirs:
-        yield (
-            f"stages.{name}.data.chat_template: {ours or THE_TOKENIZERS}, but it reads {source}, which uses "
-            f"{theirs or THE_TOKENIZERS}; give both the same"
-        )
-
-
-def _input_problems(
-    config: RunConfig, field: str, wanted: str | None, before: tuple[str, ...], kinds: tuple[str, ...]
-) -> Iterator[str]:
-    fitting = [name for name in before if name in config.stages and made_kind(config, name) in kinds]
-    if wanted not in fitting:
-        there = f"there are {', '.join(fitting)}" if fitting else "there is none in the pipeline"
-        if wanted in before and wanted in config.stages and made_kind(config, wanted) != config.stages[wanted].kind:
-            there = f"it makes a classifier; {there}"
-        yield f"{field}: {wanted} is no stage of kind {' or '.join(kinds)} before this one; {there}"
+def grows_rank(config: RunConfig, name: str) -> bool:
+    """Whether a stage makes an adapter of a higher rank than `tuning.rank`: a sum of products is one with the ranks added up."""
+    stage = config.stages[name]
+    if not isinstance(config.for_stage(name).tuning, LoraTuning):
+        return False
+    return isinstance(stage, SoupStage) or (isinstance(stage, InterpolateStage) and stage.origin is not None)

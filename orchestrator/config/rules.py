@@ -6,37 +6,22 @@ import json
 
 from pydantic import ValidationError
 
-from orchestrator.config.alignment import DpoStage, PolicyStage
+from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.base import JsonValue
-from orchestrator.config.classification import ClassifyStage, SelfTrainingStage, classification_problems
-from orchestrator.config.evaluation import (
-    ChoosingStage,
-    EvaluateStage,
-    MergeStage,
-    ScoringStage,
-    scoring_problems,
-)
-from orchestrator.config.model import (
-    WHOLE_MODEL_TUNINGS,
-    FreezeTuning,
-    LoraTuning,
-    Nf4Quantization,
-    ZeroSharding,
-)
+from orchestrator.config.model import Nf4Quantization
 from orchestrator.config.run import (
-    POLICY_KINDS,
     RESERVED_STAGE_NAMES,
     RunConfig,
-    Stage,
     fitting_micro_size,
     training_pipeline,
     training_stages,
-    tunings_of,
 )
+from orchestrator.config.sharding import ZeroSharding
+from orchestrator.config.stage_rules import stage_problems
 from orchestrator.config.study import pause_problems, study_problems
 from orchestrator.config.training import TrainingStage
-from orchestrator.config.tuning import ADAPTER_TUNINGS, LoreftTuning
-from orchestrator.config.tuning_rules import Setting, adapter_rule_problems
+from orchestrator.config.tuning import LoreftTuning
+from orchestrator.config.tuning_rules import stage_tuning_problems, tuning_problems
 from orchestrator.config.validation_messages import problem_sentences
 from orchestrator.errors import ConfigError
 from orchestrator.text.plurals import counted
@@ -127,9 +112,9 @@ def _smaller(name: str, stage: TrainingStage, ranks: int) -> str:
 
 def _method_problems(config: RunConfig) -> list[str]:
     problems: list[str] = []
-    problems += _tuning_problems(config)
+    problems += stage_tuning_problems(config)
     planned = {name: stage for name, stage in config.stages.items() if name in config.pipeline}
-    problems += [sentence for name, stage in planned.items() for sentence in _stage_problems(config, name, stage)]
+    problems += [sentence for name, stage in planned.items() for sentence in stage_problems(config, name, stage)]
     sharding = config.sharding
     if isinstance(sharding, ZeroSharding) and sharding.offload_parameters != "none" and sharding.strategy != "zero3":
         problems.append(f"sharding.offload_parameters: only zero3 can offload parameters, not {sharding.strategy}")
@@ -190,101 +175,4 @@ def _zero_plus_problems(config: RunConfig) -> list[str]:
         for key in ("quantized_weights", "quantized_gradients")
         if plus[key] and config.cluster.device == "cpu"
     ]
-    return problems
-
-
-def _generates(stage: ScoringStage) -> bool:
-    return stage.exact_match or (isinstance(stage, EvaluateStage) and bool(stage.rewards))
-
-
-def tuning_problems(config: RunConfig) -> list[str]:
-    """What the adapter cannot do in this run."""
-    tuning = next(iter(tunings_of(config).values()), config.tuning)
-    if not isinstance(tuning, ADAPTER_TUNINGS):
-        return []
-    planned = {name: config.stages[name] for name in config.pipeline if name in config.stages}
-    before = [name for name, stage in planned.items() if stage.kind in POLICY_KINDS][:1]
-    trained = training_stages(config)
-    setting = Setting(
-        tuning=tuning,
-        quantization=config.quantization,
-        sharding=config.sharding,
-        model=config.model,
-        kinds={name: stage.kind for name, stage in planned.items()},
-        data={name: stage.data for name, stage in planned.items()},
-        rollouts={
-            name: stage.rollout
-            for name, stage in planned.items()
-            if isinstance(stage, PolicyStage) or (isinstance(stage, ScoringStage) and _generates(stage))
-        },
-        followers=tuple(
-            name for name in planned if name in trained and name not in before and trained[name].start_from is not None
-        ),
-    )
-    return adapter_rule_problems(setting)
-
-
-def _tuning_problems(config: RunConfig) -> list[str]:
-    """What the stages' tunings cannot do, alone and beside each other; a sentence that holds for several stands once."""
-    tunings = tunings_of(config) or {"": config.tuning}
-    problems: dict[str, None] = {}
-    for name, tuning in tunings.items():
-        is_own = name in config.stages and training_stages(config)[name].tuning is not None
-        field = f"stages.{name}.tuning" if is_own else "tuning"
-        if isinstance(config.quantization, Nf4Quantization) and isinstance(tuning, WHOLE_MODEL_TUNINGS):
-            problems[
-                f"quantization: nf4 holds a frozen base and cannot be trained with {field}={tuning.method}; "
-                f"type {field}=lora (QLoRA) or quantization=none"
-            ] = None
-        if isinstance(tuning, FreezeTuning) and None not in (tuning.unfreeze_every_steps, tuning.unfreeze_every_epochs):
-            problems[
-                f"{field}: unfreeze_every_steps and unfreeze_every_epochs say the same thing twice; set one to null"
-            ] = None
-    differing = [name for name, tuning in tunings.items() if tuning != next(iter(tunings.values()))]
-    if differing and not all(isinstance(tuning, WHOLE_MODEL_TUNINGS) for tuning in tunings.values()):
-        told = ", ".join(f"{name} {tuning.method}" for name, tuning in tunings.items())
-        problems[
-            f"stages.{differing[0]}.tuning: the stages are tuned differently ({told}), and an adapter fits only the settings it was "
-            "made with; whole models alone (full, freeze) may differ: set every stage's tuning to null, or tune whole models throughout"
-        ] = None
-    return list(problems)
-
-
-def _stage_problems(config: RunConfig, name: str, stage: Stage) -> list[str]:
-    """What a stage of preference or policy optimisation, or of the end, cannot do."""
-    field = f"stages.{name}"
-    problems: list[str] = []
-    if isinstance(stage, ClassifyStage | SelfTrainingStage):
-        problems += classification_problems(field, stage)
-    if isinstance(stage, DpoStage) and stage.label_smoothing and stage.loss != "dpo":
-        problems.append(f"{field}.label_smoothing: only loss=dpo has it, not {stage.loss}; set it to 0")
-    if isinstance(stage, PolicyStage):
-        completions = stage.rollout.prompts * stage.rollout.group_size
-        if completions % stage.batch.global_size:
-            problems.append(
-                f"{field}.rollout: prompts x group_size = {stage.rollout.prompts} x {stage.rollout.group_size} = {completions} "
-                f"completions is not a multiple of batch.global_size = {stage.batch.global_size}"
-            )
-        if stage.rollout.group_size < 2:
-            problems.append(
-                f"{field}.rollout.group_size: advantages compare completions of one prompt; at least 2, not 1"
-            )
-        if stage.rollout.prompts % config.world_size:
-            problems.append(
-                f"{field}.rollout.prompts: {stage.rollout.prompts} prompts cannot be shared by {config.world_size} ranks evenly"
-            )
-        if stage.data.packing != "none":
-            problems.append(f"{field}.data.packing: prompts are not packed; set packing=none, not {stage.data.packing}")
-    if isinstance(stage, ScoringStage):
-        problems += scoring_problems(field, stage)
-    tunings = list(tunings_of(config).values()) or [config.tuning]
-    if isinstance(stage, ChoosingStage) and isinstance(tunings[-1], LoraTuning) and tunings[-1].use_dora:
-        problems.append(
-            f"{field}: with tuning.use_dora=true weights are no sum of base and product, so a blend of adapters is no blend of "
-            "models; set tuning.use_dora=false, or tune whole models"
-        )
-    if isinstance(stage, MergeStage) and isinstance(tunings[-1], WHOLE_MODEL_TUNINGS):
-        problems.append(
-            f"{field}: tuning={tunings[-1].method} leaves no adapter to merge; take {name} out of the pipeline"
-        )
     return problems

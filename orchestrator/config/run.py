@@ -9,25 +9,14 @@ from pydantic import Field
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.base import Identifier, NaturalInt, Section, Text
 from orchestrator.config.classification import CLASSIFIER_KINDS, ClassifyStage, SelfTrainingStage
-from orchestrator.config.cluster import ClusterConfig, LauncherConfig, NoTracking, WandbTracking
+from orchestrator.config.cluster import ClusterConfig, LauncherConfig
 from orchestrator.config.data import DataConfig
-from orchestrator.config.evaluation import (
-    FIRST_SET,
-    EvaluateStage,
-    InterpolateStage,
-    MergeStage,
-    ScoringStage,
-    SoupStage,
-    data_of_set,
-)
-from orchestrator.config.model import (
-    ModelConfig,
-    Nf4Quantization,
-    NoQuantization,
-    NoSharding,
-    ZeroSharding,
-)
+from orchestrator.config.evaluation import FIRST_SET, EvaluateStage, ScoringStage, data_of_set
+from orchestrator.config.merging import InterpolateStage, MergeStage, SoupStage
+from orchestrator.config.model import ModelConfig, Nf4Quantization, NoQuantization
+from orchestrator.config.sharding import NoSharding, ZeroSharding
 from orchestrator.config.study import Study
+from orchestrator.config.tracking import NoTracking, WandbTracking
 from orchestrator.config.training import SftStage, TrainingStage
 from orchestrator.config.tuning import Tuning
 

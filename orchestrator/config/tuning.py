@@ -7,7 +7,66 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section
-from orchestrator.config.model import FreezeTuning, FullTuning, LoraTuning
+
+
+class FullTuning(Section):
+    """Every parameter is trained."""
+
+    method: Literal["full"]
+
+
+class FreezeTuning(Section):
+    """A part of the base's own parameters is trained, the rest stays as it is; the switches add up."""
+
+    method: Literal["freeze"]
+    layers: Annotated[str, Field(pattern=r"^(all|none|(first|last) [1-9][0-9]*)$")] | tuple[NaturalInt, ...]
+    """Whole layers: `last N`, `first N`, `all`, `none`, or a list of their numbers from 0."""
+    embeddings: bool
+    """Train the input embeddings."""
+    head: bool
+    """Train the output head; where it is tied to the embeddings, both are one matrix and both are trained."""
+    norms: bool
+    """Train every norm of the model, also those in frozen layers and the last one."""
+    also: tuple[str, ...]
+    """Patterns (fnmatch) of further parameters' names, such as `*.self_attn.q_proj.*`."""
+    unfreeze_every_steps: PositiveInt | None
+    """Open one level more (head and last norm, the layers from the last to the first, embeddings) every so many steps;
+    null with the next null: all from the first step."""
+    unfreeze_every_epochs: PositiveFloat | None
+    """The same in passes over the rows; 1 is ULMFiT's (1801.06146, section 3.3)."""
+
+    @property
+    def is_gradual(self) -> bool:
+        return self.unfreeze_every_steps is not None or self.unfreeze_every_epochs is not None
+
+
+class LoraTuning(Section):
+    """LoRA (2106.09685): h = W0 x + (alpha/r) B A x."""
+
+    method: Literal["lora"]
+    rank: PositiveInt
+    alpha: PositiveFloat
+    dropout: Fraction
+    target_modules: Literal["all-linear"] | tuple[str, ...]
+    """`all-linear` (every linear layer but the head) or a list of module names."""
+    use_rslora: bool
+    """Scale by alpha/sqrt(rank) instead of alpha/rank (2312.03732)."""
+    use_dora: bool
+    """Train magnitude and direction apart (2402.09353)."""
+    init: Annotated[str, Field(pattern=r"^(default|loftq|pissa|pissa_niter_[1-9][0-9]*)$")]
+    """`default`: A random, B 0. `pissa` (2404.02948): the base's principal part is trained, its residual is frozen;
+    `pissa_niter_16` finds it by 16 steps of a randomised method. `loftq` (2310.08659): A and B make up for nf4's rounding."""
+    lora_plus_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None
+    """Learning rate of B over that of A (LoRA+, 2402.12354); null is one rate for both."""
+
+    @property
+    def is_pissa(self) -> bool:
+        return self.init.startswith("pissa")
+
+
+WHOLE_MODEL_TUNINGS = (FullTuning, FreezeTuning)
+"""They train the base's own parameters: the artifact is a whole model, not an adapter."""
+
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 

@@ -8,10 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from orchestrator.config.alignment import RolloutConfig
+from orchestrator.config.alignment import PolicyStage, RolloutConfig
 from orchestrator.config.data import DataConfig
-from orchestrator.config.model import LoraTuning, ModelConfig, Nf4Quantization, NoQuantization, NoSharding, ZeroSharding
-from orchestrator.config.tuning import AdaloraTuning, AdapterTuning, Ia3Tuning, LoreftTuning, OftTuning, PromptTuning
+from orchestrator.config.evaluation import EvaluateStage, ScoringStage
+from orchestrator.config.model import ModelConfig, Nf4Quantization, NoQuantization
+from orchestrator.config.run import POLICY_KINDS, RunConfig, training_stages, tunings_of
+from orchestrator.config.sharding import NoSharding, ZeroSharding
+from orchestrator.config.tuning import (
+    ADAPTER_TUNINGS,
+    WHOLE_MODEL_TUNINGS,
+    AdaloraTuning,
+    AdapterTuning,
+    FreezeTuning,
+    Ia3Tuning,
+    LoraTuning,
+    LoreftTuning,
+    OftTuning,
+    PromptTuning,
+)
 
 ZERO = ("zero1", "zero2", "zero3")
 NO_PACKING = "virtual tokens stand before a row, and the documents after the first one would not see them"
@@ -202,3 +216,60 @@ def _loreft_problems(tuning: LoreftTuning) -> Iterator[str]:
         yield "tuning: first_positions and last_positions are both 0, so nothing is changed; type tuning.last_positions=7"
     if tuning.layers == ():
         yield "tuning.layers: no layer is changed; type tuning.layers=all"
+
+
+def _generates(stage: ScoringStage) -> bool:
+    return stage.exact_match or (isinstance(stage, EvaluateStage) and bool(stage.rewards))
+
+
+def tuning_problems(config: RunConfig) -> list[str]:
+    """What the adapter cannot do in this run."""
+    tuning = next(iter(tunings_of(config).values()), config.tuning)
+    if not isinstance(tuning, ADAPTER_TUNINGS):
+        return []
+    planned = {name: config.stages[name] for name in config.pipeline if name in config.stages}
+    before = [name for name, stage in planned.items() if stage.kind in POLICY_KINDS][:1]
+    trained = training_stages(config)
+    setting = Setting(
+        tuning=tuning,
+        quantization=config.quantization,
+        sharding=config.sharding,
+        model=config.model,
+        kinds={name: stage.kind for name, stage in planned.items()},
+        data={name: stage.data for name, stage in planned.items()},
+        rollouts={
+            name: stage.rollout
+            for name, stage in planned.items()
+            if isinstance(stage, PolicyStage) or (isinstance(stage, ScoringStage) and _generates(stage))
+        },
+        followers=tuple(
+            name for name in planned if name in trained and name not in before and trained[name].start_from is not None
+        ),
+    )
+    return adapter_rule_problems(setting)
+
+
+def stage_tuning_problems(config: RunConfig) -> list[str]:
+    """What the stages' tunings cannot do, alone and beside each other; a sentence that holds for several stands once."""
+    tunings = tunings_of(config) or {"": config.tuning}
+    problems: dict[str, None] = {}
+    for name, tuning in tunings.items():
+        is_own = name in config.stages and training_stages(config)[name].tuning is not None
+        field = f"stages.{name}.tuning" if is_own else "tuning"
+        if isinstance(config.quantization, Nf4Quantization) and isinstance(tuning, WHOLE_MODEL_TUNINGS):
+            problems[
+                f"quantization: nf4 holds a frozen base and cannot be trained with {field}={tuning.method}; "
+                f"type {field}=lora (QLoRA) or quantization=none"
+            ] = None
+        if isinstance(tuning, FreezeTuning) and None not in (tuning.unfreeze_every_steps, tuning.unfreeze_every_epochs):
+            problems[
+                f"{field}: unfreeze_every_steps and unfreeze_every_epochs say the same thing twice; set one to null"
+            ] = None
+    differing = [name for name, tuning in tunings.items() if tuning != next(iter(tunings.values()))]
+    if differing and not all(isinstance(tuning, WHOLE_MODEL_TUNINGS) for tuning in tunings.values()):
+        told = ", ".join(f"{name} {tuning.method}" for name, tuning in tunings.items())
+        problems[
+            f"stages.{differing[0]}.tuning: the stages are tuned differently ({told}), and an adapter fits only the settings it was "
+            "made with; whole models alone (full, freeze) may differ: set every stage's tuning to null, or tune whole models throughout"
+        ] = None
+    return list(problems)

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.prepared_rows import PreparedRows
 
 CPU_PASS_TOKENS = 1024
 """Padded tokens of a pass on a CPU. Two AVX2 cores score 335 tokens/s of SmolLM2-135M in passes of 300, 399 in passes of 1,060 and

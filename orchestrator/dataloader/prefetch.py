@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from orchestrator.training.objectives import MicroBatch, Rows
+from orchestrator.dataloader.protocols import MicroBatch, Rows
 
 
 class Batches:

@@ -10,18 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.config.run import RunConfig
-from orchestrator.display.forecast_text import (
-    cost_words,
-    duration_words,
-    finish_line,
-    forecast_rows,
-    seconds_words,
-    time_sentence,
-)
+from orchestrator.display.forecast_text import cost_words, finish_line, forecast_rows, time_sentence
 from orchestrator.display.memory_table import memory_line, memory_sentence, memory_table
 from orchestrator.display.result_text import PIPED_WIDTH, warn_lines
-from orchestrator.planning.plan import Plan, StagePlan
-from orchestrator.planning.scaling import ScalingRow, problems_of, scaling_table
+from orchestrator.display.scaling_table import scaling_table
+from orchestrator.planning.records import Plan, StagePlan
+from orchestrator.planning.scaling import ScalingRow, problems_of
+from orchestrator.text.durations import duration_words, seconds_words
 from orchestrator.text.plurals import counted
 
 SCREEN_WIDTH = 100

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.run import RunConfig
-from orchestrator.display.forecast_text import exact_words
 from orchestrator.metrics import phases as phase
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.records import Plan
 from orchestrator.run_folder.folder import StageFolder, read_result
 from orchestrator.run_state.loading_code import loading_lines
+from orchestrator.text.durations import exact_words
 
 PIPED_WIDTH = 120
 """Characters of a line of a table that goes to a file or another program."""

@@ -11,7 +11,6 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.display.forecast_text import seconds_words
 from orchestrator.errors import EXIT_DONE
 from orchestrator.monitoring.run_comparison import (
     MISSING,
@@ -23,6 +22,7 @@ from orchestrator.monitoring.run_comparison import (
 )
 from orchestrator.monitoring.run_facts import StageFacts
 from orchestrator.run_state.frozen import warn_newer
+from orchestrator.text.durations import seconds_words
 
 SHOWN_KEYS = 30
 WIDEST_VALUE = 28

@@ -15,13 +15,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.config.base import JsonValue
+from orchestrator.config.base import JsonValue, flatten
+from orchestrator.display.plan_vs_actual_table import measurement_view
 from orchestrator.errors import EXIT_DONE, ConfigError, nearest
 from orchestrator.metrics.console import duration
 from orchestrator.monitoring.run_comparison import value_text
 from orchestrator.monitoring.stage_status import StageStatus, find_runs, stage_statuses, warn_damaged
-from orchestrator.planning.plan_vs_actual import comparisons, measurement_view
-from orchestrator.run_folder.folder import RunFolder, flatten
+from orchestrator.planning.plan_vs_actual import comparisons
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.frozen import read_config, warn_newer
 
 WATCH_SECONDS = 2.0

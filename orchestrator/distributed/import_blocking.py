@@ -8,8 +8,9 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orchestrator.config.model import Nf4Quantization, NoSharding
+from orchestrator.config.model import Nf4Quantization
 from orchestrator.config.run import RunConfig, training_stages
+from orchestrator.config.sharding import NoSharding
 
 BITSANDBYTES = "bitsandbytes"
 DEEPSPEED = "deepspeed"

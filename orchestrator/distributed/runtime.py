@@ -15,8 +15,8 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from orchestrator.architecture.deepspeed import deepspeed_dict
 from orchestrator.architecture.kernels import liger_is_installed, liger_problem
-from orchestrator.config.model import ZeroSharding
 from orchestrator.config.run import RunConfig, accumulation_steps
+from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.training import TrainingStage
 from orchestrator.errors import ConfigError
 from orchestrator.files.cache import compiled_folder

@@ -9,9 +9,10 @@ from orchestrator.architecture.adapter_parameters import kept_numbers_per_token,
 from orchestrator.architecture.families import linear_layers
 from orchestrator.architecture.loss_head_chunks import CAPPED, chunk_rows, kept_bytes_per_token, temporary_bytes
 from orchestrator.architecture.parameter_counts import count_parameters
-from orchestrator.config.model import Architecture, LoraTuning, Nf4Quantization, ZeroSharding
+from orchestrator.config.model import Architecture, Nf4Quantization
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import ADAPTER_TUNINGS
+from orchestrator.config.sharding import ZeroSharding
+from orchestrator.config.tuning import ADAPTER_TUNINGS, LoraTuning
 from orchestrator.estimate.activation_polynomials import Dimensions, Polynomial, moments_of, peak, value
 from orchestrator.estimate.model_states import adapter_width, compute_width, trained_width
 

@@ -6,8 +6,9 @@ all-reduce twice that. Between nodes the rings share the node's network cards, s
 
 from __future__ import annotations
 
-from orchestrator.config.model import Architecture, Nf4Quantization, NoSharding, ZeroSharding
+from orchestrator.config.model import Architecture, Nf4Quantization
 from orchestrator.config.run import RunConfig
+from orchestrator.config.sharding import NoSharding, ZeroSharding
 from orchestrator.estimate.frozen_base import frozen_bytes
 from orchestrator.estimate.model_states import trainable_parameters
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from orchestrator.architecture.adapter_parameters import multiplied_per_token
 from orchestrator.architecture.layers import count_freeze_parameters, lowest_trained_layer
 from orchestrator.architecture.parameter_counts import count_parameters
-from orchestrator.config.model import Architecture, FreezeTuning
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, has_new_heads
-from orchestrator.config.tuning import ADAPTER_TUNINGS, PromptTuning
+from orchestrator.config.tuning import ADAPTER_TUNINGS, FreezeTuning, PromptTuning
 
 
 @dataclass(frozen=True, kw_only=True)

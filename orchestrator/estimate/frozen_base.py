@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from orchestrator.architecture.parameter_counts import count_parameters
-from orchestrator.config.model import Architecture, FreezeTuning, Nf4Quantization
+from orchestrator.config.model import Architecture, Nf4Quantization
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import ADAPTER_TUNINGS
+from orchestrator.config.tuning import ADAPTER_TUNINGS, FreezeTuning
 from orchestrator.estimate.model_states import NF4_BYTES, trainable_parameters
 
 

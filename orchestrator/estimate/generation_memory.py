@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.config.alignment import PolicyStage, RolloutConfig
-from orchestrator.config.evaluation import (
-    ChoosingStage,
-    EvaluateStage,
-    InterpolateStage,
-    MergeStage,
-    ScoringStage,
-    SoupStage,
-)
-from orchestrator.config.model import Architecture, ZeroSharding
+from orchestrator.config.evaluation import EvaluateStage, ScoringStage
+from orchestrator.config.merging import ChoosingStage, InterpolateStage, MergeStage, SoupStage
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, makes_classifier
+from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.training import TrainingStage
 from orchestrator.config.tuning import ADAPTER_TUNINGS
 from orchestrator.estimate.activations import Load, activation_memory

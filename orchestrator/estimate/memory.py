@@ -10,9 +10,11 @@ from orchestrator.architecture.adapter_parameters import virtual_tokens
 from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
-from orchestrator.config.evaluation import MergeStage, ScoringStage
-from orchestrator.config.model import Architecture, Nf4Quantization, ZeroSharding
+from orchestrator.config.evaluation import ScoringStage
+from orchestrator.config.merging import MergeStage
+from orchestrator.config.model import Architecture, Nf4Quantization
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps
+from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.training import TrainingStage
 from orchestrator.estimate.activations import ActivationMemory, Load, Logits, activation_memory, dequantised_bytes
 from orchestrator.estimate.constants import (

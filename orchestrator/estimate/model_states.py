@@ -8,10 +8,11 @@ from orchestrator.architecture.adapter_parameters import count_adapter_parameter
 from orchestrator.architecture.families import linear_layers
 from orchestrator.architecture.layers import count_freeze_parameters
 from orchestrator.architecture.parameter_counts import count_parameters
-from orchestrator.config.model import Architecture, FreezeTuning, Nf4Quantization, ZeroSharding
+from orchestrator.config.model import Architecture, Nf4Quantization
 from orchestrator.config.run import RunConfig, has_new_heads
+from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.training import TrainingStage
-from orchestrator.config.tuning import ADAPTER_TUNINGS
+from orchestrator.config.tuning import ADAPTER_TUNINGS, FreezeTuning
 from orchestrator.estimate.constants import (
     MOMENTS_8BIT_BYTES,
     NF4_BLOCK,

@@ -6,26 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.data.prepared.statistics import PreparedFacts
+
 BYTES_PER_TOKEN = 4.0
 """Of English text under today's tokenizers; JSON around it makes the guess a little too high."""
 PACKED_SHARE = 0.98
 """Share of a packed row that is real, where nothing was packed yet (docs/data.md)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedFacts:
-    """What the cache tells of prepared train rows; the lengths are an even sample of at most some thousands."""
-
-    rows: int
-    """Trainable ones: packed rows where packing is on."""
-    units: int
-    """Source rows that are used."""
-    tokens: int
-    trained_tokens: int
-    evaluation_rows: int
-    steps_per_epoch: int
-    row_lengths: tuple[int, ...]
-    document_lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ from orchestrator.architecture.adapter_parameters import low_rank
 from orchestrator.architecture.families import linear_layers
 from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.architecture.zero_buckets import sizes_of
-from orchestrator.config.model import Architecture, ZeroSharding
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
+from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.tuning import ADAPTER_TUNINGS
 from orchestrator.estimate.activations import layer_parameters
 from orchestrator.estimate.constants import LIVE_ELEMENTS, SUB_GROUP_ELEMENTS

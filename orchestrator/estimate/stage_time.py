@@ -16,12 +16,12 @@ from orchestrator.estimate.checkpoint_interval import (
     job_seconds_between_failures,
     lost_seconds_per_failure,
 )
+from orchestrator.estimate.checkpoint_size import bytes_of_one
 from orchestrator.estimate.cost import CostPlan, cost_of
 from orchestrator.estimate.flops import forward_flops_per_token
 from orchestrator.estimate.model_states import trainable_parameters
 from orchestrator.estimate.row_lengths import RowShape
 from orchestrator.estimate.step_time import Rate, StepTime, step_time
-from orchestrator.run_folder.checkpoints import bytes_of_one
 
 WITHOUT_REFERENCE = ("orpo", "simpo")
 """Losses of the DPO family that score nothing before the first step."""

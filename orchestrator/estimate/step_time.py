@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS, Architecture, Nf4Quantization, ZeroSharding
+from orchestrator.config.model import Architecture, Nf4Quantization
 from orchestrator.config.run import RunConfig, accumulation_steps
+from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.training import TrainingStage
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.estimate.communication import (
     dequantised_bytes,
     exchange_seconds,

@@ -13,7 +13,7 @@ import torch
 
 from orchestrator.config.evaluation import Options
 from orchestrator.data.encoding.tokenizer import TokenizerFacts, core_tokenizer
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import DataError
 

@@ -15,18 +15,20 @@ from orchestrator.classification.classes import read_classes
 from orchestrator.classification.model import open_classifier
 from orchestrator.classification.objective import labelled_objective
 from orchestrator.config.alignment import RewardStage
-from orchestrator.config.evaluation import MergeStage
-from orchestrator.config.model import FreezeTuning
+from orchestrator.config.merging import MergeStage
 from orchestrator.config.run import RunConfig, makes_classifier
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.config.tuning import FreezeTuning
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.import_blocking import leave_out_unused
 from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, CheckpointError, OrchestratorError
+from orchestrator.files.atomic import read_json, write_json
+from orchestrator.files.manifest import read_manifest
 from orchestrator.metrics.phases import Phases
 from orchestrator.models.artifact import open_artifact, open_model
 from orchestrator.models.loading import quiet, weights_dtype
 from orchestrator.models.tuning import freeze, hold_masters
-from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json, read_manifest, write_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_state.frozen import load_config
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.objectives import proof_objective

@@ -10,13 +10,13 @@ import torch
 
 from orchestrator.classification.classes import Classes, read_classes
 from orchestrator.classification.model import open_classifier, refuse_other_rows
-from orchestrator.classification.objective import class_report, first_targets
+from orchestrator.classification.report import class_report, first_targets
 from orchestrator.config.evaluation import FIRST_SET, EvaluateStage, shifts_of
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.evaluation.set_scores import field_of
 from orchestrator.models.loading import DTYPES
-from orchestrator.run_state.recorder import Context
+from orchestrator.run_state.stage_context import Context
 
 HEADINGS = ("rows", "loss", "accuracy", "f1_macro", "mcc", "pearson", "mse")
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.classification.inference import classify_texts, held_out_texts
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig, makes_classifier
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.data.encoding.encoder import Encoder, encode_prompt, make_encoder
 from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
 from orchestrator.data.formats.examples import Labelled

@@ -10,10 +10,12 @@ from transformers import AutoTokenizer
 from orchestrator.classification.model import open_classifier
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
+from orchestrator.files.atomic import read_json
+from orchestrator.files.manifest import read_manifest
 from orchestrator.models.artifact import open_artifact
 from orchestrator.models.loading import DTYPES, quiet
 from orchestrator.models.stage_inputs import find_base_folder
-from orchestrator.run_folder.folder import RunFolder, read_json, read_manifest
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.frozen import load_config
 from orchestrator.run_state.opened_model import OpenedModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,18 +13,19 @@ import torch
 
 from orchestrator.classification.classes import Classes, read_classes
 from orchestrator.classification.model import refuse_other_rows
-from orchestrator.classification.objective import class_report
+from orchestrator.classification.report import class_report
+from orchestrator.config.demonstration import DEMONSTRATION
 from orchestrator.config.evaluation import FIRST_SET, FORGETTING, ScoringStage, shifts_of
 from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
 from orchestrator.data.prepared.meta import Kind
-from orchestrator.data.sources.locate import DEMONSTRATION
-from orchestrator.dataloader.batch import PreparedRows, batch_of
+from orchestrator.dataloader.batch import batch_of
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import DataError
 from orchestrator.evaluation.answer_options import Choices, answered_rows, choices_of, option_logprobs_RO
 from orchestrator.generation.generator import Request, end_ids_of, make_generate
 from orchestrator.generation.prompts import prompt_of
-from orchestrator.run_state.recorder import Context
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.objectives import prompt_objective, proof_objective
 
@@ -114,24 +115,6 @@ def open_scorer(context: Context, runtime: Runtime) -> Scorer:
 def field_of(context: Context, name: str) -> str:
     """The key of a set in the configuration."""
     return f"stages.{context.name}" + ("" if name == FIRST_SET else f".sets.{name}")
-
-
-def told_sets(scorer: Scorer) -> list[str]:
-    """A line for each set: rows, shift, and where the options come from."""
-
-    def told(one: OpenSet) -> str:
-        if scorer.classes is not None:
-            return f"classes {', '.join(scorer.classes.names)}" if scorer.classes.names else "a number"
-        return "no options, so no accuracy" if one.choices is None else f"options {', '.join(one.choices.names)}"
-
-    left_out = cast("ScoringStage", scorer.context.stage).forgetting and scorer.classes is not None
-    return [
-        *(
-            f"set {one.name}: {one.count} rows, {'out of distribution' if one.shift else 'in distribution'}, {told(one)}"
-            for one in scorer.sets
-        ),
-        *([NO_GENERAL_TEXT] if left_out else []),
-    ]
 
 
 def scores_of(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScores:
@@ -240,44 +223,3 @@ def general_text_scores(context: Context, runtime: Runtime, model: torch.nn.Modu
 def standard_error(share: float | None, rows: int) -> float | None:
     """Of a share of so many rows: sqrt(p (1-p) / n)."""
     return None if share is None else math.sqrt(share * (1 - share) / rows)
-
-
-def lost_line(base: Mapping[str, SetScores], tuned: Mapping[str, SetScores], shifts: Mapping[str, bool]) -> str:
-    """One sentence: on which sets the tuned model is worse than the base."""
-    lost: list[str] = []
-    for name, before in base.items():
-        after = tuned[name]
-        label = f"{name} (shift)" if shifts.get(name) else name
-        if before.accuracy is not None and after.accuracy is not None and after.accuracy < before.accuracy:
-            error = standard_error(before.accuracy, before.rows) or 0.0
-            lost.append(
-                f"{label} accuracy {before.accuracy:.3f} -> {after.accuracy:.3f} (one standard error {error:.3f})"
-            )
-        elif after.loss > before.loss:
-            was, now = math.exp(min(before.loss, 700.0)), math.exp(min(after.loss, 700.0))
-            lost.append(f"{label} perplexity {was:.2f} -> {now:.2f}")
-    return (
-        f"lost against the base: {'; '.join(lost)}" if lost else f"lost against the base: nothing on {len(base)} sets"
-    )
-
-
-def score_table(columns: Mapping[str, Mapping[str, SetScores]], shifts: Mapping[str, bool]) -> list[str]:
-    """Lines of a Markdown table: a row for each set and measure, a column for each model."""
-    names = list(next(iter(columns.values())))
-    lines = ["| set | measure | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
-    for name in names:
-        label = f"{name} (shift)" if shifts.get(name) else name
-        for measure in ("accuracy", "exact_match", "loss", "perplexity"):
-            cells = [scores[name].to_json()[measure] for scores in columns.values()]
-            if any(cell is not None for cell in cells):
-                lines.append(f"| {label} | {measure} | " + " | ".join(_cell(cell) for cell in cells) + " |")
-    return lines
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
-
-
-def shift_labels(sets: Sequence[OpenSet]) -> dict[str, bool]:
-    """Shift of every set by its name."""
-    return {one.name: one.shift for one in sets}

@@ -6,8 +6,9 @@ from launchers.cancellation import cancel_jobs
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import EXIT_DONE, RunFolderError
 from orchestrator.execution.job_specs import job_spec
-from orchestrator.execution.slurm_submission import jobs_of
-from orchestrator.run_folder.folder import PREPARATION, RunFolder, write_text
+from orchestrator.files.atomic import write_text
+from orchestrator.run_folder.folder import PREPARATION, RunFolder
+from orchestrator.run_folder.slurm_jobs import jobs_of
 from orchestrator.run_state.location import locate
 from orchestrator.run_state.moved import Away, away, bring_back
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from launchers import local, torchrun
 from launchers.spec import ClusterSettings, JobSpec, Script
-from orchestrator.config.model import NoSharding
 from orchestrator.config.run import RunConfig
+from orchestrator.config.sharding import NoSharding
 from orchestrator.config.training import TrainingStage
 from orchestrator.files.cache import cache_folder
-from orchestrator.planning.plan import run_directory_of, script_path
-from orchestrator.run_folder.folder import PREPARATION, RunFolder
+from orchestrator.run_folder.folder import PREPARATION, RunFolder, run_directory_of, script_path
 
 
 def job_spec(config: RunConfig, stage: str) -> JobSpec:

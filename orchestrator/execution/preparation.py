@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from orchestrator.architecture.base_model import local_folder
 from orchestrator.config.run import RunConfig, data_sets_of
 from orchestrator.data.prepared.parts import find_prepared
-from orchestrator.data.sources.locate import inspect
+from orchestrator.data.sources.validate import inspect
 from orchestrator.files.cache import cache_folder
 from orchestrator.planning.inspect_inputs import sources_of
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from orchestrator.config.cluster import NoTracking
 from orchestrator.config.run import RunConfig
+from orchestrator.config.tracking import NoTracking
 from orchestrator.config.training import TrainingStage
 from orchestrator.errors import ConfigError, LaunchFailed
 from orchestrator.metrics.display import PhaseLines, view_of_stage

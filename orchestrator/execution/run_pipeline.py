@@ -13,9 +13,8 @@ from pathlib import Path
 from launchers.spec import Script, write
 from orchestrator import __version__
 from orchestrator.config.base import JsonValue
-from orchestrator.config.pipeline import descendants, fresh_stages, inputs_of, may_be_made_anew, set_aside
+from orchestrator.config.pipeline import descendants, inputs_of
 from orchestrator.config.run import PARENT, RunConfig
-from orchestrator.display.forecast_text import duration_words
 from orchestrator.display.result_text import print_result, warn_lines
 from orchestrator.errors import (
     EXIT_DONE,
@@ -26,10 +25,11 @@ from orchestrator.errors import (
 from orchestrator.execution.following import StageJob, Watch, live_claim, run_stage
 from orchestrator.execution.job_specs import job_spec
 from orchestrator.execution.job_specs import render as render_script
+from orchestrator.files.atomic import os_sentence, read_json, write_json
 from orchestrator.machine.dtype import KEY as DTYPE
 from orchestrator.planning.inspect_inputs import validate_data
-from orchestrator.planning.plan import Plan, run_directory_of
-from orchestrator.run_folder.folder import RunFolder, os_sentence, read_json, write_json
+from orchestrator.planning.records import Plan
+from orchestrator.run_folder.folder import RunFolder, run_directory_of
 from orchestrator.run_state.content_digests import changed_content
 from orchestrator.run_state.freeze import (
     all_or_nothing,
@@ -43,6 +43,8 @@ from orchestrator.run_state.frozen import filled_sentence, load_frozen, read_con
 from orchestrator.run_state.location import settle
 from orchestrator.run_state.moved import refuse_left_behind
 from orchestrator.run_state.resume_rules import may_differ
+from orchestrator.run_state.reuse import fresh_stages, may_be_made_anew, set_aside
+from orchestrator.text.durations import duration_words
 
 PACKAGES = (
     "torch",

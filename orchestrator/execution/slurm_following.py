@@ -13,10 +13,10 @@ from orchestrator.config.run import RunConfig
 from orchestrator.display.result_text import print_result
 from orchestrator.errors import EXIT_DONE, EXIT_LAUNCH_FAILED, EXIT_SAVED
 from orchestrator.execution.following import StageJob, ask, tell_failure
-from orchestrator.execution.slurm_submission import jobs_of
 from orchestrator.metrics.console import duration
 from orchestrator.monitoring.stage_status import stage_statuses
 from orchestrator.run_folder.folder import RunFolder, StageFolder
+from orchestrator.run_folder.slurm_jobs import jobs_of
 from orchestrator.run_state.attempts import decide, read_attempts
 from slurm.query import JobFacts, query
 from slurm.states import UNKNOWN

@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from launchers.sbatch import render_array, render_task
-from launchers.submission import Array, Stage, read_jobs, submit_chain
+from launchers.submission import Array, Stage, submit_chain
 from launchers.submission import submit_arrays as chain
 from orchestrator.config.run import RunConfig, data_sets_of
 from orchestrator.errors import EXIT_DONE, ConfigError
 from orchestrator.execution.job_specs import job_spec, preparation_spec, render
 from orchestrator.execution.preparation import needs_job
-from orchestrator.planning.plan import run_directory_of
-from orchestrator.run_folder.folder import PREPARATION, RunFolder, StageFolder, read_json, write_json
+from orchestrator.files.atomic import read_json, write_json
+from orchestrator.run_folder.folder import PREPARATION, RunFolder, StageFolder, run_directory_of
+from orchestrator.run_folder.slurm_jobs import jobs_of
 from slurm.query import query
 
 
@@ -128,13 +129,6 @@ def submit_preparation(config: RunConfig) -> int:
     submit_chain([_preparation(config, run)], record=partial(_record, run))
     print(f"follow it with: orchestrator status {run.root}")
     return EXIT_DONE
-
-
-def jobs_of(folder: StageFolder) -> tuple[str, ...]:
-    """Every Slurm job that the stage has had, oldest first."""
-    submitted = read_json(folder.submission).get("job") if folder.submission.exists() else None
-    known = read_jobs(folder.logs)
-    return known if submitted is None or submitted in known else (submitted, *known)
 
 
 def live_job(folder: StageFolder) -> str | None:

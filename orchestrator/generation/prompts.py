@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
-from orchestrator.dataloader.batch import PreparedRows
-from orchestrator.run_state.recorder import Context
+from orchestrator.dataloader.prepared_rows import PreparedRows
+from orchestrator.run_state.stage_context import Context
 
 
 def prompt_of(context: Context, rows: PreparedRows, index: int) -> tuple[tuple[int, ...], dict[str, Any]]:

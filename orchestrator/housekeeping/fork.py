@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.composition.frozen_overrides import changed_values
-from orchestrator.config.base import JsonValue
-from orchestrator.config.pipeline import pipeline_problems, start_kinds
+from orchestrator.config.base import JsonValue, flatten
+from orchestrator.config.pipeline import start_kinds
+from orchestrator.config.pipeline_rules import pipeline_problems
 from orchestrator.config.rules import parse_types, rule_problems
 from orchestrator.config.run import PARENT, RunConfig, made_kind
 from orchestrator.config.training import TrainingStage
 from orchestrator.errors import ConfigError
-from orchestrator.planning.plan import resolve, run_directory_of
+from orchestrator.files.atomic import read_json
+from orchestrator.files.manifest import MANIFEST, file_digest
+from orchestrator.planning.absolute_paths import resolve
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.folder import MANIFEST, RunFolder, StageFolder, file_digest, flatten, read_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder, run_directory_of
 from orchestrator.run_state.frozen import load_frozen, refuse_newer
 from orchestrator.run_state.resume_rules import is_below, settings_that_matter
 

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
-from orchestrator.config.pipeline import fresh_stages
 from orchestrator.config.run import PARENT
 from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.files.atomic import os_sentence, read_json, write_json
+from orchestrator.files.manifest import file_digest
 from orchestrator.housekeeping.fork import Fork, proven_digest
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.folder import RunFolder, StageFolder, file_digest, os_sentence, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_state.freeze import all_or_nothing, check_writable
 from orchestrator.run_state.frozen import load_frozen
+from orchestrator.run_state.reuse import fresh_stages
 
 LEFT_BEHIND = ("checkpoints", "quarantine", "logs", "wandb", "samples", "profile", "rollouts", "attempts")
 """Of earlier stages: what says how they were trained, not what they made."""

@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.config.base import JsonValue
+from orchestrator.config.base import JsonValue, flatten
 from orchestrator.data.prepared.meta import is_prepared
 from orchestrator.errors import EXIT_DONE, ConfigError, OrchestratorError
+from orchestrator.files.atomic import read_json
 from orchestrator.files.cache import cache_folder
+from orchestrator.files.manifest import MANIFEST, file_digest
 from orchestrator.housekeeping.remove import ALIVE, ask, delete_folder, size_of, size_text
 from orchestrator.monitoring.stage_status import find_runs, pipeline_of, stage_statuses
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.folder import MANIFEST, RunFolder, StageFolder, file_digest, flatten, read_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_state.frozen import newer_version, read_config
 
 RECENT_SECONDS = 3600.0

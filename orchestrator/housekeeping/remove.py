@@ -10,8 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.errors import EXIT_DONE, ConfigError, RunFolderError
+from orchestrator.files.atomic import os_sentence
 from orchestrator.monitoring.stage_status import find_runs, stage_statuses
-from orchestrator.run_folder.folder import PREPARATION, RunFolder, StageFolder, os_sentence
+from orchestrator.run_folder.folder import PREPARATION, RunFolder, StageFolder
 from orchestrator.run_state.freeze import read_config
 from orchestrator.run_state.location import OF_ORIGINAL
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from orchestrator.classification.classes import Problem
+from orchestrator.config.classification import Problem
 
 SMALLEST_DISTANCE_SQUARED = 1e-12
 """The root of a smaller one has no usable gradient."""

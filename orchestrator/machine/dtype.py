@@ -12,8 +12,9 @@ from orchestrator.config.autos import NUMBER_TYPE as KEY
 from orchestrator.config.cluster import HardwareConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import RunFolderError
+from orchestrator.files.atomic import read_json
 from orchestrator.machine.this_machine import Machine, device_of, is_here
-from orchestrator.run_folder.folder import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder
 
 Name = Literal["float32", "bfloat16"]
 CHOICES = (AUTO, "float32", "bfloat16")

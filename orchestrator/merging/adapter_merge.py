@@ -14,14 +14,17 @@ import torch
 from torch.nn import functional
 
 from orchestrator.architecture.base_model import TOKENIZER_FILES
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS, Nf4Quantization, NoQuantization
+from orchestrator.config.model import Nf4Quantization, NoQuantization
 from orchestrator.config.run import RunConfig
-from orchestrator.dataloader.batch import Batch, PreparedRows
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
+from orchestrator.dataloader.batch import Batch
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import CheckpointError
+from orchestrator.files.atomic import publish, write_text
+from orchestrator.files.manifest import write_manifest
 from orchestrator.models.artifact import COMPANIONS, open_adapter, open_artifact
 from orchestrator.models.loading import DTYPES, load_model
-from orchestrator.run_folder.folder import publish, write_manifest, write_text
 
 LOGITS = "merged"
 Say = Callable[[str], None]

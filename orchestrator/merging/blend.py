@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 
 from orchestrator.classification.classes import read_classes
 from orchestrator.classification.model import open_classifier
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig, makes_classifier
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.errors import CheckpointError
+from orchestrator.files.atomic import read_json
 from orchestrator.models.artifact import open_model
 from orchestrator.models.causal_lm import attach_adapted_head
 from orchestrator.models.loading import DTYPES, load_model
 from orchestrator.models.tuning import ADAPTER_WEIGHTS, load_adapter_weights
-from orchestrator.run_folder.folder import read_json
-from orchestrator.run_state.recorder import Context, Start
+from orchestrator.run_state.stage_context import Context, Start
 
 _DOWN = re.compile(r"\.lora_(A|embedding_A)(\.|$)")
 _UP = re.compile(r"\.lora_(B|embedding_B)(\.|$)")

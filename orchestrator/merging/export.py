@@ -10,17 +10,19 @@ from pathlib import Path
 import torch
 
 from orchestrator.config.run import RunConfig
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime, start_single_runtime
 from orchestrator.errors import EXIT_DONE, CheckpointError, OrchestratorError
 from orchestrator.evaluation.artifact_proof import LOSS_TOLERANCE
+from orchestrator.files.atomic import read_json
+from orchestrator.files.manifest import read_manifest
 from orchestrator.merging.adapter_merge import Source, Way, merge, write_merged
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
 from orchestrator.models.artifact import open_model
 from orchestrator.models.loading import DTYPES, quiet
 from orchestrator.models.stage_inputs import find_base_folder, find_rows
-from orchestrator.run_folder.folder import RunFolder, read_json, read_manifest
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.artifacts import read_artifact
 from orchestrator.run_state.frozen import load_config
 from orchestrator.run_state.model_card import write_card

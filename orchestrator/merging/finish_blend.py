@@ -10,19 +10,21 @@ from typing import Any, cast
 import torch
 
 from orchestrator.classification.classes import read_classes
-from orchestrator.classification.objective import labelled_objective, proof_rows
+from orchestrator.classification.objective import labelled_objective
+from orchestrator.classification.report import proof_rows
 from orchestrator.config.evaluation import ScoringStage
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import makes_classifier
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.data.prepared.meta import read_meta
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
+from orchestrator.files.atomic import write_json
 from orchestrator.merging.blend import open_blend
 from orchestrator.metrics import phases as phase
 from orchestrator.models.artifact import adapter_names, check_tensors, write_artifact
 from orchestrator.models.loading import DTYPES
-from orchestrator.run_folder.folder import write_json
-from orchestrator.run_state.recorder import Context, Record, Start
+from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.stage_context import Context, Start
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.finish import artifact_kind, finish_scoring, prove_in_fresh_process
 from orchestrator.training.objectives import proof_objective

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.config.evaluation import ChoosingStage, InterpolateStage
+from orchestrator.config.merging import ChoosingStage, InterpolateStage
 from orchestrator.errors import DataError
 from orchestrator.evaluation.set_scores import SetScores
 

@@ -16,18 +16,18 @@ from transformers import PreTrainedModel
 from orchestrator.architecture.base_model import TOKENIZER_FILES
 from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.data import DataConfig
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import LoreftTuning
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS, LoreftTuning
 from orchestrator.data.encoding.encoder import template_source
 from orchestrator.data.encoding.tokenizer import load_facts
 from orchestrator.errors import CheckpointError
+from orchestrator.files.atomic import publish
+from orchestrator.files.manifest import write_manifest
 from orchestrator.models.causal_lm import attach_adapted_head, attach_head
 from orchestrator.models.loading import DTYPES, attention_of, load_model, load_scorer
 from orchestrator.models.peft_adapters import save_adapter, saved_shapes
 from orchestrator.models.reft import attach_reft, load_reft, read_settings, save_reft
 from orchestrator.models.tuning import load_adapter
-from orchestrator.run_folder.folder import publish, write_manifest
 
 FROM_ZERO = ("lora_B", "lora_E", "vera_lambda_b", "oft_R")
 """Adapter tensors that are all zero before the first step."""

@@ -27,7 +27,7 @@ from orchestrator.architecture.kernels import (
 from orchestrator.losses import liger_head as liger
 from orchestrator.losses.chunked_head import Shape, Term, chunked_logprobs_K
 from orchestrator.losses.token_logprobs import Place, token_entropies_BT, token_logprobs_BT
-from orchestrator.preflight.gradient_check import narrowed
+from orchestrator.models.small_copy import narrowed
 
 NOT_FOR_A_BACKBONE = ("labels", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep")
 PROBE_TOLERANCE = 1e-4

@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from orchestrator.architecture.base_model import dequantised_folder, find_base, hub_is_offline, package_gguf
 from orchestrator.architecture.kernels import DOCUMENTS, attention_name
-from orchestrator.config.model import FullTuning, ModelConfig, Nf4Quantization
+from orchestrator.config.model import ModelConfig, Nf4Quantization
 from orchestrator.config.run import RunConfig
+from orchestrator.config.tuning import FullTuning
 from orchestrator.errors import ModelError
+from orchestrator.files.atomic import publish
 from orchestrator.files.cache import locked
+from orchestrator.files.manifest import file_digest, write_manifest
 from orchestrator.models import attention
 from orchestrator.models.causal_lm import NOT_FOR_A_BACKBONE, attach_head
-from orchestrator.run_folder.folder import file_digest, publish, write_manifest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from orchestrator.config.model import LoraTuning
 from orchestrator.config.tuning import (
     VIRTUAL_TOKEN_TUNINGS,
     AdaloraTuning,
     AdapterTuning,
     Ia3Tuning,
+    LoraTuning,
     LoreftTuning,
     OftTuning,
     PrefixTuning,

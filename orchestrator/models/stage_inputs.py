@@ -8,9 +8,10 @@ from orchestrator.config.run import RunConfig
 from orchestrator.data.preparation.prepare import ensure_prepared
 from orchestrator.data.prepared.meta import is_prepared
 from orchestrator.errors import DataError, ModelError, OrchestratorError
+from orchestrator.files.atomic import read_json
 from orchestrator.files.cache import cache_folder
 from orchestrator.models.loading import fetch_base
-from orchestrator.run_folder.folder import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.content_digests import base_digest
 
 

@@ -9,9 +9,16 @@ import torch
 from transformers import PreTrainedModel
 
 from orchestrator.architecture.layers import is_head, trained_names
-from orchestrator.config.model import FreezeTuning, FullTuning, LoraTuning, Nf4Quantization
+from orchestrator.config.model import Nf4Quantization
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import VIRTUAL_TOKEN_TUNINGS, AdapterTuning, LoreftTuning
+from orchestrator.config.tuning import (
+    VIRTUAL_TOKEN_TUNINGS,
+    AdapterTuning,
+    FreezeTuning,
+    FullTuning,
+    LoraTuning,
+    LoreftTuning,
+)
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.models.causal_lm import attach_adapted_head
 from orchestrator.models.layer_transforms import recompute_layers
@@ -24,7 +31,7 @@ from orchestrator.models.peft_adapters import (
     make_up_for_rounding,
 )
 from orchestrator.models.reft import attach_reft, load_reft
-from orchestrator.run_state.recorder import Context
+from orchestrator.run_state.stage_context import Context
 
 TRAINED_MARKS = ("lora_", "ia3_l", "vera_lambda_", "oft_R")
 """In the names of what PEFT's adapters train; it reads virtual tokens apart, and strictly."""

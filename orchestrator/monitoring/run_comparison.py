@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from orchestrator.config.base import JsonValue
+from orchestrator.config.base import JsonValue, flatten
 from orchestrator.errors import ConfigError
 from orchestrator.monitoring.run_facts import StageFacts, stage_facts
 from orchestrator.monitoring.stage_status import find_runs, stage_statuses
-from orchestrator.run_folder.folder import RunFolder, flatten
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.freeze import read_config
 
 NOT_COMPARED = ("name", "output_dir", "study")

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from orchestrator.config.base import JsonValue
+from orchestrator.config.base import JsonValue, flatten
 from orchestrator.errors import OrchestratorError
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import Row, last_attempt_rows, number_of, readable_rows, step_of
 from orchestrator.monitoring.stage_status import StageStatus
-from orchestrator.run_folder.folder import StageFolder, flatten, read_json
+from orchestrator.run_folder.folder import StageFolder
 from orchestrator.run_state.goodput import time_spent
 
 MINIMISED = "loss"

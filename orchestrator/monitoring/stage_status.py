@@ -9,10 +9,10 @@ from datetime import datetime
 from pathlib import Path
 
 from launchers.claims import open_claim
-from orchestrator.execution.slurm_submission import jobs_of
 from orchestrator.metrics.console import duration
 from orchestrator.monitoring.stage_progress import stage_progress
 from orchestrator.run_folder.folder import PREPARATION, RunFolder, StageFolder
+from orchestrator.run_folder.slurm_jobs import jobs_of
 from orchestrator.run_state.attempts import Attempt
 from orchestrator.run_state.frozen import read_config
 from orchestrator.run_state.location import locate

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from rich.console import Console
-from rich.table import Table
 
 from orchestrator.architecture.base_model import Base
 from orchestrator.composition.compose import Composed, presets
 from orchestrator.config.autos import AUTO
-from orchestrator.config.model import ZeroSharding
+from orchestrator.config.base import flatten
 from orchestrator.config.run import Quantization, RunConfig, Sharding
+from orchestrator.config.sharding import ZeroSharding
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.machine.this_machine import this_machine
+from orchestrator.planning.absolute_paths import resolve
+from orchestrator.planning.data_facts import DataFacts
 from orchestrator.planning.host_hardware import as_seen
 from orchestrator.planning.inspect_inputs import gather
-from orchestrator.planning.plan import DataFacts, StagePlan, make_plan, resolve, run_directory_of
+from orchestrator.planning.plan import make_plan
 from orchestrator.planning.processor_speed import with_speeds
+from orchestrator.planning.records import StagePlan
 from orchestrator.planning.settings_search import (
     Advice,
     Axes,
@@ -33,10 +34,9 @@ from orchestrator.planning.settings_search import (
     axes_of,
     nearest_changes,
 )
-from orchestrator.run_folder.folder import RunFolder, flatten
+from orchestrator.run_folder.folder import RunFolder, run_directory_of
 from orchestrator.run_state.frozen import read_config
 
-SHOWN = 8
 SIMPLE_FIRST = ("none", "zero1", "zero2", "zero3", "zero3_offload")
 
 
@@ -67,27 +67,6 @@ def settled_words(composed: Composed, config_directory: Path | None) -> list[str
         )
     wanted = tuple(composed.autos)
     return [word for word in advice.best.words() if word.split("=")[0] in wanted]
-
-
-def print_advice(composed: Composed, config_directory: Path | None, *, as_json: bool) -> None:
-    """The settings that fit, the fastest first, and why the first is the first; as JSON all of them, with the nearest changes."""
-    machine = this_machine(composed.config.cluster.environment)
-    config = as_seen(resolve(composed.config, Path.cwd()), machine, config_directory, assumes_speed=True)
-    base, data = gather(config)
-    data = with_speeds(config, machine, base, data, may_measure=True)
-    choices = choices_of(config, config_directory)
-    axes = axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations)
-    advice = found_advice(config, axes, judge_of(base, data), choices)
-    if as_json:
-        print(json.dumps({"fitting": [asdict(one) for one in advice.fitting], "nearest": advice.nearest}, indent=2))
-        return
-    console = Console()
-    if advice.best is None:
-        console.print("\n".join(["nothing fits at this global batch", *nearest_sentences(advice, config)]))
-        return
-    console.print(_table(advice, config))
-    for sentence in explanation(advice):
-        console.print(sentence)
 
 
 def smaller_settings(config: RunConfig, stage: str, *, number: int = 3) -> list[str]:
@@ -182,18 +161,6 @@ def nearest_sentences(advice: Advice, config: RunConfig) -> list[str]:
     return told if advice.nearest else [*told, "no single change of nodes, quantization or max_length makes it fit"]
 
 
-def explanation(advice: Advice) -> list[str]:
-    """Why the first option is first, against the best of those that differ in one thing."""
-    best = advice.best
-    assert best is not None
-    told = [f"the fastest that fits: {' '.join(best.words())}"]
-    for what in ("sharding", "checkpointing"):
-        others = [option for option in advice.options if getattr(option, what) != getattr(best, what)]
-        if others:
-            told.append(f"  against {_difference(best, others[0])}")
-    return told
-
-
 def _changed_words(option: Option, config: RunConfig) -> list[str]:
     """The words of an option that are not the configuration's own already."""
     own = {
@@ -202,32 +169,6 @@ def _changed_words(option: Option, config: RunConfig) -> list[str]:
         **{f"stages.{name}.batch.micro_size": str(_micro_size(config, name)) for name in option.micro_sizes},
     }
     return [word for word in option.words() if own.get(word.split("=")[0]) != word.split("=")[1]]
-
-
-def _difference(best: Option, other: Option) -> str:
-    words = " ".join(other.words(best))
-    if other.verdict == "NO":
-        return f"{words}: does not fit ({other.high_gib:.1f} GiB)"
-    slower = other.seconds / best.seconds - 1
-    pace = f"{slower:+.0%} time" if abs(slower) >= 0.005 else "the same time"
-    return f"{words}: {other.verdict}, {pace}, {other.high_gib - best.high_gib:+.1f} GiB"
-
-
-def _table(advice: Advice, config: RunConfig) -> Table:
-    room = config.cluster.hardware.memory_gib
-    table = Table(title="settings that fit, fastest first", title_justify="left", box=None, pad_edge=False)
-    for name in ("sharding", "checkpointing", "micro sizes", "verdict", f"GiB of {room:.1f}", "seconds a step"):
-        table.add_column(name, justify="right" if name[0] in "Gs" and name != "sharding" else "left")
-    for option in advice.fitting[:SHOWN]:
-        table.add_row(
-            option.sharding,
-            "on" if option.checkpointing else "off",
-            ", ".join(f"{name} {size}" for name, size in option.micro_sizes.items()),
-            option.verdict,
-            f"{option.high_gib:.1f}",
-            ", ".join(f"{seconds:.3g}" for seconds in option.step_seconds.values()),
-        )
-    return table
 
 
 def _open_axes(axes: Axes, composed: Composed) -> Axes:

@@ -9,30 +9,29 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
-from orchestrator.architecture.adapter_parameters import shape_problems
+from orchestrator.architecture.adapter_parameters import adapter_problems, shape_problems
 from orchestrator.architecture.base_model import Base, find_base, local_folder
 from orchestrator.architecture.kernels import head_problems, liger_is_installed
-from orchestrator.architecture.parameter_counts import ENCODERS, adapter_problems
+from orchestrator.architecture.read import ENCODERS
 from orchestrator.config.classification import CLASSIFIER_KINDS
-from orchestrator.config.data import DataConfig, SourceConfig
+from orchestrator.config.data import DataConfig, SourceConfig, held_out_rows
 from orchestrator.config.evaluation import EvaluateStage
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, Stage, data_sets_of, makes_classifier
-from orchestrator.config.splits import held_out_rows
 from orchestrator.config.training import TrainingStage
 from orchestrator.data.formats.columns import mapping_override, past_template
 from orchestrator.data.formats.trainable import format_problem, wanted_kind
 from orchestrator.data.prepared.key import has_template
 from orchestrator.data.prepared.parts import find_prepared
-from orchestrator.data.prepared.statistics import prepared_facts
-from orchestrator.data.sources.locate import SourceFacts, held_out_source, inspect, splits_train, validate_rows
+from orchestrator.data.prepared.statistics import PreparedFacts, prepared_facts
+from orchestrator.data.sources.locate import held_out_source, splits_train
+from orchestrator.data.sources.validate import SourceFacts, inspect, validate_rows
 from orchestrator.errors import DataError, OrchestratorError
-from orchestrator.estimate.row_lengths import PreparedFacts
 from orchestrator.files.cache import cache_folder
 from orchestrator.metrics.phases import READING
 from orchestrator.metrics.screen import busy
+from orchestrator.planning.data_facts import DataFacts
 from orchestrator.planning.measured_speed import find_measured
-from orchestrator.planning.plan import DataFacts
 from orchestrator.run_state.soup_members import blend_problems
 
 Result = TypeVar("Result")

@@ -7,14 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.architecture.base_model import local_folder, looks_like_folder
+from orchestrator.config.demonstration import DEMONSTRATIONS
 from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage
-from orchestrator.data.sources.locate import DEMONSTRATIONS, HUB_ID
+from orchestrator.data.sources.locate import HUB_ID
 from orchestrator.errors import DataError, ModelError
+from orchestrator.files.atomic import read_json
 from orchestrator.files.cache import cache_folder
 from orchestrator.planning.inspect_inputs import sources_of
 from orchestrator.run_folder.checkpoints import saved_steps
-from orchestrator.run_folder.folder import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.content_digests import content_digests
 from orchestrator.run_state.resume_rules import is_below, may_differ
 

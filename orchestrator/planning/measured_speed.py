@@ -17,10 +17,11 @@ from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage
 from orchestrator.estimate.flops import executed_flops_per_token, flops_per_token
 from orchestrator.estimate.step_time import Rate
+from orchestrator.files.atomic import write_json
 from orchestrator.machine.job_processor import ProcessorKey, job_environment, processor_key
 from orchestrator.machine.this_machine import Machine, device_of, is_here, this_machine
 from orchestrator.metrics.jsonl import Row, attempt_of, number_of, read_rows
-from orchestrator.run_folder.folder import MEASURED, RunFolder, StageFolder, write_json
+from orchestrator.run_folder.folder import MEASURED, RunFolder, StageFolder
 
 AFTER_STEPS = 50
 """A run writes its measurement after so many steps of an attempt, and again at its end."""

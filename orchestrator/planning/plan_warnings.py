@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from orchestrator.architecture.base_model import Base
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.model import FullTuning
+from orchestrator.config.demonstration import DEMONSTRATIONS
 from orchestrator.config.run import RunConfig, training_pipeline
 from orchestrator.config.training import TrainingStage
-from orchestrator.data.sources.locate import DEMONSTRATIONS
+from orchestrator.config.tuning import FullTuning
+from orchestrator.planning.data_facts import DataFacts
+from orchestrator.planning.records import StagePlan
 from orchestrator.planning.stage_forecast import epoch_steps, guessed_epoch_steps
 from orchestrator.schedule import total_steps
-
-if TYPE_CHECKING:
-    from orchestrator.planning.plan import DataFacts, StagePlan
 
 USUAL_EPOCHS = 3
 """What is offered where rows are repeated too often; conf/stage/sft.yaml says the same."""

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.architecture.base_model import Base
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS, Architecture
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage
-from orchestrator.config.tuning import LoraTuning
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS, LoraTuning
 from orchestrator.errors import RunFolderError
 from orchestrator.estimate.step_time import Rate
+from orchestrator.files.atomic import read_json, write_json
 from orchestrator.files.cache import cache_folder
 from orchestrator.machine.job_processor import job_environment, processor_key
 from orchestrator.machine.this_machine import Machine, is_here
-from orchestrator.planning.plan import DataFacts
-from orchestrator.run_folder.folder import read_json, write_json
+from orchestrator.planning.data_facts import DataFacts
 
 SWITCH = "ORCHESTRATOR_PROBE"
 """`off` in the environment: nothing is measured for a plan."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-from orchestrator.config.model import LoraTuning, NoQuantization
+from orchestrator.config.model import NoQuantization
 from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import Quantization, RunConfig, Sharding, Stage, training_stages
 from orchestrator.config.training import TrainingStage
+from orchestrator.config.tuning import LoraTuning
 
 Verdict = Literal["FIT", "TIGHT", "NO"]
 RANK: dict[Verdict, int] = {"FIT": 0, "TIGHT": 1, "NO": 2}

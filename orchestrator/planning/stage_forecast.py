@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.model import Architecture
@@ -11,11 +11,9 @@ from orchestrator.config.training import TrainingStage
 from orchestrator.estimate.row_lengths import RowShape, guessed_packed_rows, guessed_shape, shape_of
 from orchestrator.estimate.stage_time import Known, forecast
 from orchestrator.estimate.step_time import table_rate, why_no_rate
+from orchestrator.planning.data_facts import DataFacts
 from orchestrator.planning.measured_speed import steadier_rate
 from orchestrator.schedule import rollout_steps_per_epoch, steps_per_epoch, total_steps
-
-if TYPE_CHECKING:
-    from orchestrator.planning.plan import DataFacts
 
 NOTHING = {"tokens": None, "trained_tokens": None, "time": None, "cost": None, "checkpointing": None}
 """Of a stage that trains nothing, or whose model is not known yet."""

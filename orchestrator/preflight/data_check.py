@@ -22,8 +22,9 @@ from orchestrator.data.preparation.prepare import Prepared, ensure_prepared
 from orchestrator.data.prepared.meta import Statistics
 from orchestrator.data.prepared.parts import Part, plan_parts
 from orchestrator.data.row_faults import Fault, FaultList
-from orchestrator.data.sources.locate import reading_of, source_rows
-from orchestrator.dataloader.batch import IGNORED, PreparedRows
+from orchestrator.data.sources.validate import reading_of, source_rows
+from orchestrator.dataloader.batch import IGNORED
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.schedule import steps_per_epoch
 
 RANDOM_ROWS, LONGEST_ROWS, SHOWN_ROWS = 200, 20, 3

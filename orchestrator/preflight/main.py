@@ -18,8 +18,9 @@ from orchestrator.config.training import TrainingStage
 from orchestrator.data.formats.trainable import format_problem, wanted_kind
 from orchestrator.data.preparation.prepare import Prepared, ensure_prepared
 from orchestrator.data.row_faults import told
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import EXIT_DONE, EXIT_USER, DataError, OrchestratorError
+from orchestrator.files.atomic import read_json, write_json
 from orchestrator.files.cache import cache_folder
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
@@ -28,7 +29,6 @@ from orchestrator.models.tuning import apply_tuning
 from orchestrator.preflight.data_check import check_data
 from orchestrator.preflight.data_report import print_report
 from orchestrator.preflight.gradient_check import check_gradients
-from orchestrator.run_folder.folder import read_json, write_json
 
 
 def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console, phases: Phases) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,17 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.training import CheckpointConfig, OptimizerConfig
 from orchestrator.errors import CheckpointError
-from orchestrator.run_folder.folder import (
-    MANIFEST,
-    StageFolder,
-    publish,
-    read_json,
-    read_manifest,
-    sync_folder,
-    write_json,
-)
+from orchestrator.files.atomic import publish, read_json, sync_folder, write_json
+from orchestrator.files.manifest import MANIFEST, read_manifest
+from orchestrator.run_folder.folder import StageFolder
 
 FORMAT = 1
 STATE = "state.json"
@@ -133,22 +125,6 @@ def obsolete(steps: Sequence[int], *, keep_last: int, keep_every: int | None, be
     if keep_every is not None:
         kept |= {step for step in steps if step % keep_every == 0}
     return sorted(step for step in steps if step not in kept and step != best)
-
-
-def bytes_of_one(trained_parameters: int, optimizer: OptimizerConfig) -> int:
-    """Size of a checkpoint: fp32 weights and two moments (8-bit ones with a scale for 256 elements); headers left out."""
-    moments = 2 * (1 + 4 / 256) if optimizer.has_8bit_states else 8
-    return int(trained_parameters * (4 + moments))
-
-
-def most_bytes(one: int, settings: CheckpointConfig, steps: int) -> int:
-    """Disk that a stage's checkpoints take at most: those that retention keeps, and one that is being written."""
-    every = settings.every_steps or steps
-    saves = -(-steps // every)
-    kept = settings.keep_last + int(settings.keep_best)
-    if settings.keep_every is not None:
-        kept += steps // math.lcm(every, settings.keep_every)
-    return one * (min(kept, saves) + 1)
 
 
 def delete(folder: StageFolder, steps: Iterable[int]) -> None:

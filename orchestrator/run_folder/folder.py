@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.base import JsonValue
-from orchestrator.errors import CheckpointError, RunFolderError
+from orchestrator.config.run import RunConfig
+from orchestrator.files.atomic import read_json
 
-MANIFEST = "MANIFEST.json"
 MEASURED = "measured.json"
 PREPARATION = "prepare"
 """Name of the job that prepares the data of a run; no stage may have it."""
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
-ELSEWHERE = "set output_dir to a folder of yours"
 
 
 @dataclass(frozen=True)
@@ -208,16 +198,6 @@ class RunFolder:
         return StageFolder(self.root / name)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; RunFolderError with the path where it is missing or torn."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunFolderError(f"{path} is missing") from None
-    except ValueError as error:
-        raise RunFolderError(f"{path} is damaged: {error}") from None
-
-
 def read_result(folder: StageFolder) -> dict[str, Any]:
     """result.json, with what it names of the stage's own files at the place where the folder is now."""
     result = read_json(folder.result)
@@ -225,120 +205,13 @@ def read_result(folder: StageFolder) -> dict[str, Any]:
     return {**result, **own, "artifact": {**result["artifact"], "path": str(folder.artifact)}}
 
 
-def write_json(path: Path, value: JsonValue | Mapping[str, Any]) -> None:
-    """Writes atomically and durably."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
-    """Writes beside the final name, fsyncs, renames: a reader sees the old or the new text, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(mode)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunFolderError(os_sentence(path, error)) from None
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def os_sentence(path: Path, error: OSError, *, advice: str = ELSEWHERE) -> str:
-    """Why a file cannot be written, and the way out."""
-    if error.errno in NO_SPACE:
-        free = shutil.disk_usage(existing_parent(path)).free
-        return (
-            f"{path}: the disk is full ({free / 2**20:.0f} MiB free); free some space or set output_dir to another disk"
-        )
-    if error.errno in NO_PERMISSION:
-        return f"{path}: no permission to write there; {advice}"
-    return f"{path}: {error.strerror or error}"
-
-
-def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that is there."""
-    return next(parent for parent in [path, *path.parents] if parent.exists())
-
-
-def free_bytes(path: Path) -> int:
-    """Space left on the file system that a path is on, or will be."""
-    return shutil.disk_usage(existing_parent(path)).free
-
-
 # ---- manifests -----------------------------------------------------------------------------------
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def run_directory_of(config: RunConfig) -> Path:
+    return Path(config.output_dir) / config.name
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Fsyncs every file of a folder and writes size and sha256 of each, with `facts`, as its last file."""
-    files = {str(file.relative_to(folder)): file for file in _files(folder)}
-    entries = {name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for name, file in files.items()}
-    for file in files.values():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    write_json(folder / MANIFEST, {**facts, "files": entries})
-
-
-def read_manifest(folder: Path, *, share: slice = slice(None)) -> dict[str, Any]:
-    """The manifest after every file (of a share of them) was compared with it; CheckpointError names each difference."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no {MANIFEST}; it was never finished")
-    try:
-        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
-        entries: dict[str, dict[str, Any]] = manifest["files"]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is damaged") from None
-    problems = [problem for name in sorted(entries)[share] for problem in _file_problems(folder / name, entries[name])]
-    if problems or not entries:
-        raise CheckpointError(problems or f"{path} lists no file")
-    return manifest
-
-
-def _file_problems(path: Path, entry: Mapping[str, Any]) -> Iterator[str]:
-    if not path.is_file():
-        yield f"{path}: missing"
-    elif path.stat().st_size != entry["bytes"]:
-        yield f"{path}: {path.stat().st_size} bytes, {entry['bytes']} were written"
-    elif file_digest(path) != entry["sha256"]:
-        yield f"{path}: its sha256 is not the one that was written"
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Renames a finished folder to its final name; an older one there is removed only after it was moved aside."""
-    aside = final.with_name(f".{final.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if final.exists():
-        final.rename(aside)
-    temporary.rename(final)
-    sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def flatten(tree: JsonValue, prefix: str = "") -> dict[str, JsonValue]:
-    """Dotted keys of the leaves."""
-    if isinstance(tree, dict) and tree:
-        return {key: leaf for name, value in tree.items() for key, leaf in flatten(value, f"{prefix}{name}.").items()}
-    return {prefix.rstrip("."): tree}
+def script_path(config: RunConfig, stage: str) -> Path:
+    suffix = "sbatch" if config.launcher.kind == "slurm" else "sh"
+    return run_directory_of(config) / "scripts" / f"{stage}.{suffix}"

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS
 from orchestrator.config.run import RunConfig
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.errors import ConfigError
-from orchestrator.run_folder.folder import MANIFEST, RunFolder, file_digest, read_json
+from orchestrator.files.atomic import read_json
+from orchestrator.files.manifest import MANIFEST, file_digest
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.content_digests import SHARED
 
 

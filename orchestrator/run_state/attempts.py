@@ -24,7 +24,8 @@ from orchestrator.errors import (
     OrchestratorError,
     RunFolderError,
 )
-from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json, write_json
+from orchestrator.files.atomic import read_json, write_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_state.frozen import load_config
 
 State = Literal["finished", "stopped", "failed"]

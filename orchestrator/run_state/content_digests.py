@@ -11,11 +11,14 @@ from orchestrator import __version__
 from orchestrator.architecture.base_model import local_folder
 from orchestrator.config.data import DataConfig, SourceConfig
 from orchestrator.config.run import RunConfig, data_sets_of
-from orchestrator.data.prepared.key import FileHashes, template_digest, tokenizer_digest
+from orchestrator.data.prepared.key import template_digest, tokenizer_digest
 from orchestrator.data.sources.locate import held_out_source, locate
 from orchestrator.errors import DataError, ModelError
+from orchestrator.files.atomic import read_json
 from orchestrator.files.cache import cache_folder
-from orchestrator.run_folder.folder import RunFolder, file_digest, read_json
+from orchestrator.files.hash_cache import FileHashes
+from orchestrator.files.manifest import file_digest
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.soup_members import manifests_elsewhere
 
 SAMPLES = 64

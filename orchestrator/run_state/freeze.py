@@ -10,17 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.base import JsonValue
+from orchestrator.config.base import JsonValue, flatten
 from orchestrator.errors import OrchestratorError, RunFolderError
-from orchestrator.run_folder.folder import (
-    ELSEWHERE,
-    RunFolder,
-    existing_parent,
-    flatten,
-    os_sentence,
-    read_json,
-    write_json,
-)
+from orchestrator.files.atomic import ELSEWHERE, existing_parent, os_sentence, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.frozen import read_config
 from orchestrator.run_state.resume_rules import is_below
 

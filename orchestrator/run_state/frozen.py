@@ -20,7 +20,8 @@ from orchestrator.config.base import JsonValue
 from orchestrator.config.run import RunConfig
 from orchestrator.config.validation_messages import missing_paths, problem_sentences
 from orchestrator.errors import ConfigError, RunFolderError
-from orchestrator.run_folder.folder import RunFolder, read_json
+from orchestrator.files.atomic import read_json
+from orchestrator.run_folder.folder import RunFolder
 
 JsonObject = dict[str, JsonValue]
 

@@ -10,16 +10,11 @@ from orchestrator.config.data import DataConfig, SourceConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.data.formats.examples import Example
 from orchestrator.data.formats.parse import parse_row
-from orchestrator.data.sources.locate import (
-    held_out_source,
-    locate,
-    reading_of,
-    settle_format,
-    source_rows,
-    splits_train,
-)
+from orchestrator.data.sources.locate import held_out_source, locate, splits_train
+from orchestrator.data.sources.validate import reading_of, settle_format, source_rows
 from orchestrator.errors import ConfigError
-from orchestrator.run_folder.folder import RunFolder, read_json
+from orchestrator.files.atomic import read_json
+from orchestrator.run_folder.folder import RunFolder
 
 
 def held_out_examples(config: RunConfig, run: RunFolder, stage: str, count: int) -> Iterator[Example]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.errors import RunFolderError
-from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json, write_json
+from orchestrator.files.atomic import read_json, write_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_state.attempts import MACHINE_LOST, Attempt, write_attempt
 from orchestrator.run_state.frozen import read_config
 

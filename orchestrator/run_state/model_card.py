@@ -13,8 +13,8 @@ from orchestrator.architecture.base_model import looks_like_folder
 from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage
 from orchestrator.data.prepared.meta import Meta
-from orchestrator.display.forecast_text import seconds_words
 from orchestrator.run_state.loading_code import loading_lines
+from orchestrator.text.durations import seconds_words
 
 TRAINED_BY = {
     "sft": "supervised fine-tuning",
@@ -132,7 +132,8 @@ def _results(result: Mapping[str, Any]) -> dict[str, Any]:
         "held-out loss before": _number(result.get("eval_loss_before")),
         "held-out loss after": _number(result.get("eval_loss_after")),
     }
-    judged = (result.get("classification") or {}).get("held_out") or {}
+    classified: dict[str, Any] = result.get("classification") or {}
+    judged: dict[str, Any] = classified.get("held_out") or {}
     found |= {f"held-out {key}": _number(value) for key, value in judged.items() if isinstance(value, float)}
     if "reward_report" in result and result["reward_report"] is not None:
         found["accuracy on held-out pairs"] = _number(result["reward_report"]["accuracy"])

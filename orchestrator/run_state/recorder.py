@@ -7,68 +7,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.config.cluster import WandbTracking
-from orchestrator.config.run import RunConfig, Stage
+from orchestrator.config.tracking import WandbTracking
 from orchestrator.config.training import TrainingStage
 from orchestrator.metrics.console import line
-from orchestrator.metrics.jsonl import RecordFile
-from orchestrator.metrics.phases import TRACKING, Phases
+from orchestrator.metrics.jsonl import RecordFile, Row
+from orchestrator.metrics.phases import TRACKING
 from orchestrator.metrics.wandb import process as wandb
-from orchestrator.run_folder.folder import StageFolder
-from orchestrator.run_folder.stop_request import StopRequest
 from orchestrator.run_state.attempts import Attempt, State, write_attempt
+from orchestrator.run_state.stage_context import Context
 from orchestrator.run_state.user_callbacks import Callbacks
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """The proven artifact of an earlier stage."""
-
-    stage: str
-    folder: Path
-    kind: str
-    """`model` or `adapter`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """One attempt at one stage."""
-
-    config: RunConfig
-    name: str
-    stage: Stage
-    folder: StageFolder
-    run_file: Path
-    attempt: int
-    stop: StopRequest
-    base_folder: Path
-    """Local folder of the base model."""
-    start: Start | None = None
-    """What is trained on where it is not the bare base."""
-    train_data: Path
-    evaluation_data: Path | None
-    """Prepared data."""
-    beside: Sequence[Start] = ()
-    """Further artifacts, which an interpolation or a soup blends with `start`."""
-    sets: Mapping[str, Path] = field(default_factory=dict[str, Path])
-    """Prepared data of the further sets that a stage scores, by name."""
-    rewards: Mapping[str, Path] = field(default_factory=dict[str, Path])
-    """Folders of the reward stages that this one reads, by the stage's name."""
-    digest: str = ""
-    """Of all that decides the stage's result."""
-    began: float = field(default_factory=time.time)
-    """When this process began: imports and the bringing of inputs count as start-up."""
-    phases: Phases = field(default_factory=Phases)
-    """Where this attempt says what it is doing."""
-    input_digests: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of the artifacts that the stage reads, by stage."""
-    content_digests: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of base, tokenizer, template, data files and code."""
 
 
 class Record:
@@ -99,7 +49,7 @@ class Record:
         """Appends a row of metrics.jsonl and prints it."""
         self.last_step = int(row["step"])
         if self._is_main:
-            full = {"step": row["step"], "attempt": self._context.attempt, "time": time.time(), **row}
+            full: Row = {"step": row["step"], "attempt": self._context.attempt, "time": time.time(), **row}
             if self.rollbacks:
                 full["rollbacks"] = self.rollbacks
             self._append(self._metrics, full)

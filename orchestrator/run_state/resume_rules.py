@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from orchestrator.config.base import JsonValue
+from orchestrator.config.base import JsonValue, flatten
 from orchestrator.config.classification import SelfTrainingStage
 from orchestrator.config.run import RunConfig, fitting_micro_size, training_stages
 from orchestrator.errors import ConfigError
-from orchestrator.run_folder.folder import flatten
 
 JsonObject = dict[str, JsonValue]
 

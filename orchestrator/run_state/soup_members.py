@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.config.evaluation import InterpolateStage, SoupStage
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS, LoraTuning
-from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage, made_kind
+from orchestrator.config.pipeline import members_elsewhere
+from orchestrator.config.run import POLICY_KINDS, RunConfig, Stage, made_kind
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
-from orchestrator.run_folder.folder import MANIFEST, RunFolder
+from orchestrator.files.manifest import MANIFEST
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.frozen import load_config
 
 
@@ -22,22 +23,6 @@ class Elsewhere:
     stage: str
     config: RunConfig
     """As that stage saw it."""
-
-
-def stages_beside(stage: Stage) -> tuple[str, ...]:
-    """Stages of the same run whose artifacts are blended with that of `start_from`."""
-    if isinstance(stage, InterpolateStage):
-        return () if stage.origin is None else (stage.origin,)
-    if isinstance(stage, SoupStage):
-        return tuple(member.removeprefix(STAGE_PREFIX) for member in stage.members if member.startswith(STAGE_PREFIX))
-    return ()
-
-
-def members_elsewhere(stage: Stage) -> tuple[str, ...]:
-    """Members of a soup that other runs made."""
-    if not isinstance(stage, SoupStage):
-        return ()
-    return tuple(member for member in stage.members if not member.startswith(STAGE_PREFIX))
 
 
 def read_member(member: str) -> Elsewhere:
@@ -97,14 +82,6 @@ def _member_problems(config: RunConfig, name: str) -> Iterator[str]:
         for key, (one, other) in pairs.items():
             if one != other:
                 yield f"{field}: {member} has {key} {one}, this run {other}; ingredients of a soup have base and tuning in common"
-
-
-def grows_rank(config: RunConfig, name: str) -> bool:
-    """Whether a stage makes an adapter of a higher rank than `tuning.rank`: a sum of products is one with the ranks added up."""
-    stage = config.stages[name]
-    if not isinstance(config.for_stage(name).tuning, LoraTuning):
-        return False
-    return isinstance(stage, SoupStage) or (isinstance(stage, InterpolateStage) and stage.origin is not None)
 
 
 def _place(member: str) -> tuple[Path, str]:

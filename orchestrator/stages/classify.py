@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from orchestrator.classification.model import build_classifier, refuse_other_rows, stage_classes
-from orchestrator.classification.objective import Judge, classifier_proof, classify_objective, session_targets
-from orchestrator.dataloader.batch import PreparedRows
-from orchestrator.run_state.recorder import Context
-from orchestrator.training.session import Course, Session, run_training, supervised_course
+from orchestrator.classification.objective import classify_objective
+from orchestrator.classification.report import Judge, classifier_proof, session_targets
+from orchestrator.dataloader.prepared_rows import PreparedRows
+from orchestrator.run_state.stage_context import Context
+from orchestrator.training.recipe import Course, Session
+from orchestrator.training.session import run_training, supervised_course
 
 
 def plan_course(session: Session) -> Course:

@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import cast
 
 from orchestrator.alignment.kto_divergence import Divergence
+from orchestrator.alignment.preference_objectives import kto_objective, preference_objective
 from orchestrator.alignment.reference_logprobs import make_reference, no_reference
 from orchestrator.config.alignment import DpoStage
 from orchestrator.errors import DataError
-from orchestrator.run_state.recorder import Context
-from orchestrator.training.objectives import Objective, kto_objective, preference_objective
-from orchestrator.training.session import Course, Session, run_training, supervised_course
+from orchestrator.run_state.stage_context import Context
+from orchestrator.training.objectives import Objective
+from orchestrator.training.recipe import Course, Session
+from orchestrator.training.session import run_training, supervised_course
 
 REFERENCE_FREE = ("orpo", "simpo")
 

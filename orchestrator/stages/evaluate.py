@@ -9,28 +9,22 @@ from typing import Any, cast
 
 import torch
 
-from orchestrator.alignment.held_out_rewards import generated_rewards
 from orchestrator.alignment.rewards import make_rewards
 from orchestrator.config.evaluation import FIRST_SET, EvaluateStage
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime, start_single_runtime
 from orchestrator.evaluation.classifier_scores import class_table, classifier_scores
-from orchestrator.evaluation.set_scores import (
-    NO_GENERAL_TEXT,
-    Scorer,
-    SetScores,
-    lost_line,
-    open_scorer,
-    score_table,
-    shift_labels,
-    told_sets,
-)
+from orchestrator.evaluation.generated_rewards import generated_rewards
+from orchestrator.evaluation.score_tables import lost_line, score_table, shift_labels, told_sets
+from orchestrator.evaluation.set_scores import NO_GENERAL_TEXT, Scorer, SetScores, open_scorer
+from orchestrator.files.atomic import publish, write_json
+from orchestrator.files.manifest import write_manifest
 from orchestrator.metrics import phases as phase
 from orchestrator.models.artifact import open_artifact
 from orchestrator.models.loading import DTYPES, load_model
-from orchestrator.run_folder.folder import publish, write_json, write_manifest
-from orchestrator.run_state.recorder import Context, Record
+from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.finish import finish_scoring
 
 

@@ -8,19 +8,21 @@ from typing import Any, cast
 import torch
 
 from orchestrator.alignment.held_out_rewards import score_held_out
+from orchestrator.alignment.policy_objective import policy_objective
 from orchestrator.alignment.reference_policy import build_policy_with_reference, reference_policy
 from orchestrator.alignment.rewards import make_rewards
-from orchestrator.alignment.rollout_rows import RolloutOrder, RolloutRows, policy_objective
+from orchestrator.alignment.rollout_rows import RolloutOrder, RolloutRows
 from orchestrator.alignment.rollouts import Sampler
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.errors import DataError
 from orchestrator.generation.generator import end_ids_of, make_generate
+from orchestrator.generation.greedy_answers import greedy_answers
 from orchestrator.metrics.phases import COMPLETIONS, ROLLOUTS
-from orchestrator.run_state.recorder import Context
-from orchestrator.training.custom_metrics import greedy_answers
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.objectives import prompt_objective
-from orchestrator.training.session import Course, Session, proof_of, run_training
+from orchestrator.training.recipe import Course, Session
+from orchestrator.training.session import proof_of, run_training
 
 
 def plan_course(session: Session) -> Course:

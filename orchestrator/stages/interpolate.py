@@ -7,16 +7,18 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from orchestrator.config.evaluation import InterpolateStage
+from orchestrator.config.merging import InterpolateStage
 from orchestrator.distributed.runtime import Runtime, start_single_runtime
-from orchestrator.evaluation.set_scores import Scorer, open_scorer, score_table, shift_labels, told_sets
+from orchestrator.evaluation.score_tables import score_table, shift_labels, told_sets
+from orchestrator.evaluation.set_scores import Scorer, open_scorer
+from orchestrator.files.atomic import write_json
 from orchestrator.merging.blend import open_blend
 from orchestrator.merging.curve_plot import draw_curves
 from orchestrator.merging.finish_blend import Share, finish_blend
 from orchestrator.merging.selection import Chosen, Scores, choose_blend, inner_best
 from orchestrator.metrics import phases as phase
-from orchestrator.run_folder.folder import write_json
-from orchestrator.run_state.recorder import Context, Record, Start
+from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.stage_context import Context, Start
 
 
 def run(context: Context) -> int:

@@ -6,15 +6,17 @@ import time
 from dataclasses import asdict
 from typing import cast
 
-from orchestrator.config.evaluation import MergeStage
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.config.merging import MergeStage
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.errors import CheckpointError
+from orchestrator.files.atomic import read_json, write_json
 from orchestrator.merging.adapter_merge import Source, merge, write_merged
 from orchestrator.metrics import phases as phase
-from orchestrator.run_folder.folder import RunFolder, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.model_card import write_card
-from orchestrator.run_state.recorder import Context, Record
+from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.finish import finish_scoring, prove_in_fresh_process
 
 

@@ -11,10 +11,11 @@ from orchestrator.alignment.reward_report import held_out_scores, make_report, t
 from orchestrator.config.alignment import RewardStage
 from orchestrator.errors import DataError
 from orchestrator.models.tuning import build_reward_model
-from orchestrator.run_state.recorder import Context
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.evaluation import Evaluation
 from orchestrator.training.objectives import reward_objective
-from orchestrator.training.session import Course, Session, run_training, supervised_course
+from orchestrator.training.recipe import Course, Session
+from orchestrator.training.session import run_training, supervised_course
 
 
 def plan_course(session: Session) -> Course:

@@ -7,15 +7,17 @@ from dataclasses import replace
 from typing import Any, cast
 
 from orchestrator.classification.model import build_classifier, refuse_other_rows, stage_classes
-from orchestrator.classification.objective import Judge, classifier_proof, classify_objective, session_targets
+from orchestrator.classification.objective import classify_objective
 from orchestrator.classification.pseudo_labels import PseudoLabels, weak_labels_told
+from orchestrator.classification.report import Judge, classifier_proof, session_targets
 from orchestrator.classification.self_training import self_training_objective, uniform_objective
 from orchestrator.config.classification import SelfTrainingStage
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import ConfigError
-from orchestrator.run_state.recorder import Context
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.evaluation import evaluate
-from orchestrator.training.session import Course, Session, run_training, supervised_course
+from orchestrator.training.recipe import Course, Session
+from orchestrator.training.session import run_training, supervised_course
 
 
 def plan_course(session: Session) -> Course:

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from orchestrator.data.formats.trainable import format_problem
 from orchestrator.errors import DataError
-from orchestrator.run_state.recorder import Context
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.objectives import sft_objective
-from orchestrator.training.session import Course, Session, run_training, supervised_course
+from orchestrator.training.recipe import Course, Session
+from orchestrator.training.session import run_training, supervised_course
 
 
 def plan_course(session: Session) -> Course:

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from orchestrator.config.evaluation import SoupStage
+from orchestrator.config.merging import SoupStage
 from orchestrator.config.run import STAGE_PREFIX
 from orchestrator.distributed.runtime import start_single_runtime
-from orchestrator.evaluation.set_scores import Scorer, lost_line, open_scorer, score_table, shift_labels, told_sets
+from orchestrator.evaluation.score_tables import lost_line, score_table, shift_labels, told_sets
+from orchestrator.evaluation.set_scores import Scorer, open_scorer
+from orchestrator.files.atomic import write_json
 from orchestrator.merging.blend import Blend, open_blend
 from orchestrator.merging.finish_blend import Share, finish_blend
 from orchestrator.merging.selection import Scores, greedy_members
 from orchestrator.metrics import phases as phase
-from orchestrator.run_folder.folder import write_json
-from orchestrator.run_state.recorder import Context, Record, Start
+from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.stage_context import Context, Start
 
 
 def run(context: Context) -> int:

@@ -15,7 +15,7 @@ from rich.table import Table
 from orchestrator.config.rules import parse
 from orchestrator.config.study import SearchStudy, SeedsStudy
 from orchestrator.errors import ConfigError
-from orchestrator.run_folder.folder import read_json, write_json, write_text
+from orchestrator.files.atomic import read_json, write_json, write_text
 from orchestrator.studies.seed_grid import judgement
 from orchestrator.studies.statistics import Source, best_first, expected_best, standard_deviation, two_way
 from orchestrator.studies.trials import Standing, StudyFolder, finite, standing_of

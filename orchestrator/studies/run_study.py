@@ -8,7 +8,7 @@ from orchestrator.composition.multirun import is_sweep
 from orchestrator.config.run import RunConfig
 from orchestrator.config.study import NoStudy, SeedsStudy
 from orchestrator.errors import EXIT_SAVED, ConfigError
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.records import Plan
 from orchestrator.studies.report import write_report
 from orchestrator.studies.search_space import split_space
 from orchestrator.studies.seed_grid import PlanRun, run_seeds

@@ -12,7 +12,7 @@ from orchestrator.config.run import RunConfig, training_pipeline
 from orchestrator.config.study import SeedsStudy, WeakRule, pause_problems
 from orchestrator.errors import EXIT_DONE, EXIT_SAVED, ConfigError, LaunchFailed, OrchestratorError
 from orchestrator.execution.run_pipeline import execute, execute_all
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.records import Plan
 from orchestrator.studies.statistics import best_first
 from orchestrator.studies.trials import (
     Standing,

@@ -14,8 +14,9 @@ from orchestrator.config.run import RunConfig, training_pipeline
 from orchestrator.config.study import NoStudy, SearchStudy, SeedsStudy, judged_stage
 from orchestrator.config.training import TrainingStage
 from orchestrator.errors import ConfigError
+from orchestrator.files.atomic import read_json, write_json
 from orchestrator.metrics.jsonl import Row, Tail, number_of, read_rows, step_of
-from orchestrator.run_folder.folder import RunFolder, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.attempts import read_attempts
 from orchestrator.run_state.freeze import check_writable, refuse_differences, refuse_inside_a_run
 from orchestrator.run_state.resume_rules import may_differ

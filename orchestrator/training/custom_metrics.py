@@ -6,25 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from orchestrator.alignment.rewards import as_scored
-from orchestrator.config.alignment import RolloutConfig
 from orchestrator.config.functions import MetricsConfig
-from orchestrator.dataloader.batch import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import ConfigError
-from orchestrator.generation.generator import Request, end_ids_of, make_generate
-from orchestrator.generation.prompts import prompt_of
+from orchestrator.generation.greedy_answers import Answers
 from orchestrator.metrics.phases import COMPLETIONS, METRICS
 from orchestrator.rewards.builtin import Sample
 from orchestrator.rewards.extensions import Metric, load_metric
-from orchestrator.run_state.recorder import Context
 from orchestrator.training.evaluation import Evaluation
 
-Answers = Callable[[], list[Sample]]
-"""This rank's share of the held-out answers, rows rank, rank + ranks, ...; every rank calls it."""
 Score = Callable[[], Evaluation | None]
 
 
@@ -47,41 +39,6 @@ def with_metrics(settings: MetricsConfig, runtime: Runtime, score: Score, answer
         return replace(found, measures={**found.measures, **measured})
 
     return scored
-
-
-def greedy_answers(context: Context, runtime: Runtime, model: torch.nn.Module, held: PreparedRows) -> Answers:
-    """Greedy completions of the prompts of held-out rows; `row["answer"]` is the row's own answer where it has one."""
-    settings = context.stage.metrics
-    rollout = RolloutConfig(
-        prompts=settings.rows,
-        group_size=1,
-        passes=1,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
-        generate_size=context.stage.batch.micro_size,
-        engine="batch",
-    )
-
-    def answers() -> list[Sample]:
-        ends = end_ids_of(runtime.accelerator.unwrap_model(model), context.base_folder)
-        generate = make_generate(runtime, model, end_ids=ends, pad_id=held.meta.pad_id)
-        mine = range(runtime.rank, min(settings.rows, held.rows), runtime.world_size)
-        asked = [prompt_of(context, held, index) for index in mine]
-        if not all(ids for ids, _ in asked):
-            raise ConfigError(
-                f"stages.{context.name}.metrics: held-out rows of plain text have no prompt to answer; leave out functions, "
-                "or give rows with prompts as data.eval.path"
-            )
-        requests = [Request(prompt=ids, seed=0) for ids, _ in asked]
-        completions = generate(requests, rollout)
-        return [
-            as_scored(context, request, completion, row).sample
-            for request, completion, (_, row) in zip(requests, completions, asked, strict=True)
-        ]
-
-    return answers
 
 
 def _gathered(runtime: Runtime, mine: Sequence[Sample]) -> list[Sample]:

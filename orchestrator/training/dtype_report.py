@@ -7,11 +7,12 @@ from statistics import median
 
 import torch
 
+from orchestrator.files.atomic import read_json
 from orchestrator.machine.accelerators import Gpu
 from orchestrator.machine.dtype import emulated_words, factor_words, frozen_reason, moved_sentence
 from orchestrator.machine.processor import this_processor
-from orchestrator.run_folder.folder import read_json
-from orchestrator.run_state.recorder import Context, Record
+from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.stage_context import Context
 
 PRODUCT = (288, 1536, 576)
 """Rows, inputs and outputs of the product that is timed, those of a small model's feed-forward layer whatever the run trains: in

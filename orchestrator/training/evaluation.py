@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from orchestrator.dataloader.batch import PreparedRows
 from orchestrator.dataloader.passes import passes
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import DataError
 from orchestrator.training.objectives import Objective

@@ -9,28 +9,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from orchestrator.config.model import WHOLE_MODEL_TUNINGS, FreezeTuning, LoraTuning
 from orchestrator.config.run import makes_classifier
+from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS, FreezeTuning, LoraTuning
 from orchestrator.data.prepared.meta import read_meta
 from orchestrator.distributed.gather import gather_frozen, gather_trainable
 from orchestrator.errors import EXIT_DONE, CheckpointError
+from orchestrator.files.atomic import read_json, write_json, write_text
+from orchestrator.files.manifest import MANIFEST, file_digest
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.jsonl import read_rows
 from orchestrator.models.artifact import CARD, adapter_names, check_tensors, round_as_saved, write_artifact
 from orchestrator.models.peft_adapters import plain_lora
-from orchestrator.run_folder.folder import MANIFEST, file_digest, read_json, write_json, write_text
 from orchestrator.run_state.goodput import time_spent
 from orchestrator.run_state.model_card import artifact_card
-from orchestrator.run_state.recorder import Context, Record
+from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.evaluation import Evaluation
 from orchestrator.training.loop_state import Progress
-
-if TYPE_CHECKING:
-    from orchestrator.training.session import Course, Session
+from orchestrator.training.recipe import Course, Session
 
 NOT_FOR_CHILDREN = (
     "RANK",

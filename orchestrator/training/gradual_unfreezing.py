@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from orchestrator.architecture.layers import count_layers, levels_of, places_of
-from orchestrator.config.model import FreezeTuning
 from orchestrator.config.run import Tuning
+from orchestrator.config.tuning import FreezeTuning
 from orchestrator.run_state.recorder import Record
 from orchestrator.schedule import level_opens_at, open_levels
 

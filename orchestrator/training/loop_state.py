@@ -11,12 +11,13 @@ import torch
 from orchestrator.config.training import TrainingStage
 from orchestrator.data.order import Order
 from orchestrator.dataloader.prefetch import Batches
+from orchestrator.dataloader.protocols import Rows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.training.adalora_ranks import RankAllocation
 from orchestrator.training.early_stopping import NOT_STOPPING, Stopping
 from orchestrator.training.faults import HEALTHY, Health
 from orchestrator.training.gradual_unfreezing import Unfreezing
-from orchestrator.training.objectives import Objective, Rows
+from orchestrator.training.objectives import Objective
 from orchestrator.training.profiler import Profiler
 
 

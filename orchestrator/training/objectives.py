@@ -4,43 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from orchestrator.config.alignment import DpoStage, RewardStage
-from orchestrator.config.evaluation import MergeStage
+from orchestrator.config.alignment import RewardStage
+from orchestrator.config.merging import MergeStage
 from orchestrator.config.run import Stage
 from orchestrator.data.prepared.meta import Kind
 from orchestrator.dataloader.batch import Batch
+from orchestrator.dataloader.protocols import Rows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.losses import preference as losses
-from orchestrator.losses.preference import PairLogprobs, pairs_of_documents
 from orchestrator.losses.token_cross_entropy import IGNORED
 from orchestrator.losses.token_logprobs import places_of, sums_by_document
 from orchestrator.models.causal_lm import Query
-
-
-class MicroBatch(Protocol):
-    """What a loop moves to its device; its objective knows the rest."""
-
-    def to(self, device: torch.device | str) -> MicroBatch: ...
-    def pinned(self) -> MicroBatch:
-        """In memory from which a GPU copies by itself, so that nobody waits for the copy."""
-        ...
-
-
-class Rows(Protocol):
-    """What a loop takes batches from."""
-
-    @property
-    def trained_tokens(self) -> Any: ...
-    @property
-    def lengths(self) -> Any: ...
-    def documents_in(self, indices: Sequence[int]) -> int: ...
-    def batch(self, indices: Sequence[int]) -> MicroBatch: ...
-    def row_ids(self, index: int) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +32,6 @@ class Objective:
     """Units of the rows of a global batch: trained tokens, pairs, or what the loss is a mean over."""
     measures: tuple[str, ...] = ()
     """What is told beside the loss, as means over the units too."""
-
-
-ReferenceOf = Callable[[Batch], torch.Tensor]
-"""The reference policy's summed log-probabilities of a batch's documents, D of them."""
 
 
 def sft_objective(runtime: Runtime) -> Objective:
@@ -105,56 +80,6 @@ def reward_objective(runtime: Runtime, stage: RewardStage) -> Objective:
         return loss_N.sum() + 0.0 * scores_D.sum(), correct, (chosen_N - rejected_N).detach().sum()
 
     return Objective(terms=terms, weight=pairs, measures=("accuracy", "score_difference"))
-
-
-def preference_objective(runtime: Runtime, stage: DpoStage, reference_of: ReferenceOf) -> Objective:
-    """DPO and its family over the pairs; ORPO and SimPO do not ask for the reference."""
-
-    def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
-        logprobs_D, tokens_D = document_logprobs(runtime, model, batch)
-        policy = pairs_of_documents(logprobs_D, tokens_D)
-        reference = pairs_of_documents(reference_of(batch).to(logprobs_D.device), tokens_D)
-        loss_N = preference_losses_N(stage, policy, reference)
-        implicit = losses.implicit_rewards(policy, reference, beta=stage.beta)
-        accuracy = implicit.correct_N.sum().float()
-        return loss_N.sum() + 0.0 * logprobs_D.sum(), accuracy, implicit.chosen_N.sum(), implicit.rejected_N.sum()
-
-    return Objective(terms=terms, weight=pairs, measures=("accuracy", "reward_chosen", "reward_rejected"))
-
-
-def kto_objective(
-    runtime: Runtime, stage: DpoStage, reference_of: ReferenceOf, divergence: Callable[[], float]
-) -> Objective:
-    """KTO over single answers with a label; `divergence` is the step's estimate of the KL, the same on every rank."""
-
-    def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
-        logprobs_D, _ = document_logprobs(runtime, model, batch)
-        ratios_D = logprobs_D - reference_of(batch).to(logprobs_D.device)
-        desirable_D = batch.values_D > 0.5
-        weights = (stage.desirable_weight, stage.undesirable_weight)
-        kl = torch.tensor(divergence(), device=logprobs_D.device)
-        loss_D = losses.kto_N(ratios_D, desirable_D, kl=kl, beta=stage.beta, weights=weights)
-        right = ((ratios_D > kl) == desirable_D).sum().float()
-        return loss_D.sum() + 0.0 * logprobs_D.sum(), right, (stage.beta * ratios_D.detach() * desirable_D).sum()
-
-    return Objective(terms=terms, weight=documents, measures=("accuracy", "reward_desirable"))
-
-
-def preference_losses_N(stage: DpoStage, policy: PairLogprobs, reference: PairLogprobs) -> torch.Tensor:
-    """The loss of every pair under the stage's choice."""
-    match stage.loss:
-        case "dpo":
-            return losses.dpo_N(policy, reference, beta=stage.beta, label_smoothing=stage.label_smoothing)
-        case "ipo":
-            return losses.ipo_N(policy, reference, beta=stage.beta)
-        case "hinge":
-            return losses.hinge_N(policy, reference, beta=stage.beta)
-        case "orpo":
-            return losses.orpo_N(policy, weight=stage.beta)
-        case "simpo":
-            return losses.simpo_N(policy, beta=stage.beta, gamma=stage.target_margin)
-        case "kto":
-            raise AssertionError("KTO has rows, not pairs")
 
 
 def token_scores_BT(

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from orchestrator.errors import OrchestratorError, TrainingFailed
-from orchestrator.run_folder.folder import RunFolder, read_json
-from orchestrator.run_state.recorder import Context
+from orchestrator.files.atomic import read_json
+from orchestrator.run_folder.folder import RunFolder
+from orchestrator.run_state.stage_context import Context
 
 PHASES = {
     "open_session": "load",

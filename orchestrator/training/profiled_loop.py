@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.run_state.recorder import Context, Record
+from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.loop import train
 from orchestrator.training.loop_state import Hooks, Job, Progress, watched
 from orchestrator.training.profiler import Profiler, told_shares

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from orchestrator.run_folder.folder import write_json, write_text
+from orchestrator.files.atomic import write_json, write_text
 
 SPANS = ("rollout", "data", "forward", "backward", "communication", "optimizer", "logging", "evaluation", "saving")
 COLLECTIVES = ("gloo:", "nccl:", "c10d::", "ncclDevKernel")

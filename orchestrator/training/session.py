@@ -3,89 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
-import torch
 from accelerate.utils import set_seed
 
-from orchestrator.config.model import FreezeTuning, LoraTuning
+from orchestrator.config.tuning import FreezeTuning, LoraTuning
 from orchestrator.data.ledger import Ledger, ledger_path
-from orchestrator.data.order import Order, make_order
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.data.order import make_order
 from orchestrator.dataloader.prefetch import Batches
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime, start_runtime
 from orchestrator.errors import EXIT_SAVED
+from orchestrator.generation.greedy_answers import greedy_answers
 from orchestrator.metrics import phases as phase
 from orchestrator.models.layer_transforms import compile_layers
 from orchestrator.models.loading import weights_dtype
 from orchestrator.models.tuning import build_policy, keep_input_types
-from orchestrator.run_state.recorder import Context, Record
+from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.stage_context import Context
 from orchestrator.schedule import total_steps
 from orchestrator.training.adalora_ranks import allocation_of
 from orchestrator.training.checkpointing.checkpointer import Checkpointer, Subject
-from orchestrator.training.custom_metrics import Answers, greedy_answers, with_metrics
+from orchestrator.training.custom_metrics import with_metrics
 from orchestrator.training.dtype_report import report_number_type
 from orchestrator.training.early_stopping import judged, metric_of
 from orchestrator.training.evaluation import Evaluation, evaluate, values_of
 from orchestrator.training.finish import finish_stage
-from orchestrator.training.gradual_unfreezing import Unfreezing, gradual_unfreezing
+from orchestrator.training.gradual_unfreezing import gradual_unfreezing
 from orchestrator.training.loop import is_over, pauses
 from orchestrator.training.loop_state import Hooks, Job, Progress
-from orchestrator.training.objectives import Objective, Rows, proof_objective
+from orchestrator.training.objectives import Objective, proof_objective
 from orchestrator.training.optimizer import build_optimizer
 from orchestrator.training.out_of_memory import autopsy, ran_out_of_memory
 from orchestrator.training.phased_loop import announced
 from orchestrator.training.profiled_loop import train_profiled
+from orchestrator.training.recipe import PROOF_ROWS, BuildModel, Course, PlanCourse, Session
 from orchestrator.training.startup_report import flops_of, peak_flops, tell_kernels, tell_size
 from orchestrator.training.throughput import keep_measured, measuring
-
-PROOF_ROWS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Session:
-    """A stage whose model and optimizer are with Accelerate, before its first step."""
-
-    context: Context
-    runtime: Runtime
-    record: Record
-    model: torch.nn.Module
-    optimizer: Any
-    rows: PreparedRows
-    held: PreparedRows | None
-    """Held-out rows."""
-    unfreezing: Unfreezing | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Course:
-    """What the loop trains on, and how it is judged."""
-
-    objective: Objective
-    rows: Rows
-    order: Order
-    score: Callable[[], Evaluation | None]
-    """The model on held-out rows; every rank calls it."""
-    probe: Callable[[], float] | None
-    """The model's loss on rows that never change; every rank calls it."""
-    proof: Callable[[], Evaluation]
-    """What the re-opened artifact must score again."""
-    is_proof_scored: bool = False
-    """Whether `score` has the objective of the proof: then its first rows are what must come out again, without another pass."""
-    begin: Callable[[int], Mapping[str, Any]] = lambda _step: {}
-    answers: Answers | None = None
-    """What the model answers to held-out rows, for the user's own metrics; None for stages that answer nothing."""
-    summary: Callable[[], Mapping[str, Any]] = dict
-    """What result.json tells beside the usual; rank 0 calls it after the last step."""
-
-
-BuildModel = Callable[[Context, torch.dtype, bool], torch.nn.Module]
-"""(context, dtype of the weights, whether rows are packed) -> the module to train, its tuning applied."""
-PlanCourse = Callable[[Session], Course]
-"""Every rank calls it, before a checkpoint is put back: the model is the one that the stage starts from."""
 
 
 def run_training(context: Context, plan_course: PlanCourse, *, build_model: BuildModel = build_policy) -> int:

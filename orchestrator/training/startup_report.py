@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from orchestrator.architecture.kernels import attention_of_stage, sums_logprobs
-from orchestrator.architecture.parameter_counts import read_architecture
+from orchestrator.architecture.read import read_architecture
 from orchestrator.estimate.flops import flops_per_token
 from orchestrator.models.causal_lm import head_of
 from orchestrator.models.tuning import count_trainable
-from orchestrator.run_state.recorder import Context, Record
+from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.throughput import attended_tokens
 
 

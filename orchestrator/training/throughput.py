@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from orchestrator.architecture.parameter_counts import read_architecture
+from orchestrator.architecture.read import read_architecture
 from orchestrator.config.training import TrainingStage
 from orchestrator.data.prepared.statistics import prepared_facts
 from orchestrator.estimate.row_lengths import shape_of
@@ -15,10 +15,8 @@ from orchestrator.estimate.stage_time import with_completions
 from orchestrator.machine.job_processor import processor_key
 from orchestrator.machine.processor import this_processor
 from orchestrator.planning.measured_speed import AFTER_STEPS, Basis, write_measured
-from orchestrator.run_state.recorder import Context
-
-if TYPE_CHECKING:
-    from orchestrator.training.session import Session
+from orchestrator.run_state.stage_context import Context
+from orchestrator.training.recipe import Session
 
 
 def measuring(session: Session) -> Callable[[Mapping[str, Any]], None]:

@@ -17,8 +17,9 @@ from launching import wait_until
 from running import Bench
 
 import orchestrator
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.run_folder.folder import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder
 
 SOURCE = Path(orchestrator.__file__).parent.parent
 PAGE = SOURCE / "docs" / "first_hour.md"

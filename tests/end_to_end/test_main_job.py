@@ -16,9 +16,10 @@ from running import Bench, Done
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from orchestrator.files.atomic import read_json
+from orchestrator.files.manifest import MANIFEST, read_manifest
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.metrics.wandb.process import read_state
-from orchestrator.run_folder.folder import MANIFEST, read_json, read_manifest
+from orchestrator.metrics.wandb.protocol import read_state
 
 COLUMNS = {
     "step", "attempt", "epoch", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_second", "step_seconds",

@@ -20,8 +20,10 @@ from running import Bench, Done
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.files.atomic import read_json
+from orchestrator.files.manifest import read_manifest
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json, read_manifest
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 
 STAGES = ("sft", "reward", "grpo", "evaluate", "merge")
 SAVES = tuple(f"stages.{name}.checkpoint.every_steps=1" for name in ("sft", "reward", "grpo"))

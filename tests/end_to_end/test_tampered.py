@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import CheckpointError
 from orchestrator.evaluation.artifact_proof import prove
-from orchestrator.run_folder.folder import RunFolder, read_json, write_json, write_manifest
+from orchestrator.files.atomic import read_json, write_json
+from orchestrator.files.manifest import write_manifest
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.frozen import load_config
 
 Tensors = dict[str, torch.Tensor]

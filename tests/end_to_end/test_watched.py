@@ -15,8 +15,9 @@ from itertools import pairwise
 import pytest
 from running import Bench
 
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.phases import FIRST_EVALUATION, IMPORTING, LAST_EVALUATION, LOADING, PREPARING, PROOF, WRITING
-from orchestrator.run_folder.folder import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder
 
 PHASES = (PREPARING, IMPORTING, LOADING, FIRST_EVALUATION, LAST_EVALUATION, WRITING, PROOF)
 SLEEP_SECONDS = 4

@@ -15,7 +15,8 @@ from asking import files_of
 from running import Bench
 
 import orchestrator
-from orchestrator.run_folder.folder import RunFolder, read_json
+from orchestrator.files.atomic import read_json
+from orchestrator.run_folder.folder import RunFolder
 
 SOURCE = Path(orchestrator.__file__).parent.parent
 PACKAGES = ("launchers", "slurm", "orchestrator")

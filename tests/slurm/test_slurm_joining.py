@@ -17,7 +17,8 @@ from orchestrator.composition.compose import compose
 from orchestrator.errors import EXIT_DONE, EXIT_SAVED
 from orchestrator.execution.following import StageJob
 from orchestrator.execution.slurm_following import join_jobs
-from orchestrator.run_folder.folder import RunFolder, read_json, write_json
+from orchestrator.files.atomic import read_json, write_json
+from orchestrator.run_folder.folder import RunFolder
 
 
 def test_a_running_job_is_joined_left_running_and_ended(

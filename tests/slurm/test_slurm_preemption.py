@@ -9,9 +9,9 @@ from running import Bench, make_bench
 from wandb_offline import offline_files, offline_history, records
 
 from launchers.submission import read_jobs
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows
 from orchestrator.metrics.wandb.process import run_id
-from orchestrator.run_folder.folder import read_json
 
 STEPS = 700
 """Enough for half a minute and more after the fourth start on any machine that was seen; where it is not, there is no fifth."""

@@ -11,8 +11,8 @@ from lab import Cluster, run
 from launching import wait_until
 from running import Bench, Done, make_bench
 
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.run_folder.folder import read_json
 
 SLURM = ("launcher=slurm", "cluster=minicluster", "cluster.nodes=1")
 

@@ -13,8 +13,8 @@ from running import Bench, Done, make_bench
 from safetensors.torch import load_file
 
 from launchers.submission import read_jobs
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.run_folder.folder import read_json
 
 STEPS = "stages.sft.max_steps=200"
 """Some seconds of a tiny model: a signal takes up to one until it is seen, in which a fast machine makes dozens of steps."""

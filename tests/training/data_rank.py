@@ -43,7 +43,7 @@ def main(folder: Path, slow_seconds: float) -> None:
     import torch.distributed as dist
 
     from orchestrator.data.order import BatchOrder
-    from orchestrator.dataloader.batch import PreparedRows
+    from orchestrator.dataloader.prepared_rows import PreparedRows
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=5))
     rows = PreparedRows.open(Path(json.loads(note.read_text())["train"]))

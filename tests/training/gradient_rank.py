@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from orchestrator.composition.compose import compose
 from orchestrator.data.order import BatchOrder
 from orchestrator.data.preparation.prepare import ensure_prepared
-from orchestrator.dataloader.batch import PreparedRows
 from orchestrator.dataloader.prefetch import Batches
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import start_runtime
 from orchestrator.models.loading import load_model
-from orchestrator.planning.plan import resolve
+from orchestrator.planning.absolute_paths import resolve
 from orchestrator.training.faults import Health
 from orchestrator.training.loop import accumulate_gradients
 from orchestrator.training.loop_state import Job

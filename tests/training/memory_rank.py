@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from orchestrator.run_folder.folder import RunFolder, read_json, write_json
+from orchestrator.files.atomic import read_json, write_json
+from orchestrator.run_folder.folder import RunFolder
 
 
 def bytes_of(tensors: Iterable[Any]) -> int:
@@ -68,7 +69,8 @@ def measure(run: Path) -> None:
     from orchestrator.metrics.phases import Phases
     from orchestrator.models.tuning import build_policy
     from orchestrator.run_folder.stop_request import StopRequest
-    from orchestrator.run_state.recorder import Context, Record
+    from orchestrator.run_state.recorder import Record
+    from orchestrator.run_state.stage_context import Context
     from orchestrator.stages.sft import plan_course
     from orchestrator.training.faults import HEALTHY
     from orchestrator.training.loop import optimizer_step

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.architecture.adapter_parameters import count_adapter_parameters
-from orchestrator.architecture.parameter_counts import read_architecture
+from orchestrator.architecture.read import read_architecture
 from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage

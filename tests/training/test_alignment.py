@@ -18,8 +18,9 @@ from loading import check_scripts
 from running import Bench, Done, make_bench
 from safetensors.torch import load_file
 
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
-from orchestrator.run_folder.folder import RunFolder, read_json, read_result
+from orchestrator.run_folder.folder import RunFolder, read_result
 
 SAMPLED = ("loss", "grad_norm", "reward", "kl", "entropy", "completion_tokens", "accuracy")
 

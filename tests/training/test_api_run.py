@@ -9,7 +9,8 @@ import sys
 import pytest
 from running import Bench, make_bench
 
-from orchestrator.run_folder.folder import RunFolder, read_json
+from orchestrator.files.atomic import read_json
+from orchestrator.run_folder.folder import RunFolder
 
 SCRIPT = """
 import json, sys

@@ -11,8 +11,9 @@ import torch
 from data_parts import FAMILIES, data_config, write_jsonl, write_tokenizer
 
 from orchestrator.data.preparation.prepare import ensure_prepared
-from orchestrator.dataloader.batch import Batch, PreparedRows
+from orchestrator.dataloader.batch import Batch
 from orchestrator.dataloader.prefetch import Batches
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import DataError
 
 CPU = torch.device("cpu")

@@ -14,16 +14,17 @@ from blending_runs import likeliest
 from safetensors.torch import load_file, save_file
 
 from orchestrator.composition.compose import compose
-from orchestrator.config.evaluation import InterpolateStage, SoupStage
+from orchestrator.config.merging import InterpolateStage, SoupStage
 from orchestrator.data.encoding.tokenizer import TokenizerFacts, core_tokenizer, load_facts
 from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.errors import CheckpointError, DataError
 from orchestrator.evaluation.answer_options import Answered, choices_of, option_logprobs_RO
-from orchestrator.evaluation.set_scores import SetScores, lost_line, normalised, score_table
+from orchestrator.evaluation.score_tables import lost_line, score_table
+from orchestrator.evaluation.set_scores import SetScores, normalised
 from orchestrator.merging.blend import AdapterBlend, weighted, whole_blend
 from orchestrator.merging.selection import choose_blend, greedy_members, inner_best
 from orchestrator.models.tuning import apply_tuning
-from orchestrator.run_state.recorder import Start
+from orchestrator.run_state.stage_context import Start
 
 WORDS = ("+experiment=llama_lora", "model.dtype=float32", "cluster.device=cpu", "tracking=none")
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from orchestrator.config.training import FaultConfig
 from orchestrator.distributed.random_state import random_state, seed_of, set_random_state
 from orchestrator.errors import CheckpointError
-from orchestrator.run_folder.folder import file_digest
+from orchestrator.files.manifest import file_digest
 from orchestrator.training.checkpointing.tensor_files import check_written, write_tensors
 from orchestrator.training.faults import (
     HEALTHY,

@@ -13,8 +13,9 @@ import pytest
 from orchestrator.composition.compose import compose
 from orchestrator.config.run import fitting_micro_size
 from orchestrator.errors import ConfigError
+from orchestrator.files.manifest import MANIFEST
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.folder import MANIFEST, StageFolder
+from orchestrator.run_folder.folder import StageFolder
 from orchestrator.run_state.resume_rules import elsewhere, refuse_changes
 
 RANKS = 2

@@ -13,7 +13,8 @@ from classifying import ENCODERS, colours, write_decoder, write_encoder, write_l
 
 from orchestrator.classification.classes import Classes, targets_of
 from orchestrator.classification.model import document_answers, load_classifier
-from orchestrator.classification.objective import classify_objective, judged
+from orchestrator.classification.objective import classify_objective
+from orchestrator.classification.report import judged
 from orchestrator.classification.self_training import self_training_objective
 from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
@@ -22,7 +23,8 @@ from orchestrator.data.encoding.labelled_text import encode_labelled
 from orchestrator.data.encoding.tokenizer import load_facts
 from orchestrator.data.formats.examples import Labelled
 from orchestrator.data.preparation.prepare import ensure_prepared
-from orchestrator.dataloader.batch import Batch, PreparedRows, batch_of
+from orchestrator.dataloader.batch import Batch, batch_of
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime, start_single_runtime
 from orchestrator.errors import CheckpointError, ConfigError, DataError
 from orchestrator.models.tuning import apply_tuning

@@ -11,7 +11,7 @@ from classifying import colours, words_of, write_encoder, write_labelled, write_
 from running import Bench, Done, make_bench
 from safetensors.torch import load_file
 
-from orchestrator.run_folder.folder import read_json
+from orchestrator.files.atomic import read_json
 
 ALPHAS = (0.0, 0.25, 0.5, 1.0)
 

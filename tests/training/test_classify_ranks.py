@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from orchestrator.classification.classes import Classes
 from orchestrator.classification.model import load_classifier
 from orchestrator.composition.compose import compose
+from orchestrator.files.atomic import write_json
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
-from orchestrator.planning.plan import resolve
-from orchestrator.run_folder.folder import RunFolder, StageFolder, write_json
+from orchestrator.planning.absolute_paths import resolve
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 
 CLASSIFIERS = {
     "full": ("tuning=full",),

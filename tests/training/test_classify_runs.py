@@ -11,8 +11,9 @@ from classifying import colours, words_of, write_encoder, write_labelled, write_
 from loading import check_scripts
 from running import Bench, Done, make_bench
 
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.run_folder.folder import StageFolder, read_json
+from orchestrator.run_folder.folder import StageFolder
 
 NAMES = {0: "blue", 1: "green", 2: "red"}
 

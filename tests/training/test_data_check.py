@@ -16,11 +16,12 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedModel, Qwen3Confi
 
 from orchestrator.data.encoding.tokenizer import load_facts
 from orchestrator.data.formats.examples import Chat
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import DataError, TrainingFailed
+from orchestrator.models.small_copy import small_copy
 from orchestrator.preflight.data_check import DataReport, Piece, check_data, decoded_pieces, document_faults, histogram
 from orchestrator.preflight.data_report import histogram_lines, print_report, table_rows
-from orchestrator.preflight.gradient_check import check_gradients, small_copy
+from orchestrator.preflight.gradient_check import check_gradients
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 

@@ -24,7 +24,7 @@ from orchestrator.data.prepared import key as key_module
 from orchestrator.data.prepared.folder import PreparedFolder
 from orchestrator.data.prepared.meta import DATA_VERSION
 from orchestrator.data.prepared.parts import find_prepared
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import DataError, OrchestratorError
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "it", "is", "raining"]

@@ -23,7 +23,8 @@ from transformers import (
 
 from orchestrator.classification.classes import Classes, targets_of
 from orchestrator.data.preparation.prepare import ensure_prepared
-from orchestrator.dataloader.batch import IGNORED, Batch, PreparedRows
+from orchestrator.dataloader.batch import IGNORED, Batch
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import ConfigError
 from orchestrator.models import attention, attention_blocks
 

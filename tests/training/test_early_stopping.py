@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from orchestrator.config.training import EarlyStoppingConfig
 from orchestrator.errors import ConfigError
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.folder import read_json
 from orchestrator.training.early_stopping import NOT_STOPPING, Stopping, after_evaluation, metric_of
 from orchestrator.training.evaluation import Evaluation
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.composition.compose import compose
 from orchestrator.data.preparation.prepare import ensure_prepared
-from orchestrator.dataloader.batch import PreparedRows
 from orchestrator.dataloader.passes import CPU_PASS_TOKENS, passes
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime, start_single_runtime
 from orchestrator.models.causal_lm import attach_head
 from orchestrator.training.evaluation import evaluate

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from running import Bench, make_bench
 
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.run_folder.folder import RunFolder, read_json
+from orchestrator.run_folder.folder import RunFolder
 
 GIB = 2**30
 TOKENS = 9000

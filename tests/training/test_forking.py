@@ -16,8 +16,8 @@ import pytest
 from launching import wait_until
 from running import make_bench
 
+from orchestrator.files.manifest import file_digest
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
-from orchestrator.run_folder.folder import file_digest
 
 PROBE = Path(forking.__file__).with_name("probe.py")
 MEASURED = ("seconds", "per_second", "memory", "mfu", "time")

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from orchestrator.composition.compose import CONF
 from orchestrator.config.training import ScheduleConfig
+from orchestrator.files.atomic import read_json
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.folder import read_json
 from orchestrator.schedule import learning_rate_factor
 
 FREEZE = ("tuning=freeze", "tuning.layers=all", "tuning.head=true", "tuning.embeddings=true")

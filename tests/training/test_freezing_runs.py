@@ -11,7 +11,7 @@ from aligning import pipeline_words, write_sets
 from running import Bench, Done, make_bench
 from safetensors.torch import load_file
 
-from orchestrator.run_folder.folder import read_json
+from orchestrator.files.atomic import read_json
 
 FREEZE = ("tuning=freeze", "tuning.layers=last 1")
 

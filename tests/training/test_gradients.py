@@ -14,7 +14,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from orchestrator.data.order import BatchOrder
-from orchestrator.dataloader.batch import PreparedRows
+from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.losses.token_cross_entropy import token_cross_entropy_sum
 
 RANK = Path(__file__).with_name("gradient_rank.py")

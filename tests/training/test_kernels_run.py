@@ -7,8 +7,8 @@ from pathlib import Path
 from running import make_bench
 
 from orchestrator.architecture.kernels import liger_is_installed
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.run_folder.folder import read_json
 
 
 def test_the_log_tells_what_the_plan_named(tmp_path: Path) -> None:

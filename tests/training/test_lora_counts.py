@@ -10,10 +10,13 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
+from orchestrator.architecture.adapter_parameters import count_lora_parameters
 from orchestrator.architecture.families import FAMILIES
-from orchestrator.architecture.parameter_counts import count_lora_parameters, count_parameters, read_architecture
+from orchestrator.architecture.parameter_counts import count_parameters
+from orchestrator.architecture.read import read_architecture
 from orchestrator.composition.compose import CONF, compose
-from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.config.model import Architecture
+from orchestrator.config.tuning import LoraTuning
 from orchestrator.errors import ConfigError
 from orchestrator.models.tracing.untrained_models import transformers_config
 from orchestrator.models.tuning import apply_tuning

@@ -8,8 +8,8 @@ import torch
 from running import Bench, Done, make_bench
 
 from orchestrator.config.run import RunConfig
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.run_folder.folder import read_json
 
 METHODS = {"full": ("tuning=full",), "lora": ("tuning=lora",), "qlora": ("tuning=lora", "quantization=nf4")}
 SHARDINGS = ("none", "zero1", "zero2", "zero3")

@@ -10,10 +10,10 @@ from pathlib import Path
 import cells
 import pytest
 
-from orchestrator.architecture.parameter_counts import read_architecture
+from orchestrator.architecture.read import read_architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.model_states import state_memory
-from orchestrator.run_folder.folder import read_json
+from orchestrator.files.atomic import read_json
 
 METHODS = {"full": ("tuning=full",), "lora": ("tuning=lora",), "qlora": ("tuning=lora", "quantization=nf4")}
 SHARDINGS = ("none", "zero1", "zero2", "zero3")

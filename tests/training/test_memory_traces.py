@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional
 
 from orchestrator.composition.compose import compose
-from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
+from orchestrator.config.tuning import LoraTuning
 from orchestrator.estimate.activations import Load, activation_memory, mode_of
 from orchestrator.models.tracing.live_bytes import Precision, trace
 from orchestrator.models.tracing.untrained_models import Mode, build_model

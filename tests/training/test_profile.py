@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from running import Done, make_bench
 
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.run_folder.folder import read_json
 from orchestrator.training.profiler import SPANS
 
 

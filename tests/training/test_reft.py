@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from orchestrator.architecture.adapter_parameters import count_adapter_parameters, count_sites
-from orchestrator.architecture.parameter_counts import read_architecture
+from orchestrator.architecture.read import read_architecture
 from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tuning import LoreftTuning

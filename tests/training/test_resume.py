@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from orchestrator.config.run import RunConfig
+from orchestrator.files.atomic import read_json
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.folder import read_json
 from orchestrator.run_state.resume_rules import may_differ
 
 LORA = ("tuning=lora", "tuning.rank=4")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from running import Bench, Done, make_bench
 
+from orchestrator.files.atomic import read_json, write_json
 from orchestrator.metrics.jsonl import read_rows
-from orchestrator.run_folder.folder import RunFolder, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder
 
 SAVES = ("stages.sft.checkpoint.every_steps=2", "launcher=local")
 ADAPTER = "adapter_model.safetensors"

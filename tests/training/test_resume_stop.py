@@ -15,7 +15,7 @@ import pytest
 from cells import environment, make_place
 
 from orchestrator.errors import EXIT_SAVED
-from orchestrator.run_folder.folder import read_json
+from orchestrator.files.atomic import read_json
 from orchestrator.run_folder.stop_request import SIGNALS, StopRequest, job_deadline
 
 

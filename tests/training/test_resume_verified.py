@@ -15,8 +15,10 @@ from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.execution.job_specs import job_spec, render
 from orchestrator.execution.resume_proof import compare, print_proof, small_runs, verify_resume
-from orchestrator.planning.plan import resolve, run_directory_of
-from orchestrator.run_folder.folder import MANIFEST, RunFolder, read_json, write_json
+from orchestrator.files.atomic import read_json, write_json
+from orchestrator.files.manifest import MANIFEST
+from orchestrator.planning.absolute_paths import resolve
+from orchestrator.run_folder.folder import RunFolder, run_directory_of
 
 
 @contextmanager

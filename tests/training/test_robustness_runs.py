@@ -11,8 +11,9 @@ from blending_runs import answer_words, likeliest, write_answer_sets
 from running import Bench, Done, make_bench
 from safetensors.torch import load_file
 
-from orchestrator.dataloader.batch import PreparedRows
-from orchestrator.run_folder.folder import read_json, read_manifest
+from orchestrator.dataloader.prepared_rows import PreparedRows
+from orchestrator.files.atomic import read_json
+from orchestrator.files.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ import pytest
 from running import Bench, make_bench
 
 from orchestrator.composition.compose import compose
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import number_of, read_rows, step_of
-from orchestrator.run_folder.folder import RunFolder, StageFolder, read_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.studies.statistics import expected_best
 from orchestrator.studies.trials import WrongMetric, metric_watch
 

@@ -10,9 +10,9 @@ import forking
 import pytest
 from running import Bench, Done, make_bench
 
+from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows
 from orchestrator.planning.measured_speed import AFTER_STEPS, read_measured
-from orchestrator.run_folder.folder import read_json
 from orchestrator.run_state.goodput import time_spent
 
 LENGTH = ("stages.sft.max_steps=60", "stages.sft.evaluate_every_steps=20", "stages.sft.checkpoint.every_steps=15")

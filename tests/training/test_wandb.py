@@ -19,16 +19,8 @@ from wandb_offline import offline_files, offline_history, records
 from wandb_server import FAKE_KEY, WandbServer, unreachable, wandb_server
 
 from orchestrator.metrics.jsonl import RecordFile
-from orchestrator.metrics.wandb.process import (
-    Outcome,
-    WandbProcess,
-    WandbSettings,
-    finish,
-    how_to_see,
-    read_state,
-    run_id,
-    start,
-)
+from orchestrator.metrics.wandb.process import WandbProcess, finish, run_id, start
+from orchestrator.metrics.wandb.protocol import Outcome, WandbSettings, how_to_see, read_state
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = list(range(1, 31))

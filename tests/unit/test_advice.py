@@ -13,9 +13,11 @@ from orchestrator.architecture.base_model import Base
 from orchestrator.composition.compose import compose
 from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import RunConfig, training_stages
+from orchestrator.planning.absolute_paths import resolve
 from orchestrator.planning.auto_settings import choices_of, judge_of
+from orchestrator.planning.data_facts import DataFacts
 from orchestrator.planning.inspect_inputs import gather
-from orchestrator.planning.plan import DataFacts, make_plan, resolve
+from orchestrator.planning.plan import make_plan
 from orchestrator.planning.settings_search import Advice, advise, axes_of
 
 EXPERIMENTS = {

@@ -11,7 +11,7 @@ import pytest
 from orchestrator import compose, plan, resume, run, status
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.records import Plan
 
 EXPERIMENT = "+experiment=llama_lora"
 

@@ -7,12 +7,15 @@ from functools import cache
 import pytest
 import yaml
 
+from orchestrator.architecture.adapter_parameters import adapter_problems, count_lora_parameters
 from orchestrator.architecture.deepspeed import deepspeed_dict
-from orchestrator.architecture.parameter_counts import adapter_problems, count_lora_parameters, count_parameters
+from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.architecture.zero_buckets import sized
 from orchestrator.composition.compose import CONF, compose
-from orchestrator.config.model import Architecture, LoraTuning, ZeroSharding
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
+from orchestrator.config.sharding import ZeroSharding
+from orchestrator.config.tuning import LoraTuning
 from orchestrator.estimate.flops import flops_per_token
 from orchestrator.estimate.model_states import NF4_BYTES, StateMemory, state_memory
 

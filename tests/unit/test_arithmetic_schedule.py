@@ -14,7 +14,9 @@ from orchestrator.composition.compose import CONF, compose
 from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import accumulation_steps
 from orchestrator.config.training import ScheduleConfig
-from orchestrator.planning.plan import DataFacts, make_plan, resolve
+from orchestrator.planning.absolute_paths import resolve
+from orchestrator.planning.data_facts import DataFacts
+from orchestrator.planning.plan import make_plan
 from orchestrator.schedule import (
     learning_rate_factor,
     level_opens_at,

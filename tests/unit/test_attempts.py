@@ -12,7 +12,8 @@ import pytest
 from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import CheckpointError, ConfigError, DataError, TrainingFailed
-from orchestrator.run_folder.folder import RunFolder, StageFolder, write_json
+from orchestrator.files.atomic import write_json
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_state import attempts
 from orchestrator.run_state.attempts import (
     Attempt,

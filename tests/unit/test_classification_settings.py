@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from asking import Asker
 
-from orchestrator.architecture.parameter_counts import read_architecture
+from orchestrator.architecture.read import read_architecture
 from orchestrator.composition.compose import compose
-from orchestrator.config.model import FreezeTuning
 from orchestrator.config.pipeline import resolve_starts
 from orchestrator.config.run import has_new_heads
+from orchestrator.config.tuning import FreezeTuning
 from orchestrator.data.formats.examples import Labelled, Reading, RowProblem
 from orchestrator.data.formats.parse import parse_row
 from orchestrator.estimate.model_states import trainable_parameters

@@ -12,7 +12,7 @@ from asking import ROW, Asker, write_model, write_rows, write_tensors
 from orchestrator.architecture.base_model import find_base
 from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
-from orchestrator.data.sources.locate import inspect
+from orchestrator.data.sources.validate import inspect
 from orchestrator.errors import DataError, ModelError
 
 LORA = "+experiment=llama_lora"

@@ -13,8 +13,9 @@ from launchers.spec import InvalidValueError
 from orchestrator.composition.compose import CONF, compose, experiments
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.job_specs import render
+from orchestrator.planning.absolute_paths import resolve
 from orchestrator.planning.inspect_inputs import gather
-from orchestrator.planning.plan import make_plan, resolve
+from orchestrator.planning.plan import make_plan
 
 LAUNCHERS = ("local", "torchrun", "slurm")
 RUN_HERE = (

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from data_parts import data_config
 
-from orchestrator.config.data import SourceConfig
-from orchestrator.config.splits import held_out_rows
+from orchestrator.config.data import SourceConfig, held_out_rows
 from orchestrator.data.preparation.selection import first_occurrences, held_out, mixture
 
 HASHES = np.random.default_rng(0).integers(0, 2**63, 1000).astype(np.uint64)

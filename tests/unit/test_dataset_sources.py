@@ -13,16 +13,10 @@ import pytest
 from data_parts import data_config, write_jsonl
 
 from orchestrator.config.data import SourceConfig
-from orchestrator.data.sources.locate import (
-    DEMONSTRATION,
-    held_out_source,
-    inspect,
-    known_kind,
-    locate,
-    splits_train,
-    validate_rows,
-)
+from orchestrator.config.demonstration import DEMONSTRATION
+from orchestrator.data.sources.locate import held_out_source, known_kind, locate, splits_train
 from orchestrator.data.sources.readers import read_rows
+from orchestrator.data.sources.validate import inspect, validate_rows
 from orchestrator.errors import DataError
 
 ROWS: list[dict[str, Any]] = [{"instruction": f"q{i} ü", "input": "", "output": f"a{i}\n"} for i in range(5)]

@@ -13,7 +13,7 @@ from asking import ROW, Asker, write_rows
 from orchestrator.cli.verbs import VERBS
 from orchestrator.composition.compose import examine
 from orchestrator.composition.multirun import first_words
-from orchestrator.planning.scaling import take_node_counts
+from orchestrator.composition.node_counts import take_node_counts
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_ELSEWHERE = ("first_hour.md",)

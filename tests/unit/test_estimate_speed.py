@@ -11,6 +11,7 @@ from orchestrator.composition.compose import CONF, compose
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage
+from orchestrator.data.prepared.statistics import PreparedFacts
 from orchestrator.estimate.communication import (
     dequantised_bytes,
     exchange_seconds,
@@ -19,7 +20,7 @@ from orchestrator.estimate.communication import (
 )
 from orchestrator.estimate.cost import cost_of
 from orchestrator.estimate.flops import executed_flops_per_token
-from orchestrator.estimate.row_lengths import PreparedFacts, RowShape, expected_longest, guessed_shape, shape_of
+from orchestrator.estimate.row_lengths import RowShape, expected_longest, guessed_shape, shape_of
 from orchestrator.estimate.step_time import Rate, StepTime, step_time, table_rate
 
 TOTAL, ADAPTER = 8_030_261_248, 41_943_040

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.composition.compose import compose
 from orchestrator.errors import ConfigError
-from orchestrator.planning.plan import resolve
+from orchestrator.planning.absolute_paths import resolve
 from orchestrator.rewards.builtin import Sample
 from orchestrator.rewards.extensions import load_callback, load_metric
 from orchestrator.run_state.resume_rules import may_differ

@@ -7,7 +7,8 @@ from asking import Asker, files_of, write_model, write_rows
 from run_folders import finish, write_checkpoint, write_run, write_training
 
 from orchestrator.config.rules import parse_types
-from orchestrator.run_folder.folder import RunFolder, read_json, write_json
+from orchestrator.files.atomic import read_json, write_json
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.frozen import read_config
 from orchestrator.run_state.resume_rules import settings_that_matter
 

@@ -12,8 +12,8 @@ from asking import Asker
 from orchestrator import __version__
 from orchestrator.composition.compose import compose
 from orchestrator.errors import RunFolderError
-from orchestrator.planning.plan import run_directory_of
-from orchestrator.run_folder.folder import RunFolder, read_json, write_json
+from orchestrator.files.atomic import read_json, write_json
+from orchestrator.run_folder.folder import RunFolder, run_directory_of
 from orchestrator.run_state.frozen import added_keys, load_config, load_frozen
 
 LORA = "+experiment=llama_lora"

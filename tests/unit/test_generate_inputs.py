@@ -6,7 +6,7 @@ import pytest
 from asking import Asker
 from run_folders import finish, write_run
 
-from orchestrator.run_folder.folder import write_json
+from orchestrator.files.atomic import write_json
 
 
 @pytest.mark.parametrize(

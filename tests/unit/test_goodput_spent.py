@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.display.plan_vs_actual_table import spent_words
 from orchestrator.metrics.jsonl import RecordFile
-from orchestrator.planning.plan_vs_actual import spent_words
 from orchestrator.run_folder.folder import StageFolder
 from orchestrator.run_state.goodput import time_spent
 

@@ -26,11 +26,12 @@ from orchestrator.errors import EXIT_DONE, EXIT_SAVED, LaunchFailed, RunFolderEr
 from orchestrator.execution import following
 from orchestrator.execution.cancel import cancel
 from orchestrator.execution.following import StageJob, run_stage
+from orchestrator.files.atomic import write_json, write_text
 from orchestrator.housekeeping.prune import of_runs
 from orchestrator.housekeeping.remove import refusals
 from orchestrator.metrics.jsonl import RecordFile
 from orchestrator.monitoring.stage_status import stage_statuses
-from orchestrator.run_folder.folder import RunFolder, StageFolder, write_json, write_text
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_state.attempts import INTERRUPTED, read_attempts
 from orchestrator.run_state.location import settle
 from orchestrator.run_state.moved import refuse_left_behind

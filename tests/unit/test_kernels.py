@@ -15,7 +15,9 @@ from orchestrator.architecture.kernels import documents_path, head_kernel, head_
 from orchestrator.composition.compose import compose
 from orchestrator.config.model import Architecture
 from orchestrator.errors import ConfigError
-from orchestrator.planning.plan import DataFacts, make_plan, resolve
+from orchestrator.planning.absolute_paths import resolve
+from orchestrator.planning.data_facts import DataFacts
+from orchestrator.planning.plan import make_plan
 
 LORA = "+experiment=llama_lora"
 H100 = ("cluster=h100x8", "stages.sft.batch.global_size=32")

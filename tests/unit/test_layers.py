@@ -20,8 +20,9 @@ from orchestrator.architecture.layers import (
 )
 from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.composition.compose import CONF, compose
-from orchestrator.config.model import Architecture, FreezeTuning
+from orchestrator.config.model import Architecture
 from orchestrator.config.rules import rule_problems
+from orchestrator.config.tuning import FreezeTuning
 from orchestrator.errors import ConfigError
 from orchestrator.estimate.flops import flops_per_token
 from orchestrator.estimate.model_states import state_memory, trainable_parameters

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.composition.compose import compose
-from orchestrator.run_folder.folder import RunFolder, read_json, write_json, write_text
+from orchestrator.files.atomic import read_json, write_json, write_text
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.attempts import decide, read_attempts
 from orchestrator.run_state.location import locate, settle
 

@@ -9,8 +9,9 @@ import pytest
 from asking import ROW, Asker, write_model, write_rows
 from run_folders import write_checkpoint
 
+from orchestrator.files.atomic import write_json
 from orchestrator.planning.lost_inputs import lost_inputs
-from orchestrator.run_folder.folder import RunFolder, write_json
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.content_digests import content_digests
 from orchestrator.run_state.frozen import load_config
 

@@ -11,15 +11,8 @@ from typing import Literal
 
 import pytest
 
-from orchestrator.metrics.wandb.process import (
-    WandbSettings,
-    WandbState,
-    how_to_see,
-    resolve_mode,
-    run_id,
-    start,
-    write_state,
-)
+from orchestrator.metrics.wandb.process import run_id, start
+from orchestrator.metrics.wandb.protocol import WandbSettings, WandbState, how_to_see, resolve_mode, write_state
 
 
 def test_one_id_for_the_life_of_the_run(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from asking import Asker
 
 from orchestrator.composition.compose import CONF, compose, examine
 from orchestrator.config.cluster import HardwareConfig
+from orchestrator.files.atomic import read_json, write_json
 from orchestrator.machine.accelerators import Gpu, gpu_of, torch_build
 from orchestrator.machine.dtype import choose, settle, settle_folder
 from orchestrator.machine.processor import Processor, this_processor
 from orchestrator.machine.this_machine import Machine, device_of, this_machine, with_device
-from orchestrator.run_folder.folder import RunFolder, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder
 
 LORA = "+experiment=llama_lora"
 CPUINFO = (

@@ -19,16 +19,18 @@ from orchestrator.composition.compose import CONF, compose
 from orchestrator.config.data import DataConfig
 from orchestrator.config.model import Architecture
 from orchestrator.data.prepared.meta import Meta, Statistics
-from orchestrator.data.prepared.statistics import prepared_facts
+from orchestrator.data.prepared.statistics import PreparedFacts, prepared_facts
 from orchestrator.errors import DataError
-from orchestrator.estimate.row_lengths import PreparedFacts
 from orchestrator.estimate.step_time import Rate
+from orchestrator.files.atomic import write_json
 from orchestrator.machine.job_processor import processor_key
 from orchestrator.machine.this_machine import this_machine
+from orchestrator.planning.absolute_paths import resolve
+from orchestrator.planning.data_facts import DataFacts
 from orchestrator.planning.inspect_inputs import gather
 from orchestrator.planning.measured_speed import Measured, find_measured, read_measured
-from orchestrator.planning.plan import DataFacts, make_plan, resolve
-from orchestrator.run_folder.folder import RunFolder, write_json
+from orchestrator.planning.plan import make_plan
+from orchestrator.run_folder.folder import RunFolder
 
 LLAMA = "+experiment=llama3_8b_lora"
 NAMES = ("a100_40", "a100_80", "b200", "cpu", "gh200", "h100", "h200", "l40s", "mi300x", "rtx4090", "unknown")

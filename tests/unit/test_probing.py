@@ -18,8 +18,9 @@ from orchestrator.machine.dtype import settle
 from orchestrator.machine.job_processor import job_environment
 from orchestrator.machine.processor import Processor
 from orchestrator.machine.this_machine import Machine, this_machine
+from orchestrator.planning.data_facts import DataFacts
 from orchestrator.planning.host_hardware import as_seen
-from orchestrator.planning.plan import DataFacts, make_plan
+from orchestrator.planning.plan import make_plan
 from orchestrator.planning.processor_speed import setting_of
 
 LORA = ("+experiment=llama_lora", "launcher=local", "cluster.device=cpu", "model.dtype=float32")

@@ -12,9 +12,9 @@ from asking import ROW, Asker, write_model, write_rows
 from orchestrator.composition.compose import CONF, examine, experiments
 from orchestrator.composition.recipes import Origins, fit
 from orchestrator.config.alignment import PolicyStage
+from orchestrator.config.demonstration import DEMONSTRATIONS
 from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import RunConfig, training_stages
-from orchestrator.data.sources.locate import DEMONSTRATIONS
 
 LORA = "+experiment=llama_lora"
 OWN = "stages.sft.data.train.path=rows.jsonl"

@@ -11,8 +11,9 @@ import pytest
 from asking import Asker, files_of
 from run_folders import finish, stop, write_checkpoint, write_run, write_training
 
+from orchestrator.files.atomic import write_json
 from orchestrator.files.cache import cache_folder
-from orchestrator.run_folder.folder import RunFolder, write_json
+from orchestrator.run_folder.folder import RunFolder
 
 
 def trained(root: Path, name: str, *, steps: tuple[int, ...] = (2, 4), is_done: bool = True) -> RunFolder:

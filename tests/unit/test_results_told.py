@@ -10,7 +10,8 @@ import pytest
 
 from orchestrator.composition.compose import compose
 from orchestrator.display.result_text import print_result
-from orchestrator.run_folder.folder import RunFolder, write_json
+from orchestrator.files.atomic import write_json
+from orchestrator.run_folder.folder import RunFolder
 
 Told = Callable[..., str]
 

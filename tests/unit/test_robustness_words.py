@@ -9,10 +9,10 @@ import pytest
 from asking import ROW, Asker, latest, write_model, write_rows
 
 from orchestrator.composition.compose import compose
-from orchestrator.config.model import FreezeTuning, FullTuning
-from orchestrator.config.pipeline import stage_digest
-from orchestrator.planning.plan import resolve
+from orchestrator.config.tuning import FreezeTuning, FullTuning
+from orchestrator.planning.absolute_paths import resolve
 from orchestrator.run_state.content_digests import content_digests
+from orchestrator.run_state.reuse import stage_digest
 
 SETS = "stages.e.sets={far: {path: far.jsonl, shift: true}}"
 WISE = ("+experiment=llama_full", "+stage@stages.w=interpolate", "pipeline=[sft,w]")

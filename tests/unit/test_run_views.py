@@ -9,9 +9,10 @@ import pytest
 from asking import Asker
 from run_folders import DIGESTS, finish, stop, write_run, write_training
 
+from orchestrator.files.atomic import read_json, write_json
 from orchestrator.metrics.jsonl import RecordFile
 from orchestrator.monitoring.stage_status import StageStatus, stage_statuses
-from orchestrator.run_folder.folder import RunFolder, read_json, write_json
+from orchestrator.run_folder.folder import RunFolder
 
 LONG = "the ranks ended with exit code 137: " + "killed from outside, or out of host memory; " * 6
 

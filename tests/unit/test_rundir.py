@@ -10,19 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.config.base import flatten
 from orchestrator.errors import CheckpointError, ConfigError, RunFolderError
-from orchestrator.run_folder.folder import (
-    MANIFEST,
-    RunFolder,
-    file_digest,
-    flatten,
-    publish,
-    read_json,
-    read_manifest,
-    write_json,
-    write_manifest,
-    write_text,
-)
+from orchestrator.files.atomic import publish, read_json, write_json, write_text
+from orchestrator.files.manifest import MANIFEST, file_digest, read_manifest, write_manifest
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.freeze import all_or_nothing, check_writable, freeze
 from orchestrator.run_state.frozen import read_config
 

@@ -18,7 +18,8 @@ from orchestrator.execution import slurm_following
 from orchestrator.execution.following import StageJob
 from orchestrator.execution.job_specs import job_spec
 from orchestrator.execution.slurm_following import join_jobs
-from orchestrator.run_folder.folder import RunFolder, write_json, write_text
+from orchestrator.files.atomic import write_json, write_text
+from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.attempts import Attempt, write_attempt
 from orchestrator.run_state.frozen import load_config
 

@@ -16,8 +16,9 @@ from orchestrator.data.encoding.answer_spans import NotRendered
 from orchestrator.data.encoding.encoder import Encoded, Encoder, encode_examples
 from orchestrator.data.formats.examples import Example, Labelled, Prompt, Reading
 from orchestrator.data.row_faults import Fault, FaultList
-from orchestrator.data.sources.locate import known_kind, parse_or_fault
+from orchestrator.data.sources.locate import known_kind
 from orchestrator.data.sources.readers import parse_line, position, read_rows
+from orchestrator.data.sources.validate import parse_or_fault
 
 CHUNK_BYTES = 1 << 18
 CHUNK_ROWS = 512

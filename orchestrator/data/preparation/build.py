@@ -14,8 +14,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.config.data import DataConfig
-from orchestrator.config.splits import held_out_rows
+from orchestrator.config.data import DataConfig, held_out_rows
 from orchestrator.data.encoding.chunks import Chunk, ChunkContext, ChunkResult, encode_chunk, iterate_chunks
 from orchestrator.data.encoding.encoder import Encoder, make_encoder
 from orchestrator.data.encoding.tokenizer import load_facts
@@ -26,8 +25,9 @@ from orchestrator.data.preparation.store import GrowingArray, Store, Units, writ
 from orchestrator.data.prepared.meta import EVALUATION, Kind
 from orchestrator.data.prepared.parts import Part
 from orchestrator.data.row_faults import FaultList
-from orchestrator.data.sources.locate import known_kind, reading_of
+from orchestrator.data.sources.locate import known_kind
 from orchestrator.data.sources.readers import count_rows
+from orchestrator.data.sources.validate import reading_of
 from orchestrator.errors import DataError
 
 Say = Callable[[str], None]

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
 from orchestrator.data.formats.columns import KINDS
-from orchestrator.data.prepared.key import FileHashes, PreparedKey, prepared_key
+from orchestrator.data.prepared.key import PreparedKey, prepared_key
 from orchestrator.data.prepared.meta import EVALUATION, is_prepared
-from orchestrator.data.sources.locate import held_out_source, locate, settle_format, splits_train
+from orchestrator.data.sources.locate import held_out_source, locate, splits_train
+from orchestrator.data.sources.validate import settle_format
 from orchestrator.errors import DataError
+from orchestrator.files.hash_cache import FileHashes
 
 Fetch = Callable[[SourceConfig, str], tuple[Path, ...]]
 """(source, field) -> its files, downloaded where they were not here."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import mmap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from orchestrator.config.data import DataConfig
 from orchestrator.data.prepared.meta import read_meta
 from orchestrator.errors import DataError
-from orchestrator.estimate.row_lengths import PreparedFacts
 from orchestrator.schedule import steps_per_epoch
 
 SAMPLE = 4096
@@ -69,3 +69,19 @@ def _data_start(content: mmap.mmap, path: Path) -> int:
     if header["descr"] != "<i8":
         raise DataError(f"{path} holds {header['descr']}, <i8 is expected")
     return end
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedFacts:
+    """What the cache tells of prepared train rows; the lengths are an even sample of at most some thousands."""
+
+    rows: int
+    """Trainable ones: packed rows where packing is on."""
+    units: int
+    """Source rows that are used."""
+    tokens: int
+    trained_tokens: int
+    evaluation_rows: int
+    steps_per_epoch: int
+    row_lengths: tuple[int, ...]
+    document_lengths: tuple[int, ...]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.metrics.jsonl import Row, Tail, last_attempt_rows, step_of
-from orchestrator.metrics.wandb.process import (
+from orchestrator.metrics.wandb.protocol import (
     Ending,
     WandbSettings,
     WandbState,

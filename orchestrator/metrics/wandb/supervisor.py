@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator.metrics.wandb.process import (
+from orchestrator.metrics.wandb.protocol import (
     TIMED_OUT,
     Ending,
     WandbSettings,

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
 from orchestrator.architecture.families import family_of
-from orchestrator.config.model import Architecture, LoraTuning
+from orchestrator.config.model import Architecture
+from orchestrator.config.tuning import LoraTuning
 from orchestrator.models.layer_transforms import recompute_layers
 from orchestrator.models.peft_adapters import lora_settings
 from orchestrator.models.tracing.live_bytes import CudaAutocast, Precision

@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
-from orchestrator.config.cluster import WandbTracking
 from orchestrator.config.run import accumulation_steps
+from orchestrator.config.tracking import WandbTracking
 from orchestrator.distributed.random_state import seed_of
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.distributed.zero_fragments import count_trained
 from orchestrator.errors import CheckpointError
+from orchestrator.estimate.checkpoint_size import bytes_of_one, most_bytes
+from orchestrator.files.atomic import free_bytes, read_json, write_json
 from orchestrator.metrics.wandb.process import run_id
 from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.checkpoints import Found
-from orchestrator.run_folder.folder import free_bytes, read_json, write_json
-from orchestrator.run_state.recorder import Context, Record
+from orchestrator.run_state.recorder import Record
 from orchestrator.run_state.resume_rules import refuse_changes, settings_that_matter
+from orchestrator.run_state.stage_context import Context
 from orchestrator.training.checkpointing.newest_proven import newest_proven
 from orchestrator.training.checkpointing.training_state import INDEX, collect, restore, restore_random_state
 from orchestrator.training.checkpointing.writer import CheckpointWriter, Pending
@@ -180,8 +182,8 @@ class Checkpointer:
         """What the checkpoints will take, beside what is free."""
         stage = self._context.stage
         trained = count_trained(self._subject.runtime, self._subject.model)
-        one = checkpoints.bytes_of_one(trained, stage.optimizer)
-        most = checkpoints.most_bytes(one, stage.checkpoint, self._record.total_steps)
+        one = bytes_of_one(trained, stage.optimizer)
+        most = most_bytes(one, stage.checkpoint, self._record.total_steps)
         free = free_bytes(self._context.folder.checkpoints)
         self._record.event("space", checkpoint_bytes=one, most_bytes=most, free_bytes=free)
         told = f"a checkpoint takes {one / MEBIBYTE:,.1f} MiB, all of them at most {most / MEBIBYTE:,.1f}; {free / MEBIBYTE:,.0f} are free"

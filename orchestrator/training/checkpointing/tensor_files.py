@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from orchestrator.errors import CheckpointError
-from orchestrator.run_folder.folder import file_digest
+from orchestrator.files.manifest import file_digest
 
 DTYPE_NAMES = {
     torch.float64: "F64",

@@ -19,8 +19,10 @@ import torch.distributed as dist
 
 from orchestrator.config.training import CheckpointConfig
 from orchestrator.errors import CheckpointError, RunFolderError
+from orchestrator.files.atomic import free_bytes, write_json
+from orchestrator.files.manifest import file_digest
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.folder import StageFolder, file_digest, free_bytes, write_json
+from orchestrator.run_folder.folder import StageFolder
 from orchestrator.run_state.recorder import Record
 from orchestrator.training.checkpointing.tensor_files import Written, check_written, write_tensors
 

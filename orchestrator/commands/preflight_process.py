@@ -1,0 +1,45 @@
+"""The programs that look at data with torch, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from orchestrator.architecture.base_model import local_folder
+from orchestrator.config.run import RunConfig
+from orchestrator.config.training import TrainingStage
+from orchestrator.data.prepared.parts import find_prepared
+from orchestrator.errors import ConfigError
+from orchestrator.files.atomic import read_json
+from orchestrator.files.cache import cache_folder
+from orchestrator.run_folder.folder import StageFolder
+
+
+def run_preflight(verb: str, config: RunConfig, environment: dict[str, str]) -> int:
+    """Runs the torch side on the frozen configuration, in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
+        file = Path(folder) / "run.json"
+        file.write_text(json.dumps({"config": config.model_dump(mode="json")}), encoding="utf-8")
+        argv = [sys.executable, "-m", "orchestrator.metrics.foreground", "preflight.main", verb, str(file)]
+        return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1", **environment}, check=False).returncode
+
+
+def rows_of_stage(config: RunConfig, name: str, stage: TrainingStage, files: StageFolder) -> Path:
+    """The rows of a stage: where they were, or where the same ones are in this machine's cache."""
+    from orchestrator.data.prepared.meta import is_prepared
+
+    recorded = Path(read_json(files.prepared)["train"])
+    if is_prepared(recorded):
+        return recorded
+    cache = cache_folder(config.cluster.scratch)
+    base = local_folder(config.model, cache)
+    found = base and find_prepared(stage.data, tokenizer_folder=base, cache=cache, seed=config.seeds.split)
+    if not found:
+        raise ConfigError(
+            f"{name}: its prepared rows are no longer in {recorded.parent}; type `prepare {files.root.parent}` to make them again"
+        )
+    return found[0]

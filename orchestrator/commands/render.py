@@ -1,0 +1,27 @@
+"""The verb render. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.commands.plan_from_overrides import planned_of_words
+from orchestrator.config.study import NoStudy
+from orchestrator.errors import EXIT_DONE, ConfigError
+from orchestrator.execution.job_specs import render_scripts
+
+
+def render(arguments: Sequence[str]) -> int:
+    """Writes the scripts into the run folder and prints them; submits nothing."""
+    from orchestrator.execution.run_pipeline import freeze_run
+
+    for config, planned in planned_of_words(arguments):
+        if not isinstance(config.study, NoStudy):
+            raise ConfigError(
+                f"study={config.study.kind}: scripts are of one run; leave out study=, and -m or the seeds of one trial"
+            )
+        scripts = render_scripts(config)
+        freeze_run(config, planned, scripts)
+        for script in scripts:
+            print(f"# {script.path}")
+            print(script.text)
+    return EXIT_DONE

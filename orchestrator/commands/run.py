@@ -1,0 +1,35 @@
+"""The verb run. Must not import torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from orchestrator.commands.plan_from_overrides import first_config, planned_run, planned_runs
+from orchestrator.composition.multirun import is_sweep
+from orchestrator.config.study import NoStudy
+from orchestrator.errors import ConfigError
+
+if TYPE_CHECKING:
+    from orchestrator.execution.run_pipeline import Part
+
+
+def run(arguments: Sequence[str], *, part: Part) -> int:
+    """Checks, plans and launches; continues what is unfinished and skips what is done. With -m, one run each."""
+    from orchestrator.execution.run_pipeline import WHOLE, execute, execute_all
+
+    began = time.time()
+    if is_sweep(arguments):
+        config = first_config(arguments)
+        if isinstance(config.study, NoStudy):
+            return execute_all(planned_runs(arguments))
+    else:
+        config, planned = planned_run(arguments)
+        if isinstance(config.study, NoStudy):
+            return execute(config, planned, part=part, began=began)
+    from orchestrator.studies.run_study import run_study
+
+    if part != WHOLE:
+        raise ConfigError("--from and --only: a study runs whole pipelines; leave them out, or type study=none")
+    return run_study(arguments, config, planned_run)

@@ -1,0 +1,51 @@
+"""Several numbers of nodes among the overrides: `cluster.nodes=1,2,...,16`. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.errors import ConfigError
+
+KEY = "cluster.nodes="
+
+
+ELLIPSIS = "..."
+
+
+def take_node_counts(arguments: Sequence[str]) -> tuple[list[str], list[int] | None]:
+    """The words without `cluster.nodes=1,2,4,...,512`, and its numbers; None where no list is asked for.
+
+    Three dots go on by the factor of the two numbers before them.
+    """
+    lists = [word for word in arguments if word.startswith(KEY) and "," in word and "-m" not in arguments]
+    if not lists or "--multirun" in arguments:
+        return list(arguments), None
+    counts = _expanded(lists[-1].removeprefix(KEY).split(","), word=lists[-1])
+    return [word for word in arguments if word not in lists], counts
+
+
+def _expanded(parts: Sequence[str], *, word: str) -> list[int]:
+    counts: list[int] = []
+    for place, part in enumerate(parts):
+        if part.strip() == ELLIPSIS and 2 <= place < len(parts) - 1:
+            counts += _between(counts, _count(parts[place + 1], word), word)
+        else:
+            counts.append(_count(part, word))
+    return counts
+
+
+def _between(counts: Sequence[int], last: int, word: str) -> list[int]:
+    """What the three dots stand for."""
+    factor, rest = divmod(counts[-1], counts[-2])
+    if rest or factor < 2:
+        raise ConfigError(f"{word}: three dots go on by the factor of the two numbers before them; type 1,2,4,...,512")
+    found: list[int] = []
+    while (following := (found or counts)[-1] * factor) < last:
+        found.append(following)
+    return found
+
+
+def _count(text: str, word: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ConfigError(f"{word}: {text or 'nothing'} is no number of nodes; type {KEY}1,2,4,...,512")
+    return int(text)

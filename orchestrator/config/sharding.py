@@ -1,0 +1,36 @@
+"""How a model is spread over the ranks: whole on each, or ZeRO 1 to 3. Must not import torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from orchestrator.config.base import NaturalInt, PositiveInt, Section
+
+
+class NoSharding(Section):
+    """One process, or DDP: every rank holds everything."""
+
+    strategy: Literal["none"]
+
+
+class ZeroSharding(Section):
+    """DeepSpeed ZeRO (1910.02054)."""
+
+    strategy: Literal["zero1", "zero2", "zero3"]
+    offload_optimizer: Literal["none", "cpu"]
+    offload_parameters: Literal["none", "cpu"]
+    """Only under zero3."""
+    overlap_communication: bool
+    bucket_elements: PositiveInt | None
+    """Elements of a reduce or gather bucket; null takes one layer of the model."""
+    prefetch_elements: NaturalInt | None
+    """Elements gathered ahead under zero3; null takes one layer of the model."""
+    persistence_elements: NaturalInt | None
+    """Parameters smaller than this stay gathered under zero3; null takes ten hidden sizes, 100,000 at least."""
+    hpz_partition_size: PositiveInt | None
+    """ZeRO++ (2306.10209, hpZ) under zero3: a second copy of the shards within so many ranks, a node's, so that the backward pass
+    gathers inside the node; null keeps none."""
+    quantized_weights: bool
+    """ZeRO++ (qwZ) under zero3: weights are gathered in 8 bits; needs GPUs."""
+    quantized_gradients: bool
+    """ZeRO++ (qgZ) under zero3: gradients are reduced in 4 and 8 bits; needs GPUs."""

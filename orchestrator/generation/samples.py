@@ -1,0 +1,34 @@
+"""Completions as rewards and metrics see them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
+from orchestrator.generation.generator import Completion, Request
+from orchestrator.rewards.builtin import Sample
+from orchestrator.run_state.stage_context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A completion as rewards see it."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    sample: Sample
+
+
+def as_scored(context: Context, request: Request, completion: Completion, row: Mapping[str, Any]) -> Scored:
+    """Ids and texts of a completion."""
+    tokenizer = core_tokenizer(load_facts(context.base_folder).core)
+    sample = Sample(
+        prompt=tokenizer.decode(list(request.prompt), skip_special_tokens=True),
+        completion=tokenizer.decode(list(completion.ids), skip_special_tokens=True),
+        tokens=len(completion.ids),
+        is_finished=completion.is_finished,
+        row=row,
+    )
+    return Scored(prompt_ids=request.prompt, completion_ids=completion.ids, sample=sample)

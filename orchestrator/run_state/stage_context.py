@@ -1,0 +1,59 @@
+"""What an attempt at a stage is given. Must not import torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.config.run import RunConfig, Stage
+from orchestrator.metrics.phases import Phases
+from orchestrator.run_folder.folder import StageFolder
+from orchestrator.run_folder.stop_request import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The proven artifact of an earlier stage."""
+
+    stage: str
+    folder: Path
+    kind: str
+    """`model` or `adapter`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """One attempt at one stage."""
+
+    config: RunConfig
+    name: str
+    stage: Stage
+    folder: StageFolder
+    run_file: Path
+    attempt: int
+    stop: StopRequest
+    base_folder: Path
+    """Local folder of the base model."""
+    start: Start | None = None
+    """What is trained on where it is not the bare base."""
+    train_data: Path
+    evaluation_data: Path | None
+    """Prepared data."""
+    beside: Sequence[Start] = ()
+    """Further artifacts, which an interpolation or a soup blends with `start`."""
+    sets: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    """Prepared data of the further sets that a stage scores, by name."""
+    rewards: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    """Folders of the reward stages that this one reads, by the stage's name."""
+    digest: str = ""
+    """Of all that decides the stage's result."""
+    began: float = field(default_factory=time.time)
+    """When this process began: imports and the bringing of inputs count as start-up."""
+    phases: Phases = field(default_factory=Phases)
+    """Where this attempt says what it is doing."""
+    input_digests: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of the artifacts that the stage reads, by stage."""
+    content_digests: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of base, tokenizer, template, data files and code."""
