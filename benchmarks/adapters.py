@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 ARC = {
     "LoReFT, rank 4, 30 layers": (
@@ -80,7 +81,7 @@ def table(methods: list[str]) -> int:
 
     All cells of a kind run in one set of ranks, one after the other: importing takes longer than a cell.
     """
-    from cells import Cell, make_place, train
+    from rank_runs import Cell, make_place, train
 
     with tempfile.TemporaryDirectory() as folder:
         place = make_place(Path(folder))
@@ -140,7 +141,7 @@ def _made(place: Any, method: str, quantization: str, sharding: str) -> str | No
 
 def _cell(place: Any, row: tuple[str, str], name: str | None) -> str:
     """Largest relative distance of loss and gradient norm from one process, and whether a resume is the same to the bit."""
-    from cells import largest_difference
+    from rank_runs import largest_difference
 
     if name is None:
         return "refused"
@@ -154,11 +155,11 @@ def _cell(place: Any, row: tuple[str, str], name: str | None) -> str:
 
 def _whole_command(place: Any, row: tuple[str, str], sharding: str) -> str:
     """The distance of the re-opened artifact's loss from the trainer's."""
-    import tiny
-    from running import Bench
+    import tiny_model
+    from runs import Bench
 
     bench = Bench(root=place.root)
-    tiny.write_rows(place.root / "held_out.jsonl", 9, start=1000)
+    tiny_model.write_rows(place.root / "held_out.jsonl", 9, start=1000)
     more = ("cluster.processes_per_node=2", "launcher=torchrun")
     done = bench.run(_key(*row, "whole"), *_words(*row, sharding), *more)
     if done.code:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
-import tiny  # noqa: E402
+import tiny_model  # noqa: E402
 
 from orchestrator.metrics.jsonl import read_rows  # noqa: E402
 
@@ -26,8 +27,8 @@ def main() -> int:
     taken: dict[str, list[float]] = {"worker alone": [], "launcher=local": [], "launcher=torchrun": []}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        tiny.write_llama(folder / "model")
-        tiny.write_rows(folder / "rows.jsonl", 32)
+        tiny_model.write_llama(folder / "model")
+        tiny_model.write_rows(folder / "rows.jsonl", 32)
         for number in range(rounds + 1):  # the first round fills caches and is left out
             for name, seconds in taken.items():
                 measured = _first_step(folder, name, f"{name.split('=')[-1].replace(' ', '-')}-{number}")

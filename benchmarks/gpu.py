@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
-import tiny
+import tiny_model
 
 from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
@@ -166,7 +167,7 @@ def write_model(folder: Path, shape: dict[str, int]) -> None:
     with torch.device(device):
         model = LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
-    tiny.write_tokenizer(folder)
+    tiny_model.write_tokenizer(folder)
 
 
 if __name__ == "__main__":

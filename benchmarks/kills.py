@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from cells import Cell, Place, command, environment, make_place, train
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+from rank_runs import Cell, Place, command, environment, make_place, train
 
 from orchestrator.files.manifest import MANIFEST
 from orchestrator.run_folder import checkpoints

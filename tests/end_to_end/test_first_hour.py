@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from launching import wait_until
-from running import Bench
+from runs import Bench
 
 import orchestrator
 from orchestrator.files.atomic import read_json

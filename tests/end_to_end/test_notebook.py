@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from running import Bench
+from runs import Bench
 
 import orchestrator
 

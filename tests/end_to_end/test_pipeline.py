@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from aligning import pipeline_words, write_sets
-from asking import latest
-from loading import carded_script, pasted
-from running import Bench, Done
+from alignment_runs import pipeline_words, write_sets
+from command_line import latest
+from loading_code import carded_script, pasted
+from runs import Bench, Done
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab import MINICLUSTER, Cluster, run
+from slurm_cluster import MINICLUSTER, Cluster, run
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lab import MINICLUSTER, Cluster, run
 from launching import STAND_INS, make_slurm_spec, wait_until
+from slurm_cluster import MINICLUSTER, Cluster, run
 
 from launchers.spec import JobSpec
 from launchers.submission import read_jobs

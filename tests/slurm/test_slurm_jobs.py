@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import Cluster, run
 from launching import begun, make_slurm_spec, read_seen, wait_until
+from slurm_cluster import Cluster, run
 
 from launchers import sbatch
 from launchers.cancellation import cancel_jobs

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lab import Cluster
 from launching import begun, make_slurm_spec, wait_until
+from slurm_cluster import Cluster
 
 from launchers import local
 from orchestrator.composition.compose import compose

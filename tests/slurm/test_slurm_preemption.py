@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from lab import Cluster, run
 from launching import wait_until
-from running import Bench, make_bench
-from wandb_offline import offline_files, offline_history, records
+from runs import Bench, make_bench
+from slurm_cluster import Cluster, run
+from wandb_files import offline_files, offline_history, records
 
 from launchers.submission import read_jobs
 from orchestrator.files.atomic import read_json

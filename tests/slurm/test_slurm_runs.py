@@ -6,10 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from aligning import words_of, write_sets
-from lab import Cluster, run
+from alignment_runs import words_of, write_sets
 from launching import wait_until
-from running import Bench, Done, make_bench
+from runs import Bench, Done, make_bench
+from slurm_cluster import Cluster, run
 
 from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab import Cluster, run
 from launching import wait_until
-from running import Bench, Done, make_bench
+from runs import Bench, Done, make_bench
 from safetensors.torch import load_file
+from slurm_cluster import Cluster, run
 
 from launchers.submission import read_jobs
 from orchestrator.files.atomic import read_json

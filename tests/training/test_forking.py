@@ -14,7 +14,7 @@ from typing import Any
 import forking
 import pytest
 from launching import wait_until
-from running import make_bench
+from runs import make_bench
 
 from orchestrator.files.manifest import file_digest
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from asking import Asker
+from command_line import Asker
 
 
 @pytest.fixture

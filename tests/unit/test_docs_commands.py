@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from asking import ROW, Asker, write_rows
+from command_line import ROW, Asker, write_rows
 
 from orchestrator.cli.verbs import VERBS
 from orchestrator.composition.compose import examine

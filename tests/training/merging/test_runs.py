@@ -1,0 +1,133 @@
+"""LP-FT, interpolation, soups and evaluation on several sets from the command line: what they leave, and that later stages read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from merging_runs import answer_words, likeliest, write_answer_sets
+from runs import Bench, Done, make_bench
+from safetensors.torch import load_file
+
+from orchestrator.dataloader.prepared_rows import PreparedRows
+from orchestrator.files.atomic import read_json
+from orchestrator.files.manifest import read_manifest
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = make_bench(tmp_path_factory.mktemp("robustness"))
+    write_answer_sets(bench.root)
+    return bench
+
+
+@pytest.fixture(scope="module")
+def lpft(bench: Bench) -> Done:
+    """The head, then all of the model; then WiSE-FT from the base, and an evaluation of what it chose."""
+    words = answer_words(bench, "lpft", "head", "sft", "wise", "ev")
+    more = ["stages.head.max_steps=4", "stages.sft.max_steps=80", "stages.wise.alphas=[0.0,0.5,1.0]"]
+    more += ["stages.wise.choose_on=[data,outside]", "stages.wise.choose_by=loss", "stages.wise.choose=best_id"]
+    more += ["stages.ev.exact_match=true", "stages.ev.rollout.max_new_tokens=8"]
+    kinds = ["+stage@stages.wise=interpolate", "+stage@stages.ev=evaluate"]
+    return bench.run("lpft", words=["+experiment=llama_lpft", *kinds, *words, *more])
+
+
+def test_the_head_is_trained_first_and_then_all(bench: Bench, lpft: Done) -> None:
+    assert lpft.code == 0, lpft.told
+    before = load_file(bench.model / "model.safetensors")
+    head = load_file(lpft.folder.stage("head").artifact / "model.safetensors")
+    tuned = load_file(lpft.sft.artifact / "model.safetensors")
+    assert {name for name in head if not torch.equal(head[name], before[name])} == {"lm_head.weight"}
+    assert all(not torch.equal(tuned[name], head[name]) for name in tuned)
+    tunings = [read_manifest(lpft.folder.stage(name).artifact)["tuning"] for name in ("head", "sft", "wise")]
+    assert tunings == ["freeze", "full", "full"]
+
+
+def test_the_chosen_model_is_the_interpolation_and_was_proven(bench: Bench, lpft: Done) -> None:
+    assert lpft.code == 0, lpft.told
+    wise = lpft.folder.stage("wise")
+    curves, result, proof = read_json(wise.curves), read_json(wise.result), read_json(wise.proof)
+    losses = [scores["data"]["loss"] for scores in curves["scores"]]
+    alpha = curves["alphas"][losses.index(min(losses))]
+    assert result["alpha"] == curves["chosen"] == alpha and result["artifact"]["kind"] == "model"
+    before, after = load_file(bench.model / "model.safetensors"), load_file(lpft.sft.artifact / "model.safetensors")
+    for name, tensor in load_file(wise.artifact / "model.safetensors").items():
+        assert torch.allclose(tensor, torch.lerp(before[name], after[name], alpha), rtol=0, atol=1e-6), name
+    assert proof["reopened_loss"] == pytest.approx(min(losses), abs=1e-4), "scored by options, and by tokens"
+    assert wise.curves.with_suffix(".png").stat().st_size > 5000
+
+
+def test_the_report_says_what_plain_passes_say(bench: Bench, lpft: Done) -> None:
+    """Accuracy, loss and exact match of the out-of-distribution set, again by transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    assert lpft.code == 0, lpft.told
+    files = lpft.folder.stage("ev")
+    report = read_json(files.artifact / "report.json")
+    assert report["sets"].keys() == {"data", "outside", "forgetting"} and "lost against the base:" in report["lost"]
+    assert [report["sets"][name]["shift"] for name in report["sets"]] == [False, True, None]
+    assert report["base"]["loss"] == report["sets"]["data"]["base"]["loss"]
+    rows = PreparedRows.open(Path(read_json(files.prepared)["sets"]["outside"]))
+    documents = [rows.document(rows.document_of(index)) for index in range(rows.rows)]
+    prompts = [ids[: int(trained.argmax())].tolist() for ids, trained in documents]
+    answers = [ids[trained].tolist() for ids, trained in documents]
+    options = sorted({tuple(answer) for answer in answers})
+    for what, folder in (("base", bench.model), ("tuned", lpft.folder.stage("wise").artifact)):
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        told = report["sets"]["outside"][what]
+        logprobs = [likeliest(model, prompt, options) for prompt in prompts]
+        right = [options.index(tuple(answer)) for answer in answers]
+        hits = [
+            max(range(len(options)), key=row.__getitem__) == place for row, place in zip(logprobs, right, strict=True)
+        ]
+        assert told["accuracy"] == pytest.approx(sum(hits) / len(hits)), what
+        total = -sum(row[place] for row, place in zip(logprobs, right, strict=True))
+        assert told["loss"] == pytest.approx(total / sum(map(len, answers)), abs=1e-4), what
+        exact = [_greedy(model, p, len(a)) == a for p, a in zip(prompts, answers, strict=True)]
+        assert told["exact_match"] == pytest.approx(sum(exact) / len(exact)), what
+    assert report["sets"]["data"]["tuned"]["accuracy"] > report["sets"]["data"]["base"]["accuracy"], "it learnt"
+
+
+def _greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids_1T = torch.tensor([prompt])
+    for _ in range(count):
+        with torch.no_grad():
+            ids_1T = torch.cat([ids_1T, model(input_ids=ids_1T).logits[:, -1:].argmax(-1)], dim=1)
+    return ids_1T[0, len(prompt) :].tolist()
+
+
+def test_a_resumed_run_has_nothing_left_to_do_and_generates(bench: Bench, lpft: Done) -> None:
+    words = [str(lpft.folder.root)]
+    again = bench.run("lpft", words=words, verb="resume")
+    assert again.code == 0 and again.out.count("done already") == 4, again.told
+    done = bench.run("lpft", words=[*words, "--prompt", "red 7", "--max-new-tokens", "4"], verb="generate")
+    assert done.code == 0 and "tuned" in done.out, done.told
+
+
+def test_a_soup_of_adapters_is_the_sum_of_their_products(bench: Bench) -> None:
+    """One ingredient of the same run, one of another run."""
+    short = "stages.sft.max_steps=6"
+    one = bench.run("one", words=["+experiment=llama_lora", *answer_words(bench, "one", "sft"), short, "seed=1"])
+    assert one.code == 0, one.told
+    words = ["+experiment=llama_lora", "+stage@stages.soup=soup", *answer_words(bench, "soup", "sft", "soup"), short]
+    members = ["stage:sft", str(one.folder.root)]
+    done = bench.run("soup", words=[*words, "stages.soup.start_from=null", f"stages.soup.members={members}"])
+    assert done.code == 0, done.told
+    soup = done.folder.stage("soup")
+    assert read_json(soup.result)["members"] == members
+    assert list(read_json(soup.curves)["scores"]) == ["base", *members, "soup"]
+    wanted = [_products(folder) for folder in (done.sft.artifact, one.sft.artifact)]
+    assert read_json(soup.artifact / "adapter_config.json")["r"] == 32
+    for name, product in _products(soup.artifact).items():
+        assert torch.allclose(product, sum(part[name] for part in wanted) / 2, rtol=0, atol=1e-6), name
+        assert not torch.allclose(wanted[0][name], wanted[1][name], atol=1e-3), "the ingredients differ"
+
+
+def _products(folder: Path) -> dict[str, torch.Tensor]:
+    """(alpha / rank) B A of every layer."""
+    settings, factors = read_json(folder / "adapter_config.json"), load_file(folder / "adapter_model.safetensors")
+    scale = settings["lora_alpha"] / settings["r"]
+    downs = [name for name in factors if "lora_A" in name]
+    return {name: scale * factors[name.replace("lora_A", "lora_B")] @ factors[name] for name in downs}
