@@ -276,7 +276,7 @@ def bench_check(path: Path, columns: dict[str, str]) -> None:
             tokenizer_folder=folder,
             cache=scratch,
             seed=0,
-            global_size=16,
+            epoch=None,
             say=print,
         )
         print(

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from orchestrator.alignment.rollout_rows import Sampled
 from orchestrator.config.alignment import PolicyStage
+from orchestrator.training.correlations import pearson
 
 SAME = 1e-9
 """Rewards of a group that differ by less are equal."""
@@ -112,7 +115,7 @@ def _differences(one: Sampled) -> float:
 
 
 def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Pearson's; 0 where one of them is constant."""
+    """Pearson's; 0 where one of them is constant, or as good as constant."""
     if statistics.pstdev(first) < SAME or statistics.pstdev(second) < SAME:
         return 0.0
-    return statistics.correlation(first, second)
+    return pearson(np.array(first), np.array(second)) or 0.0

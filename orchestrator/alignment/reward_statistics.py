@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from orchestrator.errors import DataError, TrainingFailed
+from orchestrator.training.correlations import pearson, spearman
 
 NUM_BINS = 10
 SIGNIFICANCE = 0.05
@@ -135,7 +136,7 @@ def report_of(
         calibration_error=calibration_error(chosen_N - rejected_N),
         brier=float(np.mean((1 - torch.sigmoid(torch.from_numpy(chosen_N - rejected_N)).numpy()) ** 2)),
         length_pearson=pearson(scores_2N, tokens_2N),
-        length_spearman=pearson(ranks_of(scores_2N), ranks_of(tokens_2N)),
+        length_spearman=spearman(scores_2N, tokens_2N),
         longer_wins=longer,
         length_baseline=rate_of(length_credits_N),
         words_baseline=rate_of(words_credits_N),
@@ -187,21 +188,6 @@ def calibration_error(differences_N: np.ndarray, *, num_bins: int = NUM_BINS) ->
     bins_2N = np.minimum((p_2N * num_bins).astype(np.int64), num_bins - 1)
     gaps = np.bincount(bins_2N, weights=right_2N - p_2N, minlength=num_bins)
     return float(np.sum(np.abs(gaps)) / len(p_2N))
-
-
-def pearson(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Correlation in [-1, 1], or None where either is constant."""
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
-        return None
-    first, second = (values / np.abs(values).max() for values in (first - first.mean(), second - second.mean()))
-    value = float(first @ second / math.sqrt(float(first @ first) * float(second @ second)))
-    return max(-1.0, min(1.0, value))
-
-
-def ranks_of(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of theirs, as Spearman's correlation wants."""
-    _, group_of, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(sizes) - (sizes - 1) / 2)[group_of]
 
 
 def longer_wins(training: Pairs) -> bool:

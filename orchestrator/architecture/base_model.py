@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.architecture.read import read_architecture
+from orchestrator.architecture.tokenizer_files import VOCABULARY_FILES
 from orchestrator.config.model import Architecture, ModelConfig
 from orchestrator.errors import ModelError
 from orchestrator.files.hash_cache import FileHashes
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ def folder_problems(folder: Path, given: str) -> list[str]:
     problems += [
         f"model.base: {fault}" for file in sorted(folder.glob("model*.safetensors")) for fault in _tensor_faults(file)
     ]
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        problems.append(f"model.base: {folder} has no tokenizer (one of {', '.join(TOKENIZER_FILES)})")
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        problems.append(f"model.base: {folder} has no tokenizer (one of {', '.join(VOCABULARY_FILES)})")
     return problems
 
 

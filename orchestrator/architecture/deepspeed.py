@@ -31,13 +31,13 @@ def deepspeed_dict(config: RunConfig, stage: TrainingStage) -> dict[str, JsonVal
 def _zero_section(sharding: ZeroSharding) -> dict[str, JsonValue]:
     sizes = sizes_of(sharding, None)  # the plan has settled them
     section: dict[str, JsonValue] = {
-        "stage": int(sharding.strategy.removeprefix("zero")),
+        "stage": sharding.stage,
         "overlap_comm": sharding.overlap_communication,
         "contiguous_gradients": True,
         "reduce_bucket_size": sizes.bucket,
         "allgather_bucket_size": sizes.bucket,
     }
-    if sharding.strategy == "zero3":
+    if sharding.shards_parameters:
         section |= {
             "stage3_prefetch_bucket_size": sizes.prefetch,
             "stage3_param_persistence_threshold": sizes.persistence,
@@ -49,8 +49,8 @@ def _zero_section(sharding: ZeroSharding) -> dict[str, JsonValue]:
             section["zero_quantized_weights"] = True
         if sharding.quantized_gradients:
             section["zero_quantized_gradients"] = True
-    if sharding.offload_optimizer == "cpu":
+    if sharding.offloads_optimizer:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if sharding.offload_parameters == "cpu":
+    if sharding.offloads_parameters:
         section["offload_param"] = {"device": "cpu", "pin_memory": True}
     return section

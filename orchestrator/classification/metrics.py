@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.training.correlations import pearson, spearman
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -78,23 +80,14 @@ def regression_report(true_N: Floats, predicted_N: Floats) -> tuple[dict[str, fl
     measures = {
         "mse": float((difference**2).mean()),
         "mae": float(np.abs(difference).mean()),
-        "pearson": pearson(true_N, predicted_N),
-        "spearman": pearson(ranks(true_N), ranks(predicted_N)),
+        "pearson": _defined(pearson(true_N, predicted_N)),
+        "spearman": _defined(spearman(true_N, predicted_N)),
     }
     return measures, {}
 
 
-def pearson(first_N: Floats, second_N: Floats) -> float:
-    first, second = first_N - first_N.mean(), second_N - second_N.mean()
-    below = np.sqrt((first @ first) * (second @ second))
-    return float(first @ second / below) if below > 0 else float("nan")
-
-
-def ranks(values_N: Floats) -> Floats:
-    """From 1; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values_N, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2.0)[inverse]
+def _defined(correlation: float | None) -> float:
+    return float("nan") if correlation is None else correlation
 
 
 def _ratio(above: npt.NDArray[Any], below: npt.NDArray[Any]) -> Floats:

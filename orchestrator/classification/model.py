@@ -44,7 +44,7 @@ def build_classifier(context: Context, dtype: torch.dtype, packed: bool) -> torc
     model = apply_tuning(loaded, context.config, task="SEQ_CLS")
     if start is not None and start.kind.endswith("adapter"):
         load_adapter(model, start.folder)
-    if dtype == torch.float32 or context.config.sharding.strategy == "none":
+    if dtype == torch.float32 or not context.config.sharding.is_deepspeed:
         hold_masters(model)
     return model
 

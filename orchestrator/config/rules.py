@@ -116,7 +116,7 @@ def _method_problems(config: RunConfig) -> list[str]:
     planned = {name: stage for name, stage in config.stages.items() if name in config.pipeline}
     problems += [sentence for name, stage in planned.items() for sentence in stage_problems(config, name, stage)]
     sharding = config.sharding
-    if isinstance(sharding, ZeroSharding) and sharding.offload_parameters != "none" and sharding.strategy != "zero3":
+    if sharding.offloads_parameters and not sharding.shards_parameters:
         problems.append(f"sharding.offload_parameters: only zero3 can offload parameters, not {sharding.strategy}")
     problems += _zero_plus_problems(config)
     problems += _compile_problems(config)
@@ -137,7 +137,7 @@ def _compile_problems(config: RunConfig) -> list[str]:
     if not config.model.compile:
         return []
     reasons = {
-        "sharding=zero3 gathers weights in the middle of a layer": config.sharding.strategy == "zero3",
+        "sharding=zero3 gathers weights in the middle of a layer": config.sharding.shards_parameters,
         "tuning=loreft hooks itself into layers": isinstance(config.tuning, LoreftTuning),
         "quantization=nf4 unpacks weights in kernels of its own": isinstance(config.quantization, Nf4Quantization),
     }
@@ -162,7 +162,7 @@ def _zero_plus_problems(config: RunConfig) -> list[str]:
     problems = [
         f"sharding.{key}: ZeRO++ is a part of zero3, not of {sharding.strategy}; type sharding=zero3"
         for key, is_on in plus.items()
-        if is_on and sharding.strategy != "zero3"
+        if is_on and not sharding.shards_parameters
     ]
     size = sharding.hpz_partition_size
     if size is not None and config.world_size % size:

@@ -12,6 +12,31 @@ class NoSharding(Section):
 
     strategy: Literal["none"]
 
+    @property
+    def is_deepspeed(self) -> bool:
+        return False
+
+    @property
+    def stage(self) -> int:
+        return 0
+
+    @property
+    def shards_parameters(self) -> bool:
+        return False
+
+    @property
+    def overlaps_communication(self) -> bool:
+        """DDP reduces buckets while the backward pass goes on."""
+        return True
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return False
+
+    @property
+    def offloads_parameters(self) -> bool:
+        return False
+
 
 class ZeroSharding(Section):
     """DeepSpeed ZeRO (1910.02054)."""
@@ -34,3 +59,29 @@ class ZeroSharding(Section):
     """ZeRO++ (qwZ) under zero3: weights are gathered in 8 bits; needs GPUs."""
     quantized_gradients: bool
     """ZeRO++ (qgZ) under zero3: gradients are reduced in 4 and 8 bits; needs GPUs."""
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed owns the optimizer: trained weights then have `model.dtype`, with fp32 masters next to them."""
+        return True
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+        return int(self.strategy.removeprefix("zero"))
+
+    @property
+    def shards_parameters(self) -> bool:
+        return self.stage == 3
+
+    @property
+    def overlaps_communication(self) -> bool:
+        return self.overlap_communication
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return self.offload_optimizer != "none"
+
+    @property
+    def offloads_parameters(self) -> bool:
+        return self.offload_parameters != "none"

@@ -129,7 +129,7 @@ def adapter_rule_problems(setting: Setting) -> list[str]:
             problems += _adalora_problems(tuning)
         case LoreftTuning():
             problems += _loreft_problems(tuning)
-        case OftTuning() if not tuning.use_cayley_neumann and isinstance(setting.sharding, ZeroSharding):
+        case OftTuning() if not tuning.use_cayley_neumann and setting.sharding.is_deepspeed:
             if setting.model.dtype == "bfloat16":
                 problems.append(
                     "tuning.use_cayley_neumann: false solves for the rotation, and torch cannot do that in the 16 bits that "
@@ -181,7 +181,7 @@ def _limit_problems(setting: Setting, limits: Limits, what: str) -> Iterator[str
 def _lora_problems(setting: Setting, tuning: LoraTuning) -> Iterator[str]:
     if tuning.init == "loftq" and not isinstance(setting.quantization, Nf4Quantization):
         yield "tuning.init: loftq makes up for the rounding of nf4, and the base is not quantised; type quantization=nf4"
-    if tuning.use_dora and isinstance(setting.quantization, Nf4Quantization) and setting.sharding.strategy == "zero3":
+    if tuning.use_dora and isinstance(setting.quantization, Nf4Quantization) and setting.sharding.shards_parameters:
         yield (
             "sharding: tuning.use_dora=true unpacks nf4 weights and puts others in their place, which ZeRO-3 does not know; "
             "type sharding=zero2, or tuning.use_dora=false"

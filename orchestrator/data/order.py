@@ -106,6 +106,7 @@ class TokenBudgetOrder:
         self.global_size, self.seed, self.lengths = global_size, seed, lengths
         self._batches = _budgeted(permutation(len(lengths), seed, "order:0"), lengths, tokens_per_batch)
         self.steps_per_epoch = steps_per_epoch(len(self._batches), global_size)
+        self.fillers = self.steps_per_epoch * global_size - len(self._batches)
         self._epoch_order = lru_cache(maxsize=2)(self._order_of_epoch)
 
     def epoch(self, step_index: int) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from orchestrator.config.model import Nf4Quantization
 from orchestrator.config.run import RunConfig, training_stages
-from orchestrator.config.sharding import NoSharding
 
 BITSANDBYTES = "bitsandbytes"
 DEEPSPEED = "deepspeed"
@@ -31,7 +30,7 @@ def uncollected() -> Generator[None]:
 def leave_out_deepspeed(config: RunConfig) -> None:
     """Makes DeepSpeed look as if it were not installed where the run shards nothing: Accelerate imports it whenever it can, to
     ask whether a model is DeepSpeed's. Must be asked before transformers is imported, which looks for it once."""
-    if isinstance(config.sharding, NoSharding):
+    if not config.sharding.is_deepspeed:
         sys.modules.setdefault(DEEPSPEED, None)  # type: ignore[arg-type]
 
 

@@ -11,7 +11,6 @@ from orchestrator.architecture.loss_head_chunks import CAPPED, chunk_rows, kept_
 from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.config.model import Architecture, Nf4Quantization
 from orchestrator.config.run import RunConfig
-from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.tuning import ADAPTER_TUNINGS, LoraTuning
 from orchestrator.estimate.activation_polynomials import Dimensions, Polynomial, moments_of, peak, value
 from orchestrator.estimate.model_states import adapter_width, compute_width, trained_width
@@ -101,7 +100,7 @@ def _peaks(model: Architecture, config: RunConfig, load: Load) -> ActivationMemo
 def mode_of(model: Architecture, config: RunConfig, load: Load) -> str:
     """The name of the trace."""
     tuning = "lora" if isinstance(config.tuning, ADAPTER_TUNINGS) else "full"
-    half = "bfloat16" if isinstance(config.sharding, ZeroSharding) else "autocast"
+    half = "bfloat16" if config.sharding.is_deepspeed else "autocast"
     if half == "bfloat16" and tuning == "lora" and adapter_width(config) == 4:
         half = "adapters32"
     precision = half if config.model.dtype == "bfloat16" else "float32"
@@ -214,7 +213,7 @@ def _dropout_bytes(model: Architecture, config: RunConfig, load: Load) -> float:
     if not isinstance(config.tuning, LoraTuning) or config.tuning.dropout == 0:
         return 0.0
     layers = 1 if config.model.gradient_checkpointing else model.num_hidden_layers
-    width = compute_width(config) if isinstance(config.sharding, ZeroSharding) else 4
+    width = compute_width(config) if config.sharding.is_deepspeed else 4
     return float(sum(linear.inputs for linear in linear_layers(model)) * load.tokens * (width + 1) * layers)
 
 

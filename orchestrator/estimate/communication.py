@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from orchestrator.config.model import Architecture, Nf4Quantization
 from orchestrator.config.run import RunConfig
-from orchestrator.config.sharding import NoSharding, ZeroSharding
 from orchestrator.estimate.frozen_base import frozen_bytes
 from orchestrator.estimate.model_states import trainable_parameters
 
@@ -21,19 +20,16 @@ def exchanged_bytes(model: Architecture, config: RunConfig, *, micro_batches: in
     world, sharding = config.world_size, config.sharding
     share = (world - 1) / world
     trained = trainable_parameters(model, config)
-    if isinstance(sharding, NoSharding):
+    if not sharding.is_deepspeed:
         return 2 * share * 4 * trained  # DDP: fp32 gradients, once a step
     width = _width(config)
     gradients, parameters = share * width * trained, share * width * trained
-    match sharding.strategy:
-        case "zero1":
-            return gradients + parameters
-        case "zero2":
-            return micro_batches * gradients + parameters
-        case "zero3":
-            passes = gathering_passes(model, config)
-            gathered = share * (frozen_bytes(model, config) + width * trained)
-            return micro_batches * (passes * gathered + gradients)
+    if sharding.shards_parameters:
+        passes = gathering_passes(model, config)
+        gathered = share * (frozen_bytes(model, config) + width * trained)
+        return micro_batches * (passes * gathered + gradients)
+    # ZeRO-1 reduces gradients once a step, ZeRO-2 after every micro-batch
+    return (micro_batches if sharding.stage == 2 else 1) * gradients + parameters
 
 
 def exchange_seconds(config: RunConfig, exchanged: float) -> float | None:
@@ -51,14 +47,12 @@ def exchange_seconds(config: RunConfig, exchanged: float) -> float | None:
 def offload_seconds(model: Architecture, config: RunConfig, *, micro_batches: int) -> float | None:
     """Time of what goes to the host and back, and of Adam there; None where the bandwidth is unknown."""
     sharding, host = config.sharding, config.cluster.hardware.host_gbytes_per_second
-    if not isinstance(sharding, ZeroSharding):
-        return 0.0
     moved, adam = 0.0, 0.0
     trained, width = trainable_parameters(model, config) / config.world_size, _width(config)
-    if sharding.offload_optimizer == "cpu":
+    if sharding.offloads_optimizer:
         moved += 2 * width * trained  # gradients down, weights up
         adam = trained * config.cluster.processes_per_node / CPU_ADAM_PARAMETERS_PER_SECOND
-    if sharding.offload_parameters == "cpu":
+    if sharding.offloads_parameters:
         shard = frozen_bytes(model, config) / config.world_size + width * trained
         moved += micro_batches * gathering_passes(model, config) * shard
     if not moved:

@@ -8,7 +8,6 @@ from orchestrator.config.evaluation import EvaluateStage, ScoringStage
 from orchestrator.config.merging import ChoosingStage, InterpolateStage, MergeStage, SoupStage
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, makes_classifier
-from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.training import TrainingStage
 from orchestrator.config.tuning import ADAPTER_TUNINGS
 from orchestrator.estimate.activations import Load, activation_memory
@@ -29,7 +28,7 @@ def kv_cache_bytes(model: Architecture, *, sequences: int, length: int, width: i
 def rollout_parts(model: Architecture, config: RunConfig, stage: PolicyStage) -> Parts:
     """Generating with transformers: whole weights on every rank, the cache and its growth, prefill or a step."""
     sequences = min(stage.rollout.generate_size, stage.rollout.prompts * stage.rollout.group_size // config.world_size)
-    gathers = isinstance(config.sharding, ZeroSharding) and config.sharding.strategy == "zero3"
+    gathers = config.sharding.shards_parameters
     return {
         **_generation(model, config, stage.rollout, prompt=stage.data.max_length, sequences=max(1, sequences)),
         "gathered": whole_bytes(model, config) if gathers else 0.0,
@@ -122,7 +121,7 @@ def _generation(
     model: Architecture, config: RunConfig, rollout: RolloutConfig, *, prompt: int, sequences: int
 ) -> Parts:
     """The cache; its largest layer twice while it grows; prefill of the prompts, whose last logits alone are made."""
-    full_autocast = not isinstance(config.tuning, ADAPTER_TUNINGS) and not isinstance(config.sharding, ZeroSharding)
+    full_autocast = not isinstance(config.tuning, ADAPTER_TUNINGS) and not config.sharding.is_deepspeed
     width = 4 if full_autocast else compute_width(config)
     cache = kv_cache_bytes(model, sequences=sequences, length=prompt + rollout.max_new_tokens, width=width)
     load = Load(

@@ -61,6 +61,6 @@ def _scoring_passes(config: RunConfig, stage: PolicyStage) -> int:
 
 def _gathering_seconds(model: Architecture, config: RunConfig) -> float:
     """Under ZeRO-3 the weights are gathered whole once a rollout."""
-    if config.sharding.strategy != "zero3":
+    if not config.sharding.shards_parameters:
         return 0.0
     return exchange_seconds(config, _weight_bytes(model, config)) or 0.0

@@ -14,7 +14,6 @@ from orchestrator.config.evaluation import ScoringStage
 from orchestrator.config.merging import MergeStage
 from orchestrator.config.model import Architecture, Nf4Quantization
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps
-from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.training import TrainingStage
 from orchestrator.estimate.activations import ActivationMemory, Load, Logits, activation_memory, dequantised_bytes
 from orchestrator.estimate.constants import (
@@ -207,13 +206,13 @@ def _gradients_in_backward(
 
 
 def _step_bytes(model: Architecture, config: RunConfig) -> float:
-    on_host = isinstance(config.sharding, ZeroSharding) and config.sharding.offload_optimizer == "cpu"
+    on_host = config.sharding.offloads_optimizer
     return 0.0 if on_host else step_bytes(model, config)
 
 
 def _gathered_to_save(model: Architecture, config: RunConfig) -> float:
     """DeepSpeed gathers one parameter at a time in fp32; the embedding is the largest."""
-    return model.vocab_size * model.hidden_size * 4.0 if isinstance(config.sharding, ZeroSharding) else 0.0
+    return model.vocab_size * model.hidden_size * 4.0 if config.sharding.is_deepspeed else 0.0
 
 
 def _early_gradients(
@@ -223,7 +222,7 @@ def _early_gradients(
 
     All of them where micro-batches before left theirs; of the first micro-batch those of the head and one layer.
     """
-    if accumulation_steps(config, stage) > 1 or isinstance(config.sharding, ZeroSharding):
+    if accumulation_steps(config, stage) > 1 or config.sharding.is_deepspeed:
         return states.gradients, states.gradients
     counts = count_parameters(model)
     return 0.0, states.gradients * min(1.0, (counts.layer + counts.embedding) / counts.total)
@@ -243,8 +242,8 @@ def _loading_bytes(model: Architecture, config: RunConfig) -> float:
 def _saved_bytes(model: Architecture, config: RunConfig, stage: TrainingStage) -> Parts:
     """A rank's share of a checkpoint, copied to be written beside training; rank 0 gathers the artifact in fp32."""
     trained = trainable_parameters(model, config)
-    states = optimizer_bytes(config, stage) + (0.0 if isinstance(config.sharding, ZeroSharding) else 4.0)
-    shards = shards_of(config).optimizer if isinstance(config.sharding, ZeroSharding) else config.world_size
+    states = optimizer_bytes(config, stage) + (0.0 if config.sharding.is_deepspeed else 4.0)
+    shards = shards_of(config).optimizer if config.sharding.is_deepspeed else config.world_size
     copied = trained * states / shards if stage.checkpoint.background else 0.0
     return {"checkpoint": copied, "artifact": trained * 4.0}
 

@@ -10,7 +10,6 @@ from orchestrator.architecture.layers import count_freeze_parameters
 from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.config.model import Architecture, Nf4Quantization
 from orchestrator.config.run import RunConfig, has_new_heads
-from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.training import TrainingStage
 from orchestrator.config.tuning import ADAPTER_TUNINGS, FreezeTuning
 from orchestrator.estimate.constants import (
@@ -72,11 +71,11 @@ def compute_width(config: RunConfig) -> int:
 
 def trained_width(config: RunConfig) -> int:
     """Bytes of a trained weight and its gradient: without DeepSpeed they are fp32 and run under autocast."""
-    return compute_width(config) if isinstance(config.sharding, ZeroSharding) else 4
+    return compute_width(config) if config.sharding.is_deepspeed else 4
 
 
 def shards_of(config: RunConfig) -> Shards:
-    stage = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}[config.sharding.strategy]
+    stage = config.sharding.stage
     world = config.world_size
     return Shards(
         optimizer=world if stage >= 1 else 1,
@@ -87,7 +86,7 @@ def shards_of(config: RunConfig) -> Shards:
 
 def adapter_width(config: RunConfig) -> int:
     """Bytes of an adapter's weight: ZeRO-3, into whose shards the base is loaded, leaves PEFT's adapters in fp32."""
-    keeps_fp32 = config.sharding.strategy == "zero3" and not isinstance(config.quantization, Nf4Quantization)
+    keeps_fp32 = config.sharding.shards_parameters and not isinstance(config.quantization, Nf4Quantization)
     return 4 if keeps_fp32 else trained_width(config)
 
 
@@ -124,7 +123,7 @@ def _quantised_layers(model: Architecture) -> list[int]:
 def optimizer_bytes(config: RunConfig, stage: TrainingStage) -> float:
     """Of one trained parameter; with the fp32 master under DeepSpeed."""
     states = MOMENTS_8BIT_BYTES if stage.optimizer.has_8bit_states else 8.0
-    return states + (4.0 if isinstance(config.sharding, ZeroSharding) else 0.0)
+    return states + (4.0 if config.sharding.is_deepspeed else 0.0)
 
 
 def state_memory(model: Architecture, config: RunConfig, stage: TrainingStage) -> StateMemory:
@@ -156,6 +155,4 @@ def _weights(model: Architecture, config: RunConfig, trained: int, shards: int) 
 
 def _offloaded(config: RunConfig) -> tuple[bool, bool]:
     """Whether optimizer and parameters lie in the host's memory."""
-    if not isinstance(config.sharding, ZeroSharding):
-        return False, False
-    return config.sharding.offload_optimizer == "cpu", config.sharding.offload_parameters == "cpu"
+    return config.sharding.offloads_optimizer, config.sharding.offloads_parameters

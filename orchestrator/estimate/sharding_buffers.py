@@ -27,7 +27,7 @@ def bucket_bytes(model: Architecture, config: RunConfig) -> float:
     trained = trainable_parameters(model, config)
     if not isinstance(config.sharding, ZeroSharding):
         return 4.0 * trained if config.world_size > 1 else 0.0
-    buffers = 2 if config.sharding.overlap_communication and config.sharding.strategy != "zero3" else 1
+    buffers = 2 if config.sharding.overlap_communication and not config.sharding.shards_parameters else 1
     return float(min(sizes_of(config.sharding, model).bucket, trained) * buffers * compute_width(config))
 
 
@@ -36,7 +36,7 @@ def gathered_bytes(model: Architecture, config: RunConfig, *, least: bool = Fals
 
     `least`: only the largest layer and the next one are there.
     """
-    if not _is_zero3(config) or not isinstance(config.sharding, ZeroSharding):
+    if not isinstance(config.sharding, ZeroSharding) or not config.sharding.shards_parameters:
         return 0.0
     whole = whole_bytes(model, config)
     width = whole / count_parameters(model).total
@@ -48,7 +48,7 @@ def gathered_bytes(model: Architecture, config: RunConfig, *, least: bool = Fals
 
 def persistent_bytes(model: Architecture, config: RunConfig) -> float:
     """Parameters too small to be sharded away: under ZeRO-3 they also stay whole on every rank."""
-    if not _is_zero3(config) or not isinstance(config.sharding, ZeroSharding):
+    if not isinstance(config.sharding, ZeroSharding) or not config.sharding.shards_parameters:
         return 0.0
     limit, rank = sizes_of(config.sharding, model).persistence, low_rank(config.tuning)
     sizes = [linear.inputs * linear.outputs for linear in linear_layers(model)]
@@ -74,11 +74,7 @@ def whole_bytes(model: Architecture, config: RunConfig) -> float:
 
 def step_bytes(model: Architecture, config: RunConfig) -> float:
     """fp32 copies of gradients that DeepSpeed makes for its step: of the partition, or of a sub-group under ZeRO-3."""
-    if not isinstance(config.sharding, ZeroSharding):
+    if not config.sharding.is_deepspeed:
         return 0.0
     own = trainable_parameters(model, config) / shards_of(config).optimizer
-    return 4.0 * (min(own, SUB_GROUP_ELEMENTS) if _is_zero3(config) else own)
-
-
-def _is_zero3(config: RunConfig) -> bool:
-    return config.sharding.strategy == "zero3"
+    return 4.0 * (min(own, SUB_GROUP_ELEMENTS) if config.sharding.shards_parameters else own)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.model import Architecture, Nf4Quantization
 from orchestrator.config.run import RunConfig, accumulation_steps
-from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.training import TrainingStage
 from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.estimate.communication import (
@@ -117,7 +116,7 @@ def step_time(
     offload = offload_seconds(model, config, micro_batches=micro_batches)
     if exchange is None or offload is None:
         return None
-    hidden = _overlap(config) * compute / (micro_batches if config.sharding.strategy in ("none", "zero1") else 1)
+    hidden = _overlap(config) * compute / (micro_batches if config.sharding.stage < 2 else 1)
     return StepTime(
         compute=compute,
         exposed_communication=max(0.0, exchange - hidden),
@@ -138,9 +137,7 @@ def _rollout(model: Architecture, config: RunConfig, stage: TrainingStage, shape
 
 def _overlap(config: RunConfig) -> float:
     """Share of the compute time behind which communication hides: under none and zero1 that of the last micro-batch alone."""
-    sharding = config.sharding
-    is_off = isinstance(sharding, ZeroSharding) and not sharding.overlap_communication
-    return 0.0 if is_off else config.cluster.communication_overlap
+    return config.cluster.communication_overlap if config.sharding.overlaps_communication else 0.0
 
 
 def _weight_reading_seconds(model: Architecture, config: RunConfig) -> float:
@@ -152,9 +149,9 @@ def _weight_reading_seconds(model: Architecture, config: RunConfig) -> float:
 
 def _update_seconds(model: Architecture, config: RunConfig) -> float:
     sharding = config.sharding
-    if isinstance(sharding, ZeroSharding) and sharding.offload_optimizer == "cpu":
+    if sharding.offloads_optimizer:
         return 0.0
-    owners = 1 if config.sharding.strategy == "none" else config.world_size
+    owners = 1 if not sharding.is_deepspeed else config.world_size
     return _memory_seconds(config, ADAM_BYTES * trainable_parameters(model, config) / owners)
 
 

@@ -55,7 +55,7 @@ def prove(config: RunConfig, name: str, folder: StageFolder) -> float:
             weights_dtype=dtype,
             packed=rows.is_packed,
         ).to(runtime.device)
-        leaves_adapters = config.sharding.strategy == "zero3"  # in fp32, as PEFT made them
+        leaves_adapters = config.sharding.shards_parameters  # in fp32, as PEFT made them
         if not expected["autocast"] and not leaves_adapters and config.quantization.scheme == "none":
             hold_parameters(model, dtype)
         if expected["autocast"] and isinstance(config.tuning, FreezeTuning):  # the types of training

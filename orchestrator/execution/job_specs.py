@@ -10,7 +10,6 @@ from pathlib import Path
 from launchers import local, torchrun
 from launchers.spec import ClusterSettings, JobSpec, Script
 from orchestrator.config.run import RunConfig
-from orchestrator.config.sharding import NoSharding
 from orchestrator.config.training import TrainingStage
 from orchestrator.files.cache import cache_folder
 from orchestrator.run_folder.folder import PREPARATION, RunFolder, run_directory_of, script_path
@@ -40,8 +39,7 @@ def job_spec(config: RunConfig, stage: str) -> JobSpec:
         environment=dict(config.cluster.environment),
         cluster=_settings(config),
         secrets_file=str(secrets_file(run.root)),
-        single_process_direct=not trains
-        or (config.launcher.kind != "slurm" and isinstance(config.sharding, NoSharding)),
+        single_process_direct=not trains or (config.launcher.kind != "slurm" and not config.sharding.is_deepspeed),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from orchestrator.architecture.base_model import TOKENIZER_FILES
+from orchestrator.architecture.tokenizer_files import VOCABULARY_FILES
 from orchestrator.config.model import Nf4Quantization, NoQuantization
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
@@ -83,7 +83,7 @@ def write_merged(model: Any, folder: Path, *, source: Source, card: str, facts: 
     temporary.mkdir(parents=True)
     model.config.use_cache = True
     model.save_pretrained(temporary)
-    for name in (*COMPANIONS, *TOKENIZER_FILES):
+    for name in COMPANIONS:
         # The artifact's own files first: its chat template is the one that training used.
         found = next(
             (folder / name for folder in (source.artifact, source.base_folder) if (folder / name).is_file()), None
@@ -106,7 +106,7 @@ def fit_problems(folder: Path, model: Any) -> list[str]:
     problems: list[str] = []
     rows = model.get_input_embeddings().weight.shape[0]
     tokenizer = folder / "tokenizer.json"
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         problems.append(f"{folder}: the base has no tokenizer to copy")
     elif tokenizer.is_file():
         content = json.loads(tokenizer.read_text(encoding="utf-8"))

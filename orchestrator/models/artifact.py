@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from orchestrator.architecture.base_model import TOKENIZER_FILES
+from orchestrator.architecture.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
 from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.data import DataConfig
 from orchestrator.config.run import RunConfig
@@ -36,13 +36,11 @@ CHAT_FORMATS = ("alpaca", "messages", "sharegpt")
 """Formats whose rows are rendered with a chat template, the tool's own where the tokenizer has none."""
 COMPANIONS = (
     *TOKENIZER_FILES,
+    *TEMPLATE_FILES,
     "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
     "generation_config.json",
 )
+"""Files of the base that an artifact takes with it, where it has none of its own."""
 
 
 def write_artifact(

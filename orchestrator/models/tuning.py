@@ -63,7 +63,7 @@ def build_reward_model(context: Context, dtype: torch.dtype, packed: bool) -> to
     scorer = load_scorer(folder, context.config, weights_dtype=dtype, packed=packed)
     model = apply_tuning(scorer, context.config, task="SEQ_CLS")
     _start(model, context)
-    if dtype == torch.float32 or context.config.sharding.strategy == "none":
+    if dtype == torch.float32 or not context.config.sharding.is_deepspeed:
         hold_masters(model)  # PEFT leaves the head in the base's type
     return model
 
@@ -122,7 +122,7 @@ def apply_tuning(
             return model.requires_grad_(True)
         case FreezeTuning():
             freeze(model, config.tuning, has_new_head=task == "SEQ_CLS")
-            if config.sharding.strategy == "none":
+            if not config.sharding.is_deepspeed:
                 hold_masters(model)
             return model
         case LoreftTuning():

@@ -14,7 +14,6 @@ from orchestrator.composition.compose import Composed, presets
 from orchestrator.config.autos import AUTO
 from orchestrator.config.base import flatten
 from orchestrator.config.run import Quantization, RunConfig, Sharding
-from orchestrator.config.sharding import ZeroSharding
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.machine.this_machine import this_machine
 from orchestrator.planning.absolute_paths import resolve
@@ -140,7 +139,7 @@ def choices_of(config: RunConfig, config_directory: Path | None) -> Choices:
         found, key=lambda name: (SIMPLE_FIRST.index(name) if name in SIMPLE_FIRST else len(SIMPLE_FIRST), name)
     )
     if config.world_size == 1:  # there is nobody to share with
-        names = [name for name in names if found[name].strategy == "none" or _offloads(found[name])]
+        names = [name for name in names if not found[name].is_deepspeed or _offloads(found[name])]
     ours = {name: config.sharding if _alike(found[name], config.sharding) else found[name] for name in names}
     quantization = TypeAdapter[Any](Quantization)
     quantizations = {
@@ -215,7 +214,7 @@ def _sharding_word(leaves: Mapping[str, Any]) -> str:
 
 
 def _offloads(sharding: Sharding) -> bool:
-    return isinstance(sharding, ZeroSharding) and sharding.offload_optimizer != "none"
+    return sharding.offloads_optimizer
 
 
 def _alike(one: Sharding, other: Sharding) -> bool:

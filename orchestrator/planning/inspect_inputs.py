@@ -160,7 +160,7 @@ def _prepared(config: RunConfig, stage: TrainingStage) -> PreparedFacts | None:
         if folder is None:
             return None
         found = find_prepared(stage.data, tokenizer_folder=folder, cache=cache, seed=seeds.split)
-        return found and prepared_facts(*found, data=stage.data, global_size=stage.batch.global_size, seed=seeds.data)
+        return found and prepared_facts(*found, stage=stage, seed=seeds.data)
     except (DataError, OSError):
         return None
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage
+from orchestrator.data.epoch import epoch_of
 from orchestrator.estimate.row_lengths import RowShape, guessed_packed_rows, guessed_shape, shape_of
 from orchestrator.estimate.stage_time import Known, forecast
 from orchestrator.estimate.step_time import table_rate, why_no_rate
 from orchestrator.planning.data_facts import DataFacts
 from orchestrator.planning.measured_speed import steadier_rate
-from orchestrator.schedule import rollout_steps_per_epoch, steps_per_epoch, total_steps
+from orchestrator.schedule import steps_per_epoch, total_steps
 
 NOTHING = {"tokens": None, "trained_tokens": None, "time": None, "cost": None, "checkpointing": None}
 """Of a stage that trains nothing, or whose model is not known yet."""
@@ -21,15 +22,16 @@ NOTHING = {"tokens": None, "trained_tokens": None, "time": None, "cost": None, "
 
 def epoch_steps(stage: TrainingStage, data: DataFacts) -> int | None:
     """Optimizer steps of an epoch; exact where the data is prepared, None where only preparing can tell."""
-    prepared = data.prepared
-    if isinstance(stage, PolicyStage):
-        rows = prepared.rows if prepared is not None else data.train_rows
-        return None if rows is None else rollout_steps_per_epoch(stage, rows)
-    if prepared is not None:
-        return prepared.steps_per_epoch
-    if data.train_rows is None or stage.data.packing != "none" or stage.data.tokens_per_batch is not None:
+    if data.prepared is not None:
+        return data.prepared.steps_per_epoch
+    depends_on_tokens = stage.data.packing != "none" or stage.data.tokens_per_batch is not None
+    if data.train_rows is None or (depends_on_tokens and not isinstance(stage, PolicyStage)):
         return None
-    return steps_per_epoch(data.train_rows, stage.batch.global_size)
+    return epoch_of(stage, data.train_rows, _no_lengths, seed=0).steps
+
+
+def _no_lengths() -> NoReturn:
+    raise AssertionError("no token budget is left where the rows are not prepared")
 
 
 def forecast_fields(

@@ -15,6 +15,7 @@ import numpy as np
 
 from orchestrator.config.data import DataConfig
 from orchestrator.data.encoding.tokenizer import TokenizerFacts, core_tokenizer, load_facts
+from orchestrator.data.epoch import Epoch
 from orchestrator.data.formats.examples import Chat, Example, Labelled, Plain, Prompt
 from orchestrator.data.formats.parse import parse_row
 from orchestrator.data.order import permutation
@@ -25,7 +26,6 @@ from orchestrator.data.row_faults import Fault, FaultList
 from orchestrator.data.sources.validate import reading_of, source_rows
 from orchestrator.dataloader.batch import IGNORED
 from orchestrator.dataloader.prepared_rows import PreparedRows
-from orchestrator.schedule import steps_per_epoch
 
 RANDOM_ROWS, LONGEST_ROWS, SHOWN_ROWS = 200, 20, 3
 Say = Callable[[str], None]
@@ -53,9 +53,8 @@ class DataReport:
 
     statistics: Statistics
     evaluation_statistics: Statistics | None
-    steps_per_epoch: int
-    fillers: int
-    """Places of the last batch of an epoch that no row fills; they train nothing."""
+    epoch: Epoch | None
+    """None for sets that are scored and not trained on."""
     histogram: tuple[tuple[int, int, int], ...]
     """(from, up to and with, documents) by length in tokens."""
     checked_rows: int
@@ -70,7 +69,7 @@ def check_data(
     tokenizer_folder: Path,
     cache: Path,
     seed: int,
-    global_size: int,
+    epoch: Callable[[PreparedRows], Epoch] | None,
     say: Say,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> tuple[DataReport, Prepared]:
@@ -98,8 +97,7 @@ def check_data(
     report = DataReport(
         statistics=prepared.train_statistics,
         evaluation_statistics=prepared.evaluation_statistics,
-        steps_per_epoch=steps_per_epoch(rows.rows, global_size),
-        fillers=-rows.rows % global_size,
+        epoch=None if epoch is None else epoch(rows),
         histogram=histogram(np.diff(rows.document_offsets)[np.unique(rows.segment_documents)]),
         checked_rows=len(sample),
         shown=tuple(shown),

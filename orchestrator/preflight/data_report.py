@@ -52,10 +52,13 @@ def table_rows(report: DataReport) -> list[tuple[str, str]]:
         ("duplicates", f"{counted.duplicates:,}"),
         ("longest row, tokens", f"{counted.longest_tokens:,}"),
         ("packing efficiency", f"{counted.packing_efficiency:.4f}"),
-        ("steps per epoch", f"{report.steps_per_epoch:,}"),
-        ("fillers in the last step of an epoch", f"{report.fillers:,}"),
-        ("rows looked at", f"{report.checked_rows:,}"),
     ]
+    if report.epoch is not None:
+        rows += [
+            ("steps per epoch", f"{report.epoch.steps:,}"),
+            ("fillers in the last step of an epoch", f"{report.epoch.fillers:,}"),
+        ]
+    rows.append(("rows looked at", f"{report.checked_rows:,}"))
     rows += [
         (f"not used: {name.removeprefix('dropped_').replace('_', ' ')}", f"{count:,}")
         for name, count in counted.dropped.items()

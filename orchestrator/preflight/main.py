@@ -15,6 +15,7 @@ from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
 from orchestrator.config.evaluation import FIRST_SET
 from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.config.training import TrainingStage
+from orchestrator.data.epoch import Epoch, epoch_of
 from orchestrator.data.formats.trainable import format_problem, wanted_kind
 from orchestrator.data.preparation.prepare import Prepared, ensure_prepared
 from orchestrator.data.row_faults import told
@@ -45,7 +46,7 @@ def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Con
             tokenizer_folder=base_folder,
             cache=cache,
             seed=config.seeds.split,
-            global_size=stage.batch.global_size if isinstance(stage, TrainingStage) else stage.micro_size,
+            epoch=partial(_epoch, config, stage) if isinstance(stage, TrainingStage) else None,
             say=phases.above(console.print),
             advance=phases.advance,
         )
@@ -77,6 +78,10 @@ def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Con
         problems += error.problems
     phases.end()
     return problems
+
+
+def _epoch(config: RunConfig, stage: TrainingStage, rows: PreparedRows) -> Epoch:
+    return epoch_of(stage, rows.rows, lambda: rows.lengths, seed=config.seeds.data)
 
 
 def _untrained(config: RunConfig, stage: TrainingStage, rows: PreparedRows) -> str | None:

@@ -52,11 +52,5 @@ def keep_measured(session: Session) -> None:
 def attended_tokens(context: Context) -> float:
     """Tokens that attention sees as one document, on average over the tokens: what FLOPs are counted with."""
     stage = cast("TrainingStage", context.stage)
-    facts = prepared_facts(
-        context.train_data,
-        context.evaluation_data,
-        data=stage.data,
-        global_size=stage.batch.global_size,
-        seed=context.config.seeds.data,
-    )
+    facts = prepared_facts(context.train_data, context.evaluation_data, stage=stage, seed=context.config.seeds.data)
     return with_completions(shape_of(facts, micro_size=1, grouped=True), stage).attended

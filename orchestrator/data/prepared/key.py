@@ -9,23 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from orchestrator.architecture.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
 from orchestrator.data.prepared.meta import DATA_VERSION, META
 from orchestrator.errors import DataError
 from orchestrator.files.hash_cache import FileHashes
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-)
 CLASSIFICATION_VERSION = 1
 """As DATA_VERSION, for rows of format classification alone."""
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True, slots=True)

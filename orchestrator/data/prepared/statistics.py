@@ -6,42 +6,40 @@ import ast
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from orchestrator.config.data import DataConfig
+from orchestrator.config.training import TrainingStage
+from orchestrator.data.epoch import epoch_of
 from orchestrator.data.prepared.meta import read_meta
 from orchestrator.errors import DataError
-from orchestrator.schedule import steps_per_epoch
+
+if TYPE_CHECKING:
+    from orchestrator.data.order import Indices
 
 SAMPLE = 4096
 """Lengths that are looked at; the plan's means are then known to about 1 %."""
 
 
-def prepared_facts(
-    folder: Path, evaluation: Path | None, *, data: DataConfig, global_size: int, seed: int
-) -> PreparedFacts:
+def prepared_facts(folder: Path, evaluation: Path | None, *, stage: TrainingStage, seed: int) -> PreparedFacts:
     """What a stage's prepared rows make of its plan. Raises DataError where the folder is damaged."""
     statistics = read_meta(folder).statistics
+    epoch = epoch_of(stage, statistics.rows, lambda: _lengths(folder), seed=seed)
     return PreparedFacts(
         rows=statistics.rows,
         units=statistics.units,
         tokens=statistics.tokens,
         trained_tokens=statistics.trained_tokens,
         evaluation_rows=0 if evaluation is None else read_meta(evaluation).statistics.rows,
-        steps_per_epoch=_steps(folder, data, statistics.rows, global_size, seed),
+        steps_per_epoch=epoch.steps,
         row_lengths=_sample(folder / "row_lengths.npy"),
         document_lengths=_sample(folder / "document_offsets.npy", differences=True),
     )
 
 
-def _steps(folder: Path, data: DataConfig, rows: int, global_size: int, seed: int) -> int:
-    """Optimizer steps of an epoch, as the order will make them."""
-    if data.tokens_per_batch is None:
-        return steps_per_epoch(rows, global_size)
-    from orchestrator.data.order import make_order
-    from orchestrator.data.prepared.folder import PreparedFolder
+def _lengths(folder: Path) -> Indices:
+    from orchestrator.data.prepared.folder import PreparedFolder  # numpy, which takes a fifth of a second
 
-    return make_order(data, lengths=PreparedFolder(folder).lengths, global_size=global_size, seed=seed).steps_per_epoch
+    return PreparedFolder(folder).lengths
 
 
 def _sample(path: Path, *, differences: bool = False) -> tuple[int, ...]:

@@ -16,12 +16,11 @@ from orchestrator.alignment.reward_statistics import (
     credits_of,
     longer_wins,
     mcnemar_p_value,
-    pearson,
-    ranks_of,
     report_of,
     wilson_interval,
 )
 from orchestrator.errors import DataError, TrainingFailed
+from orchestrator.training.correlations import pearson, ranks_of
 
 WORDS = [f"word{i}" for i in range(30)]
 

@@ -14,8 +14,11 @@ from data_parts import CHATML, FAMILIES, data_config, write_jsonl, write_tokeniz
 from rich.console import Console
 from transformers import LlamaConfig, MixtralConfig, PreTrainedModel, Qwen3Config
 
+from orchestrator.composition.compose import compose
 from orchestrator.data.encoding.tokenizer import load_facts
+from orchestrator.data.epoch import Epoch, epoch_of
 from orchestrator.data.formats.examples import Chat
+from orchestrator.data.order import make_order
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import DataError, TrainingFailed
 from orchestrator.models.small_copy import small_copy
@@ -60,8 +63,14 @@ def check(
         (tokenizer / "chat_template.jinja").write_text(template)
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     config = data_config(train__path=str(data), **changes)
+    stage = compose(["+experiment=llama_lora", "stages.sft.batch.global_size=8"]).stages["sft"]
+    trained = stage.model_copy(update={"data": config})
+
+    def epoch(rows: PreparedRows) -> Epoch:
+        return epoch_of(trained, rows.rows, lambda: rows.lengths, seed=0)
+
     report, prepared = check_data(
-        config, tokenizer_folder=tokenizer, cache=tmp_path / "cache", seed=0, global_size=8, say=lambda sentence: None
+        config, tokenizer_folder=tokenizer, cache=tmp_path / "cache", seed=0, epoch=epoch, say=lambda sentence: None
     )
     return report, PreparedRows.open(prepared.train)
 
@@ -70,10 +79,17 @@ def check(
 @pytest.mark.parametrize("loss_on", ["answers", "last_answer", "all"])
 def test_good_rows_have_no_fault(tmp_path: Path, packing: str, loss_on: str) -> None:
     report, rows = check(tmp_path, conversations(300), packing=packing, loss_on=loss_on)
-    assert report.faults == () and report.steps_per_epoch == -(-rows.rows // 8)
+    assert report.faults == () and report.epoch == Epoch(steps=-(-rows.rows // 8), fillers=-rows.rows % 8)
     assert report.checked_rows == min(rows.rows, 220) or 200 <= report.checked_rows <= 220
     assert report.statistics.source_rows == 300 and report.evaluation_statistics is not None
     assert sum(count for _, _, count in report.histogram) == len(np.unique(rows.segment_documents))
+
+
+def test_steps_under_a_token_budget_are_those_that_training_takes(tmp_path: Path) -> None:
+    report, rows = check(tmp_path, conversations(100), tokens_per_batch=256, max_length=256)
+    order = make_order(data_config(tokens_per_batch=256, max_length=256), lengths=rows.lengths, global_size=8, seed=0)
+    assert report.epoch is not None and report.epoch.steps == order.steps_per_epoch
+    assert report.epoch.steps < -(-rows.rows // 8)
 
 
 def test_rows_are_shown_with_the_trained_tokens_marked(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ from command_line import Asker
 
 from orchestrator.architecture.base_model import Base
 from orchestrator.composition.compose import CONF, compose
-from orchestrator.config.data import DataConfig
 from orchestrator.config.model import Architecture
+from orchestrator.config.training import TrainingStage
 from orchestrator.data.prepared.meta import Meta, Statistics
 from orchestrator.data.prepared.statistics import PreparedFacts, prepared_facts
 from orchestrator.errors import DataError
@@ -158,26 +158,26 @@ def write_prepared(folder: Path, row_lengths: list[int], documents: list[int]) -
     return folder
 
 
-def data_config(**changes: object) -> DataConfig:
-    stage = compose(["+experiment=llama_lora"]).stages["sft"]
-    return stage.data.model_copy(update=changes)
+def stage_of(global_size: int, **changes: object) -> TrainingStage:
+    """An sft stage with other values of `data`."""
+    stage = cast("TrainingStage", compose(["+experiment=llama_lora"]).stages["sft"])
+    batch = stage.batch.model_copy(update={"global_size": global_size})
+    return stage.model_copy(update={"data": stage.data.model_copy(update=changes), "batch": batch})
 
 
 def test_lengths_are_read_without_numpy_as_numpy_reads_them(tmp_path: Path) -> None:
     folder = write_prepared(tmp_path / "p", [60, 64, 9], [30, 30, 64, 9])
-    found = prepared_facts(folder, folder, data=data_config(), global_size=2, seed=0)
+    found = prepared_facts(folder, folder, stage=stage_of(2), seed=0)
     assert (found.row_lengths, found.document_lengths) == ((60, 64, 9), (30, 30, 64, 9))
     assert (found.rows, found.units, found.tokens, found.steps_per_epoch, found.evaluation_rows) == (3, 4, 133, 2, 3)
     (folder / "row_lengths.npy").write_bytes(b"no array")
     with pytest.raises(DataError, match=r"row_lengths\.npy"):
-        prepared_facts(folder, None, data=data_config(), global_size=2, seed=0)
+        prepared_facts(folder, None, stage=stage_of(2), seed=0)
 
 
 def test_a_large_set_is_sampled_evenly(tmp_path: Path) -> None:
     lengths = list(range(1, 40_001))
-    found = prepared_facts(
-        write_prepared(tmp_path / "p", lengths, lengths), None, data=data_config(), global_size=2, seed=0
-    )
+    found = prepared_facts(write_prepared(tmp_path / "p", lengths, lengths), None, stage=stage_of(2), seed=0)
     assert 4096 <= len(found.row_lengths) < 5000
     assert np.mean(found.row_lengths) == pytest.approx(np.mean(lengths), rel=0.01)
 
@@ -188,9 +188,9 @@ def test_steps_under_a_token_budget_are_those_of_the_order(tmp_path: Path) -> No
     lengths = [3, 50, 7, 20, 33, 8, 2, 60, 12, 12, 5]
     folder = write_prepared(tmp_path / "p", lengths, lengths)
     for budget, size in product((64, 128), (1, 2)):
-        data = data_config(tokens_per_batch=budget)
-        order = make_order(data, lengths=np.array(lengths, dtype=np.int64), global_size=size, seed=3)
-        found = prepared_facts(folder, None, data=data, global_size=size, seed=3)
+        stage = stage_of(size, tokens_per_batch=budget)
+        order = make_order(stage.data, lengths=np.array(lengths, dtype=np.int64), global_size=size, seed=3)
+        found = prepared_facts(folder, None, stage=stage, seed=3)
         assert found.steps_per_epoch == order.steps_per_epoch
 
 

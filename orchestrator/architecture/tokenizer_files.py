@@ -1,0 +1,15 @@
+"""The files of a tokenizer in a model folder: what must be there, what is copied with it, what its digest covers."""
+
+from __future__ import annotations
+
+VOCABULARY_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
+)  # fmt: skip
+"""One of them makes a tokenizer."""
+TOKENIZER_FILES = (
+    # the order of the digest: a new name goes to the end, so that prepared rows of other tokenizers keep theirs
+    "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""All that decide token ids, besides tokenizer_config.json."""
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
