@@ -12,8 +12,6 @@ import torch
 from orchestrator.classification.metrics import (
     matthews,
     multi_label_report,
-    pearson,
-    ranks,
     regression_report,
     single_label_report,
 )
@@ -25,6 +23,7 @@ from orchestrator.losses.classification import (
     soft_pseudo_labels_DC,
     uniform_divergence_D,
 )
+from orchestrator.training.correlations import pearson, ranks_of
 
 LOGITS = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LABELS = torch.rand(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).softmax(1)
@@ -151,7 +150,7 @@ def test_metrics_of_label_sets_and_of_numbers() -> None:
     first = random.normal(size=50)
     second = first + random.normal(size=50)
     assert pearson(first, second) == pytest.approx(np.corrcoef(first, second)[0, 1])
-    assert ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
+    assert ranks_of(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
     measures, _ = regression_report(first, np.exp(first))
     assert measures["spearman"] == pytest.approx(1.0) and measures["pearson"] < 1
     assert measures["mse"] == pytest.approx(np.mean((np.exp(first) - first) ** 2))
