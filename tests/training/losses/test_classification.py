@@ -154,4 +154,7 @@ def test_metrics_of_label_sets_and_of_numbers() -> None:
     measures, _ = regression_report(first, np.exp(first))
     assert measures["spearman"] == pytest.approx(1.0) and measures["pearson"] < 1
     assert measures["mse"] == pytest.approx(np.mean((np.exp(first) - first) ** 2))
-    assert math.isnan(pearson(first, np.ones(50)))
+    assert pearson(first, np.ones(50)) is None
+    assert math.isnan(regression_report(first, np.ones(50))[0]["pearson"]), (
+        "a constant prediction correlates with nothing"
+    )
