@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from orchestrator.alignment.credit_assignment import with_advantages
 from orchestrator.alignment.policy_health import Health, health_of, judge
 from orchestrator.alignment.reference_policy import UseReference
 from orchestrator.alignment.rewards import Rewards
@@ -28,7 +29,6 @@ from orchestrator.dataloader.batch import batch_of
 from orchestrator.errors import TrainingFailed
 from orchestrator.generation.generator import Completion, Generate, Request, seed_of
 from orchestrator.generation.samples import Scored, as_scored
-from orchestrator.losses.policy import advantages_PG
 from orchestrator.losses.token_cross_entropy import IGNORED
 from orchestrator.metrics.jsonl import RecordFile
 from orchestrator.run_folder.checkpoints import saved_steps
@@ -173,20 +173,6 @@ class Sampler:
                     "advantage": one.advantage,
                 }
                 file.append(row)
-
-
-def with_advantages(sequences: Sequence[Sampled], stage: PolicyStage) -> list[Sampled]:
-    """The sequences of a whole rollout with their advantages; under k1 the KL is part of the reward."""
-    rewards = [one.reward - _penalty(one, stage) for one in sequences]
-    rewards_PG = torch.tensor(rewards, dtype=torch.float64).reshape(-1, stage.rollout.group_size)
-    advantages = advantages_PG(rewards_PG, kind=stage.advantage).reshape(-1).tolist()
-    return [replace(one, advantage=advantage) for one, advantage in zip(sequences, advantages, strict=True)]
-
-
-def _penalty(one: Sampled, stage: PolicyStage) -> float:
-    if stage.kl_estimator != "k1" or not stage.kl_coefficient:
-        return 0.0
-    return stage.kl_coefficient * (sum(one.old) - sum(one.reference))
 
 
 def _with_mask(one: Scored) -> tuple[np.ndarray, np.ndarray]:

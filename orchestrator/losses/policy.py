@@ -1,6 +1,6 @@
-"""Advantages, KL estimates and clipped losses of a policy; knows tensors only: must not import the rest of the orchestrator.
+"""KL estimates and clipped losses of a policy; knows tensors only: must not import the rest of the orchestrator.
 
-B sequences, T positions; P prompts with G completions each.
+B sequences, T positions.
 """
 
 from __future__ import annotations
@@ -9,37 +9,11 @@ from typing import Literal
 
 import torch
 
-Baseline = Literal["grpo", "dr_grpo", "rloo", "reinforce"]
-"""What a completion's reward is compared with; see `advantages_PG`."""
-
 KlEstimator = Literal["k1", "k2", "k3"]
 """See `kl_BT`."""
 
 Aggregation = Literal["token", "sequence", "constant"]
 """How the losses of tokens make one loss; see `aggregate_sum`."""
-
-EPSILON = 1e-4
-"""Added to a group's standard deviation (TRL's value), so that a group of equal rewards has advantages of 0."""
-
-
-def advantages_PG(rewards_PG: torch.Tensor, *, kind: Baseline) -> torch.Tensor:
-    """How much better each completion did than its baseline. rewards_PG: those of the *global* batch.
-
-    grpo: (r - mean) / (std + 1e-4) in the prompt's group, std with G - 1 as TRL has it (GRPO, 2402.03300, 4.1.2).
-    dr_grpo: r - mean of the group (2503.20783). rloo: r - mean of the *others* in the group, which is
-    G / (G - 1) (r - mean) (2402.14740). reinforce: r - mean of the whole batch, the completion itself included.
-    All but reinforce need two completions a prompt.
-    """
-    _, num_completions = rewards_PG.shape
-    assert kind == "reinforce" or num_completions > 1, f"{kind} compares completions of a prompt: {rewards_PG.shape}"
-    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    if kind == "grpo":
-        return centred_PG / (rewards_PG.std(dim=1, keepdim=True) + EPSILON)
-    if kind == "dr_grpo":
-        return centred_PG
-    if kind == "rloo":
-        return centred_PG * (num_completions / (num_completions - 1))
-    return rewards_PG - rewards_PG.mean()
 
 
 def kl_BT(logprobs_BT: torch.Tensor, reference_BT: torch.Tensor, *, kind: KlEstimator) -> torch.Tensor:

@@ -10,17 +10,9 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from orchestrator.alignment.credit_assignment import Baseline, advantages_PG
 from orchestrator.dataloader.batch import Span
-from orchestrator.losses.policy import (
-    Aggregation,
-    Baseline,
-    KlEstimator,
-    advantages_PG,
-    aggregate_sum,
-    kl_BT,
-    policy_token_losses_BT,
-    weight,
-)
+from orchestrator.losses.policy import Aggregation, KlEstimator, aggregate_sum, kl_BT, policy_token_losses_BT, weight
 from orchestrator.losses.token_logprobs import sums_by_document, token_entropies_BT, token_logprobs_BT
 
 TOLERANCE = 1e-5
