@@ -113,7 +113,7 @@ _TABLE = (
         summary="tokenise and pack the data, here or as a CPU job (overrides, or RUN_DIR)",
         examples=(
             "prepare +experiment=llama_lora",
-            "prepare +experiment=llama_lora stages.sft.data.packing=true",
+            "prepare +experiment=llama_lora stages.sft.data.packing=best_fit",
             "prepare runs/llama_lora",
         ),
         interrupted=GOES_ON,
