@@ -34,6 +34,7 @@ class VerbParser(argparse.ArgumentParser):
         self.takes = "no arguments"
         self.options: dict[str, argparse.Action] = {}
         """Every spelling of every option."""
+        self.positionals: list[argparse.Action] = []
         self.settings: dict[str, Setting] = {}
         super().__init__(
             prog=f"{PROGRAM} {verb.name}",
@@ -47,6 +48,8 @@ class VerbParser(argparse.ArgumentParser):
     def _add_action(self, action: argparse.Action) -> argparse.Action:
         # Options declared through a group of arguments end here too.
         self.options |= dict.fromkeys(action.option_strings, action)
+        if not action.option_strings:
+            self.positionals.append(action)
         return super()._add_action(action)
 
     def add_setting(self, name: str, *, parse: Callable[[str], object], default: object, help: str) -> None:
