@@ -59,6 +59,8 @@ class Followed:
     """When it was launched; 0 for one that was joined."""
     began: float
     """When the command was given."""
+    is_interrupted: bool = False
+    """Whether Ctrl-C came while the job was being started."""
 
 
 def live_claim(spec: JobSpec, run: RunFolder) -> Claim | None:
@@ -75,11 +77,19 @@ def run_stage(config: RunConfig, run: RunFolder, job: StageJob, *, watch: Watch,
     files = run.stage(job.name)
     while True:
         launched = time.time()
-        running = _start_or_join(run, job)
+        running, is_interrupted = _start_or_join(run, job)
         if running is None:
             return EXIT_DONE
         since = 0.0 if isinstance(running, Joined) else launched
-        followed = Followed(job=job, files=files, running=running, watch=watch, since=since, began=began)
+        followed = Followed(
+            job=job,
+            files=files,
+            running=running,
+            watch=watch,
+            since=since,
+            began=began,
+            is_interrupted=is_interrupted,
+        )
         outcome = _follow(followed)
         if outcome is None:
             return EXIT_SAVED
@@ -102,12 +112,12 @@ def start_lock(run: RunFolder) -> Generator[None]:
         yield
 
 
-def _start_or_join(run: RunFolder, job: StageJob) -> Launch | Joined | None:
-    """None where another command finished the stage meanwhile."""
+def _start_or_join(run: RunFolder, job: StageJob) -> tuple[Launch | Joined | None, bool]:
+    """(job, whether Ctrl-C came meanwhile); no job where another command has finished the stage."""
     files, spec = run.stage(job.name), job.spec
     with start_lock(run):
         if files.result.exists():
-            return None
+            return None, False
         claim = live_claim(spec, run)
         if claim is not None:
             _refuse_moved_away(run, job.name)
@@ -115,16 +125,16 @@ def _start_or_join(run: RunFolder, job: StageJob) -> Launch | Joined | None:
                 f"{job.name}: attempt {claim.attempt} is running on this machine (process {claim.process}); joined it",
                 flush=True,
             )
-            return Joined(claim, spec)
+            return Joined(claim, spec), False
         _refuse_other_machine(spec)
         print(f"{job.name}: {spec.script_path}; log {files.logs}", flush=True)
         running = launch(job.script, spec)
-        with suppress(
-            KeyboardInterrupt
-        ):  # asked for again by whoever follows: the job is there and must not be forgotten
+        try:
             while running.is_running() and running.attempt is None:
                 time.sleep(POLL_SECONDS)
-        return running
+        except KeyboardInterrupt:  # the job is there and must not be forgotten: whoever follows it asks it to end
+            return running, True
+        return running, False
 
 
 def _open_claim(spec: JobSpec) -> Claim | None:
@@ -170,10 +180,13 @@ def _refuse_other_machine(spec: JobSpec) -> None:
 
 def _follow(stage: Followed) -> Outcome | None:
     """How the attempt ended; None where it goes on without this command."""
-    running, interrupts = stage.running, 0
+    running, interrupts, is_pending = stage.running, 0, stage.is_interrupted
     is_running = _watched(running, lambda: stage.watch(stage.job.name))
     while True:
         try:
+            if is_pending:
+                is_pending = False
+                raise KeyboardInterrupt
             _show(stage, is_running)
             break
         except KeyboardInterrupt:
