@@ -12,6 +12,7 @@ from orchestrator.data.order import rank_slices
 from orchestrator.dataloader.batch import Batch, batch_of
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import DataError
+from orchestrator.run_state.stage_context import training_stage
 from orchestrator.training.objectives import document_logprobs
 from orchestrator.training.recipe import Session
 
@@ -59,7 +60,7 @@ class Divergence:
     def measure(self, indices: np.ndarray) -> Mapping[str, float]:
         """Measures a step; every rank calls it."""
         runtime, model = self._session.runtime, self._session.model
-        micro_size = self._session.context.stage.batch.micro_size
+        micro_size = training_stage(self._session.context).batch.micro_size
         slices = rank_slices(indices, rank=runtime.rank, world_size=runtime.world_size, micro_size=micro_size)
         total = 0.0
         was_training = model.training

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from orchestrator.dataloader.batch import Batch
 from orchestrator.errors import CheckpointError
 from orchestrator.files.atomic import sync_folder
+from orchestrator.run_state.stage_context import training_stage
 from orchestrator.training.objectives import document_logprobs
 from orchestrator.training.recipe import Session
 
@@ -91,7 +92,7 @@ def _write(logprobs_D: torch.Tensor, file: Path) -> None:
 def _score(session: Session, rows: Scored) -> torch.Tensor:
     """All documents, shared between the ranks; the same number of forward passes on each."""
     runtime, model = session.runtime, session.model
-    micro_size = session.context.stage.batch.micro_size
+    micro_size = training_stage(session.context).batch.micro_size
     session.record.say(f"scoring {rows.rows:,} rows with the policy that the stage starts from, once")
     logprobs_D = torch.zeros(len(rows.document_offsets) - 1, dtype=torch.float64)
     was_training = model.training

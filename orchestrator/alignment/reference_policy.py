@@ -88,4 +88,4 @@ def _second_model(session: Session) -> torch.nn.Module:
     folder = context.start.folder if context.start is not None else context.base_folder
     with without_sharding():
         second = load_model(folder, context.config, weights_dtype=DTYPES[context.config.model.dtype])
-    return second.requires_grad_(False).to(runtime.device).eval()  # type: ignore[arg-type]
+    return second.requires_grad_(False).to(runtime.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self

@@ -13,6 +13,7 @@ from orchestrator.config.alignment import RewardStage
 from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
 from orchestrator.dataloader.passes import passes
 from orchestrator.dataloader.prepared_rows import PreparedRows
+from orchestrator.run_state.stage_context import training_stage
 from orchestrator.training.objectives import document_scores
 from orchestrator.training.recipe import Session
 
@@ -21,7 +22,7 @@ def held_out_scores(session: Session) -> np.ndarray:
     """The score of every document of the held-out rows (of the train rows where there are none); every rank calls it."""
     rows = session.held or session.rows
     runtime, model = session.runtime, session.model
-    micro_size = session.context.stage.batch.micro_size
+    micro_size = training_stage(session.context).batch.micro_size
     scores_D = [0.0] * (len(rows.document_offsets) - 1)
     was_training = model.training
     model.eval()

@@ -88,7 +88,7 @@ def _open_folder(context: Context, runtime: Runtime, folder: Path) -> torch.nn.M
         )
     with without_sharding():
         model = load_scorer(folder, context.config, weights_dtype=DTYPES[context.config.model.dtype], packed=False)
-    return model.requires_grad_(False).to(runtime.device).eval()
+    return model.requires_grad_(False).to(runtime.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
 
 
 def _by_model(runtime: Runtime, model: torch.nn.Module) -> Score:

@@ -168,8 +168,7 @@ def _number_of(label: Any, names: Sequence[str]) -> int | None:
     text = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
     if text in names:
         return names.index(text)
-    is_place = isinstance(label, int) and 0 <= label < len(names)
-    return label if is_place else None
+    return label if isinstance(label, int) and 0 <= label < len(names) else None
 
 
 def _tensor(values: Sequence[Any], classes: Classes) -> torch.Tensor:

@@ -178,7 +178,7 @@ def open_classifier(
 
     settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = True
-    adapted = get_peft_model(model, settings)  # type: ignore[arg-type]
+    adapted = get_peft_model(model, settings)
     load_adapter(adapted, folder)
     return adapted
 

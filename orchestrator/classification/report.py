@@ -18,6 +18,7 @@ from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import DataError
 from orchestrator.losses.classification import class_losses_D
 from orchestrator.rewards.builtin import Sample
+from orchestrator.run_state.stage_context import training_stage
 from orchestrator.training.evaluation import Evaluation, evaluate
 from orchestrator.training.objectives import Objective
 from orchestrator.training.recipe import PROOF_ROWS, Session
@@ -94,7 +95,7 @@ class Judge:
             self._session.model,
             held,
             outputs=self._classes.outputs,
-            micro_size=context.stage.batch.micro_size,
+            micro_size=training_stage(context).batch.micro_size,
         )
         loss, measures, self.report = judged(logits_DC, self._targets[held.digest], self._classes)
         return Evaluation(loss=loss, trained_tokens=0, rows=held.rows, measures=measures)
@@ -103,8 +104,8 @@ class Judge:
         """The predicted classes of the first held-out rows as completions, for the user's own metrics; every rank calls it."""
         held, context, runtime = self._session.held, self._session.context, self._session.runtime
         assert held is not None, "metrics without held-out rows are refused by the rules"
-        count = min(context.stage.metrics.rows, held.rows)
-        micro_size = context.stage.batch.micro_size
+        count = min(training_stage(context).metrics.rows, held.rows)
+        micro_size = training_stage(context).batch.micro_size
         logits_DC = all_logits_DC(
             runtime, self._session.model, held, outputs=self._classes.outputs, micro_size=micro_size, limit=count
         )
@@ -139,7 +140,7 @@ def classifier_proof(session: Session, objective: Objective) -> Evaluation:
     """The trainer's own score of what the re-opened artifact is scored on: held-out rows, or the first train rows."""
     rows = session.held or session.rows
     limit = proof_rows(objective, rows, PROOF_ROWS)
-    micro_size = session.context.stage.batch.micro_size
+    micro_size = training_stage(session.context).batch.micro_size
     return evaluate(session.runtime, session.model, objective, rows, micro_size=micro_size, limit=limit)
 
 

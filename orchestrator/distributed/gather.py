@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,7 +15,7 @@ def gather_trainable(runtime: Runtime, model: torch.nn.Module) -> dict[str, torc
 
     Every rank must call it; rank 0 gets the tensors, the others an empty dict.
     """
-    module = runtime.accelerator.unwrap_model(model)
+    module = cast("torch.nn.Module", runtime.accelerator.unwrap_model(model))
     trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     gathered: dict[str, torch.Tensor] = {}
     for name, parameter in trained:
@@ -27,7 +27,7 @@ def gather_trainable(runtime: Runtime, model: torch.nn.Module) -> dict[str, torc
 
 def gather_frozen(runtime: Runtime, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies on the host of every parameter that is not trained, in its own type; as `gather_trainable`."""
-    module = runtime.accelerator.unwrap_model(model)
+    module = cast("torch.nn.Module", runtime.accelerator.unwrap_model(model))
     gathered: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

@@ -31,7 +31,7 @@ def leave_out_deepspeed(config: RunConfig) -> None:
     """Makes DeepSpeed look as if it were not installed where the run shards nothing: Accelerate imports it whenever it can, to
     ask whether a model is DeepSpeed's. Must be asked before transformers is imported, which looks for it once."""
     if not config.sharding.is_deepspeed:
-        sys.modules.setdefault(DEEPSPEED, None)  # type: ignore[arg-type]
+        sys.modules.setdefault(DEEPSPEED, None)  # pyright: ignore[reportArgumentType]  # None is how an import is blocked
 
 
 def leave_out_unused(config: RunConfig, base_folder: Path) -> None:
@@ -41,7 +41,7 @@ def leave_out_unused(config: RunConfig, base_folder: Path) -> None:
     None in `sys.modules` is Python's own way to say that a module is not there.
     """
     if not needs_bitsandbytes(config, base_folder):
-        sys.modules.setdefault(BITSANDBYTES, None)  # type: ignore[arg-type]
+        sys.modules.setdefault(BITSANDBYTES, None)  # pyright: ignore[reportArgumentType]  # likewise
 
 
 def needs_bitsandbytes(config: RunConfig, base_folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The state of every generator that training draws from."""
     version, words, gauss = random.getstate()
     assert version == 3, "Python's Mersenne Twister"
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    legacy: Any = np.random.get_state(legacy=True)  # a tuple, where the stub allows the other form too
+    _, keys, position, has_gauss, cached = legacy
     state = {
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": _optional(gauss),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
 
 from orchestrator.architecture.deepspeed import deepspeed_dict
 from orchestrator.architecture.kernels import liger_is_installed, liger_problem
@@ -108,7 +108,9 @@ def start_runtime(config: RunConfig, stage: TrainingStage, phases: Phases | None
         raise ConfigError(refused)
     settings = deepspeed_dict(config, stage)
     bfloat16 = config.model.dtype == "bfloat16"
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if uses_cpu and "RANK" in os.environ else []
+    handlers: list[KwargsHandler] = (
+        [InitProcessGroupKwargs(backend="gloo")] if uses_cpu and "RANK" in os.environ else []
+    )
     accelerator = Accelerator(
         cpu=uses_cpu and settings is None,
         mixed_precision="bf16" if bfloat16 and settings is not None else "no",

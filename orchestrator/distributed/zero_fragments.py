@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -37,7 +37,7 @@ class Fragment:
 
 def trained_parameters(runtime: Runtime, model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """Names and parameters that are trained, in the module's order: the same on every rank."""
-    module = runtime.accelerator.unwrap_model(model)
+    module = cast("torch.nn.Module", runtime.accelerator.unwrap_model(model))
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 

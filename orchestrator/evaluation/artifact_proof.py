@@ -45,7 +45,7 @@ def prove(config: RunConfig, name: str, folder: StageFolder) -> float:
     dtype = weights_dtype(config, uses_deepspeed=not expected["autocast"])
     rows = PreparedRows.open(Path(expected["data"]))
     if isinstance(stage, MergeStage):
-        model: torch.nn.Module = open_model(folder.artifact, config, dtype, packed=False).to(runtime.device)
+        model: torch.nn.Module = open_model(folder.artifact, config, dtype, packed=False).to(runtime.device)  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
     else:
         open_it = open_classifier if is_classifier else partial(open_artifact, scores=isinstance(stage, RewardStage))
         model = open_it(

@@ -185,7 +185,7 @@ def _run(options: argparse.Namespace, phases: Phases) -> int:
         .eval()
     )
     is_full = isinstance(config.tuning, WHOLE_MODEL_TUNINGS)
-    base: Any = load_model(base_folder, config, weights_dtype=dtype).to(runtime.device).eval() if is_full else tuned
+    base: Any = load_model(base_folder, config, weights_dtype=dtype).to(runtime.device).eval() if is_full else tuned  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
     drawing = Drawing(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
     )

@@ -15,7 +15,7 @@ from orchestrator.classification.classes import Classes, read_classes
 from orchestrator.classification.model import refuse_other_rows
 from orchestrator.classification.report import class_report
 from orchestrator.config.demonstration import DEMONSTRATION
-from orchestrator.config.evaluation import FIRST_SET, FORGETTING, ScoringStage, shifts_of
+from orchestrator.config.evaluation import FIRST_SET, FORGETTING, Options, ScoringStage, shifts_of
 from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
 from orchestrator.data.prepared.meta import Kind
 from orchestrator.dataloader.batch import batch_of
@@ -99,7 +99,8 @@ def open_scorer(context: Context, runtime: Runtime) -> Scorer:
     facts = load_facts(context.base_folder)
     shifts = shifts_of(stage)
     folders = {FIRST_SET: context.train_data, **context.sets}
-    wanted = {FIRST_SET: stage.options} | {name: entry.options for name, entry in stage.sets.items()}
+    wanted: dict[str, Options] = {FIRST_SET: stage.options}
+    wanted |= {name: entry.options for name, entry in stage.sets.items()}
     opened: list[OpenSet] = []
     for name, folder in folders.items():
         rows = PreparedRows.open(folder, pad_to_multiple_of=stage.data.pad_to_multiple_of)

@@ -151,7 +151,7 @@ class SeededSampler(LogitsProcessor):
         chosen_B, logprobs_B = self._draws.draw(scores, range(len(scores)))
         self.logprobs.append(logprobs_B)
         only_BV = torch.full_like(scores, -torch.inf)
-        return only_BV.scatter(1, chosen_B[:, None], 0.0)  # type: ignore[return-value]
+        return only_BV.scatter(1, chosen_B[:, None], 0.0)  # pyright: ignore[reportReturnType]  # transformers' own name for a tensor
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from orchestrator.generation.generator import Request, end_ids_of, make_generate
 from orchestrator.generation.prompts import prompt_of
 from orchestrator.generation.samples import as_scored
 from orchestrator.rewards.builtin import Sample
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import Context, training_stage
 
 Answers = Callable[[], list[Sample]]
 """This rank's share of the held-out answers, rows rank, rank + ranks, ...; every rank calls it."""
@@ -22,7 +22,7 @@ Answers = Callable[[], list[Sample]]
 
 def greedy_answers(context: Context, runtime: Runtime, model: torch.nn.Module, held: PreparedRows) -> Answers:
     """Greedy completions of the prompts of held-out rows; `row["answer"]` is the row's own answer where it has one."""
-    settings = context.stage.metrics
+    settings = training_stage(context).metrics
     rollout = RolloutConfig(
         prompts=settings.rows,
         group_size=1,
@@ -31,7 +31,7 @@ def greedy_answers(context: Context, runtime: Runtime, model: torch.nn.Module, h
         temperature=0.0,
         top_p=1.0,
         top_k=0,
-        generate_size=context.stage.batch.micro_size,
+        generate_size=training_stage(context).batch.micro_size,
         engine="batch",
     )
 

@@ -30,7 +30,7 @@ class SeededDraws:
         logits_NV = scores_NV.float() / (self._temperature or 1.0)
         kept_NV = logits_NV
         if self._temperature:
-            kept_NV = self._warpers(torch.zeros(0, dtype=torch.long), logits_NV)  # type: ignore[arg-type]
+            kept_NV = self._warpers(torch.zeros(0, dtype=torch.long), logits_NV)  # pyright: ignore[reportArgumentType]  # the warpers read no ids
             kept_NV = kept_NV + self._noise(places, logits_NV.shape[1]).to(logits_NV.device)
         chosen_N = kept_NV.argmax(dim=-1)
         return chosen_N, logits_NV.log_softmax(dim=-1).gather(1, chosen_N[:, None])[:, 0]

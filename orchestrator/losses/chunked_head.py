@@ -85,7 +85,7 @@ class _ChunkedHead(torch.autograd.Function):
         return logprobs_K, entropies_K
 
     @staticmethod
-    def backward(ctx: Any, scale_K: torch.Tensor, _: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, scale_K: torch.Tensor, _: torch.Tensor) -> Any:
         if ctx.at_once:
             return None, None, None, *scaled(ctx.saved_tensors, scale_K)
         targets_K, bias_V, *tensors = ctx.saved_tensors
@@ -131,7 +131,7 @@ class _Run:
             for rows in _parts(chunk.start, chunk.stop, self._block_rows):
                 scored = self._scored(products_CV, chunk, rows)
                 logprobs_K[rows] = scored.logprobs_L
-                if self._shape.entropies:
+                if scored.entropies_L is not None:
                     entropies_K[rows] = scored.entropies_L
                 if gradients is not None:
                     self._keep_gradient(scored, products_CV, gradients)

@@ -43,7 +43,7 @@ class HeadGradients:
         compute = hiddens[0].dtype
         precise, number = torch.promote_types(compute, torch.float32), len(hiddens)
         self._hiddens, self._weights = hiddens, weights
-        self._bias_V = torch.zeros_like(bias_V, dtype=precise) if needs[0] else None  # type: ignore[arg-type]
+        self._bias_V = torch.zeros_like(bias_V, dtype=precise) if needs[0] else None  # pyright: ignore[reportArgumentType]  # a bias is there where it needs a gradient
         self._by_hidden = [
             torch.empty_like(hidden) if wanted else None
             for hidden, wanted in zip(hiddens, needs[1 : 1 + number], strict=True)

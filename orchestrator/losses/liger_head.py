@@ -38,7 +38,9 @@ def summed_logprobs_K(
     Weight and bias are used in the type of the hidden states; the gradient of a trained weight is summed in fp32, a frozen
     one gets none.
     """
-    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    from liger_kernel.transformers.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]  # needs a GPU
+        LigerFusedLinearCrossEntropyLoss,
+    )
 
     hidden_KW = term.hidden_KW
     weight_VW = term.weight_VW.to(hidden_KW.dtype)

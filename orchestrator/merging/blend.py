@@ -115,7 +115,7 @@ class AdapterBlend:
         settings.inference_mode = True
         self._scale = first.scale
         base = load_model(base_folder, config, weights_dtype=DTYPES[config.model.dtype])
-        self.model = get_peft_model(base, settings)  # type: ignore[arg-type]
+        self.model = get_peft_model(base, settings)
         attach_adapted_head(base)
 
     def put(self, weights: Sequence[float]) -> None:

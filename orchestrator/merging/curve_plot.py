@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestrator.merging.selection import Scores
 
@@ -21,7 +22,7 @@ def draw_curves(
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
     for name, is_shift in shifts.items():
-        values = [scores[i][name].accuracy if measure == "accuracy" else scores[i][name].loss for i in order]
+        values: list[Any] = [scores[i][name].accuracy if measure == "accuracy" else scores[i][name].loss for i in order]
         label = f"{name} (shift)" if is_shift else name
         axes.plot([alphas[i] for i in order], values, "o--" if is_shift else "o-", label=label, markersize=4)
     axes.axvline(chosen, color="grey", linewidth=0.8, linestyle=":", label=f"chosen: a = {chosen:g}")

@@ -65,7 +65,7 @@ def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_k
 def _prove(config: RunConfig, target: Path, rows: PreparedRows, runtime: Runtime, way: Way) -> None:
     """Reads the folder back from the disk and scores it again."""
     read_manifest(target)
-    model = open_model(target, config, DTYPES[config.model.dtype], packed=False).to(runtime.device)  # type: ignore[arg-type]
+    model = open_model(target, config, DTYPES[config.model.dtype], packed=False).to(runtime.device)  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
     scored = evaluate(runtime, model, prompt_objective(runtime), rows, micro_size=MICRO_SIZE, limit=ROWS)
     if not abs(scored.loss - way.loss) <= LOSS_TOLERANCE:
         raise CheckpointError(f"{target}: re-opened, it scores {scored.loss:.5f}, {way.loss:.5f} was measured before")

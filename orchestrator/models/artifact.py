@@ -175,13 +175,14 @@ def open_artifact(
 def open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype, *, packed: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, by output_loading_info
         str(folder),
         dtype=weights_dtype,
         attn_implementation=attention_of(config, packed=packed),
         output_loading_info=True,
         use_safetensors=True,
     )
+    model, report = loaded
     faults = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if faults:
         raise CheckpointError(
@@ -197,7 +198,7 @@ def open_adapter(base: PreTrainedModel, folder: Path) -> torch.nn.Module:
 
     settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = True
-    model = get_peft_model(base, settings)  # type: ignore[arg-type]
+    model = get_peft_model(base, settings)
     if settings.task_type == "CAUSAL_LM":
         attach_adapted_head(base)
     load_adapter(model, folder)

@@ -183,9 +183,9 @@ def _varlen(
     B, _, T, _ = query.shape
     edges = boundaries.to(device=query.device, dtype=torch.int32)
     most = longest if longest is not None else T
-    flat = [tensor.transpose(1, 2).reshape(B * T, tensor.shape[1], -1) for tensor in (query, key, value)]
+    q, k, v = (tensor.transpose(1, 2).reshape(B * T, tensor.shape[1], -1) for tensor in (query, key, value))
     out = varlen_attn(
-        *flat, edges, edges, most, most, scale=scale, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1]
+        q, k, v, edges, edges, most, most, scale=scale, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1]
     )
     return cast("torch.Tensor", out).view(B, T, query.shape[1], -1)
 

@@ -130,7 +130,8 @@ class Blocks(torch.autograd.Function):
                 .reshape(group.num * K, G * group.length, -1)
             )
             grad_weights = torch.bmm(grad, v.transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scale)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)  # pyright: ignore[reportPrivateImportUsage]  # no public name
+            grad_scores = grad_scores.mul_(scale)
             _scatter(grads[0], group, torch.bmm(grad_scores, k), G)
             _scatter(grads[1], group, torch.bmm(grad_scores.transpose(1, 2), q), 1)
             _scatter(grads[2], group, torch.bmm(weights.transpose(1, 2), grad), 1)

@@ -95,14 +95,14 @@ def _kernel_of(model: Any, device: torch.device) -> HeadKernel:
 def _scoring_class(original: type, known: bool, choice: HeadChoice) -> type:
     """A class of the same name, which config.json will hold."""
 
-    @functools.wraps(original.forward)  # type: ignore[attr-defined]  # generate() reads the signature
+    @functools.wraps(original.forward)  # generate() reads the signature
     def forward(self: Any, *arguments: Any, query: Query | None = None, **inputs: Any) -> Any:
         if query is None:
-            return original.forward(self, *arguments, **inputs)  # type: ignore[attr-defined]
+            return original.forward(self, *arguments, **inputs)
         assert not arguments, "tokens are scored by keywords alone"
         if known:
             return _scores_BT(self, query, inputs)
-        logits_BTV = _of_real_tokens(original.forward(self, **inputs).logits, query)  # type: ignore[attr-defined]
+        logits_BTV = _of_real_tokens(original.forward(self, **inputs).logits, query)
         logprobs_BT = token_logprobs_BT(logits_BTV, query.labels_BT, temperature=query.temperature)
         if not query.entropies:
             return logprobs_BT, None
@@ -160,7 +160,7 @@ def _chunking_class(original: type) -> type:
 
     def forward(self: Any, hidden_KW: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         if "targets_K" not in options:
-            return original.forward(self, hidden_KW, *arguments, **options)  # type: ignore[attr-defined]
+            return original.forward(self, hidden_KW, *arguments, **options)
         layer = self.base_layer if original is not nn.Linear else self
         hidden_KW = hidden_KW.to(_compute_type(hidden_KW, layer.weight))
         return _logprobs_K(self.products(hidden_KW), layer.bias, **options)

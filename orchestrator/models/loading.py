@@ -134,7 +134,7 @@ def keep_weights_in_place(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]  # a plain attribute of bitsandbytes' layers
 
 
 def weights_dtype(config: RunConfig, *, uses_deepspeed: bool) -> torch.dtype:

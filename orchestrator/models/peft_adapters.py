@@ -53,14 +53,14 @@ def lora_settings(tuning: LoraTuning, task: str = "CAUSAL_LM") -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
-        task_type=task,  # type: ignore[arg-type]
+        task_type=task,
         r=tuning.rank,
-        lora_alpha=whole(tuning.alpha),  # type: ignore[arg-type]
+        lora_alpha=whole(tuning.alpha),  # pyright: ignore[reportArgumentType]  # PEFT takes any number
         lora_dropout=tuning.dropout,
         target_modules=modules_of(tuning.target_modules),
         use_rslora=tuning.use_rslora,
         use_dora=tuning.use_dora,
-        init_lora_weights=tuning.init if tuning.is_pissa else True,  # type: ignore[arg-type]
+        init_lora_weights=tuning.init if tuning.is_pissa else True,  # pyright: ignore[reportArgumentType]  # `pissa_niter_N` for any N
     )
 
 
@@ -91,7 +91,7 @@ def _layer_settings(tuning: Ia3Tuning | VeraTuning | OftTuning | AdaloraTuning, 
                 **common,
                 target_r=tuning.rank,
                 init_r=tuning.initial_rank,
-                lora_alpha=whole(tuning.alpha),  # type: ignore[arg-type]
+                lora_alpha=whole(tuning.alpha),  # pyright: ignore[reportArgumentType]  # PEFT takes any number
                 lora_dropout=tuning.dropout,
                 total_step=1,  # how many there are is known only when the rows are: RankAllocation has the real schedule
                 tinit=0,
@@ -107,9 +107,9 @@ def _virtual_token_settings(tuning: PromptTuning | PrefixTuning, task: str) -> A
     from peft import PrefixTuningConfig, PromptTuningConfig
 
     if isinstance(tuning, PrefixTuning):
-        return PrefixTuningConfig(task_type=task, num_virtual_tokens=tuning.virtual_tokens, prefix_projection=False)  # type: ignore[arg-type]
+        return PrefixTuningConfig(task_type=task, num_virtual_tokens=tuning.virtual_tokens, prefix_projection=False)
     init = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}[tuning.init]
-    return PromptTuningConfig(task_type=task, num_virtual_tokens=tuning.virtual_tokens, prompt_tuning_init=init)  # type: ignore[arg-type]
+    return PromptTuningConfig(task_type=task, num_virtual_tokens=tuning.virtual_tokens, prompt_tuning_init=init)
 
 
 def whole(number: float) -> float:
@@ -148,7 +148,7 @@ def plain_lora(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, tor
     settings: LoraConfig = model.peft_config["default"]
     settings.init_lora_weights = True
     settings.r *= 2  # alpha too, so that the scale stays: alpha / r, or alpha / sqrt(r) under rsLoRA
-    settings.lora_alpha = whole(settings.lora_alpha * (2**0.5 if settings.use_rslora else 2))  # type: ignore[assignment]
+    settings.lora_alpha = whole(settings.lora_alpha * (2**0.5 if settings.use_rslora else 2))  # pyright: ignore[reportAttributeAccessIssue]  # PEFT takes any number
     return found
 
 

@@ -103,7 +103,7 @@ def attach_reft(model: Any, settings: LoreftTuning) -> None:
 def sites_of(settings: LoreftTuning) -> tuple[Site, ...]:
     """The interventions of one layer."""
     wanted: tuple[tuple[Site, int], ...] = ((FIRST, settings.first_positions), (LAST, settings.last_positions))
-    sites = tuple(site for site, count in wanted if count)
+    sites: tuple[Site, ...] = tuple(site for site, count in wanted if count)
     return sites[:1] if settings.share_weights else sites
 
 
@@ -138,10 +138,10 @@ def _intervene(reft: Reft, layer: Any, _inputs: Any, output: Any) -> Any:
 def _reading_class(original: type) -> type:
     """A class of the same name whose forward pass says where the prompts are before its layers run."""
 
-    @functools.wraps(original.forward)  # type: ignore[attr-defined]  # generate() reads the signature
+    @functools.wraps(original.forward)  # generate() reads the signature
     def forward(self: Any, *arguments: Any, **inputs: Any) -> Any:
         self.reft.places = _places_of(self.reft.settings, arguments, inputs)
-        return original.forward(self, *arguments, **inputs)  # type: ignore[attr-defined]
+        return original.forward(self, *arguments, **inputs)
 
     members = {"forward": forward, "disable_adapter": _switched_off, "__module__": original.__module__}
     return type(original.__name__, (original,), members)

@@ -6,12 +6,13 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from rich.console import Console
 
 from orchestrator.classification.classes import classes_of, targets_of
 from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
+from orchestrator.config.data import DataFormat
 from orchestrator.config.evaluation import FIRST_SET
 from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.config.training import TrainingStage
@@ -87,7 +88,7 @@ def _epoch(config: RunConfig, stage: TrainingStage, rows: PreparedRows) -> Epoch
 def _untrained(config: RunConfig, stage: TrainingStage, rows: PreparedRows) -> str | None:
     """Why a stage would learn nothing of its prepared rows: for hub data sets, of which the plan saw nothing, the first to say so."""
     name = next(name for name, other in config.stages.items() if other is stage)
-    problem = format_problem(stage, rows.meta.format, None, field=f"stages.{name}.data.train")
+    problem = format_problem(stage, cast("DataFormat", rows.meta.format), None, field=f"stages.{name}.data.train")
     trains_tokens = wanted_kind(stage) in ("text", "pair", "feedback")
     if problem is None and trains_tokens and not rows.meta.statistics.trained_tokens:
         return f"stages.{name}.data: no row has a trained token; see loss_on={stage.data.loss_on} and max_length={stage.data.max_length}"

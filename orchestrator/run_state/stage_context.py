@@ -6,8 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from orchestrator.config.run import RunConfig, Stage
+from orchestrator.config.training import TrainingStage
 from orchestrator.metrics.phases import Phases
 from orchestrator.run_folder.folder import StageFolder
 from orchestrator.run_folder.stop_request import StopRequest
@@ -57,3 +59,8 @@ class Context:
     """Of the artifacts that the stage reads, by stage."""
     content_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of base, tokenizer, template, data files and code."""
+
+
+def training_stage(context: Context) -> TrainingStage:
+    """The stage of an attempt that trains, as its type."""
+    return cast("TrainingStage", context.stage)

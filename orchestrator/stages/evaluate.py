@@ -87,7 +87,7 @@ def _before_and_after(
     rewards = {"tuned": _rewards(context, runtime, tuned)}
     if isinstance(context.config.tuning, WHOLE_MODEL_TUNINGS):
         dtype = DTYPES[context.config.model.dtype]
-        base: Any = load_model(context.base_folder, context.config, weights_dtype=dtype).to(runtime.device)
+        base: Any = load_model(context.base_folder, context.config, weights_dtype=dtype).to(runtime.device)  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
         sets["base"], rewards["base"] = scorer.of(base), _rewards(context, runtime, base)
     else:
         with tuned.disable_adapter():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
+from orchestrator.config.data import DataFormat
 from orchestrator.data.formats.trainable import format_problem
 from orchestrator.errors import DataError
 from orchestrator.run_state.stage_context import Context
@@ -18,7 +20,10 @@ def plan_course(session: Session) -> Course:
     DataError where they hold nothing to learn: of a hub data set the plan has seen no row.
     """
     problem = format_problem(
-        session.context.stage, session.rows.meta.format, None, field=f"stages.{session.context.name}.data.train"
+        session.context.stage,
+        cast("DataFormat", session.rows.meta.format),
+        None,
+        field=f"stages.{session.context.name}.data.train",
     )
     if problem is not None:
         raise DataError(problem)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -61,7 +61,7 @@ def _measured(functions: Sequence[Metric], samples: Sequence[Sample], runtime: R
     # Raised on every rank: one that raised alone would leave the others waiting in the next collective.
     if isinstance(outcome[0], ConfigError):
         raise ConfigError(outcome[0].problems)
-    return outcome[0]
+    return cast("dict[str, float]", outcome[0])
 
 
 def _outcome(functions: Sequence[Metric], samples: Sequence[Sample]) -> Mapping[str, float] | ConfigError:

@@ -67,4 +67,5 @@ def reason_to_give_up(health: Health, settings: FaultConfig) -> str | None:
 
 
 def health_from_json(values: Mapping[str, Any]) -> Health:
-    return Health(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return Health(**fields)

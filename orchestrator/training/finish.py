@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -27,7 +27,7 @@ from orchestrator.models.peft_adapters import plain_lora
 from orchestrator.run_state.goodput import time_spent
 from orchestrator.run_state.model_card import artifact_card
 from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import Context, training_stage
 from orchestrator.training.evaluation import Evaluation
 from orchestrator.training.loop_state import Progress
 from orchestrator.training.recipe import Course, Session
@@ -80,7 +80,7 @@ def finish_stage(
 
 def _write(session: Session, weights: Mapping[str, torch.Tensor], *, step: int) -> None:
     context = session.context
-    module = session.runtime.accelerator.unwrap_model(session.model)
+    module = cast("torch.nn.Module", session.runtime.accelerator.unwrap_model(session.model))
     tuning = context.config.tuning
     if isinstance(tuning, LoraTuning) and tuning.is_pissa:
         weights = plain_lora(module, weights)
@@ -107,7 +107,7 @@ def _write_expectation(session: Session, scored: Evaluation) -> None:
         "data": str(context.evaluation_data or context.train_data),
         "rows": scored.rows,
         "loss": scored.loss,
-        "micro_size": context.stage.batch.micro_size,
+        "micro_size": training_stage(context).batch.micro_size,
         "autocast": session.runtime.autocast_dtype is not None,
         "base_folder": str(context.base_folder),
     }
@@ -226,7 +226,7 @@ def _goodput(context: Context) -> dict[str, Any] | None:
 
 def _report(context: Context, record: Record, summary: dict[str, Any]) -> None:
     proof = read_json(context.folder.proof)
-    rates = [
+    rates: list[Any] = [
         row["tokens_per_second"]
         for row in read_rows(context.folder.metrics)
         if isinstance(row.get("tokens_per_second"), float)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from orchestrator.config.alignment import RewardStage
+from orchestrator.config.evaluation import ScoringStage
 from orchestrator.config.merging import MergeStage
-from orchestrator.config.run import Stage
+from orchestrator.config.training import TrainingStage
 from orchestrator.data.prepared.meta import Kind
 from orchestrator.dataloader.batch import Batch
 from orchestrator.dataloader.protocols import Rows
@@ -59,7 +60,7 @@ def prompt_objective(runtime: Runtime) -> Objective:
     return Objective(terms=terms, weight=weight)
 
 
-def proof_objective(runtime: Runtime, stage: Stage, rows_kind: Kind) -> Objective:
+def proof_objective(runtime: Runtime, stage: TrainingStage | ScoringStage | MergeStage, rows_kind: Kind) -> Objective:
     """What a re-opened artifact is scored by: files alone must do, so that no reference policy is asked for."""
     if isinstance(stage, RewardStage):
         return reward_objective(runtime, stage)

@@ -76,12 +76,12 @@ def build_optimizer(
     betas = (settings.beta1, settings.beta2)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.epsilon, fused=True)
-    from bitsandbytes import optim
+    from bitsandbytes.optim import adamw
 
     kinds = {
-        "adamw_8bit": optim.AdamW8bit,
-        "adamw_8bit_paged": optim.PagedAdamW8bit,
-        "adamw_paged": optim.PagedAdamW32bit,
+        "adamw_8bit": adamw.AdamW8bit,
+        "adamw_8bit_paged": adamw.PagedAdamW8bit,
+        "adamw_paged": adamw.PagedAdamW32bit,
     }
     return kinds[settings.name](groups, lr=settings.lr, betas=betas, eps=settings.epsilon)
 

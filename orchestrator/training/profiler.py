@@ -42,7 +42,7 @@ class Profiler:
         folder.mkdir(parents=True, exist_ok=True)
         self._device = device
         self._folder, self._label, self._is_main = folder, f"attempt-{attempt}.rank-{rank}", rank == 0
-        self._seconds = dict.fromkeys(SPANS, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(SPANS, 0.0)
         self._taken = dict.fromkeys(SPANS, 0.0)
         self._open: list[float] = []
         """For every span that is open, the seconds of those inside it."""

@@ -22,7 +22,7 @@ from orchestrator.models.layer_transforms import compile_layers
 from orchestrator.models.loading import weights_dtype
 from orchestrator.models.tuning import build_policy, keep_input_types
 from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import Context, training_stage
 from orchestrator.schedule import total_steps
 from orchestrator.training.adalora_ranks import allocation_of
 from orchestrator.training.checkpointing.checkpointer import Checkpointer, Subject
@@ -47,7 +47,7 @@ from orchestrator.training.throughput import keep_measured, measuring
 def run_training(context: Context, plan_course: PlanCourse, *, build_model: BuildModel = build_policy) -> int:
     """Trains, writes and proves; the exit code of the rank. TrainingFailed with an autopsy where memory ran out."""
     context.phases.begin(phase.LOADING)
-    runtime = start_runtime(context.config, context.stage, context.phases)
+    runtime = start_runtime(context.config, training_stage(context), context.phases)
     record = Record(context, rank=runtime.rank)
     try:
         return _train(context, runtime, record, plan_course, build_model)
@@ -65,7 +65,7 @@ def _train(context: Context, runtime: Runtime, record: Record, plan_course: Plan
     job, course, checkpointer, progress = assemble(session, plan_course)
     context.phases.begin(phase.FIRST_EVALUATION, unit=phase.ROWS)
     before = None if progress.step else _scored(course, record, 0)
-    stopping = context.stage.early_stopping
+    stopping = training_stage(context).early_stopping
     if stopping is not None and not progress.step:
         metric_of(before, stopping, stage=context.name)
     record.event("train", step=progress.step, steps=job.steps)
@@ -79,7 +79,9 @@ def _train(context: Context, runtime: Runtime, record: Record, plan_course: Plan
     record.event("trained", step=progress.step, close_seconds=time.perf_counter() - waited)
     keep_measured(session)
     if not is_over(job, progress):
-        why = f"pause_at_step={context.stage.pause_at_step}" if pauses(job, progress) else context.stop.reason()
+        why = (
+            f"pause_at_step={training_stage(context).pause_at_step}" if pauses(job, progress) else context.stop.reason()
+        )
         return _stopped(record, runtime, progress, why or "another rank was asked to stop")
     context.phases.begin(phase.LAST_EVALUATION, unit=phase.ROWS)
     progress, after = _settled(course, record, checkpointer, progress)
@@ -88,7 +90,7 @@ def _train(context: Context, runtime: Runtime, record: Record, plan_course: Plan
 
 def open_session(context: Context, runtime: Runtime, record: Record, build_model: BuildModel) -> Session:
     """Model and optimizer, prepared."""
-    config, stage = context.config, context.stage
+    config, stage = context.config, training_stage(context)
     rows = PreparedRows.open(context.train_data, pad_to_multiple_of=stage.data.pad_to_multiple_of)
     held = None if context.evaluation_data is None else PreparedRows.open(context.evaluation_data)
     set_seed(config.seeds.weights)
@@ -124,7 +126,7 @@ def open_session(context: Context, runtime: Runtime, record: Record, build_model
 def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Checkpointer, Progress]:
     """The job, and where it goes on."""
     context, runtime, record = session.context, session.runtime, session.record
-    stage = context.stage
+    stage = training_stage(context)
     course = plan_course(session)
     if course.answers is not None:
         course = replace(course, score=with_metrics(stage.metrics, runtime, course.score, course.answers))
@@ -166,7 +168,7 @@ def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Ch
 def supervised_course(session: Session, objective: Objective) -> Course:
     """A course over the prepared rows themselves: every kind of stage but those that make their rows."""
     context, rows, held = session.context, session.rows, session.held
-    stage = context.stage
+    stage = training_stage(context)
     micro_size, count = stage.batch.micro_size, stage.checkpoint.probe_rows
 
     score_on = partial(evaluate, session.runtime, session.model, objective, micro_size=micro_size)
@@ -186,7 +188,7 @@ def supervised_course(session: Session, objective: Objective) -> Course:
 
 def proof_of(session: Session) -> Evaluation:
     """The trainer's own score of what the re-opened artifact is scored on: held-out rows, or the first train rows."""
-    stage, rows = session.context.stage, session.held or session.rows
+    stage, rows = training_stage(session.context), session.held or session.rows
     objective = proof_objective(session.runtime, stage, rows.meta.kind)
     return evaluate(
         session.runtime, session.model, objective, rows, micro_size=stage.batch.micro_size, limit=PROOF_ROWS
@@ -201,7 +203,7 @@ def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Ho
         scored = _scored(course, record, at.step)
         if scored is not None:
             checkpointer.note_evaluation(at.step, scored.loss)
-        settings = context.stage.early_stopping
+        settings = training_stage(context).early_stopping
         if settings is None or at.health.streak:  # a streak of faults puts the weights in doubt
             return at
         value = metric_of(scored, settings, stage=context.name)
@@ -243,7 +245,7 @@ def _scored(course: Course, record: Record, step: int) -> Evaluation | None:
 
 def _ledger(context: Context, runtime: Runtime) -> Callable[[int, Sequence[int]], None]:
     """Writes down the rows of every step where the stage asks for it."""
-    if not context.stage.ledger:
+    if not training_stage(context).ledger:
         return lambda _step, _rows: None
     path = ledger_path(context.folder.samples, runtime.rank)
     return Ledger(path, attempt=context.attempt, rank=runtime.rank, world_size=runtime.world_size).record

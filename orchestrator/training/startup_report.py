@@ -12,7 +12,7 @@ from orchestrator.estimate.flops import flops_per_token
 from orchestrator.models.causal_lm import head_of
 from orchestrator.models.tuning import count_trainable
 from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import Context, training_stage
 from orchestrator.training.throughput import attended_tokens
 
 
@@ -24,15 +24,16 @@ def tell_size(record: Record, model: torch.nn.Module) -> None:
 
 def tell_kernels(context: Context, record: Record, model: torch.nn.Module, device: torch.device) -> None:
     """Attention and loss head, in the words of the plan."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tuned: Any = model
+    base = tuned.get_base_model() if hasattr(tuned, "get_base_model") else tuned
     attention = attention_of_stage(
         context.config,
-        context.stage,
+        training_stage(context),
         read_architecture(context.base_folder),
         device.type,
         name=base.config._attn_implementation,
     )
-    head = head_of(model, device, is_summed=sums_logprobs(context.stage))
+    head = head_of(model, device, is_summed=sums_logprobs(training_stage(context)))
     record.event("attention", attention=attention)
     record.event("head", head=head)
     record.say(f"attention: {attention}")

@@ -97,6 +97,7 @@ def take_marks(text: str, start_mark: str, end_mark: str) -> tuple[str, Spans]:
 @lru_cache(maxsize=8)
 def _compile(source: str, today: str) -> Any:
     import jinja2
+    from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -108,7 +109,7 @@ def _compile(source: str, today: str) -> Any:
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+            return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
 
         def _marked(self, caller: Callable[[], str]) -> str:
             return f"{MARK_START}{caller()}{MARK_END}"

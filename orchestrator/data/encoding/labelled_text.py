@@ -27,7 +27,7 @@ def encode_labelled(document: Labelled, facts: TokenizerFacts, max_length: int) 
     Raises NotRendered where a text holds the tokenizer's separator: two texts could not be told apart.
     """
     texts = texts_of(document, facts.core)
-    encoding = core_tokenizer(facts.core).encode(*texts, add_special_tokens=True)
+    encoding = core_tokenizer(facts.core).encode(*texts, add_special_tokens=True)  # pyright: ignore[reportArgumentType]  # a text or a pair
     separator = separator_of(facts)
     own = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
     if separator is not None and any(token == separator and not is_own for token, is_own in own):
@@ -35,7 +35,7 @@ def encode_labelled(document: Labelled, facts: TokenizerFacts, max_length: int) 
         raise NotRendered("text", f"holds {mark}, the tokenizer's own separator", code="separator_in_text")
     if len(encoding.ids) <= max_length:
         return encoding.ids, 0
-    cut = _cutting_tokenizer(facts.core, max_length).encode(*texts, add_special_tokens=True).ids
+    cut = _cutting_tokenizer(facts.core, max_length).encode(*texts, add_special_tokens=True).ids  # pyright: ignore[reportArgumentType]  # likewise
     return cut, len(encoding.ids) - len(cut)
 
 

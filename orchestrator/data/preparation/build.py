@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -193,7 +193,7 @@ class _Collected:
         self._tokens.close()
         self._trained.close()
 
-        def joined(name: str, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+        def joined(name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
             return np.concatenate(
                 [np.zeros(0, dtype=dtype), *(getattr(result, name) for _, _, result in self.results)]
             ).astype(dtype)

@@ -122,7 +122,7 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 
 def trace(
     build: Callable[[], torch.nn.Module], *, rows: int, length: int, precision: Precision, loss: Loss = _Consume.apply
-) -> Trace:  # type: ignore[assignment]
+) -> Trace:
     """Traces the module that `build` makes (on the meta device), on `rows` x `length` tokens.
 
     A gradient is freed as soon as it was added to what micro-batches before left.

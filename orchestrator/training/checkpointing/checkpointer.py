@@ -26,7 +26,7 @@ from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.checkpoints import Found
 from orchestrator.run_state.recorder import Record
 from orchestrator.run_state.resume_rules import refuse_changes, settings_that_matter
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import Context, training_stage
 from orchestrator.training.checkpointing.newest_proven import newest_proven
 from orchestrator.training.checkpointing.training_state import INDEX, collect, restore, restore_random_state
 from orchestrator.training.checkpointing.writer import CheckpointWriter, Pending
@@ -59,7 +59,7 @@ class Checkpointer:
         self._context, self._subject, self._record = context, subject, record
         self._writer = CheckpointWriter(
             folder=context.folder,
-            settings=context.stage.checkpoint,
+            settings=training_stage(context).checkpoint,
             rank=subject.runtime.rank,
             world_size=subject.runtime.world_size,
             record=record,
@@ -105,7 +105,7 @@ class Checkpointer:
 
     def rehearse(self, progress: Progress) -> None:
         """Writes a checkpoint, reads it back and removes it: CheckpointError where the disk would refuse the real ones."""
-        if self._context.stage.checkpoint.rehearse:
+        if training_stage(self._context).checkpoint.rehearse:
             self._writer.rehearse(self._pending(progress, probe=None, start=time.perf_counter(), probe_seconds=0.0))
 
     def resume(self) -> Progress | None:
@@ -180,7 +180,7 @@ class Checkpointer:
 
     def _tell_space(self) -> None:
         """What the checkpoints will take, beside what is free."""
-        stage = self._context.stage
+        stage = training_stage(self._context)
         trained = count_trained(self._subject.runtime, self._subject.model)
         one = bytes_of_one(trained, stage.optimizer)
         most = most_bytes(one, stage.checkpoint, self._record.total_steps)
@@ -205,7 +205,7 @@ class Checkpointer:
 
     def _tell_accepted(self, state: dict[str, Any]) -> None:
         context = self._context
-        accepted = frozenset(context.stage.checkpoint.accept_changes)
+        accepted = frozenset(training_stage(context).checkpoint.accept_changes)
         for sentence in refuse_changes(state["settings"], self._settings(), stage=context.name, accepted=accepted):
             self._record.say(f"accepted: {sentence}")
 
@@ -263,7 +263,7 @@ class Checkpointer:
         }
 
     def _changes(self, found: Found) -> dict[str, Any]:
-        config, stage = self._context.config, self._context.stage
+        config, stage = self._context.config, training_stage(self._context)
         return {
             "world_size": [found.world_size, self._subject.runtime.world_size],
             "sharding": [found.manifest["sharding"], config.sharding.strategy],

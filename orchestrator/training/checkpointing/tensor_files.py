@@ -78,7 +78,7 @@ def _pieces(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     yield len(header).to_bytes(8, "little") + header
     for tensor in tensors.values():
         raw = (
-            memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")
+            memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")  # pyright: ignore[reportArgumentType]  # numpy names its buffer from Python 3.12 on
             if tensor.numel()
             else b""
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,8 @@ class CheckpointWriter:
     ) -> None:
         self._folder, self._settings, self._record = folder, settings, record
         self._rank, self._world_size = rank, world_size
-        self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if world_size > 1 else None
+        group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if world_size > 1 else None
+        self._group = cast("dist.ProcessGroup | None", group)
         self._thread: threading.Thread | None = None
         self._newer_waits = threading.Event()
         self._defect: BaseException | None = None
