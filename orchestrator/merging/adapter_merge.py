@@ -145,11 +145,11 @@ def _merged_dense(source: Source) -> Any:
 def _merged_dequantised(source: Source) -> Any:
     """Into the weights that training saw: the 4-bit base, dequantised."""
     import bitsandbytes.functional as bnb
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     quantised = load_model(source.base_folder, source.config, weights_dtype=DTYPES[source.config.model.dtype])
     seen = {
-        f"{name}.weight": bnb.dequantize_4bit(module.weight.data, cast("Params4bit", module.weight).quant_state).float()
+        f"{name}.weight": bnb.dequantize_4bit(module.weight.data, cast("Any", module.weight).quant_state).float()
         for name, module in quantised.named_modules()
         if isinstance(module, Linear4bit)
     }
