@@ -21,9 +21,10 @@ demo: $(VENV)/.base ## the main job on this machine: LoRA on a small model, two 
 test: $(VENV)/.compiled ## every test, real parts; GROUP=unit|training|slurm|end_to_end runs one group, WORKERS=1 one file at a time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(GROUP),tests/$(GROUP),tests) $(ARGS)
 
-check: $(VENV)/.dev ## ruff, pyright, import-linter, shellcheck, hadolint, links of the documentation
+check: $(VENV)/.dev ## ruff, limits of length, pyright, import-linter, unused code, spelling, shellcheck, hadolint, links of the documentation
 	@.ci/need shellcheck
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports && $(BIN)/hadolint Dockerfile
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python .ci/limits.py && $(BIN)/vulture && $(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs conf orchestrator launchers slurm benchmarks .ci Makefile
+	@$(BIN)/pyright && $(BIN)/lint-imports && $(BIN)/hadolint Dockerfile
 	@$(MKDOCS) -q
 	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o -path ./build -prune -o \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run -o -path ./.ci/need \) -type f -print0 \
 	  | xargs -0 grep -LZ '@{' | xargs -0 shellcheck

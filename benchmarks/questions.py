@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CLASSES = 6
 COMMON = (
     "launcher=local",
     "tracking=none",

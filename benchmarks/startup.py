@@ -1,4 +1,4 @@
-"""How long the login side takes to answer: median times of fresh processes. Run: python benchmarks/startup.py [RUNS]"""
+"""How long the login side takes to answer: median times of fresh processes. Run: python benchmarks/startup.py [RUNS]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write an SVG picture of what a command shows on a terminal: python docs/capture.py docs/images/NAME.svg [--keep-last N] -- COMMAND
+"""Write an SVG picture of what a command shows on a terminal: python docs/capture.py docs/images/NAME.svg [--keep-last N] -- COMMAND.
 
 The command runs on a real pseudo-terminal, so that it draws its bars and colours; the picture is the screen at its end. Needs
 the package pyte (pip install pyte), which nothing else here uses.

@@ -42,7 +42,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """golden(name, text): text must equal tests/golden/NAME."""
+    """Comparison of a text with tests/golden/NAME, by name and text."""
 
     def compare(name: str, text: str) -> None:
         path = GOLDEN / name

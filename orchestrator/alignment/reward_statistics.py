@@ -86,22 +86,6 @@ class RewardReport:
     """Its L2 regularisation strength, chosen on a fifth of the training pairs."""
     verdict: Verdict
 
-    def as_rows(self) -> list[tuple[str, str]]:
-        """Names and values as text, for a table."""
-        found = {"Pearson": self.length_pearson, "Spearman": self.length_spearman}
-        correlations = {name: "undefined: all equal" if r is None else f"{r:+.3f}" for name, r in found.items()}
-        rule = "the longer" if self.longer_wins else "the shorter"
-        return [
-            ("held-out pairs", f"{self.pairs:,}"),
-            ("accuracy (95 % interval)", str(self.accuracy)),
-            ("expected calibration error", f"{self.calibration_error:.3f}"),
-            ("Brier score", f"{self.brier:.3f}"),
-            *((f"score and length, {name}", text) for name, text in correlations.items()),
-            (f"baseline: {rule} answer", f"{self.length_baseline}, p = {self.verdict.length_p_value:.2g}"),
-            (f"baseline: bag of {self.words:,} words", f"{self.words_baseline}, p = {self.verdict.words_p_value:.2g}"),
-            ("verdict", str(self.verdict)),
-        ]
-
     def as_json(self) -> dict[str, float | int | bool | None]:
         """Every figure under one flat name, as JSON's own kinds."""
         figures: dict[str, float | int | bool | None] = {}

@@ -55,7 +55,8 @@ def all_logits_DC(
     limit: int | None = None,
 ) -> torch.Tensor:
     """fp32 on the host, of every document of the set, or of its first `limit` rows (zeros then for the others'); every rank
-    calls it and gets all."""
+    calls it and gets all.
+    """
     count = rows.rows if limit is None else min(limit, rows.rows)
     logits_DC = torch.zeros(len(rows.document_offsets) - 1, outputs)
     was_training = model.training

@@ -58,7 +58,14 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
         and makes_classifier(config, start)
     ):
         yield from _scored_classifier_problems(config, name)
-    if isinstance(stage, PolicyStage) and not stage.rewards:
+    yield from _reward_problems(config, name, before)
+    if isinstance(stage, TrainingStage):
+        yield from _function_problems(name, stage)
+
+
+def _reward_problems(config: RunConfig, name: str, before: tuple[str, ...]) -> Iterator[str]:
+    """What is wrong with the rewards of a stage: none, a stage that is no reward model before it, or a faulty function."""
+    if isinstance(stage := config.stages[name], PolicyStage) and not stage.rewards:
         yield f"stages.{name}.rewards: there is none; add for example {{source: exact_match, weight: 1.0, options: {{}}}}"
     for number, reward in enumerate(rewards_of(config, name)):
         field = f"stages.{name}.rewards.{number}"
@@ -67,8 +74,6 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
             yield from _input_problems(config, f"{field}.source", wanted, before, ("reward",))
         elif not reward.source.startswith(MODEL_PREFIX):
             yield from (f"{field}: {problem}" for problem in problems_of(reward.source, reward.options))
-    if isinstance(stage, TrainingStage):
-        yield from _function_problems(name, stage)
 
 
 def _function_problems(name: str, stage: TrainingStage) -> Iterator[str]:

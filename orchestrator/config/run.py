@@ -85,7 +85,8 @@ class RunConfig(Section):
 
     def for_stage(self, name: str) -> RunConfig:
         """The configuration as a stage sees it: `tuning` is the stage's own where it has one; a stage that trains nothing has
-        that of the stage that it starts from."""
+        that of the stage that it starts from.
+        """
         return self.model_copy(update={"tuning": _tuning_of(self, name)})
 
 

@@ -169,9 +169,3 @@ def _epoch_problems(epoch: int, taken: Sequence[Taken], rows: PreparedFolder, *,
 
 def _named(rows: PreparedFolder, index: int) -> str:
     return ", ".join(str(row) for row in rows.row_ids(index)[:5])
-
-
-def rows_of_step(folder: Path, rows: PreparedFolder, step: int) -> tuple[int, ...]:
-    """The source rows that a step trained on, over all ranks, in the order of the ranks."""
-    entries = sorted(counted_steps(read_ledgers(folder)).get(step, []), key=lambda entry: entry.rank)
-    return tuple(source for entry in entries for index in entry.rows for source in rows.row_ids(index))

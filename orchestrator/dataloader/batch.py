@@ -78,7 +78,6 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The batch on a device; what is on it already stays."""
-
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Self:

@@ -43,7 +43,8 @@ def passes(ranks: Ranks, rows: PreparedRows, chosen: range, *, micro_size: int) 
 
 def _batches(device: torch.device, rows: PreparedRows, chosen: range, *, micro_size: int) -> list[list[int]]:
     """The rows of each forward pass. Ranks are dealt whole batches: a row is padded the same, and its loss has the same bits,
-    on any number of ranks, so that one process can prove what several have scored."""
+    on any number of ranks, so that one process can prove what several have scored.
+    """
     sequences = 1 if rows.is_packed else rows.meta.documents_per_unit
     widest = CPU_PASS_TOKENS if device.type == "cpu" else micro_size * sequences * rows.meta.max_length
     lengths = np.asarray(rows.lengths[chosen.start : chosen.stop])

@@ -29,7 +29,8 @@ def uncollected() -> Generator[None]:
 
 def leave_out_deepspeed(config: RunConfig) -> None:
     """Makes DeepSpeed look as if it were not installed where the run shards nothing: Accelerate imports it whenever it can, to
-    ask whether a model is DeepSpeed's. Must be asked before transformers is imported, which looks for it once."""
+    ask whether a model is DeepSpeed's. Must be asked before transformers is imported, which looks for it once.
+    """
     if not config.sharding.is_deepspeed:
         sys.modules.setdefault(DEEPSPEED, None)  # pyright: ignore[reportArgumentType]  # None is how an import is blocked
 

@@ -28,11 +28,6 @@ def environment_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def environment_local_rank() -> int:
-    """This process's rank on its node, before any process group exists."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """The process group as a stage sees it."""

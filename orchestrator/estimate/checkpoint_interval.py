@@ -30,11 +30,6 @@ def job_seconds_between_failures(device_hours: float | None, devices: int) -> fl
     return None if device_hours is None else device_hours * 3600 / devices
 
 
-def young_period(pause: float, between: float) -> float:
-    """Young's first-order work between saves: sqrt(2 Tf Ts) (1974); Daly 2006 refines it."""
-    return math.sqrt(2 * between * pause)
-
-
 def best_period(failures: Failures) -> float | None:
     """The period that leaves the most work: Ts + sqrt(2 (Tf + Tr) Ts + Ts^2); None without failures.
 

@@ -50,6 +50,3 @@ NF4_TABLES_BYTES = (64, 1024 + 4)
 
 MOMENTS_8BIT_BYTES = 2 * (1 + 4 / 256)
 """AdamW in 8 bits: two moments of a byte, each with an fp32 constant for 256 elements (2110.02861; bitsandbytes)."""
-
-SMALL_8BIT_ELEMENTS = 4096
-"""bitsandbytes keeps moments of fewer elements in fp32."""

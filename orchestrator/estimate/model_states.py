@@ -42,10 +42,6 @@ class StateMemory:
         """On the device."""
         return self.weights + self.gradients + self.optimizer
 
-    @property
-    def host_total(self) -> float:
-        return self.host_weights + self.host_optimizer + self.host_gradients
-
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:

@@ -14,7 +14,8 @@ SMALLEST_DISTANCE_SQUARED = 1e-12
 
 def class_losses_D(logits_DC: torch.Tensor, targets: torch.Tensor, *, problem: Problem) -> torch.Tensor:
     """Loss of each document in nats (or squared units): cross-entropy with class numbers; the mean over classes of binary
-    cross-entropies with 0 and 1 (D x C); the squared difference to a number, with C = 1."""
+    cross-entropies with 0 and 1 (D x C); the squared difference to a number, with C = 1.
+    """
     match problem:
         case "single_label":
             return torch.nn.functional.cross_entropy(logits_DC, targets, reduction="none")

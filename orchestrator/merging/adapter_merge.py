@@ -26,7 +26,6 @@ from orchestrator.files.manifest import write_manifest
 from orchestrator.models.artifact import COMPANIONS, open_adapter, open_artifact
 from orchestrator.models.loading import DTYPES, load_model
 
-LOGITS = "merged"
 Say = Callable[[str], None]
 
 

@@ -46,10 +46,6 @@ class RecordFile:
                 os.ftruncate(self._descriptor, start)
             raise
 
-    def sync(self) -> None:
-        """Return when every row is on the disk: call it before a checkpoint that will not replay these rows."""
-        os.fsync(self._descriptor)
-
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)

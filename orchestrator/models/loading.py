@@ -30,7 +30,7 @@ def quiet() -> None:
     import logging
     import warnings
 
-    import transformers
+    from transformers.utils import logging as transformers_log
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package that is not needed
     warnings.filterwarnings(
@@ -44,8 +44,8 @@ def quiet() -> None:
         "ignore", message="Position ids are not supported.*", category=UserWarning
     )  # counted from 0
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    transformers_log.disable_progress_bar()
+    transformers_log.set_verbosity_error()
 
 
 def fetch_base(model: ModelConfig, *, cache: Path, say: Callable[[str], None]) -> Path:

@@ -30,12 +30,6 @@ from orchestrator.run_state.frozen import load_config
 
 State = Literal["finished", "stopped", "failed"]
 Word = Literal["finished", "requeue", "retry", "stop"]
-EXIT_OF_WORD: dict[Word, int] = {
-    "finished": EXIT_DONE,
-    "requeue": EXIT_SAVED,
-    "retry": EXIT_DEFECT,
-    "stop": EXIT_DO_NOT_RESTART,
-}
 INTERRUPTED = 130
 """What is reported of an attempt that a second Ctrl-C ended: a stop by its user, without a save."""
 MACHINE_LOST = 255

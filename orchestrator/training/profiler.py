@@ -83,7 +83,8 @@ class Profiler:
 
     def begin_step(self) -> None:
         """Tells that an optimizer step begins: the one before is over, with all that belongs to it. What torch's profiler then
-        collects and writes belongs to no step."""
+        collects and writes belongs to no step.
+        """
         if self._steps:
             began = time.perf_counter()
             self._torch.step()

@@ -217,17 +217,6 @@ class _Collected:
         )
 
 
-def estimated_seconds(part: Part, config: DataConfig, *, tokenizer_folder: Path) -> float:
-    """Rows of the part over the rate at which the first chunk of each source is encoded here, on all cores."""
-    context = _context(part, make_encoder(load_facts(tokenizer_folder), config))
-    started, rows = time.perf_counter(), 0
-    for i, files in enumerate(part.files):
-        chunk = next(iterate_chunks(i, files[0]), None)
-        rows += encode_chunk(chunk, context).num_rows if chunk is not None else 0
-    rate = max(1, rows) / (time.perf_counter() - started)
-    return count_part_rows(part) / rate / _cores(config)
-
-
 def _context(part: Part, encoder: Encoder) -> ChunkContext:
     pairs = zip(part.sources, part.formats, strict=True)
     return ChunkContext(encoder, tuple(reading_of(source, data_format) for source, data_format in pairs))

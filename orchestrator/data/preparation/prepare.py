@@ -79,17 +79,6 @@ def ensure_prepared(
     return _prepared(root, parts, was_hit=not missing)
 
 
-def estimate_seconds(config: DataConfig, *, tokenizer_folder: Path, cache: Path, seed: int) -> float:
-    """About how long preparing would take on this machine: 0 where it is done, else measured on the first rows of each source."""
-    from orchestrator.data.preparation.build import estimated_seconds
-    from orchestrator.data.preparation.hub_download import fetch
-
-    root = cache / "data"
-    parts = plan_parts(config, tokenizer_folder=tokenizer_folder, cache=root, seed=seed, fetch=fetch)
-    missing = [part for part in parts if not is_prepared(root / part.digest)]
-    return sum(estimated_seconds(part, config, tokenizer_folder=tokenizer_folder) for part in missing)
-
-
 def _prepared(root: Path, parts: tuple[Part, ...], *, was_hit: bool) -> Prepared:
     train, evaluation = prepared_folders(root, parts)
     train_meta = read_meta(train)

@@ -66,7 +66,8 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 def read_rows(path: Path, kind: FileKind) -> Iterator[tuple[int, object]]:
     """(number, row or Unreadable) of one file; `position` says what the number means. Raises DataError where the file as a whole
-    is broken."""
+    is broken.
+    """
     readers = {
         "jsonl": _jsonl,
         "json": _json,

@@ -68,11 +68,6 @@ def check_written(path: Path, written: Written) -> None:
         )
 
 
-def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Size of the tensors without the header."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
 def _pieces(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     header = _header(tensors, metadata)
     yield len(header).to_bytes(8, "little") + header

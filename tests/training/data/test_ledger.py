@@ -12,10 +12,16 @@ from pathlib import Path
 import pytest
 from data_parts import FAMILIES, data_config, write_jsonl, write_tokenizer
 
-from orchestrator.data.ledger import Ledger, audit, ledger_path, rows_of_step
+from orchestrator.data.ledger import Ledger, audit, counted_steps, ledger_path, read_ledgers
 from orchestrator.data.order import Order, make_order
 from orchestrator.data.preparation.prepare import ensure_prepared
 from orchestrator.data.prepared.folder import PreparedFolder
+
+
+def rows_of_step(folder: Path, rows: PreparedFolder, step: int) -> tuple[int, ...]:
+    """The source rows that a step trained on, over all ranks, in the order of the ranks."""
+    entries = sorted(counted_steps(read_ledgers(folder)).get(step, []), key=lambda entry: entry.rank)
+    return tuple(source for entry in entries for index in entry.rows for source in rows.row_ids(index))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from data_parts import FAMILIES, ROOT, data_config, write_jsonl, write_tokenizer
 
 from orchestrator.config.data import DataConfig
 from orchestrator.data.preparation import build as build_module
-from orchestrator.data.preparation.prepare import Prepared, ensure_prepared, estimate_seconds
+from orchestrator.data.preparation.prepare import Prepared, ensure_prepared
 from orchestrator.data.prepared import key as key_module
 from orchestrator.data.prepared.folder import PreparedFolder
 from orchestrator.data.prepared.meta import DATA_VERSION
@@ -349,10 +349,9 @@ def test_what_is_prepared_is_found_without_reading_rows(data: Path, tokenizer: P
     for held_out in ("auto", "none", str(held)):
         config = data_config(train__path=str(data), eval__path=held_out)
         where: dict[str, Any] = {"tokenizer_folder": tokenizer, "cache": tmp_path / "cache", "seed": 0}
-        assert estimate_seconds(config, **where) > 0 and find_prepared(config, **where) is None
+        assert find_prepared(config, **where) is None
         found = prepare(config, tokenizer, tmp_path / "cache")
         assert find_prepared(config, **where) == (found.train, found.evaluation)
-        assert estimate_seconds(config, **where) == 0
 
 
 def test_splitting_cuts_no_document_short(tokenizer: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from orchestrator.estimate.checkpoint_interval import (
     expected_goodput,
     job_seconds_between_failures,
     lost_seconds_per_failure,
-    young_period,
 )
 
 CASES = [
@@ -74,7 +73,6 @@ def test_no_other_interval_is_better(failures: Failures) -> None:
 def test_the_best_period_by_hand() -> None:
     failures = Failures(pause=30, writing=0, restart=600, between=28_800)
     assert best_period(failures) == pytest.approx(30 + math.sqrt(2 * 29_400 * 30 + 900))
-    assert young_period(30, 28_800) == pytest.approx(math.sqrt(2 * 28_800 * 30))
     assert best_every_steps(failures, step_seconds=10, steps=None) == 133
     assert best_every_steps(failures, step_seconds=10, steps=60) == 60
     assert lost_seconds_per_failure(failures, work=970) == 500 + 600
