@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import textwrap
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -50,8 +52,17 @@ def explained_fields(section: type[Section]) -> set[str]:
 
 
 def attributes_read() -> set[str]:
-    """Names after a dot, wherever they are read in the code that acts on a configuration."""
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in READERS]
+    """Names after a dot, wherever they are read in the code that acts on a configuration, or by a property that it reads."""
+    read = names_after_a_dot(ast.parse(file.read_text(encoding="utf-8")) for file in READERS)
+    for section in SECTIONS:
+        for name, member in vars(section).items():
+            if isinstance(member, property) and name in read:
+                assert member.fget is not None
+                read |= names_after_a_dot([ast.parse(textwrap.dedent(inspect.getsource(member.fget)))])
+    return read
+
+
+def names_after_a_dot(trees: Iterable[ast.AST]) -> set[str]:
     return {
         node.attr
         for tree in trees
