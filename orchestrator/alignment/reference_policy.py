@@ -55,7 +55,7 @@ def reference_policy(session: Session, stage: PolicyStage) -> UseReference | Non
     """How to reach the reference policy; None where none is asked for."""
     if not wants_reference(stage):
         return None
-    if isinstance(session.context.config.tuning, WHOLE_MODEL_TUNINGS):
+    if not session.context.config.tuning.is_adapter:
         second = _second_model(session)
         return lambda: nullcontext(second)
     return lambda: _other_adapter(session)

@@ -14,9 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from orchestrator.classification.classes import Classes, classes_of, read_classes, same_classes
 from orchestrator.config.classification import ClassifyStage
-from orchestrator.config.model import Nf4Quantization
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.data.encoding.labelled_text import separator_of
 from orchestrator.data.encoding.tokenizer import load_facts
 from orchestrator.dataloader.batch import Batch
@@ -72,7 +70,7 @@ def load_classifier(
     ModelError where the architecture has no head for texts, or an encoder should see packed rows.
     """
     options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": attention_of(config, packed=packed)}
-    if isinstance(config.quantization, Nf4Quantization):
+    if config.quantization.is_4bit:
         options["quantization_config"] = nf4_settings(config, skip=HEADS)
     facts = load_facts(folder)
     try:
@@ -163,7 +161,7 @@ def open_classifier(
     folder: Path, config: RunConfig, *, base_folder: Path, weights_dtype: torch.dtype, packed: bool
 ) -> torch.nn.Module:
     """A trained classifier as a user would load it, from disk alone; CheckpointError where weights are missing."""
-    is_whole = isinstance(config.tuning, WHOLE_MODEL_TUNINGS)
+    is_whole = not config.tuning.is_adapter
     model = load_classifier(
         folder if is_whole else base_folder,
         config,

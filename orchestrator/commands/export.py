@@ -9,6 +9,7 @@ from pathlib import Path
 
 from orchestrator.commands.generate import FOREGROUND
 from orchestrator.commands.stage_choice import stage_of
+from orchestrator.config.tuning import ADAPTER_TUNINGS
 from orchestrator.errors import ConfigError
 from orchestrator.files.manifest import MANIFEST
 from orchestrator.run_folder.folder import RunFolder
@@ -42,7 +43,6 @@ def export(folder: RunFolder, *, stage: str | None, to: str | None, max_kl: floa
 
 
 def _refuse_what_cannot_be_merged(folder: RunFolder, stage: str) -> None:
-    from orchestrator.config.tuning import ADAPTER_TUNINGS
     from orchestrator.config.tuning_rules import why_no_merge
     from orchestrator.run_state.frozen import load_config
 

@@ -77,6 +77,10 @@ class NoQuantization(Section):
 
     scheme: Literal["none"]
 
+    @property
+    def is_4bit(self) -> bool:
+        return False
+
 
 class Nf4Quantization(Section):
     """The frozen base is held in 4-bit NormalFloat (QLoRA, 2305.14314)."""
@@ -84,3 +88,7 @@ class Nf4Quantization(Section):
     scheme: Literal["nf4"]
     double_quantization: bool
     """Quantise the block constants too: 0.5 -> 0.127 bit a parameter."""
+
+    @property
+    def is_4bit(self) -> bool:
+        return True

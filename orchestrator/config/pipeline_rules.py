@@ -19,7 +19,6 @@ from orchestrator.config.pipeline import (
 )
 from orchestrator.config.run import PARENT, POLICY_KINDS, STAGE_PREFIX, RunConfig, made_kind, makes_classifier
 from orchestrator.config.training import TrainingStage
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.rewards.extensions import CALLBACK, METRIC
 from orchestrator.rewards.load import problems_of
 from orchestrator.rewards.python_file import file_problems
@@ -142,7 +141,7 @@ def _classifier_blend_problems(config: RunConfig, name: str, stage: InterpolateS
             f"stages.{name}.origin: null is the base, which has no head for the classes of {stage.start_from}; name an earlier classifier, "
             "such as a stage that trains the head alone (tuning: freeze with layers: none)"
         )
-    if not isinstance(tuning, WHOLE_MODEL_TUNINGS):
+    if tuning.is_adapter:
         yield (
             f"stages.{name}: classifiers are interpolated as whole models, and {stage.start_from} is tuned by {tuning.method}; type "
             "tuning=full or tuning=freeze"

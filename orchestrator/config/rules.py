@@ -8,7 +8,6 @@ from pydantic import ValidationError
 
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.base import JsonValue
-from orchestrator.config.model import Nf4Quantization
 from orchestrator.config.run import (
     RESERVED_STAGE_NAMES,
     RunConfig,
@@ -139,7 +138,7 @@ def _compile_problems(config: RunConfig) -> list[str]:
     reasons = {
         "sharding=zero3 gathers weights in the middle of a layer": config.sharding.shards_parameters,
         "tuning=loreft hooks itself into layers": isinstance(config.tuning, LoreftTuning),
-        "quantization=nf4 unpacks weights in kernels of its own": isinstance(config.quantization, Nf4Quantization),
+        "quantization=nf4 unpacks weights in kernels of its own": config.quantization.is_4bit,
     }
     problems = [f"model.compile: {why}; type model.compile=false" for why, is_so in reasons.items() if is_so]
     return problems + [

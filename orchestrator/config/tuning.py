@@ -9,13 +9,29 @@ from pydantic import Field
 from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section
 
 
-class FullTuning(Section):
+class WholeModelTuning(Section):
+    """Parameters of the model itself are trained: the artifact is a model."""
+
+    @property
+    def is_adapter(self) -> bool:
+        return False
+
+
+class AdapterTuningBase(Section):
+    """The base stays frozen and something small is trained with it: the artifact is an adapter."""
+
+    @property
+    def is_adapter(self) -> bool:
+        return True
+
+
+class FullTuning(WholeModelTuning):
     """Every parameter is trained."""
 
     method: Literal["full"]
 
 
-class FreezeTuning(Section):
+class FreezeTuning(WholeModelTuning):
     """A part of the base's own parameters is trained, the rest stays as it is; the switches add up."""
 
     method: Literal["freeze"]
@@ -40,7 +56,7 @@ class FreezeTuning(Section):
         return self.unfreeze_every_steps is not None or self.unfreeze_every_epochs is not None
 
 
-class LoraTuning(Section):
+class LoraTuning(AdapterTuningBase):
     """LoRA (2106.09685): h = W0 x + (alpha/r) B A x."""
 
     method: Literal["lora"]
@@ -71,7 +87,7 @@ WHOLE_MODEL_TUNINGS = (FullTuning, FreezeTuning)
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Ia3Tuning(Section):
+class Ia3Tuning(AdapterTuningBase):
     """IA3 (2205.05638): learned vectors, 1 at first, times keys, values and the feed-forward's inner activations."""
 
     method: Literal["ia3"]
@@ -81,7 +97,7 @@ class Ia3Tuning(Section):
     """Those of them whose inputs are multiplied instead."""
 
 
-class PromptTuning(Section):
+class PromptTuning(AdapterTuningBase):
     """Prompt tuning (2104.08691): embeddings of tokens that stand before every text."""
 
     method: Literal["prompt"]
@@ -91,7 +107,7 @@ class PromptTuning(Section):
     """`vocabulary` starts from embeddings of tokens drawn at random (the paper's better one), `random` from noise."""
 
 
-class PrefixTuning(Section):
+class PrefixTuning(AdapterTuningBase):
     """Prefix tuning (2101.00190) without its reparametrisation: keys and values before every text, in every layer."""
 
     method: Literal["prefix"]
@@ -99,7 +115,7 @@ class PrefixTuning(Section):
     """Keys and values of so many tokens, in each layer."""
 
 
-class VeraTuning(Section):
+class VeraTuning(AdapterTuningBase):
     """VeRA (2310.11454): h = W0 x + diag(b) B diag(d) A x, with random A and B that all layers share and nobody trains."""
 
     method: Literal["vera"]
@@ -113,7 +129,7 @@ class VeraTuning(Section):
     """Makes A and B, which the artifact does not hold."""
 
 
-class OftTuning(Section):
+class OftTuning(AdapterTuningBase):
     """OFT (2306.07280) in its input-centric form (2506.19847): inputs of linear layers are rotated, block by block."""
 
     method: Literal["oft"]
@@ -125,7 +141,7 @@ class OftTuning(Section):
     """The rotation by five terms of a series (fast, orthogonal while it is small); false solves for it exactly."""
 
 
-class AdaloraTuning(Section):
+class AdaloraTuning(AdapterTuningBase):
     """AdaLoRA (2303.10512): h = W0 x + (alpha / initial_rank) B diag(E) A x; ranks move to the layers that need them."""
 
     method: Literal["adalora"]
@@ -151,7 +167,7 @@ class AdaloraTuning(Section):
     """Weight of the penalty that keeps A and B orthogonal (gamma in equation 4)."""
 
 
-class LoreftTuning(Section):
+class LoreftTuning(AdapterTuningBase):
     """Interventions on the hidden states of prompt tokens (2404.03592); the base's weights stay as they are."""
 
     method: Literal["loreft"]

@@ -16,7 +16,6 @@ from orchestrator.config.run import POLICY_KINDS, RunConfig, training_stages, tu
 from orchestrator.config.sharding import NoSharding, ZeroSharding
 from orchestrator.config.tuning import (
     ADAPTER_TUNINGS,
-    WHOLE_MODEL_TUNINGS,
     AdaloraTuning,
     AdapterTuning,
     FreezeTuning,
@@ -158,7 +157,7 @@ def _limit_problems(setting: Setting, limits: Limits, what: str) -> Iterator[str
     if strategy in limits.shardings:
         free = [name for name in ("none", *ZERO) if name not in limits.shardings]
         yield f"sharding: {what} does not work with {strategy}: {limits.shardings[strategy]}; type sharding={free[-1]}"
-    if limits.nf4 is not None and isinstance(setting.quantization, Nf4Quantization):
+    if limits.nf4 is not None and setting.quantization.is_4bit:
         yield f"quantization: {what} does not work with nf4: {limits.nf4}; type quantization=none"
     if limits.checkpointing is not None and setting.model.gradient_checkpointing:
         yield (
@@ -179,9 +178,9 @@ def _limit_problems(setting: Setting, limits: Limits, what: str) -> Iterator[str
 
 
 def _lora_problems(setting: Setting, tuning: LoraTuning) -> Iterator[str]:
-    if tuning.init == "loftq" and not isinstance(setting.quantization, Nf4Quantization):
+    if tuning.init == "loftq" and not setting.quantization.is_4bit:
         yield "tuning.init: loftq makes up for the rounding of nf4, and the base is not quantised; type quantization=nf4"
-    if tuning.use_dora and isinstance(setting.quantization, Nf4Quantization) and setting.sharding.shards_parameters:
+    if tuning.use_dora and setting.quantization.is_4bit and setting.sharding.shards_parameters:
         yield (
             "sharding: tuning.use_dora=true unpacks nf4 weights and puts others in their place, which ZeRO-3 does not know; "
             "type sharding=zero2, or tuning.use_dora=false"
@@ -256,7 +255,7 @@ def stage_tuning_problems(config: RunConfig) -> list[str]:
     for name, tuning in tunings.items():
         is_own = name in config.stages and training_stages(config)[name].tuning is not None
         field = f"stages.{name}.tuning" if is_own else "tuning"
-        if isinstance(config.quantization, Nf4Quantization) and isinstance(tuning, WHOLE_MODEL_TUNINGS):
+        if config.quantization.is_4bit and not tuning.is_adapter:
             problems[
                 f"quantization: nf4 holds a frozen base and cannot be trained with {field}={tuning.method}; "
                 f"type {field}=lora (QLoRA) or quantization=none"
@@ -266,7 +265,7 @@ def stage_tuning_problems(config: RunConfig) -> list[str]:
                 f"{field}: unfreeze_every_steps and unfreeze_every_epochs say the same thing twice; set one to null"
             ] = None
     differing = [name for name, tuning in tunings.items() if tuning != next(iter(tunings.values()))]
-    if differing and not all(isinstance(tuning, WHOLE_MODEL_TUNINGS) for tuning in tunings.values()):
+    if differing and not all(not tuning.is_adapter for tuning in tunings.values()):
         told = ", ".join(f"{name} {tuning.method}" for name, tuning in tunings.items())
         problems[
             f"stages.{differing[0]}.tuning: the stages are tuned differently ({told}), and an adapter fits only the settings it was "

@@ -8,7 +8,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orchestrator.config.model import Nf4Quantization
 from orchestrator.config.run import RunConfig, training_stages
 
 BITSANDBYTES = "bitsandbytes"
@@ -49,4 +48,4 @@ def needs_bitsandbytes(config: RunConfig, base_folder: Path) -> bool:
     """Whether weights are held in 4 bits, come quantised, or an optimizer keeps its states in 8 bits or in pages."""
     comes_quantised = "quantization_config" in (base_folder / "config.json").read_text(encoding="utf-8")
     names = {stage.optimizer.name for stage in training_stages(config).values()}
-    return comes_quantised or isinstance(config.quantization, Nf4Quantization) or bool(names - {"adamw"})
+    return comes_quantised or config.quantization.is_4bit or bool(names - {"adamw"})

@@ -9,9 +9,9 @@ from orchestrator.architecture.adapter_parameters import kept_numbers_per_token,
 from orchestrator.architecture.families import linear_layers
 from orchestrator.architecture.loss_head_chunks import CAPPED, chunk_rows, kept_bytes_per_token, temporary_bytes
 from orchestrator.architecture.parameter_counts import count_parameters
-from orchestrator.config.model import Architecture, Nf4Quantization
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import ADAPTER_TUNINGS, LoraTuning
+from orchestrator.config.tuning import LoraTuning
 from orchestrator.estimate.activation_polynomials import Dimensions, Polynomial, moments_of, peak, value
 from orchestrator.estimate.model_states import adapter_width, compute_width, trained_width
 
@@ -99,7 +99,7 @@ def _peaks(model: Architecture, config: RunConfig, load: Load) -> ActivationMemo
 
 def mode_of(model: Architecture, config: RunConfig, load: Load) -> str:
     """The name of the trace."""
-    tuning = "lora" if isinstance(config.tuning, ADAPTER_TUNINGS) else "full"
+    tuning = "lora" if config.tuning.is_adapter else "full"
     half = "bfloat16" if config.sharding.is_deepspeed else "autocast"
     if half == "bfloat16" and tuning == "lora" and adapter_width(config) == 4:
         half = "adapters32"
@@ -130,7 +130,7 @@ class HeadBytes:
 
 def chunked_head_bytes(model: Architecture, config: RunConfig, load: Load) -> HeadBytes:
     """As `loss_head.py` says. The gradient of a trained head that stays is counted with the gradients."""
-    trains_head = not isinstance(config.tuning, ADAPTER_TUNINGS)
+    trains_head = not config.tuning.is_adapter
     matrix, width = model.vocab_size * model.hidden_size, compute_width(config)
     device = "cpu" if load.on_cpu else "cuda"
     rows = chunk_rows(model.vocab_size, device, trained_width=model.hidden_size if trains_head else 0)
@@ -166,7 +166,7 @@ def loss_bytes(model: Architecture, load: Load, width: int) -> tuple[float, floa
 
 def dequantised_bytes(model: Architecture, config: RunConfig) -> float:
     """The largest 4-bit matrix in `model.dtype`: each is unpacked when it is used."""
-    if not isinstance(config.quantization, Nf4Quantization):
+    if not config.quantization.is_4bit:
         return 0.0
     layers = [linear for linear in linear_layers(model) if linear.is_attention or not model.num_experts]
     return float(max(linear.inputs * linear.outputs for linear in layers) * compute_width(config))
@@ -199,7 +199,7 @@ def _dimensions(model: Architecture, config: RunConfig, load: Load) -> Dimension
 
 def _tied_gradient(model: Architecture, config: RunConfig) -> float:
     """A tied head's gradient waits for that of the embedding."""
-    if isinstance(config.tuning, ADAPTER_TUNINGS) or not model.tie_word_embeddings:
+    if config.tuning.is_adapter or not model.tie_word_embeddings:
         return 0.0
     return float(model.vocab_size * model.hidden_size * trained_width(config))
 

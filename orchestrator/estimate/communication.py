@@ -6,7 +6,7 @@ all-reduce twice that. Between nodes the rings share the node's network cards, s
 
 from __future__ import annotations
 
-from orchestrator.config.model import Architecture, Nf4Quantization
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.estimate.frozen_base import frozen_bytes
 from orchestrator.estimate.model_states import trainable_parameters
@@ -67,7 +67,7 @@ def gathering_passes(model: Architecture, config: RunConfig) -> float:
 
 def dequantised_bytes(model: Architecture, config: RunConfig, *, micro_batches: int) -> float:
     """Memory traffic of one step for making 16-bit weights of 4-bit ones: about 2.5 bytes a parameter and pass."""
-    if not isinstance(config.quantization, Nf4Quantization):
+    if not config.quantization.is_4bit:
         return 0.0
     linear = frozen_bytes(model, config, per_linear=2.5, per_embedding=0.0)
     return micro_batches * gathering_passes(model, config) * linear

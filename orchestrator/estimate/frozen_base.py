@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from orchestrator.architecture.parameter_counts import count_parameters
-from orchestrator.config.model import Architecture, Nf4Quantization
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import ADAPTER_TUNINGS, FreezeTuning
+from orchestrator.config.tuning import FreezeTuning
 from orchestrator.estimate.model_states import NF4_BYTES, trainable_parameters
 
 
@@ -16,11 +16,11 @@ def frozen_bytes(
     if isinstance(config.tuning, FreezeTuning):
         frozen = count_parameters(model).total - trainable_parameters(model, config)
         return frozen * (2.0 if config.model.dtype == "bfloat16" else 4.0)
-    if not isinstance(config.tuning, ADAPTER_TUNINGS):
+    if not config.tuning.is_adapter:
         return 0.0
     counts = count_parameters(model)
     width = 2.0 if config.model.dtype == "bfloat16" else 4.0
-    linear = NF4_BYTES if isinstance(config.quantization, Nf4Quantization) else width
+    linear = NF4_BYTES if config.quantization.is_4bit else width
     return (counts.total - counts.embedding) * (linear if per_linear is None else per_linear) + counts.embedding * (
         width if per_embedding is None else per_embedding
     )

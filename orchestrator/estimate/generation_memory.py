@@ -9,7 +9,6 @@ from orchestrator.config.merging import ChoosingStage, InterpolateStage, MergeSt
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, makes_classifier
 from orchestrator.config.training import TrainingStage
-from orchestrator.config.tuning import ADAPTER_TUNINGS
 from orchestrator.estimate.activations import Load, activation_memory
 from orchestrator.estimate.memory_parts import Parts, Phase
 from orchestrator.estimate.model_states import base_bytes, compute_width, trainable_parameters
@@ -44,7 +43,7 @@ def reference_bytes(model: Architecture, config: RunConfig, stage: TrainingStage
         return 0.0
     base = base_bytes(model, config)
     wants_reference = bool(stage.kl_coefficient) or stage.limits.kl is not None
-    reference = trainable_parameters(model, config) * 4.0 if isinstance(config.tuning, ADAPTER_TUNINGS) else base
+    reference = trainable_parameters(model, config) * 4.0 if config.tuning.is_adapter else base
     judges = sum(1 for reward in stage.rewards if reward.source.startswith(("stage:", "model:")))
     return (reference if wants_reference else 0.0) + judges * base
 
@@ -71,7 +70,7 @@ def scoring_phases(
     if isinstance(stage, MergeStage):
         return _merging_phases(model, scoring, merged=count_parameters(model).total * (4.0 if is_cautious else width))
     held: Parts = {"weights": base_bytes(model, config)}
-    if isinstance(config.tuning, ADAPTER_TUNINGS):
+    if config.tuning.is_adapter:
         held["weights"] += trainable_parameters(model, config) * 4.0
     elif not isinstance(stage, ChoosingStage) and not is_of_classifiers:
         held["base beside"] = float(whole)
@@ -99,10 +98,10 @@ def scoring_phases(
 def _blended_bytes(config: RunConfig, stage: ScoringStage, *, whole: float, adapter: float) -> Parts:
     """What an interpolation or a soup keeps of its ingredients in the host's memory; the model that is scored is one of them more."""
     if isinstance(stage, InterpolateStage):
-        return {"ingredients": 2.0 * adapter if isinstance(config.tuning, ADAPTER_TUNINGS) else 2.0 * whole}
+        return {"ingredients": 2.0 * adapter if config.tuning.is_adapter else 2.0 * whole}
     if isinstance(stage, SoupStage):
         number = len(stage.members) + (stage.start_from is not None)
-        return {"ingredients": number * adapter if isinstance(config.tuning, ADAPTER_TUNINGS) else (number + 1) * whole}
+        return {"ingredients": number * adapter if config.tuning.is_adapter else (number + 1) * whole}
     return {}
 
 
@@ -121,7 +120,7 @@ def _generation(
     model: Architecture, config: RunConfig, rollout: RolloutConfig, *, prompt: int, sequences: int
 ) -> Parts:
     """The cache; its largest layer twice while it grows; prefill of the prompts, whose last logits alone are made."""
-    full_autocast = not isinstance(config.tuning, ADAPTER_TUNINGS) and not config.sharding.is_deepspeed
+    full_autocast = not config.tuning.is_adapter and not config.sharding.is_deepspeed
     width = 4 if full_autocast else compute_width(config)
     cache = kv_cache_bytes(model, sequences=sequences, length=prompt + rollout.max_new_tokens, width=width)
     load = Load(

@@ -8,7 +8,6 @@ from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import ADAPTER_TUNINGS
 from orchestrator.estimate.communication import exchange_seconds
 from orchestrator.estimate.flops import forward_flops_per_token
 from orchestrator.estimate.frozen_base import frozen_bytes
@@ -43,7 +42,7 @@ def rollout_seconds(
 
 def _weight_bytes(model: Architecture, config: RunConfig) -> float:
     """Read for every token: of a mixture too, since a batch meets all experts."""
-    if isinstance(config.tuning, ADAPTER_TUNINGS):
+    if config.tuning.is_adapter:
         return frozen_bytes(model, config) + 2.0 * trainable_parameters(model, config)
     return (2.0 if config.model.dtype == "bfloat16" else 4.0) * count_parameters(model).total
 

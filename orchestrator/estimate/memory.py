@@ -12,7 +12,7 @@ from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
 from orchestrator.config.evaluation import ScoringStage
 from orchestrator.config.merging import MergeStage
-from orchestrator.config.model import Architecture, Nf4Quantization
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps
 from orchestrator.config.training import TrainingStage
 from orchestrator.estimate.activations import ActivationMemory, Load, Logits, activation_memory, dequantised_bytes
@@ -236,7 +236,7 @@ def _activations(peak: float, kept: float) -> Parts:
 def _loading_bytes(model: Architecture, config: RunConfig) -> float:
     """Every rank reads the whole base into the host's memory; 4-bit weights go to the device layer by layer."""
     whole = whole_bytes(model, config)
-    return min(whole, 5 * GIB) if isinstance(config.quantization, Nf4Quantization) else whole
+    return min(whole, 5 * GIB) if config.quantization.is_4bit else whole
 
 
 def _saved_bytes(model: Architecture, config: RunConfig, stage: TrainingStage) -> Parts:

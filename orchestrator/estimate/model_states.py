@@ -142,7 +142,7 @@ def state_memory(model: Architecture, config: RunConfig, stage: TrainingStage) -
 
 def _weights(model: Architecture, config: RunConfig, trained: int, shards: int) -> float:
     """The base, and adapters where there are any; the constants of 4-bit layers are whole on every rank."""
-    if not isinstance(config.tuning, ADAPTER_TUNINGS):
+    if not config.tuning.is_adapter:
         frozen = count_parameters(model).total - trained
         return (frozen * compute_width(config) + trained * trained_width(config)) / shards
     constants = constants_bytes(model, config)

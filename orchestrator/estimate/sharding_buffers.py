@@ -9,7 +9,6 @@ from orchestrator.architecture.zero_buckets import sizes_of
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sharding import ZeroSharding
-from orchestrator.config.tuning import ADAPTER_TUNINGS
 from orchestrator.estimate.activations import layer_parameters
 from orchestrator.estimate.constants import LIVE_ELEMENTS, SUB_GROUP_ELEMENTS
 from orchestrator.estimate.model_states import (
@@ -67,7 +66,7 @@ def secondary_bytes(model: Architecture, config: RunConfig) -> float:
 
 def whole_bytes(model: Architecture, config: RunConfig) -> float:
     """Every parameter, unsharded, as this run holds it."""
-    if isinstance(config.tuning, ADAPTER_TUNINGS):
+    if config.tuning.is_adapter:
         return base_bytes(model, config) + trainable_parameters(model, config) * adapter_width(config)
     return float(count_parameters(model).total * trained_width(config))
 

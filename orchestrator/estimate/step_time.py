@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.model import Architecture, Nf4Quantization
+from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, accumulation_steps
 from orchestrator.config.training import TrainingStage
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.estimate.communication import (
     dequantised_bytes,
     exchange_seconds,
@@ -62,8 +61,8 @@ class StepTime:
 def table_rate(config: RunConfig) -> Rate | None:
     """The rate that the hardware table promises; None where it is unknown."""
     hardware = config.cluster.hardware
-    is_quantized = isinstance(config.quantization, Nf4Quantization)
-    method = "full" if isinstance(config.tuning, WHOLE_MODEL_TUNINGS) else "qlora" if is_quantized else "lora"
+    is_quantized = config.quantization.is_4bit
+    method = "full" if not config.tuning.is_adapter else "qlora" if is_quantized else "lora"
     achieved = {"full": hardware.achieved.full, "lora": hardware.achieved.lora, "qlora": hardware.achieved.qlora}[
         method
     ]

@@ -18,7 +18,6 @@ from rich.text import Text
 
 from orchestrator.classification.inference import classify_texts, held_out_texts
 from orchestrator.config.run import RunConfig, makes_classifier
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.data.encoding.encoder import Encoder, encode_prompt, make_encoder
 from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
 from orchestrator.data.formats.examples import Labelled
@@ -184,7 +183,7 @@ def _run(options: argparse.Namespace, phases: Phases) -> int:
         .to(runtime.device)
         .eval()
     )
-    is_full = isinstance(config.tuning, WHOLE_MODEL_TUNINGS)
+    is_full = not config.tuning.is_adapter
     base: Any = load_model(base_folder, config, weights_dtype=dtype).to(runtime.device).eval() if is_full else tuned  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
     drawing = Drawing(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed

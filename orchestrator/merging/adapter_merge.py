@@ -14,9 +14,8 @@ import torch
 from torch.nn import functional
 
 from orchestrator.architecture.tokenizer_files import VOCABULARY_FILES
-from orchestrator.config.model import Nf4Quantization, NoQuantization
+from orchestrator.config.model import NoQuantization
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.dataloader.batch import Batch
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
@@ -62,7 +61,7 @@ def merge(
     ]
     trained = _logits_of(_trained(source).to(runtime.device), batches, runtime)
     ways = {"dense base": _merged_dense}
-    if isinstance(source.config.quantization, Nf4Quantization) and source.kind == "adapter":
+    if source.config.quantization.is_4bit and source.kind == "adapter":
         ways["dequantised 4-bit base"] = _merged_dequantised
     measured: list[Way] = []
     for name, build in ways.items():
@@ -134,7 +133,7 @@ def _trained(source: Source) -> torch.nn.Module:
 def _merged_dense(source: Source) -> Any:
     """Into the base as it was published; added in fp32 and rounded once."""
     dense = source.config.model_copy(update={"quantization": NoQuantization(scheme="none")})
-    if isinstance(source.config.tuning, WHOLE_MODEL_TUNINGS):
+    if not source.config.tuning.is_adapter:
         return open_artifact(
             source.artifact, base_folder=source.base_folder, config=dense, weights_dtype=DTYPES[dense.model.dtype]
         )

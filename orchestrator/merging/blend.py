@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from orchestrator.classification.classes import read_classes
 from orchestrator.classification.model import open_classifier
 from orchestrator.config.run import RunConfig, makes_classifier
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.errors import CheckpointError
 from orchestrator.files.atomic import read_json
 from orchestrator.models.artifact import open_model
@@ -51,7 +50,7 @@ def open_blend(context: Context, ingredients: Sequence[Start]) -> Blend:
     config, base_folder = context.config, context.base_folder
     if makes_classifier(config, context.name):
         return classifier_blend(config, base_folder, ingredients)
-    if isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
+    if not config.tuning.is_adapter:
         return whole_blend(config, base_folder, ingredients)
     return AdapterBlend(config, base_folder, ingredients)
 

@@ -14,7 +14,6 @@ from orchestrator.classification.objective import labelled_objective
 from orchestrator.classification.report import proof_rows
 from orchestrator.config.evaluation import ScoringStage
 from orchestrator.config.run import makes_classifier
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.data.prepared.meta import read_meta
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
@@ -60,7 +59,7 @@ def finish_blend(
 
 def _write(context: Context, model: torch.nn.Module, used: Sequence[Share], record: Record) -> None:
     config = context.config
-    is_whole = isinstance(config.tuning, WHOLE_MODEL_TUNINGS)
+    is_whole = not config.tuning.is_adapter
     weights = {
         name: parameter.detach().float().cpu()
         for name, parameter in model.named_parameters()

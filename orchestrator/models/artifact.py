@@ -106,7 +106,7 @@ def round_as_saved(model: torch.nn.Module, config: RunConfig) -> bool:
     Returns whether any weight may have changed. Under DeepSpeed the weights of the forward pass have that type already.
     """
     saved_as = DTYPES[config.model.dtype]
-    if not isinstance(config.tuning, WHOLE_MODEL_TUNINGS) or saved_as == torch.float32:
+    if config.tuning.is_adapter or saved_as == torch.float32:
         return False
     for parameter in model.parameters():
         if parameter.dtype == torch.float32:
@@ -160,7 +160,7 @@ def open_artifact(
     With `scores` it is a reward model, which gives a score a token.
     """
     load = load_scorer if scores else load_model
-    if isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
+    if not config.tuning.is_adapter:
         if scores:
             return load_scorer(folder, config, weights_dtype=weights_dtype, packed=packed)
         return open_model(folder, config, weights_dtype, packed=packed)

@@ -68,7 +68,7 @@ def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, p
     `packed` says that its rows hold several documents, which must not see each other.
     """
     options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": attention_of(config, packed=packed)}
-    if isinstance(config.quantization, Nf4Quantization):
+    if config.quantization.is_4bit:
         options["quantization_config"] = nf4_settings(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, **options)
@@ -86,7 +86,7 @@ def load_scorer(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, 
     prompt. Raises ModelError where the architecture has no such head.
     """
     options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": attention_of(config, packed=packed)}
-    if isinstance(config.quantization, Nf4Quantization):
+    if config.quantization.is_4bit:
         options["quantization_config"] = nf4_settings(config, skip=("score",))
     try:
         model = AutoModelForSequenceClassification.from_pretrained(

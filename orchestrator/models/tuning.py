@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from orchestrator.architecture.layers import is_head, trained_names
-from orchestrator.config.model import Nf4Quantization
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tuning import (
     VIRTUAL_TOKEN_TUNINGS,
@@ -52,7 +51,7 @@ def _start(model: torch.nn.Module, context: Context) -> None:
     if start is not None and start.kind == "adapter":
         load_reft(model, start.folder) if isinstance(tuning, LoreftTuning) else load_adapter(model, start.folder)
     elif isinstance(tuning, LoraTuning) and tuning.init == "loftq":
-        assert isinstance(context.config.quantization, Nf4Quantization), "the configuration's rules ask for it"
+        assert context.config.quantization.is_4bit, "the configuration's rules ask for it"
         make_up_for_rounding(model, context.base_folder)
 
 

@@ -19,7 +19,7 @@ from orchestrator.architecture.base_model import Base
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS, LoraTuning
+from orchestrator.config.tuning import LoraTuning
 from orchestrator.errors import RunFolderError
 from orchestrator.estimate.step_time import Rate
 from orchestrator.files.atomic import read_json, write_json
@@ -76,7 +76,7 @@ def probed_rate(config: RunConfig, machine: Machine, model: Architecture, *, may
 def setting_of(config: RunConfig, model: Architecture) -> dict[str, Any]:
     """What decides the rate: shapes, trained weights and number type; all of the probe's Setting but `compares`."""
     tuning = config.tuning
-    is_full = isinstance(tuning, WHOLE_MODEL_TUNINGS)
+    is_full = not tuning.is_adapter
     return {
         "hidden": model.hidden_size,
         "inner": model.intermediate_size,

@@ -9,7 +9,6 @@ from typing import Any
 
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.errors import ConfigError
 from orchestrator.files.atomic import read_json
 from orchestrator.files.manifest import MANIFEST, file_digest
@@ -108,7 +107,7 @@ def _weakness(name: str, artifact: Artifact) -> Iterator[str]:
 def _problems(config: RunConfig, artifact: Artifact) -> Iterator[str]:
     if artifact.base != config.model.base:
         yield f"{artifact.stage}: its artifact was trained on {artifact.base}, this run's base is {config.model.base}"
-    is_full = isinstance(config.tuning, WHOLE_MODEL_TUNINGS)
+    is_full = not config.tuning.is_adapter
     if is_full != artifact.kind.endswith("model"):
         wanted = "a full model" if is_full else "an adapter"
         yield f"{artifact.stage}: its artifact is of kind {artifact.kind}, tuning={config.tuning.method} expects {wanted}"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from orchestrator.config.pipeline import members_elsewhere
 from orchestrator.config.run import POLICY_KINDS, RunConfig, Stage, made_kind
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
 from orchestrator.files.manifest import MANIFEST
 from orchestrator.run_folder.folder import RunFolder
@@ -71,7 +70,7 @@ def _member_problems(config: RunConfig, name: str) -> Iterator[str]:
             "model.dtype": (theirs.model.dtype, ours.model.dtype),
             "quantization": (theirs.quantization.scheme, ours.quantization.scheme),
         }
-        both_whole = all(isinstance(one.tuning, WHOLE_MODEL_TUNINGS) for one in (theirs, ours))
+        both_whole = all(not one.tuning.is_adapter for one in (theirs, ours))
         if not both_whole:
             pairs["tuning.method"] = (theirs.tuning.method, ours.tuning.method)
         if not both_whole and theirs.tuning.method == ours.tuning.method:

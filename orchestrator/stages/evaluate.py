@@ -11,7 +11,6 @@ import torch
 
 from orchestrator.alignment.rewards import make_rewards
 from orchestrator.config.evaluation import FIRST_SET, EvaluateStage
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime, start_single_runtime
 from orchestrator.evaluation.classifier_scores import class_table, classifier_scores
@@ -85,7 +84,7 @@ def _before_and_after(
     context.phases.begin(phase.SCORING, unit=phase.ROWS)
     sets = {"tuned": scorer.of(tuned)}
     rewards = {"tuned": _rewards(context, runtime, tuned)}
-    if isinstance(context.config.tuning, WHOLE_MODEL_TUNINGS):
+    if not context.config.tuning.is_adapter:
         dtype = DTYPES[context.config.model.dtype]
         base: Any = load_model(context.base_folder, context.config, weights_dtype=dtype).to(runtime.device)  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
         sets["base"], rewards["base"] = scorer.of(base), _rewards(context, runtime, base)

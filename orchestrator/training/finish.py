@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 
 from orchestrator.config.run import makes_classifier
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS, FreezeTuning, LoraTuning
+from orchestrator.config.tuning import FreezeTuning, LoraTuning
 from orchestrator.data.prepared.meta import read_meta
 from orchestrator.distributed.gather import gather_frozen, gather_trainable
 from orchestrator.errors import EXIT_DONE, CheckpointError
@@ -189,7 +189,7 @@ def _times(context: Context) -> dict[str, Any]:
 
 def artifact_kind(context: Context) -> str:
     """model, adapter, reward_model, reward_adapter, classifier_model or classifier_adapter."""
-    what = "model" if isinstance(context.config.tuning, WHOLE_MODEL_TUNINGS) else "adapter"
+    what = "model" if not context.config.tuning.is_adapter else "adapter"
     if makes_classifier(context.config, context.name):
         return f"classifier_{what}"
     return f"reward_{what}" if context.stage.kind == "reward" else what
