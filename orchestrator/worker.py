@@ -36,7 +36,7 @@ from orchestrator.stages import STAGES
 
 PREPARE_POLL_SECONDS = 0.05
 PREPARE_AT_MOST_SECONDS = 60.0
-"""Data that takes longer is refused: GPUs would wait for it."""
+"""Data preparation that takes longer is refused: GPUs would be idle."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,12 +70,12 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _phases_of(folder: StageFolder, attempt: int, rank: int, began: float) -> Phases:
-    """The account of this rank; only the first one writes and speaks."""
+    """The progress of this rank; only the first rank writes and prints it."""
     if rank:
         return Phases(began=began)
 
     def say(sentence: str) -> None:
-        with contextlib.suppress(OSError):  # a log on a full disk stops no training
+        with contextlib.suppress(OSError):  # a full disk under the log must not stop training
             print(sentence, flush=True)
 
     return Phases(folder.phases, attempt=attempt, began=began, say=say)
@@ -84,7 +84,7 @@ def _phases_of(folder: StageFolder, attempt: int, rank: int, began: float) -> Ph
 def _made_ready(
     config: RunConfig, name: str, run_file: Path, *, attempt: int, stop: StopRequest, phases: Phases
 ) -> Callable[[], int]:
-    """What runs the stage, once its inputs are here and its modules are imported."""
+    """The callable that runs the stage, once its inputs are present and its modules imported."""
     phases.begin(phase.FETCHING)
     leave_out_deepspeed(config)
     folder = RunFolder(run_file.parent).stage(name)
@@ -141,12 +141,12 @@ def _elsewhere(stage: Stage) -> dict[str, Elsewhere]:
 
 
 def _beside(stage: Stage, artifacts: Mapping[str, Artifact], elsewhere: Mapping[str, Artifact]) -> dict[str, Artifact]:
-    """What is blended with the artifact that the stage starts from, in the order of the configuration."""
+    """The models blended with the artifact that the stage starts from, in configuration order."""
     return {beside: artifacts[beside] for beside in stages_beside(stage)} | dict(elsewhere)
 
 
 def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int, phases: Phases) -> dict[str, Any]:
-    """Base model and prepared data: rank 0 brings them, before any process group exists; the others wait for its note."""
+    """Base model and prepared data: rank 0 fetches them before any process group exists; others wait for its note."""
     if int(os.environ.get("RANK", "0")) == 0:
         inputs = _bring_inputs(config, name, run_directory=folder.root.parent, phases=phases)
         write_json(folder.prepared, {"attempt": attempt, **inputs})
@@ -195,7 +195,7 @@ def _bring_inputs(config: RunConfig, name: str, *, run_directory: Path, phases: 
 
 
 def _die(folder: StageFolder, attempt: int, rank: int, error: BaseException) -> int:
-    """Leaves this rank's cause of death in the attempt's files, in the log, and in the exit code."""
+    """Record this rank's cause of death in the attempt's files, in the log, and in the exit code."""
     known = isinstance(error, OrchestratorError)
     write_fault(folder, attempt, rank, error, _last_step(folder, attempt))
     if known:
@@ -213,7 +213,7 @@ def _last_step(folder: StageFolder, attempt: int) -> int | None:
 
 
 def leave(code: int) -> None:
-    """Ends the process without the interpreter's teardown, in which gloo ranks under ZeRO-3 abort now and then."""
+    """End the process without the interpreter's teardown, in which gloo ranks under ZeRO-3 abort occasionally."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,6 +1,6 @@
-"""Credit assignment of the GRPO family: how much better each completion did than what it is compared with.
+"""Credit assignment of the GRPO family: how much better each completion did than its baseline.
 
-P prompts with G completions each; a rollout is credited as a whole, so that no split over ranks or steps changes it.
+P prompts with G completions each; a rollout is credited as a whole, however it is split over ranks or steps.
 """
 
 from __future__ import annotations

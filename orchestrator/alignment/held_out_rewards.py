@@ -1,4 +1,4 @@
-"""A policy on held-out prompts: one greedy completion each, scored by the stage's rewards."""
+"""A policy's rewards on held-out prompts: one greedy completion each, scored by the stage's rewards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HELD_OUT_PROMPTS = 32
 
 
 def score_held_out(sampler: Sampler) -> Evaluation | None:
-    """Mean reward (as a loss: its negative) and length; every rank calls it. None where nothing is held out."""
+    """Mean reward (negated, as a loss) and length; every rank calls it. None if nothing is held out."""
     session = sampler.session
     held, runtime = session.held, session.runtime
     if held is None:

@@ -1,4 +1,4 @@
-"""KTO's estimate of the KL: how much likelier the policy finds answers that stand beside other prompts. One more forward pass a step."""
+"""KTO's KL estimate: the policy's log-ratio on answers paired with other prompts. One extra forward pass per step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.training.recipe import Session
 
 
 class Mismatched:
-    """Prompts of prepared rows, each with the answer of the next row. The pairing is fixed, so that a reference can be kept."""
+    """Prompts of prepared rows, each with the next row's answer; a fixed pairing, so that a reference can be kept."""
 
     def __init__(self, rows: PreparedRows) -> None:
         if rows.is_packed or rows.rows < 2:
@@ -29,12 +29,12 @@ class Mismatched:
         self.document_offsets = rows.document_offsets
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The batch of these rows' prompts; -1 is a filler."""
+        """The batch of these rows' mismatched documents; -1 is a filler."""
         documents = [-1 if index < 0 else self._rows.document_of(index) for index in indices]
         return batch_of([self._mixed(document) for document in documents], documents, digest=self.digest)
 
     def _mixed(self, document: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, which are trained) of a document's prompt with the next document's answer."""
+        """(ids, trained mask) of a document's prompt with the next document's answer."""
         if document < 0:
             return np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.bool_)
         ids, trained = self._rows.document(document)
@@ -53,12 +53,12 @@ class Divergence:
         self._value = 0.0
 
     def value(self) -> float:
-        """Of the step that was measured last, not below 0."""
+        """The estimate of the last measured step, clamped to at least 0."""
         return self._value
 
     @torch.no_grad()
     def measure(self, indices: np.ndarray) -> Mapping[str, float]:
-        """Measures a step; every rank calls it."""
+        """Measure a step; every rank calls it."""
         runtime, model = self._session.runtime, self._session.model
         micro_size = training_stage(self._session.context).batch.micro_size
         slices = rank_slices(indices, rank=runtime.rank, world_size=runtime.world_size, micro_size=micro_size)

@@ -1,4 +1,4 @@
-"""What a rollout tells of the policy's health, and the limits at which a stage ends red: pure arithmetic."""
+"""The health of a policy as seen in its rollouts, and the limits beyond which a stage is aborted: pure arithmetic."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from orchestrator.config.alignment import PolicyStage
 from orchestrator.training.correlations import pearson
 
 SAME = 1e-9
-"""Rewards of a group that differ by less are equal."""
+"""Rewards of a group that differ by less are considered equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """Of one rollout, and of what came before it as far as the limits ask."""
+    """Health after one rollout, with the history that the limits need."""
 
     told: dict[str, Any]
-    """Its part of the row of metrics."""
+    """Its columns in the row of metrics."""
     first_length: float
     """Mean completion length of the stage's first rollout."""
     first_reward: float
     streaks: dict[str, int] = field(default_factory=dict[str, int])
-    """Rollouts in a row beyond each limit."""
+    """Consecutive rollouts beyond each limit."""
 
 
 def health_of(sequences: Sequence[Sampled], stage: PolicyStage, *, before: Health | None) -> Health:
-    """The health of a rollout that comes after `before`."""
+    """The health after a rollout that follows `before`."""
     size = stage.rollout.group_size
     rewards = [one.reward for one in sequences]
     groups = [rewards[first : first + size] for first in range(0, len(rewards), size)]
@@ -65,7 +65,7 @@ def health_of(sequences: Sequence[Sampled], stage: PolicyStage, *, before: Healt
 
 
 def judge(health: Health, stage: PolicyStage) -> str | None:
-    """Why the stage must end; None where it may go on."""
+    """The reason to abort the stage; None if it may continue."""
     told, limits = health.told, stage.limits
     difference = told["generator_difference"]
     if limits.logprob_difference is not None and difference > limits.logprob_difference:
@@ -115,7 +115,7 @@ def _differences(one: Sampled) -> float:
 
 
 def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Pearson's; 0 where one of them is constant, or as good as constant."""
+    """Pearson's correlation; 0 if either column is constant or nearly so."""
     if statistics.pstdev(first) < SAME or statistics.pstdev(second) < SAME:
         return 0.0
     return pearson(np.array(first), np.array(second)) or 0.0

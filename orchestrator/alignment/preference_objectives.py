@@ -18,7 +18,7 @@ ReferenceOf = Callable[[Batch], torch.Tensor]
 
 
 def preference_objective(runtime: Runtime, stage: DpoStage, reference_of: ReferenceOf) -> Objective:
-    """DPO and its family over the pairs; ORPO and SimPO do not ask for the reference."""
+    """DPO and its family over pairs; ORPO and SimPO do not use the reference."""
 
     def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
         logprobs_D, tokens_D = document_logprobs(runtime, model, batch)
@@ -35,7 +35,7 @@ def preference_objective(runtime: Runtime, stage: DpoStage, reference_of: Refere
 def kto_objective(
     runtime: Runtime, stage: DpoStage, reference_of: ReferenceOf, divergence: Callable[[], float]
 ) -> Objective:
-    """KTO over single answers with a label; `divergence` is the step's estimate of the KL, the same on every rank."""
+    """KTO over single labelled answers; `divergence` is the step's KL estimate, the same on every rank."""
 
     def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
         logprobs_D, _ = document_logprobs(runtime, model, batch)
@@ -51,7 +51,7 @@ def kto_objective(
 
 
 def preference_losses_N(stage: DpoStage, policy: PairLogprobs, reference: PairLogprobs) -> torch.Tensor:
-    """The loss of every pair under the stage's choice."""
+    """The loss of every pair under the stage's chosen method."""
     match stage.loss:
         case "dpo":
             return losses.dpo_N(policy, reference, beta=stage.beta, label_smoothing=stage.label_smoothing)

@@ -1,4 +1,4 @@
-"""Log-probabilities of prepared answers under the policy that a stage starts from: computed once, kept in the stage's folder."""
+"""Log-probabilities of prepared answers under a stage's initial policy: computed once, kept in the stage's folder."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ NAME = "logprobs_D"
 
 
 class Reference:
-    """Summed log-probabilities of the trained tokens of every document of some prepared rows, under the first policy."""
+    """Summed log-probabilities of the trained tokens of every document of some rows, under the initial policy."""
 
     def __init__(self, known: dict[str, torch.Tensor]) -> None:
         self._known = known
 
     def of(self, batch: Batch) -> torch.Tensor:
-        """Those of a batch's documents, in order."""
+        """Values of a batch's documents, in order."""
         logprobs_D = self._known[batch.digest]
         return logprobs_D[list(batch.document_ids)]
 
 
 def no_reference(batch: Batch) -> torch.Tensor:
-    """For losses that know no reference policy."""
+    """Reference of losses that do not use one."""
     return torch.zeros(len(batch.documents))
 
 
@@ -50,12 +50,12 @@ class Scored(Protocol):
 
 
 def make_reference(session: Session) -> Reference:
-    """Of train and held-out rows; every rank calls it while the model is still the one that the stage starts from."""
+    """Score training and held-out rows; every rank calls it while the model is still the one the stage starts from."""
     return keep_reference(session, [session.rows] if session.held is None else [session.rows, session.held])
 
 
 def keep_reference(session: Session, sets: Sequence[Scored]) -> Reference:
-    """Of these rows; every rank calls it while the model is still the one that the stage starts from."""
+    """Score these rows; every rank calls it while the model is still the one the stage starts from."""
     folder = session.context.folder.reference
     known = {rows.digest: _kept(session, rows, folder / f"{rows.digest}.safetensors") for rows in sets}
     return Reference(known)
@@ -90,7 +90,7 @@ def _write(logprobs_D: torch.Tensor, file: Path) -> None:
 
 @torch.no_grad()
 def _score(session: Session, rows: Scored) -> torch.Tensor:
-    """All documents, shared between the ranks; the same number of forward passes on each."""
+    """Score all documents, split over the ranks, with the same number of forward passes on each."""
     runtime, model = session.runtime, session.model
     micro_size = training_stage(session.context).batch.micro_size
     session.record.say(f"scoring {rows.rows:,} rows with the policy that the stage starts from, once")

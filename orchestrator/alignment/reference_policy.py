@@ -1,4 +1,4 @@
-"""The policy that a policy stage must not leave: the base with its adapter off, a frozen copy of the adapter, or a second model."""
+"""The reference policy of the KL: the base with its adapter off, a frozen copy of the adapter, or a second model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def wants_reference(stage: PolicyStage) -> bool:
 def build_policy_with_reference(
     context: Context, stage: PolicyStage, dtype: torch.dtype, packed: bool
 ) -> torch.nn.Module:
-    """The module to train; with a frozen copy of the adapter that it starts from, where there is one."""
+    """The module to train, with a frozen copy of the adapter that it starts from, if there is one."""
     model: Any = build_policy(context, dtype, packed)
     start, tuning = context.start, context.config.tuning
     if (
@@ -48,11 +48,11 @@ def build_policy_with_reference(
 
 
 UseReference = Callable[[], AbstractContextManager[torch.nn.Module]]
-"""Gives, while it is entered, the module that computes the reference policy."""
+"""A context manager that yields the module computing the reference policy."""
 
 
 def reference_policy(session: Session, stage: PolicyStage) -> UseReference | None:
-    """How to reach the reference policy; None where none is asked for."""
+    """How to access the reference policy; None if the stage uses none."""
     if not wants_reference(stage):
         return None
     if not session.context.config.tuning.is_adapter:
@@ -63,7 +63,7 @@ def reference_policy(session: Session, stage: PolicyStage) -> UseReference | Non
 
 @contextmanager
 def _other_adapter(session: Session) -> Generator[torch.nn.Module]:
-    """Switches the adapter layers themselves: PEFT's own switches change which parameters are trained."""
+    """Switch the adapter layers directly: PEFT's own switches change which parameters are trained."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     module: Any = session.runtime.accelerator.unwrap_model(session.model)
@@ -83,7 +83,7 @@ def _other_adapter(session: Session) -> Generator[torch.nn.Module]:
 
 
 def _second_model(session: Session) -> torch.nn.Module:
-    """Full fine-tuning needs the first weights a second time, whole on every rank."""
+    """Full fine-tuning needs a second copy of the initial weights, whole on every rank."""
     context, runtime = session.context, session.runtime
     folder = context.start.folder if context.start is not None else context.base_folder
     with without_sharding():

@@ -1,4 +1,4 @@
-"""A trained reward model's report: its scores of held-out pairs against length and single words."""
+"""The report on a trained reward model: its scores of held-out pairs against length and bag-of-words baselines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.training.recipe import Session
 
 
 def held_out_scores(session: Session) -> np.ndarray:
-    """The score of every document of the held-out rows (of the train rows where there are none); every rank calls it."""
+    """The score of every held-out document (of every training document if nothing is held out); every rank calls it."""
     rows = session.held or session.rows
     runtime, model = session.runtime, session.model
     micro_size = training_stage(session.context).batch.micro_size
@@ -37,7 +37,7 @@ def held_out_scores(session: Session) -> np.ndarray:
 
 
 def make_report(session: Session, stage: RewardStage, scores_D: np.ndarray) -> RewardReport:
-    """The report; its baselines learn from train pairs."""
+    """The report; its baselines are fitted on training pairs."""
     held = session.held or session.rows
     tokenizer = core_tokenizer(load_facts(session.context.base_folder).core)
     return report_of(
@@ -49,7 +49,7 @@ def make_report(session: Session, stage: RewardStage, scores_D: np.ndarray) -> R
 
 
 def told(report: RewardReport) -> Mapping[str, Any]:
-    """What result.json holds of a report."""
+    """The report's entries in result.json."""
     return {"reward_report": report.as_json()}
 
 

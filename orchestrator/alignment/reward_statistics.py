@@ -18,7 +18,7 @@ from orchestrator.training.correlations import pearson, spearman
 NUM_BINS = 10
 SIGNIFICANCE = 0.05
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-"""L2 regularisation strengths that are tried, the strongest first: it wins a tie."""
+"""L2 regularisation strengths to try, the strongest first: it wins a tie."""
 _NORMAL_QUANTILE_975 = 1.959963984540054
 
 
@@ -73,21 +73,21 @@ class RewardReport:
     calibration_error: float
     """Expected calibration error of sigmoid(score difference), in [0, 1]."""
     brier: float
-    """Mean squared error of sigmoid(score difference), in [0, 1]; 0.25 is what no knowledge gives."""
+    """Mean squared error of sigmoid(score difference), in [0, 1]; 0.25 for a model that knows nothing."""
     length_pearson: float | None
     length_spearman: float | None
     longer_wins: bool
-    """What the training pairs say of length, and the length baseline follows."""
+    """Which length the training pairs prefer; the length baseline predicts it."""
     length_baseline: Rate
     words_baseline: Rate
     words: int
-    """Words that the bag-of-words baseline weighs."""
+    """Size of the bag-of-words baseline's vocabulary."""
     words_strength: float
     """Its L2 regularisation strength, chosen on a fifth of the training pairs."""
     verdict: Verdict
 
     def as_json(self) -> dict[str, float | int | bool | None]:
-        """Every figure under one flat name, as JSON's own kinds."""
+        """Every figure under one flat name, as JSON types."""
         figures: dict[str, float | int | bool | None] = {}
         for name, value in vars(self).items():
             if isinstance(value, Rate):
@@ -100,9 +100,9 @@ class RewardReport:
 def report_of(
     scores_chosen_N: np.ndarray, scores_rejected_N: np.ndarray, *, held_out: Pairs, training: Pairs, seed: int = 0
 ) -> RewardReport:
-    """The report of a model's scores of the held-out pairs; the baselines learn from the training pairs.
+    """The report on a model's scores of the held-out pairs; the baselines are fitted on the training pairs.
 
-    Raises DataError where there are no pairs and TrainingFailed where a score is not finite.
+    Raises DataError if there are no pairs and TrainingFailed if a score is not finite.
     """
     _check(scores_chosen_N, scores_rejected_N, held_out=held_out, training=training)
     chosen_N, rejected_N = scores_chosen_N.astype(np.float64), scores_rejected_N.astype(np.float64)
@@ -131,7 +131,7 @@ def report_of(
 
 
 def credits_of(differences_N: np.ndarray) -> np.ndarray:
-    """1 where the chosen answer is ahead, 0 where it is behind, 0.5 in a tie."""
+    """1 where the chosen answer scores higher, 0 where it scores lower, 0.5 for a tie."""
     return (np.sign(differences_N) + 1) / 2
 
 
@@ -151,7 +151,7 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
 def mcnemar_p_value(first_N: np.ndarray, second_N: np.ndarray) -> float:
     """Two-sided exact p-value that two raters of the same pairs are equally good (McNemar 1947, binomial form).
 
-    Only pairs where their credits differ count; where one ties (0.5), the other's right or wrong is a win or a loss.
+    Only pairs with different credits count; where one rater ties (0.5), the other wins if right and loses if wrong.
     """
     wins, losses = int(np.sum(first_N > second_N)), int(np.sum(first_N < second_N))
     trials, term, tail = wins + losses, 1, 0
@@ -164,8 +164,8 @@ def mcnemar_p_value(first_N: np.ndarray, second_N: np.ndarray) -> float:
 def calibration_error(differences_N: np.ndarray, *, num_bins: int = NUM_BINS) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, eq. 5) of sigmoid(chosen - rejected).
 
-    Every pair counts in both orders (p and right, 1 - p and wrong): in the order chosen, rejected alone every outcome
-    would be "right", which nothing can be calibrated against.
+    Every pair counts in both orders (p and right, 1 - p and wrong): if only chosen - rejected counted, every outcome
+    would be "right", and there would be nothing to calibrate against.
     """
     p_2N = torch.sigmoid(torch.from_numpy(np.concatenate([differences_N, -differences_N]))).numpy()
     right_2N = np.repeat([1.0, 0.0], len(differences_N))
@@ -181,7 +181,7 @@ def longer_wins(training: Pairs) -> bool:
 
 @dataclass(frozen=True)
 class WordsBaseline:
-    """Logistic regression on the difference of log(1 + count) of each word: what wins without any understanding."""
+    """Logistic regression on the difference of log(1 + count) of each word: how far one gets without understanding."""
 
     vocabulary: dict[str, int]
     weights_W: torch.Tensor
@@ -189,7 +189,7 @@ class WordsBaseline:
 
     @classmethod
     def fitted(cls, training: Pairs, *, seed: int) -> WordsBaseline:
-        """Weights for words in at least 2 training pairs; the strength is what a fifth of the pairs prefers."""
+        """Weights for words in at least 2 training pairs; the strength is selected on a fifth of the pairs."""
         counted = _counted(training)
         seen = Counter(word for differences in counted for word in differences)
         vocabulary = {word: i for i, word in enumerate(sorted(word for word in seen if seen[word] >= 2))}

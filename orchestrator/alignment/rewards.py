@@ -1,4 +1,4 @@
-"""Rewards of completions: reward models, built-in and the user's own functions, weighted and kept apart. Must not know the loop."""
+"""Rewards of completions: reward models, built-in and user functions, weighted and listed by name. Knows no loop."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ Score = Callable[[Sequence[Scored]], list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Rewards:
-    """Every reward of a stage by its name, with its weight."""
+    """Every reward of a stage with its name and weight."""
 
     scores: Mapping[str, Score]
     weights: Mapping[str, float]
 
     def of(self, completions: Sequence[Scored]) -> tuple[list[float], dict[str, list[float]]]:
-        """(weighted sums, each reward by itself) of these completions."""
+        """(weighted sums, each reward separately) of these completions."""
         apart = {name: score(completions) for name, score in self.scores.items()}
         sums = [sum(self.weights[name] * values[i] for name, values in apart.items()) for i in range(len(completions))]
         return sums, apart
 
 
 def make_rewards(context: Context, runtime: Runtime, sources: Sequence[RewardSource]) -> Rewards:
-    """Loads every model and function. ConfigError where one cannot be used."""
+    """Load every model and function. ConfigError if one cannot be used."""
     names = _names(sources)
     scores = {name: _score(context, runtime, source) for name, source in zip(names, sources, strict=True)}
     return Rewards(scores=scores, weights={name: s.weight for name, s in zip(names, sources, strict=True)})
 
 
 def _names(sources: Sequence[RewardSource]) -> list[str]:
-    """A short name for each; a number where two would be alike."""
+    """A short name for each, numbered where two would be equal."""
     short = [source.source.rsplit(":", 1)[-1].rsplit("/", 1)[-1] for source in sources]
     return [name if short.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(short)]
 
@@ -66,7 +66,7 @@ def _score(context: Context, runtime: Runtime, source: RewardSource) -> Score:
 
 
 def _open_trained(context: Context, runtime: Runtime, folder: Path) -> torch.nn.Module:
-    """The reward model of an earlier stage, whole on every rank, frozen."""
+    """The frozen reward model of an earlier stage, whole on every rank."""
     config = context.config
     with without_sharding():
         model = open_artifact(
@@ -110,7 +110,7 @@ SCORED_AT_ONCE = 16
 
 @contextmanager
 def without_sharding() -> Generator[None]:
-    """Models that are loaded inside are whole on every rank, although transformers was told of ZeRO-3."""
+    """Load models whole on every rank inside this block, even if transformers is configured for ZeRO-3."""
     from transformers.integrations import deepspeed
 
     reference: Any = deepspeed._hf_deepspeed_config_weak_ref  # pyright: ignore[reportPrivateUsage]

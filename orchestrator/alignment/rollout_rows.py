@@ -1,4 +1,4 @@
-"""Rollouts as rows of the one loop: made when their first step begins, whole on every rank, kept until no checkpoint needs them."""
+"""Rollouts as rows of the training loop: made at their first step, whole on every rank, kept for checkpoints."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Sampled:
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     generator: tuple[float, ...]
-    """Log-probability of each token as the generator saw it."""
+    """Log-probability of each token as computed by the generator."""
     old: tuple[float, ...]
-    """The same as the trainer saw it."""
+    """Log-probability of each token as computed by the trainer."""
     reference: tuple[float, ...]
-    """The same under the reference policy; zeros where none is asked for."""
+    """Log-probability of each token under the reference policy; zeros if there is none."""
     entropy: float
     """Sum over the tokens of the entropy of their distributions."""
     is_finished: bool
@@ -49,7 +49,7 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyBatch:
-    """A micro-batch of sequences with what the loss needs of each token, aligned with its labels."""
+    """A micro-batch of sequences with the per-token values that the loss needs, aligned with its labels."""
 
     batch: Batch
     old_BT: torch.Tensor
@@ -91,7 +91,7 @@ class RolloutRows:
         return len(indices)
 
     def row_ids(self, index: int) -> tuple[int, ...]:
-        """The sequence's prompt; nothing for a filler."""
+        """The source row of the sequence's prompt; empty for a filler."""
         return () if index < 0 or index >= len(self.sequences) else (self.sequences[index].row,)
 
     def batch(self, indices: Sequence[int]) -> PolicyBatch:
@@ -122,7 +122,7 @@ def _aligned(batch: Batch, values: Sequence[Sequence[float]]) -> torch.Tensor:
 
 
 class RolloutOrder:
-    """The sequences of every step: each pass over a rollout takes all of them, shuffled, in global batches."""
+    """Which sequences each step trains on: every pass over a rollout takes all of them, shuffled, in global batches."""
 
     def __init__(self, stage: PolicyStage, *, prompts: int, seed: int) -> None:
         self._stage, self._seed = stage, seed
@@ -137,7 +137,7 @@ class RolloutOrder:
         return step_index // self.steps_per_epoch
 
     def global_batch(self, step_index: int) -> Indices:
-        """Places of the step's sequences in its rollout."""
+        """Indices of the step's sequences in its rollout."""
         number, step = self.rollout(step_index)
         rollout, size = self._stage.rollout, self._stage.batch.global_size
         sequences = rollout.prompts * rollout.group_size
@@ -150,7 +150,7 @@ class RolloutOrder:
 
 
 def prompts_of(rows: PreparedRows, stage: PolicyStage, number: int, seed: int) -> list[int]:
-    """The prompts of a rollout: each epoch meets every prompt once, in its own order; the last rollout is filled up."""
+    """The prompts of a rollout: each epoch visits all once, in its own order; the last rollout is filled up."""
     size = stage.rollout.prompts
     per_epoch = -(-rows.rows // size)
     epoch, place = divmod(number, per_epoch)
@@ -159,7 +159,7 @@ def prompts_of(rows: PreparedRows, stage: PolicyStage, number: int, seed: int) -
 
 
 def share(runtime: Runtime, mine: list[Sampled]) -> list[Sampled]:
-    """The sequences of all ranks, in the order of the ranks."""
+    """The sequences of all ranks, in rank order."""
     if runtime.world_size == 1:
         return mine
     parts: list[Any] = [None] * runtime.world_size
@@ -168,7 +168,7 @@ def share(runtime: Runtime, mine: list[Sampled]) -> list[Sampled]:
 
 
 def write_rollout(folder: Path, number: int, sequences: Sequence[Sampled], state: Mapping[str, Any]) -> None:
-    """Keeps a rollout whole, so that a stop between its steps goes on with the same rows."""
+    """Save a whole rollout, so that a run stopped between its steps resumes with the same rows."""
     file = rollout_file(folder, number)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".partial")
@@ -196,7 +196,7 @@ COLUMNS = {
 
 
 def read_rollout(folder: Path, number: int) -> tuple[list[Sampled], dict[str, Any]]:
-    """A kept rollout and its state; CheckpointError where it is gone."""
+    """A saved rollout and its state; CheckpointError if it is gone."""
     file = rollout_file(folder, number)
     try:
         with safe_open(file, framework="pt") as content:
@@ -222,7 +222,7 @@ def rollout_file(folder: Path, number: int) -> Path:
 
 
 def forget_rollouts(folder: Path, *, before: int) -> None:
-    """Removes rollouts that no checkpoint can ask for any more."""
+    """Remove rollouts that no checkpoint can need any more."""
     for file in folder.glob("rollout-*.safetensors"):
         if int(file.stem.rsplit("-", 1)[1]) < before:
             file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Makes a rollout: prompts, completions, rewards, log-probabilities, advantages, health; every rank ends with the same one."""
+"""Makes a rollout: prompts, completions, rewards, log-probabilities, advantages, health; the same on all ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from orchestrator.training.objectives import token_scores_BT
 from orchestrator.training.recipe import Session
 
 SHOWN_SAMPLES = 4
-"""Completions of a rollout that are written down for people."""
+"""Completions of a rollout that are written to the samples for inspection."""
 
 
 @dataclass(kw_only=True)
@@ -53,7 +53,7 @@ class Sampler:
     health: Health | None = None
 
     def begin(self, step: int) -> Mapping[str, Any]:
-        """Makes the rollout of a step (from 1) where it is its first, or finds the kept one; its row of metrics."""
+        """Make the rollout if `step` (from 1) is its first, else load the saved one; return its row of metrics."""
         number, within = self.order.rollout(step - 1)
         folder = self.session.context.folder.rollouts
         if within and self.rows.number != number:
@@ -138,7 +138,7 @@ class Sampler:
     def logprobs(
         self, scored: Sequence[Scored], *, model: torch.nn.Module | None = None
     ) -> tuple[list[tuple[float, ...]], list[float]]:
-        """(log-probability of each completion token, summed entropy) under the policy or `model`; every rank calls it alike."""
+        """(log-probability of each completion token, summed entropy) under the policy or `model`; every rank calls."""
         runtime = self.session.runtime
         model = self.session.model if model is None else model
         micro_size = self.stage.batch.micro_size

@@ -1,4 +1,4 @@
-"""What a classifier tells apart: names of classes, and the target of every prepared row. Must not know models."""
+"""The classes of a classifier: their names, and the target of every prepared row. Must not know models."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from orchestrator.errors import ConfigError, DataError
 from orchestrator.files.atomic import read_json
 
 NO_CLASS = -1
-"""Target of a row without a label, where a row has one class."""
+"""Target of an unlabelled row in single-class problems."""
 SHOWN_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classes:
-    """The classes in order of their numbers; a regression has none."""
+    """The classes, in index order; a regression has none."""
 
     problem: Problem
     names: tuple[str, ...]
 
     @property
     def outputs(self) -> int:
-        """Numbers that the head gives."""
+        """Width of the head's output."""
         return len(self.names) if self.problem != "regression" else 1
 
     def in_words(self, logits_C: torch.Tensor) -> str:
-        """The predicted class; those over one half, joined by commas, where there may be several; the number of a regression."""
+        """The prediction as text: the class; all over one half, comma-joined (multi-label); the number (regression)."""
         match self.problem:
             case "single_label":
                 return self.names[int(logits_C.argmax())]
@@ -45,7 +45,7 @@ class Classes:
                 return f"{float(logits_C[0]):g}"
 
     def settings(self) -> dict[str, Any]:
-        """What a model's config.json says of them, in transformers' words."""
+        """Their entries in a model's config.json, under transformers' names."""
         names = self.names or ("value",)
         kind = self.problem if self.problem == "regression" else f"{self.problem}_classification"
         return {
@@ -57,7 +57,7 @@ class Classes:
 
 
 def classes_of(stage: ClassifyStage, meta: Meta, *, name: str) -> Classes:
-    """Those of the settings, or those that stand in the train rows. DataError where there are not two to tell apart."""
+    """The configured classes, or those found in the training rows. DataError if there are fewer than two."""
     if stage.problem == "regression":
         return Classes(problem="regression", names=())
     names = stage.labels if stage.labels is not None else meta.classes
@@ -71,7 +71,7 @@ def classes_of(stage: ClassifyStage, meta: Meta, *, name: str) -> Classes:
 
 
 def read_classes(folder: Path) -> Classes:
-    """Those of a classifier's folder, model or adapter, from its config.json."""
+    """The classes of a classifier folder, model or adapter, from its config.json."""
     settings = read_json(folder / "config.json")
     kind = settings["problem_type"]
     if kind == "regression":
@@ -90,15 +90,15 @@ class Targets:
     """Class numbers (-1: no label); 0 and 1 for every class, D x C (NaN: no label); numbers (NaN: no label)."""
     has_label_D: torch.Tensor
     true_D: torch.Tensor
-    """Class numbers by the rows' own `true_label`; -1 where a row has none, or a row has no single class."""
+    """Class indices from the rows' own `true_label`; -1 if a row has none, or has no single class."""
 
     def labelled_in(self, rows: PreparedFolder, indices: Sequence[int]) -> float:
-        """Labelled documents of trainable rows."""
+        """Number of labelled documents among these trainable rows."""
         return float(sum(self.has_label_D[_documents_of(rows, int(index))].sum() for index in indices))
 
 
 def targets_of(rows: PreparedFolder, classes: Classes) -> Targets:
-    """DataError with the lines of rows whose label is none of the classes, or of another kind than the problem."""
+    """Raises DataError with the lines of rows whose label is not one of the classes, or does not fit the problem."""
     extras = [json.loads(line) for line in (rows.folder / "extras.jsonl").read_text(encoding="utf-8").splitlines()]
     faults: list[str] = []
     numbers = rows.unit_numbers.tolist()
@@ -121,7 +121,7 @@ def targets_of(rows: PreparedFolder, classes: Classes) -> Targets:
 
 
 def same_classes(ours: Classes, theirs: Classes, *, stage: str, start: str) -> None:
-    """ConfigError where a head cannot go on with what it learnt."""
+    """Raise ConfigError if a trained head cannot be reused because the classes differ."""
     if ours != theirs:
         raise ConfigError(
             f"stages.{stage}: {ours.problem} over {list(ours.names)}, but {start}, which it starts from, learnt "
@@ -130,7 +130,7 @@ def same_classes(ours: Classes, theirs: Classes, *, stage: str, start: str) -> N
 
 
 def documents_of_batch(batch: Batch, known: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """What is known of a batch's documents, in order, on its device; `known` gives it by the rows' digest."""
+    """Values for a batch's documents, in order, on its device; `known` looks them up by the rows' digest."""
     return known(batch.digest)[list(batch.document_ids)].to(batch.input_ids_BT.device)
 
 
@@ -139,7 +139,7 @@ def _documents_of(rows: PreparedFolder, index: int) -> list[int]:
 
 
 def _target(label: Any, classes: Classes) -> Any:
-    """None without a label; ValueError where it does not fit."""
+    """None without a label; ValueError if it does not fit."""
     if label is None:
         return None
     match classes.problem:
@@ -164,7 +164,7 @@ def _class_number(label: Any, names: Sequence[str]) -> int:
 
 
 def _number_of(label: Any, names: Sequence[str]) -> int | None:
-    """By its name, else by its place."""
+    """Find a class by its name, else by its index."""
     text = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
     if text in names:
         return names.index(text)

@@ -1,4 +1,4 @@
-"""The classes that a trained classifier gives to texts: what `generate` does for a stage that makes a classifier."""
+"""Classifies texts with a trained classifier: what `generate` does for stages that make one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN_CLASSES = 3
 def classify_texts(
     config: RunConfig, folder: StageFolder, base_folder: Path, texts: Iterable[Labelled], *, phases: Phases
 ) -> int:
-    """Prints a line for each text: its likeliest classes with their probabilities, or its number."""
+    """Print a line for each text: its likeliest classes with their probabilities, or its number."""
     runtime = start_single_runtime(config, autocast=config.model.dtype == "bfloat16")
     dtype = weights_dtype(config, uses_deepspeed=False)
     loaded = open_classifier(folder.artifact, config, base_folder=base_folder, weights_dtype=dtype, packed=False)
@@ -50,7 +50,7 @@ def classify_texts(
 
 
 def told(logits_C: torch.Tensor, classes: Classes) -> str:
-    """`stop 0.93, fault 0.04, ...` of one text."""
+    """The line for one text, such as `stop 0.93, fault 0.04, ...`."""
     if classes.problem == "regression":
         return f"{float(logits_C[0]):.4f}"
     chances_C = logits_C.softmax(0) if classes.problem == "single_label" else logits_C.sigmoid()

@@ -1,6 +1,6 @@
-"""How well predictions meet labels: accuracy, F1, Matthews' correlation, errors and correlations; pure numpy.
+"""Agreement of predictions with labels: accuracy, F1, Matthews' correlation, errors and correlations; pure numpy.
 
-N rows, C classes. A ratio without a denominator (a class that nobody predicted nor was) counts as 0, as in scikit-learn.
+N rows, C classes. A ratio with denominator 0 (a class neither present nor predicted) is 0, as in scikit-learn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def confusion_CC(true_N: Ints, predicted_N: Ints, classes: int) -> Ints:
-    """Rows by their true class (first axis) and predicted class."""
+    """Rows by true class (first axis) and predicted class."""
     return np.bincount(true_N * classes + predicted_N, minlength=classes * classes).reshape(classes, classes)
 
 
@@ -41,7 +41,7 @@ def matthews(confusion: Ints) -> float:
 def single_label_report(
     true_N: Ints, predicted_N: Ints, names: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """(measures, report) of one class a row; with two classes, F1 is also told of the second."""
+    """(measures, report) for one class per row; with two classes, the F1 of the second is included."""
     confusion = confusion_CC(true_N, predicted_N, len(names))
     precision_C, recall_C, f1_C = class_scores(confusion)
     there = confusion.sum(0) + confusion.sum(1) > 0
@@ -62,7 +62,7 @@ def single_label_report(
 def multi_label_report(
     true_NC: Ints, predicted_NC: Ints, names: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """(measures, report) of any number of classes a row, given as 0 and 1. Accuracy asks for all classes of a row."""
+    """(measures, report) for any number of classes per row, given as 0 and 1. Accuracy requires all to match."""
     both, predicted, true = (true_NC * predicted_NC).sum(0), predicted_NC.sum(0), true_NC.sum(0)
     f1_C = _ratio(2.0 * both, predicted + true)
     measures = {
@@ -75,7 +75,7 @@ def multi_label_report(
 
 
 def regression_report(true_N: Floats, predicted_N: Floats) -> tuple[dict[str, float], dict[str, Any]]:
-    """(measures, report) of a number a row; a correlation with a constant is NaN."""
+    """(measures, report) for one number per row; a correlation with a constant is NaN."""
     difference = predicted_N - true_N
     measures = {
         "mse": float((difference**2).mean()),

@@ -1,6 +1,6 @@
-"""Sequence-classification models: loaded with the classes they tell apart, read at a text's own place, opened from an artifact.
+"""Sequence-classification models: loaded with their classes, read at the right position, opened from an artifact.
 
-Decoders are read at the last token of each document, wherever padding is; encoders by transformers' own head, at their first
+Decoders are read at the last token of each document, wherever padding is; encoders by transformers' head, at their
 token. B sequences of T positions, D documents, W hidden size, C classes.
 """
 
@@ -27,11 +27,11 @@ from orchestrator.models.tuning import apply_tuning, hold_masters, load_adapter
 from orchestrator.run_state.stage_context import Context
 
 HEADS = ("score", "classifier", "pooler", "pre_classifier")
-"""Modules that are never held in 4 bits: they are new, and trained."""
+"""Modules never held in 4 bits, since they are new and trained."""
 
 
 def build_classifier(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
-    """The classifier to train: a new head on the base or on a policy, or what an earlier stage learnt."""
+    """The classifier to train: a new head on the base or on a policy, or the classifier of an earlier stage."""
     start = context.start
     goes_on = start is not None and start.kind.startswith("classifier_")
     classes = stage_classes(context)
@@ -48,7 +48,7 @@ def build_classifier(context: Context, dtype: torch.dtype, packed: bool) -> torc
 
 
 def stage_classes(context: Context) -> Classes:
-    """The classes of a stage: its own settings and rows, or those of the classifier that it starts from."""
+    """The classes of a stage: from its own settings and rows, or from the classifier that it starts from."""
     stage = context.stage
     if isinstance(stage, ClassifyStage):
         return classes_of(stage, PreparedRows.open(context.train_data).meta, name=context.name)
@@ -65,9 +65,9 @@ def load_classifier(
     packed: bool,
     may_be_new: bool = True,
 ) -> PreTrainedModel:
-    """The model of a folder with a head for these classes; new where the folder has none and `may_be_new`.
+    """The model of a folder with a head for these classes, newly initialised if the folder has none and `may_be_new`.
 
-    ModelError where the architecture has no head for texts, or an encoder should see packed rows.
+    ModelError if the architecture has no text classification head, or an encoder would get packed rows.
     """
     options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": attention_of(config, packed=packed)}
     if config.quantization.is_4bit:
@@ -94,15 +94,15 @@ def load_classifier(
 
 
 def is_decoder(model: Any) -> bool:
-    """Decoders with a head for texts call it `score`, and put it on every token."""
+    """Decoders call their classification head `score` and apply it to every token."""
     return hasattr(model, "score")
 
 
 def _answering_by_document(model: Any, separator: int | None) -> PreTrainedModel:
-    """The same model, which answers `ends_D` with (logits_DC, features_DW); its class keeps its name for config.json.
+    """Make the model answer `ends_D` with (logits_DC, features_DW); its class keeps its name for config.json.
 
-    `ends_D` are the places of the documents' last tokens in the B x T tokens laid end to end. Features are the last hidden
-    state where the head reads it: of a decoder's last token, of an encoder's first.
+    `ends_D` are the positions of the documents' last tokens in the flattened B x T tokens. Features are the last hidden
+    state that the head reads: of a decoder's last token, of an encoder's first.
     """
     original = type(model)
     answer = _decoder_answer if is_decoder(model) else _encoder_answer
@@ -133,7 +133,7 @@ def _decoder_answer(
 def _encoder_answer(
     model: Any, original: Any, ends_D: torch.Tensor, inputs: dict[str, Any], separator: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One document a sequence; what stands behind the first separator is the second text."""
+    """One document per sequence; what follows the first separator is the second text."""
     ids_BT = inputs["input_ids"]
     known = {"input_ids": ids_BT, "attention_mask": inputs.get("attention_mask")}
     if separator is not None:
@@ -147,7 +147,7 @@ def _encoder_answer(
 
 
 def document_answers(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits_DC, features_DW) of a batch's documents, fp32; part of the graph even where there is no document."""
+    """(logits_DC, features_DW) of a batch's documents, fp32; part of the graph even if there is no document."""
     width = batch.input_ids_BT.shape[1]
     ends = [place.sequence * width + place.stop - 1 for place in batch.documents]
     ends_D = torch.tensor(ends, dtype=torch.int64, device=batch.input_ids_BT.device)
@@ -160,7 +160,7 @@ def document_answers(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> 
 def open_classifier(
     folder: Path, config: RunConfig, *, base_folder: Path, weights_dtype: torch.dtype, packed: bool
 ) -> torch.nn.Module:
-    """A trained classifier as a user would load it, from disk alone; CheckpointError where weights are missing."""
+    """A trained classifier as a user would load it, from disk alone; CheckpointError if weights are missing."""
     is_whole = not config.tuning.is_adapter
     model = load_classifier(
         folder if is_whole else base_folder,
@@ -182,7 +182,7 @@ def open_classifier(
 
 
 def refuse_other_rows(rows: PreparedRows, field: str) -> None:
-    """DataError where the rows that a key names have no labels."""
+    """Raise DataError if the rows of a configuration key have no labels."""
     if rows.meta.kind != "class":
         raise DataError(
             f"{field}: rows of format {rows.meta.format} have no classes; set their format=classification "

@@ -1,4 +1,4 @@
-"""A classifier's loss over micro-batches, its predictions of all rows of a set, and how they are judged."""
+"""A classifier's loss over micro-batches, its predictions of all rows of a set, and the objective of its proof."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def classify_objective(runtime: Runtime, classes: Classes, targets: Mapping[str,
 
 
 def labelled_objective(runtime: Runtime, classes: Classes, rows: PreparedRows) -> Objective:
-    """Over one set of rows, from its files and the names of the classes alone."""
+    """The objective over one set of rows, from its files and the class names alone."""
     return classify_objective(runtime, classes, {rows.digest: targets_of(rows, classes)})
 
 
@@ -54,7 +54,7 @@ def all_logits_DC(
     micro_size: int,
     limit: int | None = None,
 ) -> torch.Tensor:
-    """fp32 on the host, of every document of the set, or of its first `limit` rows (zeros then for the others'); every rank
+    """Logits of every document of the set, fp32 on the host (with `limit`, zeros after the first rows); every rank
     calls it and gets all.
     """
     count = rows.rows if limit is None else min(limit, rows.rows)

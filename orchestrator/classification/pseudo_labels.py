@@ -1,7 +1,7 @@
-"""Soft labels that a classifier gives its own train rows, anew every so many steps: made once a period, kept in the stage's folder.
+"""Soft labels that a classifier gives its own training rows: made once per period, kept in the stage's folder.
 
-They are a function of the weights at the period's first step. A resume at that step makes them again; one in the middle of a
-period reads them, as the weights have moved on.
+They are a function of the weights at the period's first step. Resuming at that step recomputes them; within the
+period reads them, as the weights have changed since.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class PseudoLabels:
     def __init__(self, session: Session, stage: SelfTrainingStage, classes: Classes, targets: Targets) -> None:
         self._session, self._stage, self._classes, self._targets = session, stage, classes, targets
         self._first_step = 0
-        """Of the period whose labels are held; 0 before there are any."""
+        """First step of the period whose labels are loaded; 0 before there are any."""
         self._labels_DC = torch.zeros(0, classes.outputs)
         self._weights_D = torch.zeros(0)
         self.periods: list[dict[str, float]] = []
-        """What was told of each labelling of this attempt."""
+        """Quality of the labels of each period of this attempt."""
 
     def begin(self, step: int) -> Mapping[str, Any]:
-        """Makes or reads the labels of a step (from 1); what its row of metrics tells of them."""
+        """Make or load the labels of a step (from 1); return their part of its row of metrics."""
         first = step - (step - 1) % self._stage.period
         if step == first:
             self._take(self._made(first), first)
@@ -91,7 +91,7 @@ class PseudoLabels:
 def quality_of(
     labels_DC: torch.Tensor, weights_D: torch.Tensor, targets: Targets, *, threshold: float
 ) -> dict[str, float]:
-    """Share of the rows that are learnt, and where true labels are known the accuracy of all labels and of these."""
+    """Share of the rows that are trained on; if true labels are known, the accuracy of all labels and of these."""
     kept_D = weights_D >= threshold
     told = {"share_kept": float(kept_D.float().mean())}
     known_D = targets.true_D != NO_CLASS
@@ -104,7 +104,7 @@ def quality_of(
 
 
 def weak_labels_told(targets: Targets) -> dict[str, float]:
-    """Share of the rows that have a weak label, and where true labels are known how many of these are right."""
+    """Share of the rows with a weak label, and if true labels are known the share of these that are right."""
     has_D, known_D = targets.has_label_D, targets.has_label_D & (targets.true_D != NO_CLASS)
     told = {"coverage": float(has_D.float().mean())}
     if known_D.any():
@@ -122,7 +122,7 @@ def _write(labels_DC: torch.Tensor, file: Path, *, data: str, step: int) -> None
 
 
 def _read(file: Path, *, data: str, step: int) -> torch.Tensor:
-    """CheckpointError where the file is gone, damaged, or of other rows."""
+    """Raise CheckpointError if the file is missing, damaged, or belongs to other rows."""
     try:
         with safe_open(file, framework="pt") as content:
             labels_DC, facts = content.get_tensor(NAME), content.metadata()

@@ -1,4 +1,4 @@
-"""How a classifier is scored while it trains, and proven."""
+"""How a classifier is evaluated during training, and proven."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def class_report(
     limit: int,
     field: str,
 ) -> dict[str, Any]:
-    """Rows, loss, measures and the report of the problem, over the labelled of the first `limit` rows; `field` is the set's key.
+    """Rows, loss, measures and report over the labelled among the first `limit` rows; `field` is the set's key.
 
-    DataError where none of them has a label.
+    DataError if none of them has a label.
     """
     targets = first_targets(rows, classes, limit)
     if not bool(targets.has_label_D.any()):
@@ -46,7 +46,7 @@ def class_report(
 
 
 def first_targets(rows: PreparedRows, classes: Classes, limit: int) -> Targets:
-    """Targets of which those behind the first `limit` rows count as unlabelled."""
+    """Targets in which rows after the first `limit` count as unlabelled."""
     targets = targets_of(rows, classes)
     is_seen_D = torch.arange(len(targets.has_label_D)) < limit
     return replace(targets, has_label_D=targets.has_label_D & is_seen_D)
@@ -55,7 +55,7 @@ def first_targets(rows: PreparedRows, classes: Classes, limit: int) -> Targets:
 def judged(
     logits_DC: torch.Tensor, targets: Targets, classes: Classes
 ) -> tuple[float, dict[str, float], dict[str, Any]]:
-    """(loss, measures, report) over the documents that have a label. Several classes at once: those over one half."""
+    """(loss, measures, report) over the labelled documents. Multi-label predictions are the classes over one half."""
     has_D = targets.has_label_D
     wanted, logits = targets.of_D[has_D], logits_DC[has_D]
     loss = float(class_losses_D(logits.double(), _as_loss_wants(wanted), problem=classes.problem).mean())
@@ -74,7 +74,7 @@ def _as_loss_wants(wanted: torch.Tensor) -> torch.Tensor:
 
 
 class Judge:
-    """Scores the model on held-out rows; keeps the last report."""
+    """Evaluates the model on held-out rows; keeps the last report."""
 
     def __init__(self, session: Session, classes: Classes, targets: Mapping[str, Targets]) -> None:
         self._session, self._classes, self._targets = session, classes, targets
@@ -86,7 +86,7 @@ class Judge:
             )
 
     def score(self) -> Evaluation | None:
-        """Every rank calls it."""
+        """Evaluate; every rank calls it."""
         held, context = self._session.held, self._session.context
         if held is None:
             return None
@@ -101,7 +101,7 @@ class Judge:
         return Evaluation(loss=loss, trained_tokens=0, rows=held.rows, measures=measures)
 
     def answers(self) -> list[Sample]:
-        """The predicted classes of the first held-out rows as completions, for the user's own metrics; every rank calls it."""
+        """Predicted classes of the first held-out rows, as completions for the user's metrics; every rank calls it."""
         held, context, runtime = self._session.held, self._session.context, self._session.runtime
         assert held is not None, "metrics without held-out rows are refused by the rules"
         count = min(training_stage(context).metrics.rows, held.rows)
@@ -124,20 +124,20 @@ class Judge:
         return [sample(index) for index in range(runtime.rank, count, runtime.world_size)]
 
     def summary(self) -> dict[str, Any]:
-        """What result.json tells of the last judgement."""
+        """The last report's entries in result.json."""
         return {
             "classification": {"problem": self._classes.problem, "names": self._classes.names, "held_out": self.report}
         }
 
 
 def session_targets(session: Session, classes: Classes) -> dict[str, Targets]:
-    """Of train and held-out rows, by digest."""
+    """Targets of training and held-out rows, by digest."""
     sets = [session.rows] if session.held is None else [session.rows, session.held]
     return {rows.digest: targets_of(rows, classes) for rows in sets}
 
 
 def classifier_proof(session: Session, objective: Objective) -> Evaluation:
-    """The trainer's own score of what the re-opened artifact is scored on: held-out rows, or the first train rows."""
+    """The trainer's own score on the rows that the proof scores: held-out rows, else the first training rows."""
     rows = session.held or session.rows
     limit = proof_rows(objective, rows, PROOF_ROWS)
     micro_size = training_stage(session.context).batch.micro_size
@@ -145,5 +145,5 @@ def classifier_proof(session: Session, objective: Objective) -> Evaluation:
 
 
 def proof_rows(objective: Objective, rows: PreparedRows, count: int) -> int:
-    """How many of the first rows a proof scores: `count`, or more where the first label stands behind them; there is one."""
+    """Number of rows a proof scores: `count`, or more if the first label comes later; at least one row has a label."""
     return max(count, 1 + next(index for index in range(rows.rows) if objective.weight(rows, [index])))

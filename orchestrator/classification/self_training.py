@@ -14,13 +14,13 @@ from orchestrator.losses.classification import contrastive_loss, divergence_D, u
 from orchestrator.training.objectives import Objective, documents
 
 PseudoLabelsOf = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
-"""(labels_DC, weights_D) of a batch's documents; a weight of 0 leaves a document out."""
+"""(labels_DC, weights_D) of a batch's documents; a weight of 0 excludes a document."""
 
 
 def self_training_objective(runtime: Runtime, stage: SelfTrainingStage, labels_of: PseudoLabelsOf) -> Objective:
-    """w KL(y || f) + lambda R1 + R2, as a mean over documents; R1 and R2 look at those that have a weight.
+    """w KL(y || f) + lambda R1 + R2, as a mean over documents; R1 and R2 cover those with nonzero weight.
 
-    R1 is a mean over the pairs of a micro-batch and counts for all its documents: it depends on `batch.micro_size`, and
+    R1 is a mean over the pairs of a micro-batch and counts for all its documents: it depends on `batch.micro_size`, but
     not on how many ranks share the micro-batches.
     """
 
@@ -39,7 +39,7 @@ def self_training_objective(runtime: Runtime, stage: SelfTrainingStage, labels_o
 
 
 def uniform_objective(runtime: Runtime) -> Objective:
-    """KL(uniform || prediction) of any texts, labelled or not: it tells two classifiers apart."""
+    """KL(uniform || prediction) of any texts, labelled or not: enough to tell two classifiers apart."""
 
     def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
         logits_DC, _ = document_answers(runtime, model, batch)

@@ -17,7 +17,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where a document stands in a batch: tokens start..stop of sequence `sequence`."""
+    """Position of a document in a batch: tokens start..stop of sequence `sequence`."""
 
     sequence: int
     start: int
@@ -26,43 +26,43 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch. B sequences of T tokens, padded on the right; D documents (a pair has two: chosen, then rejected)."""
+    """One micro-batch. B sequences of T tokens, padded on the right; D documents (two per pair: chosen, rejected)."""
 
     input_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
-    """-100 where nothing is learnt, else the token of the same position: the loss shifts by one, as in transformers."""
+    """-100 where nothing is trained, else the token at this position: the loss shifts by one, as in transformers."""
     places_K: torch.Tensor
-    """Of the trained tokens in the flattened labels: made here, so that nobody has to ask a GPU for it."""
+    """Positions of the trained tokens in the flattened labels: made here, since asking a GPU would wait for it."""
     attention_mask_BT: torch.Tensor | None
-    """1 on real tokens; None where nothing is padded, or rows are packed. A causal model does not need it (`model_inputs`)."""
+    """1 on real tokens; None without padding or for packed rows. A causal model does not need it (`model_inputs`)."""
     position_ids_BT: torch.Tensor | None
-    """Restart with every document of a packed row; None where every sequence is one document."""
+    """Restart with every document of a packed row; None if every sequence is one document."""
     boundaries: torch.Tensor
-    """int32: where documents (and stretches of padding) start in the B sequences laid end to end, and where the last ends."""
+    """int32: starts of documents (and of padding) in the B concatenated sequences, and the end of the last."""
     longest: int
     """Tokens of the longest stretch between two boundaries."""
     documents: tuple[Span, ...]
     values_D: torch.Tensor
-    """Margin, label or class number of each document's row; NaN where there is none."""
+    """Margin, label or class index of each document's row; NaN if there is none."""
     row_ids: tuple[tuple[int, ...], ...]
     """Source rows of each trainable row; empty for a filler."""
     num_tokens: int
-    """Real tokens, padding and fillers left out."""
+    """Real tokens, without padding and fillers."""
     num_trained_tokens: int
     """Targets after the causal shift."""
     document_ids: tuple[int, ...] = ()
-    """Number of each document in its prepared folder."""
+    """Index of each document in its prepared folder."""
     digest: str = ""
     """Of the prepared folder."""
     prompts: tuple[Span, ...] = ()
-    """What stands before the first trained token of each document; all of it where nothing is trained."""
+    """The tokens before the first trained one of each document; the whole document if nothing is trained."""
 
     def model_inputs(self) -> dict[str, Any]:
-        """What a causal model is called with.
+        """Keyword arguments for a causal model.
 
         No mask: with padding on the right no real token can see any, and without a mask every attention takes its
-        fast path. Packed rows bring positions that restart and, for kernels over documents, their boundaries. No cache:
-        with one, transformers does not look at the positions, and the documents of a packed row see each other.
+        fast path. Packed rows pass restarting positions and, for kernels over documents, their boundaries. No cache:
+        with one, transformers ignores the positions, and the documents of a packed row see each other.
         """
         if self.position_ids_BT is None:
             return {"input_ids": self.input_ids_BT, "use_cache": False}
@@ -77,11 +77,11 @@ class Batch:
         }
 
     def to(self, device: torch.device | str) -> Self:
-        """The batch on a device; what is on it already stays."""
+        """The batch on a device; tensors already there stay."""
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Self:
-        """The batch in memory from which a GPU copies by itself, so that the host does not wait for it."""
+        """The batch in pinned memory, from which a GPU copies without the host waiting."""
         return self._moved(torch.Tensor.pin_memory)
 
     def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Self:
@@ -115,7 +115,7 @@ def prompt_span(sequence: int, start: int, trained: np.ndarray) -> Span:
 def batch_of(
     texts: Sequence[tuple[np.ndarray, np.ndarray]], document_ids: Sequence[int], *, digest: str = "", pad_id: int = 0
 ) -> Batch:
-    """Single documents, given as (ids, which are trained), padded on the right; a document of -1 is a filler."""
+    """Single documents, given as (ids, trained mask), padded on the right; a document of -1 is a filler."""
     width = max(len(ids) for ids, _ in texts)
     ids_BT = torch.full((len(texts), width), pad_id, dtype=torch.int64)
     labels_BT = torch.full((len(texts), width), IGNORED, dtype=torch.int64)

@@ -19,13 +19,13 @@ Segment = tuple[int, int, int]
 
 
 class PreparedRows(PreparedFolder):
-    """A prepared folder that makes batches. `rows`, `lengths`, `trained_tokens`, `digest` and `row_ids` describe its rows."""
+    """A prepared folder that makes batches. `rows`, `lengths`, `trained_tokens`, `digest` and `row_ids` describe it."""
 
     pad_to_multiple_of: int = 1
 
     @classmethod
     def open(cls, folder: Path, *, pad_to_multiple_of: int = 1) -> Self:
-        """Maps a folder that `ensure_prepared` made. Raises DataError where it is not one."""
+        """Map a folder that `ensure_prepared` made. Raises DataError if it is not one."""
         rows = cls(folder)
         rows.pad_to_multiple_of = pad_to_multiple_of
         return rows
@@ -36,7 +36,7 @@ class PreparedRows(PreparedFolder):
         return self.meta.packing != "none"
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The batch of these trainable rows; -1 is a filler: one token, nothing to learn."""
+        """The batch of these trainable rows; -1 is a filler: one token, nothing trained."""
         chosen = [int(index) for index in indices]
         sequences = self._sequences(chosen)
         longest = max(sum(stop - start for _, start, stop in sequence) for sequence in sequences)
@@ -92,7 +92,7 @@ class PreparedRows(PreparedFolder):
         return int(self.segment_documents[int(self.row_offsets[index])])
 
     def document(self, document: int) -> tuple[np.ndarray, np.ndarray]:
-        """(token ids, which of them are trained) of a document."""
+        """(token ids, trained mask) of a document."""
         span = slice(int(self.document_offsets[document]), int(self.document_offsets[document + 1]))
         return self.tokens[span].astype(np.int64), np.asarray(self.trained[span])
 
@@ -101,7 +101,7 @@ class PreparedRows(PreparedFolder):
         return sum(int(self.row_offsets[index + 1] - self.row_offsets[index]) for index in indices)
 
     def prompt(self, index: int) -> RolloutPrompt:
-        """The prompt of a row of a set of prompts."""
+        """The prompt of a row in a prompt set."""
         assert self.meta.kind == "prompt" and not self.is_packed
         document = self.document_of(index)
         extra = self.extra(self.unit_of(document))
@@ -112,7 +112,7 @@ class PreparedRows(PreparedFolder):
         )
 
     def _sequences(self, indices: list[int]) -> list[list[Segment]]:
-        """The segments of every sequence of a batch; a pair that is not packed makes two sequences."""
+        """The segments of every sequence of a batch; an unpacked pair makes two sequences."""
         apart = self.meta.documents_per_unit if not self.is_packed else 1
         sequences: list[list[Segment]] = []
         for index in indices:

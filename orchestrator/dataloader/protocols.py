@@ -1,4 +1,4 @@
-"""What a loop takes batches from, whatever they hold."""
+"""The interface from which the loop takes batches, whatever they contain."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 
 class MicroBatch(Protocol):
-    """What a loop moves to its device; its objective knows the rest."""
+    """What the loop moves to its device; its contents are known to the objective only."""
 
     def to(self, device: torch.device | str) -> MicroBatch: ...
     def pinned(self) -> MicroBatch:
-        """In memory from which a GPU copies by itself, so that nobody waits for the copy."""
+        """In pinned memory, from which a GPU copies without the host waiting."""
         ...
 
 
 class Rows(Protocol):
-    """What a loop takes batches from."""
+    """The rows from which the loop takes batches."""
 
     @property
     def trained_tokens(self) -> Any: ...

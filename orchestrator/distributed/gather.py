@@ -11,7 +11,7 @@ from orchestrator.distributed.runtime import Runtime
 
 
 def gather_trainable(runtime: Runtime, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """fp32 copies on the host of every trained parameter, by its name in the unwrapped module.
+    """fp32 host copies of every trained parameter, by its name in the unwrapped module.
 
     Every rank must call it; rank 0 gets the tensors, the others an empty dict.
     """
@@ -26,7 +26,7 @@ def gather_trainable(runtime: Runtime, model: torch.nn.Module) -> dict[str, torc
 
 
 def gather_frozen(runtime: Runtime, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies on the host of every parameter that is not trained, in its own type; as `gather_trainable`."""
+    """Host copies of every frozen parameter, in its own dtype; see `gather_trainable`."""
     module = cast("torch.nn.Module", runtime.accelerator.unwrap_model(model))
     gathered: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""The random number generators of one rank as tensors: Python, numpy, torch on the host and on the GPU."""
+"""The random number generators of one rank as tensors: Python, numpy, torch on host and GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of every generator that training draws from."""
+    """The state of every generator that training uses."""
     version, words, gauss = random.getstate()
     assert version == 3, "Python's Mersenne Twister"
     legacy: Any = np.random.get_state(legacy=True)  # a tuple, where the stub allows the other form too
@@ -31,7 +31,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Puts every generator back to where `random_state` saw it; a GPU's only where both runs have one."""
+    """Restore every generator to the state recorded by `random_state`; a GPU's only if both runs have one."""
     gauss = state["python_gauss"]
     random.setstate((3, tuple(state["python"].tolist()), float(gauss[0]) if len(gauss) else None))
     position, has_gauss = state["numpy_position"].tolist()
@@ -43,7 +43,7 @@ def set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) ->
 
 
 def seed_of(seed: int, *, step: int, rank: int) -> int:
-    """A seed for a rank that takes up another number of ranks' run at a step: no rank and no step draws as another one."""
+    """A seed for a rank that resumes at a step with another number of ranks; unique to each rank and step."""
     digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
 

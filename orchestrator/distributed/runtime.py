@@ -1,4 +1,4 @@
-"""The ranks of a job: Accelerator, devices, agreement between ranks, ordered end. Must not know models or data."""
+"""The ranks of a job: Accelerator, devices, agreement between ranks, orderly shutdown. Must not know models or data."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Runtime:
     accelerator: Accelerator
     uses_deepspeed: bool
     autocast_dtype: torch.dtype | None
-    """16-bit type of the forward pass over fp32 weights; None where the weights' own type is used."""
+    """16-bit dtype of the forward pass over fp32 weights; None if the weights' own dtype is used."""
     phases: Phases = field(default_factory=Phases)
-    """Where loops over rows say how far they are."""
+    """Where loops over rows report their progress."""
 
     @property
     def rank(self) -> int:
@@ -56,7 +56,7 @@ class Runtime:
         return self.rank == 0
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """The precision in which every forward pass runs, in training, evaluation and proof alike."""
+        """The precision of every forward pass: the same in training, evaluation and proof."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
@@ -82,7 +82,7 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def end(self) -> None:
-        """Tears down in order: two gloo ranks under ZeRO-3 abort now and then when the interpreter does it."""
+        """Tear down in order: two gloo ranks under ZeRO-3 abort occasionally if the interpreter does it."""
         self.accelerator.free_memory()
         if dist.is_initialized():
             self.barrier()
@@ -90,7 +90,7 @@ class Runtime:
 
 
 def start_runtime(config: RunConfig, stage: TrainingStage, phases: Phases | None = None) -> Runtime:
-    """Builds the Accelerator, with its DeepSpeed dict, and asserts that it is what was configured."""
+    """Build the Accelerator with its DeepSpeed dict, and assert that it matches the configuration."""
     uses_cpu = _uses_cpu(config)
     sharding = config.sharding
     if uses_cpu and isinstance(sharding, ZeroSharding) and (sharding.quantized_weights or sharding.quantized_gradients):
@@ -124,7 +124,7 @@ def start_runtime(config: RunConfig, stage: TrainingStage, phases: Phases | None
 
 
 def start_single_runtime(config: RunConfig, *, autocast: bool, phases: Phases | None = None) -> Runtime:
-    """One process without sharding: for the proof and for generation."""
+    """A single process without sharding, for proofs and generation."""
     return Runtime(
         accelerator=Accelerator(cpu=_uses_cpu(config), mixed_precision="no"),
         uses_deepspeed=False,
@@ -150,7 +150,7 @@ def _deepspeed_plugin(settings: Any) -> Any:
 
 
 def _assert_as_configured(accelerator: Accelerator, config: RunConfig, *, uses_deepspeed: bool) -> None:
-    """Without this, accelerate on a CPU lets every rank silently believe that it is rank 0 of 1."""
+    """Without this check, accelerate on a CPU lets every rank silently believe that it is rank 0 of 1."""
     expected_type = DistributedType.DEEPSPEED if uses_deepspeed else None
     facts = {
         "world size": (accelerator.num_processes, config.world_size),

@@ -1,4 +1,4 @@
-"""Which part of every trained parameter, and of its optimizer state, lives on this rank: the one place that knows ZeRO's layout."""
+"""Which part of each trained parameter and optimizer state this rank holds. Only this module knows ZeRO's layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.distributed.runtime import Runtime
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """Elements `start .. start + length` of the flattened parameter `name`, held in a tensor that the optimizer steps."""
+    """Elements `start .. start + length` of the flattened parameter `name`, in a tensor that the optimizer steps."""
 
     name: str
     """Name in the unwrapped module."""
@@ -21,22 +21,22 @@ class Fragment:
     start: int
     length: int
     master: torch.Tensor
-    """Tensor that the optimizer steps and keys its state by: the parameter itself, or ZeRO's flat fp32 partition."""
+    """Tensor that the optimizer steps and by which it keys its state: the parameter, or ZeRO's flat fp32 partition."""
     offset: int
     """Where the fragment begins in the flattened master."""
 
     @property
     def is_whole(self) -> bool:
-        """The master is this parameter and nothing else."""
+        """Whether the master is this parameter and nothing else."""
         return self.start == 0 and self.offset == 0 and self.length == self.master.numel()
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The fragment's elements of a tensor that is laid out as the master."""
+        """The fragment's elements of a tensor laid out like the master."""
         return tensor.detach().reshape(-1)[self.offset : self.offset + self.length]
 
 
 def trained_parameters(runtime: Runtime, model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Names and parameters that are trained, in the module's order: the same on every rank."""
+    """Names and parameters that are trained, in module order: the same on every rank."""
     module = cast("torch.nn.Module", runtime.accelerator.unwrap_model(model))
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
@@ -64,12 +64,12 @@ def local_fragments(runtime: Runtime, model: torch.nn.Module) -> list[Fragment]:
 
 
 def base_optimizer(runtime: Runtime, optimizer: Any) -> torch.optim.Optimizer:
-    """torch's or bitsandbytes' own optimizer, under the wrappers of Accelerate and ZeRO."""
+    """torch's or bitsandbytes' optimizer inside the wrappers of Accelerate and ZeRO."""
     return optimizer.optimizer.optimizer if runtime.uses_deepspeed else optimizer.optimizer
 
 
 def refresh_model(runtime: Runtime, model: torch.nn.Module) -> None:
-    """Makes the forward pass see masters that were written from outside; every rank must call it."""
+    """Apply externally written masters to the weights of the forward pass; every rank must call it."""
     if not runtime.uses_deepspeed:
         return
     engine: Any = model
@@ -99,7 +99,7 @@ def _zero12_fragment(zero: Any, name: str, parameter: Any) -> Fragment | None:
 
 
 def _zero3_fragment(zero: Any, name: str, parameter: Any) -> Fragment | None:
-    """ZeRO-3 cuts every parameter into equal parts; the last ones are padded."""
+    """ZeRO-3 splits every parameter into equal parts; the last ones are padded."""
     group, offset, elements = zero.grad_position[zero.get_param_id(parameter)]
     start = zero._get_param_partition_rank(parameter) * elements
     length = min(elements, parameter.ds_numel - start)

@@ -1,1 +1,1 @@
-"""How good is an artifact: scores on named sets, its proof, its answers beside those of the base?"""
+"""How good is an artifact: scores on named sets, its proof, its answers compared with those of the base?"""

@@ -19,14 +19,14 @@ from orchestrator.errors import DataError
 
 MOST_OPTIONS = 16
 ROWS_FOR_AN_OPTION = 2
-"""`options: auto` takes a set's own answers where there are at most so many, each for so many rows on average."""
+"""`options: auto` uses a set's own answers if there are at most this many, with this many rows each on average."""
 
 Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """A row as a question and its answer; the answer ends with the learnt end of the turn."""
+    """A row as a question and its answer; the answer ends with the trained end of the turn."""
 
     prompt: Ids
     answer: Ids
@@ -34,19 +34,19 @@ class Answered:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """Rows, each with the same options to answer it by."""
+    """Rows that share the same answer options."""
 
     rows: tuple[Answered, ...]
     names: tuple[str, ...]
     """The options' texts."""
     options: tuple[Ids, ...]
-    """Their tokens, with the end of the turn."""
+    """Their tokens, including the end of the turn."""
     right: tuple[int, ...]
-    """The number of each row's right option."""
+    """The index of each row's correct option."""
 
 
 def answered_rows(rows: PreparedRows, count: int) -> list[Answered] | None:
-    """The first `count` rows as questions with one answer each; None where a row has several answers or no question."""
+    """The first `count` rows as questions with one answer each; None if a row has several answers or no question."""
     if rows.meta.kind != "text":
         return None
     found: list[Answered] = []
@@ -57,7 +57,7 @@ def answered_rows(rows: PreparedRows, count: int) -> list[Answered] | None:
         if first == 0 or len(places) != last - first + 1:
             return None
         found.append(Answered(prompt=tuple(ids[:first].tolist()), answer=tuple(ids[first : last + 1].tolist())))
-    if all(len(row.prompt) <= 1 for row in found):  # plain text: its first token is no question
+    if all(len(row.prompt) <= 1 for row in found):  # plain text: its first token is not a question
         return None
     return found
 
@@ -65,7 +65,7 @@ def answered_rows(rows: PreparedRows, count: int) -> list[Answered] | None:
 def choices_of(
     rows: Sequence[Answered] | None, wanted: Options, facts: TokenizerFacts, *, field: str
 ) -> Choices | None:
-    """The options of a set; None where it has none, or `auto` finds too many. DataError where a list does not fit the rows."""
+    """The options of a set; None if there are none, or too many for `auto`. DataError if a list does not fit."""
     if wanted == "none" or (rows is None and wanted == "auto"):
         return None
     if rows is None:
@@ -87,14 +87,14 @@ def choices_of(
 
 
 def text_of(ids: Sequence[int], facts: TokenizerFacts) -> str:
-    """An answer without special tokens and outer blanks."""
+    """An answer without special tokens and surrounding whitespace."""
     return core_tokenizer(facts.core).decode(list(ids), skip_special_tokens=True).strip()
 
 
 def _listed(
     rows: Sequence[Answered], seen: dict[Ids, str], wanted: Sequence[str], facts: TokenizerFacts, *, field: str
 ) -> dict[Ids, str]:
-    """The tokens of every listed option: as they stand in a row, or as a row's answer with the option in its place."""
+    """The tokens of every listed option: taken from a row with that answer, or from a row with its answer replaced."""
     strangers = sorted(set(seen.values()) - set(wanted))
     if strangers:
         raise DataError(
@@ -123,7 +123,7 @@ def _in_place_of(answer: Ids, text: str, facts: TokenizerFacts, *, field: str) -
 def option_logprobs_RO(runtime: Runtime, model: torch.nn.Module, choices: Choices) -> torch.Tensor:
     """log p(option | prompt) in nats, summed over the option's tokens and its end; fp64 on the CPU.
 
-    The prompt goes through the model once; the options follow on copies of its cache.
+    The prompt goes through the model once; the options continue on copies of its cache.
     """
     width = max(len(option) for option in choices.options)
     padded_ON = torch.zeros((len(choices.options), width), dtype=torch.int64)

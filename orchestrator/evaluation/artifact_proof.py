@@ -1,4 +1,4 @@
-"""Opens an artifact in a fresh process, from its files alone, and scores it: `python -m orchestrator.evaluation.artifact_proof`."""
+"""Scores an artifact in a fresh process, from its files alone: `python -m orchestrator.evaluation.artifact_proof`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LOSS_TOLERANCE = 1e-3
 
 
 def prove(config: RunConfig, name: str, folder: StageFolder) -> float:
-    """The held-out loss of a stage's re-opened artifact; CheckpointError where it is not the trainer's."""
+    """The held-out loss of a stage's reopened artifact; CheckpointError if it differs from the trainer's."""
     stage, is_classifier = config.stages[name], makes_classifier(config, name)
     expected: dict[str, Any] = read_json(folder.proof)
     read_manifest(folder.artifact)
@@ -58,7 +58,7 @@ def prove(config: RunConfig, name: str, folder: StageFolder) -> float:
         leaves_adapters = config.sharding.shards_parameters  # in fp32, as PEFT made them
         if not expected["autocast"] and not leaves_adapters and config.quantization.scheme == "none":
             hold_parameters(model, dtype)
-        if expected["autocast"] and isinstance(config.tuning, FreezeTuning):  # the types of training
+        if expected["autocast"] and isinstance(config.tuning, FreezeTuning):  # the dtypes of training
             has_new_head = is_classifier or isinstance(stage, RewardStage)
             freeze(cast("PreTrainedModel", model), config.tuning, has_new_head=has_new_head)
             hold_masters(model)
@@ -77,7 +77,7 @@ def prove(config: RunConfig, name: str, folder: StageFolder) -> float:
 
 
 def hold_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Parameters in one type, as DeepSpeed holds them; buffers stay as they are: rotary frequencies in 16 bits are others."""
+    """Cast parameters as DeepSpeed does; buffers are kept: 16-bit rotary frequencies would change the model."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 

@@ -1,4 +1,4 @@
-"""A classifier on several sets: its own measures on each, beside what always saying the commonest class would be right in."""
+"""Scores of a classifier on several sets: its own measures on each, next to the majority-class baseline."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ HEADINGS = ("rows", "loss", "accuracy", "f1_macro", "mcc", "pearson", "mse")
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScores:
-    """How a classifier does on one set."""
+    """A classifier's results on one set."""
 
     shift: bool
     report: Mapping[str, Any]
     """Rows, loss, measures, and the report of its problem (classes, confusion matrix)."""
     commonest: float | None
-    """Share of the rows with the set's commonest class; None where a row has no single class."""
+    """Share of the rows with the set's most frequent class; None if a row has no single class."""
 
     def to_json(self) -> dict[str, Any]:
         return {"shift": self.shift, **self.report, "commonest_class": self.commonest}
 
 
 def classifier_scores(context: Context, runtime: Runtime) -> dict[str, ClassScores]:
-    """By set, `data` first, over the first `rows` rows. DataError where a set has no labels."""
+    """Scores by set, `data` first, over the first `rows` rows. DataError if a set has no labels."""
     stage = cast("EvaluateStage", context.stage)
     assert context.start is not None, "the pipeline's rules ask for a start"
     dtype = DTYPES[context.config.model.dtype]
@@ -81,7 +81,7 @@ def _scores(
 
 
 def class_table(scores: Mapping[str, ClassScores]) -> list[str]:
-    """Lines of a Markdown table: a row for each set, a column for each measure that its problem has."""
+    """Lines of a Markdown table: a row per set, a column per measure of its problem."""
     first = next(iter(scores.values())).report
     measures = [name for name in HEADINGS if name in first]
     lines = [f"| set | {' | '.join(measures)} | commonest class |", "|---|" + "---|" * (len(measures) + 1)]

@@ -1,4 +1,4 @@
-"""Answers of a tuned model beside those of its base: `python -m orchestrator.evaluation.compare_with_base RUN/run.json --stage sft`."""
+"""Answers of a tuned model and its base: `python -m orchestrator.evaluation.compare_with_base RUN/run.json`."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ Answer = Callable[[Prompt], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """How tokens are chosen."""
+    """How tokens are sampled."""
 
     max_new_tokens: int
     temperature: float
-    """0 takes the likeliest token."""
+    """0 takes the most likely token."""
     top_p: float
     seed: int
 
 
 def answer_with(model: Any, folder: Path, encoder: Encoder, runtime: Runtime, *, drawing: Drawing) -> Answer:
-    """One prompt at a time, encoded as in training; ends at the model's or the tokenizer's end token."""
+    """Answer one prompt at a time, encoded as in training; stops at the model's or the tokenizer's end token."""
     tokenizer = core_tokenizer(encoder.facts.core)
     ends = end_ids_of(model, folder)
 
     def answer(prompt: Prompt) -> str:
-        torch.manual_seed(drawing.seed)  # base and tuned model draw alike, and each prompt as if it were alone
+        torch.manual_seed(drawing.seed)  # base and tuned model sample alike, and each prompt as if it were alone
         ids_BT = torch.tensor([encode_prompt(prompt, encoder)], device=runtime.device)
         with torch.no_grad(), runtime.forward_context():
             out_BT = model.generate(
@@ -76,7 +76,7 @@ def answer_with(model: Any, folder: Path, encoder: Encoder, runtime: Runtime, *,
 def show(
     prompts: Iterator[Prompt], base: Answer, tuned: Answer, console: Console, *, output: Path | None = None
 ) -> int:
-    """Prints question, answer of the base and answer of the tuned model, and appends them to `output`; the number of prompts."""
+    """Print question, base answer and tuned answer, and append them to `output`; return the number of prompts."""
     count = 0
     for prompt in prompts:
         count += 1
@@ -109,7 +109,7 @@ def _prompts(options: argparse.Namespace, config: RunConfig) -> Iterator[Prompt]
 
 
 def _texts(options: argparse.Namespace, config: RunConfig) -> Iterator[Labelled]:
-    """As `_prompts`, for a classifier."""
+    """Like `_prompts`, for a classifier."""
     if options.prompt is not None:
         yield Labelled(options.prompt, None)
     elif options.examples:
@@ -125,7 +125,7 @@ def _chat(text: str) -> Prompt:
 
 
 def _with_system(prompt: Prompt, text: str | None) -> Prompt:
-    """A conversation that has no system message yet gets this one."""
+    """Add a system message to a conversation that has none."""
     if text is None or prompt.messages is None or prompt.messages[0]["role"] == "system":
         return prompt
     system: Message = {"role": "system", "content": text}
@@ -133,7 +133,7 @@ def _with_system(prompt: Prompt, text: str | None) -> Prompt:
 
 
 def _prompt_of(example: Example) -> Prompt:
-    """What stands before the last answer of a row."""
+    """Everything before the last answer of a row."""
     match example.documents[0]:
         case Chat(messages=messages, tools=tools):
             return Prompt(messages=messages[:-1], tools=tools, text="")
@@ -202,7 +202,7 @@ def _run(options: argparse.Namespace, phases: Phases) -> int:
 
         return answered
 
-    phases.end()  # the line is cleared: what follows are answers
+    phases.end()  # the line is cleared: answers follow
     prompts = (_with_system(prompt, options.system) for prompt in _prompts(options, config))
     if show(prompts, announced(without_adapter), announced(answer_tuned), Console(), output=options.output) == 0:
         raise ConfigError("no prompt: give --prompt TEXT, or one prompt a line on standard input")

@@ -25,7 +25,7 @@ def generated_rewards(
     rewards: Rewards,
     stage: EvaluateStage,
 ) -> dict[str, float]:
-    """Mean of every reward, and of the length, over what a model answers to the rows' prompts."""
+    """Mean of every reward and of the length, over a model's answers to the prompts of the rows."""
     module: Any = model
     generate = make_generate(runtime, model, end_ids=end_ids_of(module, context.base_folder), pad_id=rows.meta.pad_id)
     seed = context.config.seeds.data

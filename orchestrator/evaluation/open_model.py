@@ -1,4 +1,4 @@
-"""The model of a finished run, opened for use from Python: notebooks and scripts."""
+"""The model of a finished run, opened from Python for notebooks and scripts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.run_state.opened_model import OpenedModel
 
 
 def open_run(run: RunFolder, stage: str | None) -> OpenedModel:
-    """The artifact of a stage, by default of the last one that made a model; its files must be those that were proven."""
+    """Open the artifact of a stage, by default the last that made a model; its files must be the proven ones."""
     config = load_config(run)
     name = _stage_with_model(run, config, stage)
     files = run.stage(name)
@@ -45,7 +45,7 @@ def open_run(run: RunFolder, stage: str | None) -> OpenedModel:
 
 
 def _stage_with_model(run: RunFolder, config: RunConfig, stage: str | None) -> str:
-    """ConfigError where the stage is unknown, unfinished or made no model."""
+    """The stage to open. ConfigError if it is unknown, unfinished or made no model."""
     kinds = {
         name: str(read_json(run.stage(name).result)["artifact"]["kind"])
         for name in config.pipeline

@@ -1,4 +1,4 @@
-"""Scores on named sets as a table, and shifts between sets."""
+"""Tables of scores on named sets, and shifts between sets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.evaluation.set_scores import NO_GENERAL_TEXT, OpenSet, Scorer,
 
 
 def told_sets(scorer: Scorer) -> list[str]:
-    """A line for each set: rows, shift, and where the options come from."""
+    """A line per set: rows, shift, and the source of its options."""
 
     def told(one: OpenSet) -> str:
         if scorer.classes is not None:
@@ -29,7 +29,7 @@ def told_sets(scorer: Scorer) -> list[str]:
 
 
 def lost_line(base: Mapping[str, SetScores], tuned: Mapping[str, SetScores], shifts: Mapping[str, bool]) -> str:
-    """One sentence: on which sets the tuned model is worse than the base."""
+    """A sentence naming the sets on which the tuned model is worse than the base."""
     lost: list[str] = []
     for name, before in base.items():
         after = tuned[name]
@@ -48,7 +48,7 @@ def lost_line(base: Mapping[str, SetScores], tuned: Mapping[str, SetScores], shi
 
 
 def score_table(columns: Mapping[str, Mapping[str, SetScores]], shifts: Mapping[str, bool]) -> list[str]:
-    """Lines of a Markdown table: a row for each set and measure, a column for each model."""
+    """Lines of a Markdown table: a row per set and measure, a column per model."""
     names = list(next(iter(columns.values())))
     lines = ["| set | measure | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for name in names:
@@ -65,5 +65,5 @@ def _cell(value: float | None) -> str:
 
 
 def shift_labels(sets: Sequence[OpenSet]) -> dict[str, bool]:
-    """Shift of every set by its name."""
+    """Shift of every set, by name."""
     return {one.name: one.shift for one in sets}

@@ -1,4 +1,4 @@
-"""Scores of one model on named sets: accuracy, loss and exact match of the answers, and a fixed general text; tables of them."""
+"""Scores of one model on named sets: accuracy, loss, exact match of answers, and the loss on a fixed general text."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _LAST_MARKS = re.compile(r"[\s.!?]+$")
 
 @dataclass(frozen=True, kw_only=True)
 class SetScores:
-    """How one model does on one set; None where the set does not allow the measure, or nobody asked for it."""
+    """A model's scores on one set; None if the set does not support the measure, or it was not requested."""
 
     rows: int
     loss: float
-    """Nats a trained token; of rewards' pairs and other kinds what their stage's proof measures."""
+    """Nats per trained token; for pairs and other kinds, the measure of their stage's proof."""
     accuracy: float | None = None
-    """Share of the rows whose right option is the likeliest."""
+    """Share of the rows whose correct option is the most likely."""
     exact_match: float | None = None
-    """Share of the rows whose greedy answer is the row's own, after `normalised`."""
+    """Share of the rows whose greedy answer equals the row's own, after `normalised`."""
 
     def to_json(self) -> dict[str, float | int | None]:
         return {
@@ -59,7 +59,7 @@ class SetScores:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenSet:
-    """A set that can be scored again and again."""
+    """A set that can be scored repeatedly."""
 
     name: str
     rows: PreparedRows
@@ -70,16 +70,16 @@ class OpenSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """All that a stage scores models by."""
+    """Everything that a stage scores models with."""
 
     context: Context
     runtime: Runtime
     sets: tuple[OpenSet, ...]
     classes: Classes | None = None
-    """What a classifier tells apart; None where a language model is scored."""
+    """A classifier's classes; None for language models."""
 
     def of(self, model: torch.nn.Module) -> dict[str, SetScores]:
-        """Scores by set, the general text last where the stage asks for it."""
+        """Scores by set, the general text last if the stage asks for it."""
         stage = cast("ScoringStage", self.context.stage)
         found = {one.name: scores_of(self, model, one) for one in self.sets}
         if stage.forgetting and self.classes is None:
@@ -88,9 +88,9 @@ class Scorer:
 
 
 def open_scorer(context: Context, runtime: Runtime) -> Scorer:
-    """Opens every prepared set of the stage, and says how many options each has. DataError where options do not fit.
+    """Open every prepared set of the stage, and report its number of options. DataError if options do not fit.
 
-    Where the stage starts from a classifier its classes are the options, and there is no general text to score.
+    If the stage starts from a classifier, its classes are the options, and there is no general text to score.
     """
     classes = None
     if context.start is not None and context.start.kind.startswith("classifier_"):
@@ -119,7 +119,7 @@ def field_of(context: Context, name: str) -> str:
 
 
 def scores_of(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScores:
-    """How a model does on a set, by the kind of its rows: the seam for other kinds of models."""
+    """A model's scores on a set, by the kind of its rows: the extension point for other kinds of models."""
     kind = one.rows.meta.kind
     if kind not in SCORERS or (kind == "class") != (scorer.classes is not None):
         raise DataError(
@@ -150,7 +150,7 @@ def _loss_alone(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScor
 
 
 def _class_scores(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScores:
-    """Of the labelled rows among the first ones; a number that is predicted has a loss alone."""
+    """Scores of the labelled among the first rows; numeric predictions have only a loss."""
     assert scorer.classes is not None, "other rows were refused"
     stage = cast("ScoringStage", scorer.context.stage)
     report = class_report(
@@ -181,7 +181,7 @@ def _loss(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> float:
 
 
 def _exact_match(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> float | None:
-    """None where it is not asked for, or rows bring no answer to compare with."""
+    """None if it was not requested, or rows have no answer to compare with."""
     stage = cast("ScoringStage", scorer.context.stage)
     if not stage.exact_match:
         return None
@@ -201,12 +201,12 @@ def _exact_match(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> float 
 
 
 def normalised(text: str) -> str:
-    """NFKC, without case, blanks joined to one, without `.`, `!`, `?` at the end: what exact match compares."""
+    """NFKC, case-folded, whitespace runs joined, without trailing `.`, `!`, `?`: what exact match compares."""
     return _LAST_MARKS.sub("", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
 
 
 def general_text_scores(context: Context, runtime: Runtime, model: torch.nn.Module) -> SetScores:
-    """Loss a token of the fixed text, in pieces of at most `data.max_length` tokens."""
+    """Loss per token of the fixed text, in pieces of at most `data.max_length` tokens."""
     stage = cast("ScoringStage", context.stage)
     core = core_tokenizer(load_facts(context.base_folder).core)
     ids = torch.tensor(core.encode(GENERAL_TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids)
@@ -222,5 +222,5 @@ def general_text_scores(context: Context, runtime: Runtime, model: torch.nn.Modu
 
 
 def standard_error(share: float | None, rows: int) -> float | None:
-    """Of a share of so many rows: sqrt(p (1-p) / n)."""
+    """Standard error of a share of this many rows: sqrt(p (1-p) / n)."""
     return None if share is None else math.sqrt(share * (1 - share) / rows)

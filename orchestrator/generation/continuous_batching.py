@@ -1,6 +1,6 @@
-"""transformers' continuous batching as the generator: a sequence that ends makes room for the next one at once.
+"""transformers' continuous batching as the generator: a finished sequence frees its slot for the next one at once.
 
-N sequences that get a token at a step, V vocabulary entries.
+N sequences that get a token in a step, V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from orchestrator.errors import TrainingFailed
 from orchestrator.generation.seeded_sampling import SeededDraws
 
 PAGE_TOKENS = 256
-"""Tokens of a page of the cache, as transformers has it by default."""
+"""Tokens per page of the cache; transformers' default."""
 NO_END = -1
 LONGEST_WAIT_SECONDS = 3600.0
 POLL_SECONDS = 1.0
 
 
 class _Sampler(ContinuousBatchingLogitsProcessor):
-    """Draws each sequence's token with its own noise, wherever it stands in the batch of the moment."""
+    """Samples each sequence's token with its own noise, at any position in the current batch."""
 
     supported_kwargs = {"place": int}  # noqa: RUF012 - the base class declares it so
     ignored_kwargs = ()
@@ -73,7 +73,7 @@ def generate_continuously(
     runtime: Runtime,
     end_ids: Sequence[int],
 ) -> list[tuple[list[int], list[float]]]:
-    """(new tokens, their log-probabilities) of every prompt, `generate_size` of them at a time. TrainingFailed where it breaks."""
+    """(new tokens, their log-probabilities) of every prompt, `generate_size` at a time; else TrainingFailed."""
     sampler = _Sampler(draws)
     with _in_the_trainers_precision(module, runtime):
         manager = module.init_continuous_batching(
@@ -112,7 +112,7 @@ def _collect(manager: Any, number: int) -> list[list[int]]:
 
 
 def _settings(prompts: Sequence[Sequence[int]], settings: RolloutConfig) -> ContinuousBatchingConfig:
-    """A cache for `generate_size` sequences and no more; what a captured graph or a second stream would reorder is off."""
+    """A cache for exactly `generate_size` sequences; no captured graph or second stream: they would reorder."""
     longest = max(len(prompt) for prompt in prompts) + settings.max_new_tokens
     pages = -(-longest // PAGE_TOKENS) + 1
     return ContinuousBatchingConfig(
@@ -130,7 +130,7 @@ def _settings(prompts: Sequence[Sequence[int]], settings: RolloutConfig) -> Cont
 
 @contextmanager
 def _in_the_trainers_precision(module: Any, runtime: Runtime) -> Generator[None]:
-    """The forward pass as the trainer computes it: the generator runs in a thread, where autocast would be off."""
+    """The forward pass in the trainer's precision: the generator runs in a thread, where autocast would be off."""
     original = module.forward
 
     def forward(*inputs: Any, **named: Any) -> Any:

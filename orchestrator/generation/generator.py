@@ -1,4 +1,4 @@
-"""Completions of prompts from a policy, the same for every number of ranks; the one seam where another generator can stand.
+"""Completions sampled from a policy, identical for any number of ranks; the interface that other generators implement.
 
 B sequences of one forward pass, V vocabulary entries.
 """
@@ -24,36 +24,36 @@ from orchestrator.metrics.phases import COMPLETIONS
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What the policy answered."""
+    """A completion sampled from the policy."""
 
     ids: tuple[int, ...]
-    """The end token is the last of them, where there is one."""
+    """Token ids; the end token, if there is one, comes last."""
     logprobs: tuple[float, ...]
-    """Of each token, as the generator computed them, at the sampling temperature."""
+    """Of each token, as computed by the generator, at the sampling temperature."""
     is_finished: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt, and what decides its randomness."""
+    """A prompt and the source of its randomness."""
 
     prompt: tuple[int, ...]
     seed: int
 
 
 class Generate(Protocol):
-    """Completions of this rank's requests, in their order. Every rank calls it, with as many requests as it likes."""
+    """Completions of this rank's requests, in order. Every rank calls it, with any number of requests."""
 
     def __call__(self, requests: Sequence[Request], settings: RolloutConfig) -> list[Completion]: ...
 
 
 def seed_of(*parts: object) -> int:
-    """A number fixed by these parts alone."""
+    """A number determined by these parts alone."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
 
 
 def end_ids_of(module: Any, folder: Path) -> list[int]:
-    """The tokens that end an answer: the model's own and the tokenizer's."""
+    """The tokens that end an answer, from the model's and the tokenizer's settings."""
     configured = module.generation_config.eos_token_id
     ends = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
     facts = load_facts(folder)
@@ -63,7 +63,7 @@ def end_ids_of(module: Any, folder: Path) -> list[int]:
 
 
 def make_generate(runtime: Runtime, model: torch.nn.Module, *, end_ids: Sequence[int], pad_id: int) -> Generate:
-    """transformers' generation with its key-value cache, on the weights that are being trained."""
+    """transformers' generation with its key-value cache, on the weights being trained."""
 
     def generate(requests: Sequence[Request], settings: RolloutConfig) -> list[Completion]:
         found: list[Completion] = []
@@ -141,7 +141,7 @@ def _completion(new: list[int], logprobs: list[float], end_ids: Sequence[int]) -
 
 
 class SeededSampler(LogitsProcessor):
-    """Leaves only the drawn token of each sequence possible, and keeps its log-probability."""
+    """Leaves only the sampled token of each sequence possible, and records its log-probability."""
 
     def __init__(self, draws: SeededDraws) -> None:
         self._draws = draws
@@ -156,7 +156,7 @@ class SeededSampler(LogitsProcessor):
 
 @contextmanager
 def whole_weights(runtime: Runtime, model: torch.nn.Module) -> Generator[Any]:
-    """The unwrapped module with whole weights on every rank: under ZeRO-3 gathered once, without its hooks at each layer."""
+    """The unwrapped module with whole weights on every rank; under ZeRO-3 gathered once, without per-layer hooks."""
     module: Any = runtime.accelerator.unwrap_model(model)
     engine: Any = model
     if not runtime.uses_deepspeed or engine.zero_optimization_stage() != 3:

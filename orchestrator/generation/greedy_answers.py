@@ -17,11 +17,11 @@ from orchestrator.rewards.builtin import Sample
 from orchestrator.run_state.stage_context import Context, training_stage
 
 Answers = Callable[[], list[Sample]]
-"""This rank's share of the held-out answers, rows rank, rank + ranks, ...; every rank calls it."""
+"""This rank's share of the held-out answers: rows rank, rank + ranks, ...; every rank calls it."""
 
 
 def greedy_answers(context: Context, runtime: Runtime, model: torch.nn.Module, held: PreparedRows) -> Answers:
-    """Greedy completions of the prompts of held-out rows; `row["answer"]` is the row's own answer where it has one."""
+    """Greedy completions of held-out prompts; `row["answer"]` is the row's own answer if it has one."""
     settings = training_stage(context).metrics
     rollout = RolloutConfig(
         prompts=settings.rows,

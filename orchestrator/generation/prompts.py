@@ -1,4 +1,4 @@
-"""The prompt of a prepared row, and what a reward or a metric may need of the row."""
+"""The prompt of a prepared row, and what rewards and metrics need of the row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.run_state.stage_context import Context
 
 
 def prompt_of(context: Context, rows: PreparedRows, index: int) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """(prompt ids, the row for rewards): of a set of prompts, or of a row with its answer, which is the reference then."""
+    """(prompt ids, row for rewards), from a prompt set or from a row with an answer, which then is the reference."""
     if rows.meta.kind == "prompt":
         prompt = rows.prompt(index)
         return prompt.ids, prompt.extra

@@ -1,4 +1,4 @@
-"""Completions as rewards and metrics see them."""
+"""Completions in the form that rewards and metrics receive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.run_state.stage_context import Context
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A completion as rewards see it."""
+    """A completion in the form that rewards receive."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -22,7 +22,7 @@ class Scored:
 
 
 def as_scored(context: Context, request: Request, completion: Completion, row: Mapping[str, Any]) -> Scored:
-    """Ids and texts of a completion."""
+    """A completion with ids and texts."""
     tokenizer = core_tokenizer(load_facts(context.base_folder).core)
     sample = Sample(
         prompt=tokenizer.decode(list(request.prompt), skip_special_tokens=True),

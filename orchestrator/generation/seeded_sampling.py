@@ -1,4 +1,4 @@
-"""Draws of tokens with a noise of each sequence's own, so that they do not depend on the batch. Must not know generators.
+"""Token sampling with separate noise for each sequence, hence independent of the batch. Must not know generators.
 
 N sequences, V vocabulary entries.
 """
@@ -14,7 +14,7 @@ from orchestrator.config.alignment import RolloutConfig
 
 
 class SeededDraws:
-    """Owns a generator a sequence. Each must get its tokens in their order."""
+    """Owns one random generator per sequence. Each sequence must get its tokens in order."""
 
     def __init__(self, seeds: Sequence[int], settings: RolloutConfig) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -26,7 +26,7 @@ class SeededDraws:
             self._warpers.append(TopPLogitsWarper(settings.top_p))
 
     def draw(self, scores_NV: torch.Tensor, places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(token, its log-probability at the temperature before top-p and top-k) of the sequences `places`, N each."""
+        """(token, its log-probability at the temperature before top-p and top-k) of sequences `places`, N each."""
         logits_NV = scores_NV.float() / (self._temperature or 1.0)
         kept_NV = logits_NV
         if self._temperature:
@@ -36,6 +36,6 @@ class SeededDraws:
         return chosen_N, logits_NV.log_softmax(dim=-1).gather(1, chosen_N[:, None])[:, 0]
 
     def _noise(self, places: Sequence[int], size: int) -> torch.Tensor:
-        """-log(-log(u)): the largest of logits + noise is a draw from their softmax (Gumbel-max)."""
+        """-log(-log(u)): the argmax of logits + noise is a sample from their softmax (Gumbel-max)."""
         uniform_NV = torch.stack([torch.rand(size, generator=self._generators[place]) for place in places])
         return -torch.log(-torch.log(uniform_NV.clamp(min=1e-20, max=1 - 1e-7)))

@@ -1,1 +1,1 @@
-"""Which losses and log-probabilities are there, as functions of tensors alone?"""
+"""Which losses and log-probabilities are computed from tensors alone?"""

@@ -1,7 +1,8 @@
-"""The loss head: from hidden states to log-probabilities in chunks, logits never whole; knows tensors only: must not import the rest.
+"""The loss head: log-probabilities from hidden states in chunks, never the whole logits; knows tensors only.
 
-K trained tokens, C of them in a chunk, L of these in a block, W hidden size, V vocabulary entries. A chunk is what is multiplied at once, a
-block what is scored at once, in at least fp32: on a CPU few rows, so that they stay in its cache. What it costs stands in estimate/loss_head.py.
+K trained tokens, C of them in a chunk, L of these in a block, W hidden size, V vocabulary entries. A chunk is one
+matrix product, a block is what is scored at once, in at least fp32: on a CPU few rows, so that they stay in its cache.
+For its cost see architecture/loss_head_chunks.py. Must not import the rest of the orchestrator.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ from orchestrator.losses.chunked_head_gradients import HeadGradients, scaled
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What happens to the products of hidden states and weights before they are logits, and what is asked for."""
+    """What happens to the products of hidden states and weights before they are logits, and what is requested."""
 
     softcap: float | None = None
     """Logits become softcap x tanh(logits / softcap), as in Gemma 2 (2408.00118)."""
     temperature: float = 1.0
     entropies: bool = False
     is_summed: bool = False
-    """The caller promises to sum the log-probabilities, whatever it multiplies the sum by: all have one gradient."""
+    """The caller promises to only sum the log-probabilities, with any factor: they share one gradient scale."""
     rows: int | None = None
     """Tokens of a chunk; None takes `chunk_rows`."""
     kernel: HeadKernel = "torch"
-    """Who may make the log-probabilities where another kernel than this module's takes what is asked for."""
+    """The kernel that computes the log-probabilities if it supports the request; otherwise this module does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """A product that the logits are a sum of: the head itself, or a low-rank adapter on it."""
+    """One of the products whose sum is the logits: the head itself, or a low-rank adapter on it."""
 
     hidden_KW: torch.Tensor
     weight_VW: torch.Tensor
@@ -44,10 +45,10 @@ class Term:
 def chunked_logprobs_K(
     terms: Sequence[Term], bias_V: torch.Tensor | None, targets_K: torch.Tensor, shape: Shape
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(log p of each target in nats, entropy of its distribution where asked for), K each, in at least fp32.
+    """(log p of each target in nats, entropy of its distribution if requested), K each, in at least fp32.
 
-    Logits are the sum of hidden_KW @ weight_VW.T over the terms, plus the bias. Differentiable in hidden states, weights
-    and bias, but for the entropies. Weights are used in the type of the hidden states.
+    Logits are the sum of hidden_KW @ weight_VW.T over the terms, plus the bias. Differentiable in hidden states,
+    weights and bias, except for the entropies. Weights are used in the dtype of the hidden states.
     """
     assert shape.temperature > 0, shape.temperature
     tensors = [term.hidden_KW for term in terms] + [term.weight_VW for term in terms]
@@ -56,9 +57,9 @@ def chunked_logprobs_K(
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Frozen weights, or log-probabilities that are summed: every gradient is made in the forward pass and scaled in the backward pass.
+    """With frozen weights or summed log-probabilities the forward pass makes all gradients, the backward scales them.
 
-    Trained weights else: the hidden states are kept, and the backward pass makes the logits again.
+    Otherwise (trained weights) the hidden states are kept, and the backward pass recomputes the logits.
     """
 
     @staticmethod
@@ -123,7 +124,7 @@ class _Run:
         self._slopes = None if shape.softcap is None else torch.empty_like(block)
 
     def forward(self, gradients: HeadGradients | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log-probabilities, entropies); the gradients of the negative log-probabilities' sum where there is room for them."""
+        """(log-probabilities, entropies); adds the gradients of the negative sum if `gradients` are given."""
         logprobs_K = self._targets_K.new_empty(len(self._targets_K), dtype=self._precise)
         entropies_K = logprobs_K.new_zeros(len(self._targets_K) if self._shape.entropies else 0)
         for chunk in self._chunks():
@@ -140,7 +141,7 @@ class _Run:
         return logprobs_K, entropies_K
 
     def backward(self, scale_K: torch.Tensor, gradients: HeadGradients) -> None:
-        """The logits once more, and the gradients of the negative log-probabilities' sum, each times its scale."""
+        """Recompute the logits and the gradients of the negative log-probabilities' sum, each times its scale."""
         for chunk in self._chunks():
             products_CV = self._products_CV(chunk)
             for rows in _parts(chunk.start, chunk.stop, self._block_rows):
@@ -152,7 +153,7 @@ class _Run:
         return _parts(0, len(self._targets_K), max(1, len(self._products)))
 
     def _products_CV(self, chunk: slice) -> torch.Tensor:
-        """Hidden states by weights, in the compute type and in one room for all chunks."""
+        """Hidden states times weights, in the compute dtype, in one buffer shared by all chunks."""
         (hidden_KW, *more), (weight_VW, *others) = self.hiddens, self.weights
         products_CV = torch.mm(hidden_KW[chunk], weight_VW.t(), out=self._products[: chunk.stop - chunk.start])
         for other_KW, other_VW in zip(more, others, strict=True):
@@ -162,13 +163,13 @@ class _Run:
         return products_CV
 
     def _scored(self, products_CV: torch.Tensor, chunk: slice, rows: slice) -> _Scored:
-        """What a block of rows says of its targets. Takes the products' place where they are precise enough."""
+        """Score the targets of a block of rows. Overwrites the products if they are precise enough."""
         block = slice(rows.start - chunk.start, rows.stop - chunk.start)
         logits_LV, slope_LV = self._logits_LV(products_CV[block])
         targets_L1 = self._targets_K[rows].unsqueeze(1)
         target_L1, most_L1 = logits_LV.gather(1, targets_L1), logits_LV.amax(1, keepdim=True)
         p_LV = torch.softmax(logits_LV, 1, out=self._probabilities[: len(logits_LV)])
-        likeliest_L1 = p_LV.amax(1, keepdim=True).log()  # log p of any other is less by what its logit is less
+        likeliest_L1 = p_LV.amax(1, keepdim=True).log()  # any other log p differs by the difference of the logits
         logprobs_L = (target_L1 - most_L1 + likeliest_L1).squeeze(1)
         entropies_L = None
         if self._shape.entropies:
@@ -176,7 +177,7 @@ class _Run:
         return _Scored(block, targets_L1, logprobs_L, entropies_L, p_LV, slope_LV)
 
     def _logits_LV(self, products_LV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits in at least fp32; the derivative of the capped logits where they are capped."""
+        """Logits in at least fp32; with a soft cap, also the derivative of the capped logits."""
         logits_LV, slope_LV = products_LV, None
         if self._logits is not None:
             logits_LV = self._logits[: len(products_LV)].copy_(products_LV)
@@ -192,7 +193,7 @@ class _Run:
     def _keep_gradient(
         self, scored: _Scored, products_CV: torch.Tensor, gradients: HeadGradients, scale_L1: torch.Tensor | None = None
     ) -> None:
-        """Puts the gradient of -log p by the products, p - (1 at the target), into the products' place."""
+        """Overwrite the products with the gradient of -log p by them: p - (1 at the target)."""
         by_logits_LV = scored.p_LV
         by_logits_LV.scatter_add_(1, scored.targets_L1, by_logits_LV.new_full((), -1).expand_as(scored.targets_L1))
         if scale_L1 is not None:
@@ -207,7 +208,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Scored:
-    """A block of L tokens of a chunk: log-probabilities and entropies, and what the gradient is made of."""
+    """A block of L tokens of a chunk: log-probabilities, entropies, and the inputs of the gradient."""
 
     block: slice
     targets_L1: torch.Tensor

@@ -1,4 +1,4 @@
-"""The gradients that the chunked loss head keeps: of -log p, by bias, hidden states and weights; knows tensors only.
+"""The gradients kept by the chunked loss head: of -log p by bias, hidden states and weights; knows tensors only.
 
 K trained tokens, C of them in a chunk, L of these in a block, W hidden size, V vocabulary entries.
 """
@@ -11,9 +11,9 @@ import torch
 
 
 def scaled(gradients: Sequence[torch.Tensor | None], scale_K: torch.Tensor) -> list[torch.Tensor | None]:
-    """Those of bias, hidden states, weights, which are of -log p: by each token's scale, and sums over tokens by the one scale of all.
+    """Gradients of -log p by bias, hidden states, weights: scaled per token, or by one scale where summed over tokens.
 
-    The sums are scaled where they stand: autograd refuses a second backward pass over them.
+    The sums are scaled in place: autograd refuses a second backward pass over them.
     """
     bias_V, *pairs = gradients
     hiddens, weights = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
@@ -30,7 +30,7 @@ def scaled(gradients: Sequence[torch.Tensor | None], scale_K: torch.Tensor) -> l
 
 
 class HeadGradients:
-    """Room for the gradients that are asked for, and how a chunk of tokens adds to them; sums over tokens in at least fp32."""
+    """Buffers for the requested gradients, to which each chunk of tokens is added; sums over tokens in fp32 or more."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class HeadGradients:
         hiddens: Sequence[torch.Tensor],
         weights: Sequence[torch.Tensor],
     ) -> None:
-        """`needs` of the bias, of every hidden and of every weight."""
+        """`needs`: whether the bias, every hidden state and every weight need a gradient."""
         compute = hiddens[0].dtype
         precise, number = torch.promote_types(compute, torch.float32), len(hiddens)
         self._hiddens, self._weights = hiddens, weights
@@ -62,7 +62,7 @@ class HeadGradients:
             self._bias_V += by_logits_LV.sum(0)
 
     def add(self, chunk: slice, by_products_CV: torch.Tensor) -> None:
-        """Takes the gradient of the negative log-probabilities by the products of a chunk, in the compute type."""
+        """Add the gradient of the negative log-probabilities by the products of a chunk, in the compute dtype."""
         for place, hidden_KW in enumerate(self._hiddens):
             if (gradient_KW := self._by_hidden[place]) is not None:
                 torch.mm(by_products_CV, self._weights[place], out=gradient_KW[chunk])
@@ -70,7 +70,7 @@ class HeadGradients:
                 _add_product(gradient_VW, by_products_CV.t(), hidden_KW[chunk], self._scratch[place])
 
     def as_types_of(self, bias_V: torch.Tensor | None, weights: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Of the bias, of every hidden and of every weight, each in the type of what it is the gradient of."""
+        """Gradients of the bias, of every hidden state and of every weight, each in the dtype of its tensor."""
         types = [None if bias_V is None else bias_V.dtype, *(hidden.dtype for hidden in self._hiddens)]
         types += [weight.dtype for weight in weights]
         found = [self._bias_V, *self._by_hidden, *self._by_weight]
@@ -80,7 +80,7 @@ class HeadGradients:
 def _add_product(
     sum_VW: torch.Tensor, left_VC: torch.Tensor, right_CW: torch.Tensor, scratch_VW: torch.Tensor | None
 ) -> None:
-    """sum_VW += left_VC @ right_CW, through a scratch of the factors' type where that is not the sum's."""
+    """sum_VW += left_VC @ right_CW, through a buffer of the factors' dtype if that is not the sum's."""
     if scratch_VW is None:
         sum_VW.addmm_(left_VC, right_CW)
     else:

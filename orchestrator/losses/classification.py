@@ -9,12 +9,12 @@ import torch
 from orchestrator.config.classification import Problem
 
 SMALLEST_DISTANCE_SQUARED = 1e-12
-"""The root of a smaller one has no usable gradient."""
+"""The root of a smaller value has no usable gradient."""
 
 
 def class_losses_D(logits_DC: torch.Tensor, targets: torch.Tensor, *, problem: Problem) -> torch.Tensor:
-    """Loss of each document in nats (or squared units): cross-entropy with class numbers; the mean over classes of binary
-    cross-entropies with 0 and 1 (D x C); the squared difference to a number, with C = 1.
+    """Loss of each document in nats (or squared units): cross-entropy for class indices; mean over classes of binary
+    cross-entropies for 0 and 1 (D x C); the squared difference for a number, with C = 1.
     """
     match problem:
         case "single_label":
@@ -52,7 +52,7 @@ def uniform_divergence_D(logits_DC: torch.Tensor) -> torch.Tensor:
 def contrastive_loss(features_DW: torch.Tensor, classes_D: torch.Tensor, *, margin: float) -> torch.Tensor:
     """R1: the mean over pairs i != j of W_ij d_ij^2 + (1 - W_ij) max(0, margin - d_ij)^2, W_ij = 1 where the pseudo-classes
     are the same (2010.07835, section 4.2); d_ij^2 is the mean over the width of squared differences, as in the authors' code.
-    0 where there is no pair.
+    0 if there is no pair.
     """
     count = len(features_DW)
     if count < 2:

@@ -1,4 +1,4 @@
-"""Liger's fused linear cross-entropy (2410.10989) as a kernel of the loss head, for sums of log-probabilities; must not import models.
+"""Liger's fused linear cross-entropy (2410.10989) as a loss-head kernel, for summed log-probabilities. Knows no model.
 
 K trained tokens, W hidden size, V vocabulary entries.
 """
@@ -15,9 +15,9 @@ from orchestrator.losses.token_logprobs import IGNORED
 
 
 def takes(terms: Sequence[Term], targets_K: torch.Tensor, shape: Shape) -> bool:
-    """Whether it computes what is asked for, on the device where it is asked: a sum, of one product, of tokens as they were.
+    """Whether the kernel supports the request on this device: a sum, of one product, at temperature 1, no entropies.
 
-    Triton reaches GPUs, and other devices where it interprets its kernels; Liger divides by the number of tokens.
+    Triton runs on GPUs, and elsewhere only where it interprets its kernels; Liger divides by the number of tokens.
     """
     return (
         shape.kernel == "liger"
@@ -33,10 +33,10 @@ def takes(terms: Sequence[Term], targets_K: torch.Tensor, shape: Shape) -> bool:
 def summed_logprobs_K(
     term: Term, bias_V: torch.Tensor | None, targets_K: torch.Tensor, softcap: float | None
 ) -> torch.Tensor:
-    """K numbers in fp32 whose *sum* is that of the targets' log-probabilities in nats: all of it stands at the first.
+    """K numbers in fp32 whose *sum* is that of the targets' log-probabilities in nats: the first holds all of it.
 
-    Weight and bias are used in the type of the hidden states; the gradient of a trained weight is summed in fp32, a frozen
-    one gets none.
+    Weight and bias are used in the dtype of the hidden states; the gradient of a trained weight is summed in fp32, a
+    frozen one gets none.
     """
     from liger_kernel.transformers.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]  # needs a GPU
         LigerFusedLinearCrossEntropyLoss,
@@ -47,7 +47,7 @@ def summed_logprobs_K(
     bias_V = None if bias_V is None else bias_V.to(hidden_KW.dtype)
     trains_head = weight_VW.requires_grad or (bias_V is not None and bias_V.requires_grad)
     if trains_head and torch.is_grad_enabled() and not hidden_KW.requires_grad:
-        # Liger makes the head's gradients only beside those of hidden states: without this a head trained alone stands still
+        # Liger makes the head's gradients only along with those of hidden states: a head trained alone would get none
         hidden_KW = hidden_KW.detach().requires_grad_()
     kernel = LigerFusedLinearCrossEntropyLoss(
         ignore_index=IGNORED,

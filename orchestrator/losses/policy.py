@@ -13,7 +13,7 @@ KlEstimator = Literal["k1", "k2", "k3"]
 """See `kl_BT`."""
 
 Aggregation = Literal["token", "sequence", "constant"]
-"""How the losses of tokens make one loss; see `aggregate_sum`."""
+"""How the losses of tokens are aggregated; see `aggregate_sum`."""
 
 
 def kl_BT(logprobs_BT: torch.Tensor, reference_BT: torch.Tensor, *, kind: KlEstimator) -> torch.Tensor:
@@ -38,10 +38,10 @@ def policy_token_losses_BT(
     clip_low: float,
     clip_high: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), and a mask of the tokens that are clipped.
+    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), and a mask of the clipped tokens.
 
     PPO (1707.06347, eq. 7), with two bounds as in DAPO (2503.14476, eq. 8); ratio = p / p_old of the token. A clipped
-    token has no gradient: the ratio has already left the bounds in the direction that the advantage asks for.
+    token has no gradient: the ratio has already left the bounds in the direction in which the advantage points.
     """
     ratio_BT = torch.exp(logprobs_BT - old_logprobs_BT)
     advantages_B1 = advantages_B.unsqueeze(1)
@@ -55,11 +55,11 @@ def policy_token_losses_BT(
 def aggregate_sum(
     losses_BT: torch.Tensor, mask_BT: torch.Tensor, *, kind: Aggregation, max_new_tokens: int
 ) -> torch.Tensor:
-    """A micro-batch's part of the loss, before its division by `weight`: parts of any split add up to the same sum.
+    """A micro-batch's part of the loss, before its division by `weight`: the parts of any split add up to the same sum.
 
     mask_BT: true on completion tokens. token: sum over tokens (DAPO, 2503.14476, eq. 8). sequence: sum over sequences
     of the mean over their tokens (GRPO, 2402.03300, eq. 3). constant: sum over tokens / max_new_tokens (Dr. GRPO,
-    2503.20783), which only this kind reads. A sequence without tokens adds 0.
+    2503.20783), the only kind that uses it. A sequence without tokens adds 0.
     """
     losses_B = losses_BT.masked_fill(~mask_BT, 0.0).sum(dim=1)
     if kind == "sequence":
@@ -70,8 +70,8 @@ def aggregate_sum(
 
 
 def weight(kind: Aggregation, *, num_tokens: int, num_sequences: int) -> int:
-    """What the sum of `aggregate_sum` over all micro-batches and ranks is divided by; at least 1.
+    """The divisor of the sum of `aggregate_sum` over all micro-batches and ranks; at least 1.
 
-    Both numbers are of the *global* batch: true places of the masks, and sequences without the fillers.
+    Both numbers are of the *global* batch: true positions of the masks, and sequences without the fillers.
     """
     return max(num_tokens if kind == "token" else num_sequences, 1)

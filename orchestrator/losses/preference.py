@@ -1,6 +1,6 @@
-"""Losses of preferences and of reward models; knows tensors only: must not import the rest of the orchestrator.
+"""Losses for preferences and reward models; knows tensors only: must not import the rest of the orchestrator.
 
-N pairs (or rows, in KTO), D documents. Every function returns one loss a pair; the caller sums them and divides by the
+N pairs (or rows, in KTO), D documents. Every function returns a loss per pair; the caller sums them, divides by the
 pairs of the *global* batch, so that the gradient does not depend on how that batch is split.
 """
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True, slots=True)
 class PairLogprobs:
-    """What one model gives to the answers of N pairs."""
+    """What one model assigns to the answers of N pairs."""
 
     chosen_N: torch.Tensor
     """log p(answer | prompt) in nats: summed over the answer's tokens."""
@@ -24,13 +24,13 @@ class PairLogprobs:
     rejected_tokens_N: torch.Tensor
 
     def per_token(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean log-probability of a token: chosen_N, rejected_N; an answer without tokens has 0."""
+        """Mean log-probability per token: chosen_N, rejected_N; 0 for an answer without tokens."""
         return self.chosen_N / self.chosen_tokens_N.clamp(min=1), self.rejected_N / self.rejected_tokens_N.clamp(min=1)
 
 
 @dataclass(frozen=True, slots=True)
 class ImplicitRewards:
-    """The rewards that a policy defines by itself; none carries a gradient."""
+    """The rewards that a policy implicitly defines, without gradients."""
 
     chosen_N: torch.Tensor
     rejected_N: torch.Tensor
@@ -115,13 +115,13 @@ def kto_N(
 def bradley_terry_N(
     chosen_N: torch.Tensor, rejected_N: torch.Tensor, *, margin_N: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """-log sigmoid(r_chosen - r_rejected - margin): a reward model's loss (Llama 2, 2307.09288, eq. 2; 0 is no margin)."""
+    """-log sigmoid(r_chosen - r_rejected - margin): a reward model loss (Llama 2, 2307.09288, eq. 2; 0: no margin)."""
     difference_N = chosen_N - rejected_N
     return -functional.logsigmoid(difference_N if margin_N is None else difference_N - margin_N)
 
 
 def centring_N(chosen_N: torch.Tensor, rejected_N: torch.Tensor) -> torch.Tensor:
-    """(r_chosen + r_rejected)^2, which keeps a reward model's scores about 0 (2312.09244)."""
+    """(r_chosen + r_rejected)^2, which keeps a reward model's scores centred at 0 (2312.09244)."""
     return (chosen_N + rejected_N).square()
 
 
@@ -137,6 +137,6 @@ def _margin_N(policy: PairLogprobs, reference: PairLogprobs) -> torch.Tensor:
 
 
 def _log_odds_N(logprobs_N: torch.Tensor) -> torch.Tensor:
-    """log P / (1 - P); a P that rounds to 1 is held one step below, where its odds are finite."""
+    """log P / (1 - P); a P that rounds to 1 is clamped one step below, where its odds are finite."""
     below_one_N = logprobs_N.clamp(max=-torch.finfo(logprobs_N.dtype).eps)
     return below_one_N - torch.log(-torch.expm1(below_one_N))

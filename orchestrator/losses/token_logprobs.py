@@ -15,13 +15,13 @@ IGNORED = -100
 """Label of a position that is not a target."""
 
 ENTROPY_ROWS = 512
-"""Rows of the vocabulary's size whose softmax is held at a time."""
+"""Number of vocabulary-sized rows whose softmax is in memory at a time."""
 
 
 def places_of(labels_BT: torch.Tensor) -> torch.Tensor:
-    """places_K of the labelled tokens in the flattened labels, first positions left out.
+    """Positions `places_K` of the labelled tokens in the flattened labels, without first positions.
 
-    On a GPU this waits for the device: batches make it before they go there.
+    On a GPU this waits for the device: batches compute it before they are moved there.
     """
     labelled_BT = labels_BT != IGNORED
     labelled_BT[:, 0] = False
@@ -29,7 +29,7 @@ def places_of(labels_BT: torch.Tensor) -> torch.Tensor:
 
 
 class Place(Protocol):
-    """Tokens start..stop of sequence `sequence`, as `Span` in data/rows.py has them."""
+    """Tokens start..stop of sequence `sequence`, as `Span` in dataloader/batch.py has them."""
 
     @property
     def sequence(self) -> int: ...
@@ -42,8 +42,8 @@ class Place(Protocol):
 def token_logprobs_BT(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
     """log p(token t | tokens before t) in nats at position t; 0 where the label is -100, and at position 0.
 
-    At least fp32 whatever the logits are, of which only the labelled rows are copied. The logits at t - 1 predict t,
-    and are divided by the temperature that the tokens were sampled with.
+    In at least fp32 for logits of any dtype; only their labelled rows are copied. The logits at t - 1 predict t,
+    and are divided by the temperature at which the tokens were sampled.
     """
     labelled_BT, logits_KV = _labelled_rows(logits_BTV, labels_BT, temperature)
     logprobs_K = -functional.cross_entropy(logits_KV, labels_BT[labelled_BT], reduction="none")
@@ -52,7 +52,7 @@ def token_logprobs_BT(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, *, temp
 
 @torch.no_grad()
 def token_entropies_BT(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
-    """Entropy in nats of the distribution that token t was drawn from, at position t; 0 where `token_logprobs_BT` is.
+    """Entropy in nats of the distribution that token t was sampled from, at position t; 0 where `token_logprobs_BT` is.
 
     Carries no gradient.
     """
@@ -63,7 +63,7 @@ def token_entropies_BT(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, *, tem
 
 
 def sums_by_document(values_BT: torch.Tensor, documents: Sequence[Place]) -> torch.Tensor:
-    """values_D: the sum of each document's values. Part of the graph even where a batch has no document."""
+    """values_D: the sum of each document's values. Part of the graph even if a batch has no document."""
     if not documents:
         return values_BT.reshape(-1)[:0]
     return torch.stack([values_BT[place.sequence, place.start : place.stop].sum() for place in documents])
@@ -72,7 +72,7 @@ def sums_by_document(values_BT: torch.Tensor, documents: Sequence[Place]) -> tor
 def _labelled_rows(
     logits_BTV: torch.Tensor, labels_BT: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the labelled tokens stand, and the rows of logits that predict them, in at least fp32."""
+    """Positions of the labelled tokens, and the rows of logits that predict them, in at least fp32."""
     assert temperature > 0, temperature
     labelled_BT = labels_BT != IGNORED
     labelled_BT[:, 0] = False

@@ -1,4 +1,4 @@
-"""Merges an adapter into its base, measures what that changed, and writes a folder that anybody can load and publish."""
+"""Merges an adapter into its base, measures the change, and writes a folder that anyone can load and publish."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way of merging, and what it cost."""
+    """A merge method and its measured effect."""
 
     name: str
     kl: float
     """Mean KL(trained || merged), in nats a token."""
     agreement: float
-    """Share of the tokens for which both would choose the same next one."""
+    """Share of the tokens for which both predict the same next token."""
     loss: float
-    """Of the trained tokens (of all, where none is), by the merged model."""
+    """Loss of the merged model on the trained tokens (on all, if none is trained)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is merged: an adapter and its base, or a full model that only changes its place."""
+    """What is merged: an adapter with its base, or a full model that is only relocated."""
 
     config: RunConfig
     base_folder: Path
@@ -54,7 +54,7 @@ class Source:
 def merge(
     source: Source, rows: PreparedRows, runtime: Runtime, *, limit: int, micro_size: int, say: Say
 ) -> tuple[Any, Way, list[Way]]:
-    """The merged model, how it was merged, and every way that was measured; the one with the smallest KL is taken."""
+    """The merged model, how it was merged, and all measured methods; the one with the smallest KL is used."""
     batches = [
         rows.batch(list(range(first, min(first + micro_size, limit, rows.rows)))).to(runtime.device)
         for first in range(0, min(limit, rows.rows), micro_size)
@@ -75,14 +75,14 @@ def merge(
 
 
 def write_merged(model: Any, folder: Path, *, source: Source, card: str, facts: Mapping[str, Any]) -> None:
-    """Model in `model.dtype`, tokenizer and card beside `folder`, then renamed. Raises CheckpointError where they do not fit."""
+    """Write model (in `model.dtype`), tokenizer and card, then rename. CheckpointError if they do not match."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     model.config.use_cache = True
     model.save_pretrained(temporary)
     for name in COMPANIONS:
-        # The artifact's own files first: its chat template is the one that training used.
+        # Prefer the artifact's own files: its chat template is the one used in training.
         found = next(
             (folder / name for folder in (source.artifact, source.base_folder) if (folder / name).is_file()), None
         )
@@ -100,7 +100,7 @@ def write_merged(model: Any, folder: Path, *, source: Source, card: str, facts: 
 
 
 def fit_problems(folder: Path, model: Any) -> list[str]:
-    """What does not fit between tokenizer, vocabulary and tied weights of a written folder."""
+    """Inconsistencies between tokenizer, vocabulary and tied weights of a written folder."""
     problems: list[str] = []
     rows = model.get_input_embeddings().weight.shape[0]
     tokenizer = folder / "tokenizer.json"
@@ -131,7 +131,7 @@ def _trained(source: Source) -> torch.nn.Module:
 
 
 def _merged_dense(source: Source) -> Any:
-    """Into the base as it was published; added in fp32 and rounded once."""
+    """Merge into the published base; added in fp32 and rounded once."""
     dense = source.config.model_copy(update={"quantization": NoQuantization(scheme="none")})
     if not source.config.tuning.is_adapter:
         return open_artifact(
@@ -141,7 +141,7 @@ def _merged_dense(source: Source) -> Any:
 
 
 def _merged_dequantised(source: Source) -> Any:
-    """Into the weights that training saw: the 4-bit base, dequantised."""
+    """Merge into the weights seen in training: the dequantised 4-bit base."""
     import bitsandbytes.functional as bnb
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -164,7 +164,7 @@ def _with_adapter(base: Any, source: Source) -> Any:
     model: Any = open_adapter(base, source.artifact)
     merged = model.merge_and_unload(safe_merge=True)
     merged.config.dtype = DTYPES[source.config.model.dtype]
-    for parameter in merged.parameters():  # the parameters alone: 16-bit rotary frequencies are another model
+    for parameter in merged.parameters():  # parameters only: rotary frequencies in 16 bits would change the model
         parameter.data = parameter.data.to(DTYPES[source.config.model.dtype])
     return merged.eval()
 

@@ -1,9 +1,9 @@
-"""Weighted sums of fine-tuned models of one base, in the place of one of them: whole weights, or adapters of it.
+"""Weighted sums of fine-tuned models of one base, as a single model: from whole weights or adapters.
 
-A blend gives every ingredient a weight w_i, and the base the rest, 1 - sum w_i:
+A blend gives every ingredient a weight w_i, and the base the remainder, 1 - sum w_i:
 theta = theta_0 + sum_i w_i (theta_i - theta_0), with theta_i - theta_0 = s_i B_i A_i for an adapter. A sum of such products is
-one product of concatenated factors, [w_1 s_1 B_1 ... w_n s_n B_n] [A_1; ...; A_n], exactly, with the ranks added up; the mean of
-the factors would be another model.
+one product of concatenated factors, [w_1 s_1 B_1 ... w_n s_n B_n] [A_1; ...; A_n], exactly, with added ranks; averaging
+the factors would yield a different model.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Blend(Protocol):
-    """A model whose weights are set again and again."""
+    """A model whose blend weights can be changed repeatedly."""
 
     model: torch.nn.Module
 
     def put(self, weights: Sequence[float]) -> None:
-        """Gives the ingredients these weights, in their order, and the base the rest."""
+        """Give the ingredients these weights, in order, and the base the remainder."""
         ...
 
 
 def open_blend(context: Context, ingredients: Sequence[Start]) -> Blend:
-    """The ingredients of a context's stage as a model; CheckpointError where they do not fit each other."""
+    """The ingredients of a stage as one model; CheckpointError if they do not match each other."""
     config, base_folder = context.config, context.base_folder
     if makes_classifier(config, context.name):
         return classifier_blend(config, base_folder, ingredients)
@@ -56,14 +56,14 @@ def open_blend(context: Context, ingredients: Sequence[Start]) -> Blend:
 
 
 def whole_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[Start]) -> WholeBlend:
-    """Whole language models."""
+    """A blend of whole language models."""
     dtype = DTYPES[config.model.dtype]
     base = _parameters(load_model(base_folder, config, weights_dtype=dtype))
     return WholeBlend(base, lambda folder: open_model(folder, config, dtype, packed=False), ingredients)
 
 
 def classifier_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[Start]) -> WholeBlend:
-    """Whole classifiers, whose weights in the blend add up to 1: the base has no head for their classes."""
+    """A blend of whole classifiers, with weights that add up to 1: the base has no head for their classes."""
     _refuse_other_classes(ingredients)
 
     def opened(folder: Path) -> torch.nn.Module:
@@ -74,7 +74,7 @@ def classifier_blend(config: RunConfig, base_folder: Path, ingredients: Sequence
 
 
 class WholeBlend:
-    """Owns a whole model, and the weights of base and ingredients in the host's memory."""
+    """Owns a whole model, and the weights of base and ingredients in host memory."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class WholeBlend:
         open_it: Callable[[Path], torch.nn.Module],
         ingredients: Sequence[Start],
     ) -> None:
-        """Without a base (a classifier's head is not in it) the first ingredient stands in its place, and weights add up to 1."""
+        """Without a base (it has no classifier head) the first ingredient replaces it, and weights add up to 1."""
         self._ingredients: list[Tensors] = []
         for ingredient in ingredients:
             self.model = open_it(ingredient.folder)
@@ -99,7 +99,7 @@ class WholeBlend:
 
 
 class AdapterBlend:
-    """Owns a base with one adapter, whose rank is the sum of the ingredients'."""
+    """Owns a base with one adapter, whose rank is the sum of the ingredients' ranks."""
 
     def __init__(self, config: RunConfig, base_folder: Path, ingredients: Sequence[Start]) -> None:
         from peft import PeftConfig, get_peft_model
@@ -121,7 +121,7 @@ class AdapterBlend:
         load_adapter_weights(self.model, self._joined(weights), source="the blend")
 
     def _joined(self, weights: Sequence[float]) -> Tensors:
-        """The factors of the weighted sum: A's below each other, B's beside each other with weight and scale."""
+        """The factors of the weighted sum: the A's stacked, the B's concatenated with weight and scale applied."""
         joined: Tensors = {}
         for name in self._adapters[0].tensors:
             parts = [adapter.tensors[name] for adapter in self._adapters]
@@ -144,7 +144,7 @@ class _Adapter:
 
 
 def weighted(base: torch.Tensor, ingredients: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """base + sum_i w_i (ingredient_i - base) in fp32; to the bit an ingredient of weight 1 beside zeros, and where all are equal."""
+    """base + sum_i w_i (ingredient_i - base) in fp32; bit-exact for one weight of 1 among zeros, or all equal."""
     if list(weights).count(0.0) == len(weights) - 1 and 1.0 in weights:
         return ingredients[list(weights).index(1.0)]
     start = base.float()
@@ -154,7 +154,7 @@ def weighted(base: torch.Tensor, ingredients: Sequence[torch.Tensor], weights: S
 
 
 def _parameters(model: torch.nn.Module) -> Tensors:
-    """Copies on the host, by name; a tied matrix stands once."""
+    """Host copies by name; a tied matrix occurs once."""
     return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
 
 
@@ -176,7 +176,7 @@ def _is_factor(name: str) -> bool:
 
 
 def _refuse_other_classes(ingredients: Sequence[Start]) -> None:
-    """CheckpointError where two classifiers tell other things apart."""
+    """Raise CheckpointError if two classifiers have different classes."""
     classes = [read_classes(one.folder) for one in ingredients]
     for one, theirs in zip(ingredients, classes, strict=True):
         if theirs != classes[0]:
@@ -187,7 +187,7 @@ def _refuse_other_classes(ingredients: Sequence[Start]) -> None:
 
 
 def _refuse_others(ingredient: Start, own: Mapping[str, torch.Tensor], first: Tensors, *, shapes: bool = True) -> None:
-    """CheckpointError where the names (and shapes) of two ingredients are not the same."""
+    """Raise CheckpointError if the names (and shapes) of two ingredients differ."""
     different = sorted(own.keys() ^ first.keys())
     different += [name for name in own.keys() & first.keys() if shapes and own[name].shape != first[name].shape]
     if different:

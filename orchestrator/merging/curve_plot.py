@@ -1,4 +1,4 @@
-"""Accuracy over the interpolation's a as a picture, where matplotlib is installed."""
+"""A plot of accuracy over the interpolation weight a, if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.merging.selection import Scores
 def draw_curves(
     path: Path, alphas: Sequence[float], scores: Sequence[Scores], *, shifts: Mapping[str, bool], chosen: float
 ) -> str:
-    """Writes a PNG with a line for each set, dashed where it has shift; the sentence that tells where it is, or how to get it."""
+    """Write a PNG with a line per set, dashed for shifted sets; return a sentence on where it is, or how to get it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""Makes a publishable folder of a finished stage: `python -m orchestrator.merging.export RUN/run.json --stage S --to FOLDER`."""
+"""Exports a finished stage: `python -m orchestrator.merging.export RUN/run.json --stage S --to FOLDER`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MICRO_SIZE = 4
 
 
 def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_kl: float, phases: Phases) -> Way:
-    """Merges, measures, writes and proves; CheckpointError where the merge changed the model by more than `max_kl`."""
+    """Merge, measure, write and prove; CheckpointError if the merge changed the model by more than `max_kl`."""
     artifact = read_artifact(run, stage)
     base_folder = find_base_folder(config, run, stage)
     rows = PreparedRows.open(find_rows(config, run, stage, base_folder=base_folder))
@@ -63,7 +63,7 @@ def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_k
 
 
 def _prove(config: RunConfig, target: Path, rows: PreparedRows, runtime: Runtime, way: Way) -> None:
-    """Reads the folder back from the disk and scores it again."""
+    """Read the folder back from disk and score it again."""
     read_manifest(target)
     model = open_model(target, config, DTYPES[config.model.dtype], packed=False).to(runtime.device)  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
     scored = evaluate(runtime, model, prompt_objective(runtime), rows, micro_size=MICRO_SIZE, limit=ROWS)

@@ -1,4 +1,4 @@
-"""The end of an interpolation or a soup: write the chosen blend, prove it in a fresh process, and only then its result."""
+"""The end of an interpolation or a soup: write the chosen blend, prove it in a fresh process, then write the result."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Share:
 def finish_blend(
     context: Context, runtime: Runtime, record: Record, shares: Sequence[Share], *, summary: Mapping[str, Any]
 ) -> int:
-    """Makes the blend anew of what has weight in it, writes, proves and reports; the exit code."""
+    """Rebuild the blend from the ingredients with weight in it, write, prove and report; return the exit code."""
     context.phases.begin(phase.WRITING, unit=phase.ROWS)  # it is scored once more, as the proof will score it
     used = [share for share in shares if share.weight] or list(shares[:1])
     blend = open_blend(context, [share.ingredient for share in used])
@@ -82,7 +82,7 @@ def _write(context: Context, model: torch.nn.Module, used: Sequence[Share], reco
 
 
 def _write_expectation(context: Context, runtime: Runtime, model: torch.nn.Module) -> None:
-    """What the proof must find again, scored as the proof scores: all in `model.dtype`."""
+    """Write what the proof must reproduce, scored in the proof's way: all in `model.dtype`."""
     config, stage = context.config, cast("ScoringStage", context.stage)
     if config.quantization.scheme == "none":
         model.to(DTYPES[config.model.dtype])

@@ -1,4 +1,4 @@
-"""Which blend of models is kept, by its scores on the sets named for choosing. Pure; knows no model."""
+"""Which blend of models is kept, by its scores on the selection sets. Pure; knows no model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Scores = Mapping[str, SetScores]
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """One of the blends, by its number, and why it was taken."""
+    """The chosen blend, by index, and the reason."""
 
     number: int
     why: str
 
 
 def choose_blend(stage: InterpolateStage, scores: Sequence[Scores], shifts: Mapping[str, bool]) -> Chosen:
-    """The number of the value of `alphas` that the stage's rule keeps; equal ones: the better on the other sets, then the larger a.
+    """The index in `alphas` that the stage's rule keeps; ties: the better on the other sets, then the larger a.
 
-    DataError where a set for choosing has no accuracy.
+    DataError if a selection set has no accuracy.
     """
     inside = [goodness(stage, one, _kind(stage, shifts, shift=False)) for one in scores]
     outside = [goodness(stage, one, _kind(stage, shifts, shift=True)) for one in scores]
@@ -46,9 +46,9 @@ def choose_blend(stage: InterpolateStage, scores: Sequence[Scores], shifts: Mapp
 def greedy_members(
     stage: ChoosingStage, alone: Sequence[Scores], score: Callable[[Sequence[int]], Scores]
 ) -> list[int]:
-    """Recipe 1 of 2203.05482: from the best ingredient on, each next one stays where the average does not become worse by it.
+    """Recipe 1 of 2203.05482: from the best ingredient on, each one is kept if the average does not get worse.
 
-    `score` gives the scores of the average of some ingredients, by their numbers.
+    `score` returns the scores of the average of some ingredients, given by index.
     """
     values = [goodness(stage, one, stage.choose_on) for one in alone]
     order = sorted(range(len(alone)), key=lambda i: -values[i])
@@ -61,7 +61,7 @@ def greedy_members(
 
 
 def goodness(stage: ChoosingStage, scores: Scores, names: Sequence[str]) -> float:
-    """Mean accuracy, or the negative mean loss, over sets; 0 over none."""
+    """Mean accuracy, or negative mean loss, over sets; 0 over none."""
     if not names:
         return 0.0
     if stage.choose_by == "loss":
@@ -81,7 +81,7 @@ def _kind(stage: ChoosingStage, shifts: Mapping[str, bool], *, shift: bool) -> l
 
 
 def inner_best(alphas: Sequence[float], values: Sequence[float]) -> str:
-    """In words: where a curve is highest, and by how much it passes its ends."""
+    """A sentence on where a curve is highest, and by how much it exceeds its ends."""
     best = max(range(len(values)), key=lambda i: values[i])
     first, last = min(range(len(alphas)), key=alphas.__getitem__), max(range(len(alphas)), key=alphas.__getitem__)
     where = (

@@ -1,4 +1,4 @@
-"""Writes what was trained as an adapter or a model folder, and proves a folder by opening it again."""
+"""Writes the trained weights as an adapter or a model folder, and proves a folder by reopening it."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ FROM_ZERO = ("lora_B", "lora_E", "vera_lambda_b", "oft_R")
 """Adapter tensors that are all zero before the first step."""
 CARD = "README.md"
 CHAT_FORMATS = ("alpaca", "messages", "sharegpt")
-"""Formats whose rows are rendered with a chat template, the tool's own where the tokenizer has none."""
+"""Formats whose rows are rendered with a chat template: the tool's own if the tokenizer has none."""
 COMPANIONS = (
     *TOKENIZER_FILES,
     *TEMPLATE_FILES,
     "tokenizer_config.json",
     "generation_config.json",
 )
-"""Files of the base that an artifact takes with it, where it has none of its own."""
+"""Files copied from the base into an artifact that lacks its own."""
 
 
 def write_artifact(
@@ -52,9 +52,9 @@ def write_artifact(
     config: RunConfig,
     facts: Mapping[str, Any],
 ) -> None:
-    """Saves `weights` (fp32, by the names of the unwrapped module's trained parameters) beside `folder`, then renames.
+    """Save `weights` (fp32, by their names in the unwrapped module) to a temporary folder, renamed to `folder`.
 
-    Only rank 0 calls it. Adapters stay in fp32, full models take `model.dtype`.
+    Call it on rank 0 only. Adapters stay in fp32, full models are saved in `model.dtype`.
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -75,16 +75,16 @@ def write_artifact(
         if (base_folder / name).is_file() and not (temporary / name).exists():
             shutil.copyfile(base_folder / name, temporary / name)
     _write_template(temporary, config.stages[str(facts["stage"])].data, base_folder, data_format=str(facts["format"]))
-    # PEFT leaves an empty form here; the card is written once there is a proof to report, and is no part of the manifest.
+    # PEFT leaves an empty template here; the card is written once there is a proof to report, outside the manifest.
     (temporary / CARD).unlink(missing_ok=True)
     for file in temporary.iterdir():
-        file.chmod(0o644)  # safetensors makes files that nobody else may read
+        file.chmod(0o644)  # safetensors makes files that only their owner may read
     write_manifest(temporary, facts)
     publish(temporary, folder)
 
 
 def _write_template(folder: Path, data: DataConfig, base_folder: Path, *, data_format: str) -> None:
-    """The chat template that the rows were rendered with, where it is not the tokenizer's own: prompts need the same one."""
+    """Save the chat template used for the rows if it is not the tokenizer's own: prompts need the same one."""
     facts = load_facts(base_folder)
     if data.chat_template is None and (facts.chat_template is not None or data_format not in CHAT_FORMATS):
         return
@@ -92,7 +92,7 @@ def _write_template(folder: Path, data: DataConfig, base_folder: Path, *, data_f
 
 
 def _write_classes(adapted: Any, folder: Path) -> None:
-    """The names of the classes beside an adapter: the base's settings with the head that the adapter brings."""
+    """Save the class names next to an adapter: the base's settings with the head contained in the adapter."""
     settings = copy.deepcopy(adapted.get_base_model().config)
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config
@@ -101,9 +101,9 @@ def _write_classes(adapted: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def round_as_saved(model: torch.nn.Module, config: RunConfig) -> bool:
-    """Round trained fp32 weights to the type that a full model is saved in, so that what is scored next is what is written.
+    """Round trained fp32 weights to the type in which a full model is saved, to score exactly what is written.
 
-    Returns whether any weight may have changed. Under DeepSpeed the weights of the forward pass have that type already.
+    Return whether any weight may have changed. Under DeepSpeed the weights of the forward pass already have that type.
     """
     saved_as = DTYPES[config.model.dtype]
     if config.tuning.is_adapter or saved_as == torch.float32:
@@ -115,16 +115,16 @@ def round_as_saved(model: torch.nn.Module, config: RunConfig) -> bool:
 
 
 def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Names and shapes are those that were trained, nothing is empty, all is finite, and what begins at zero has left it.
+    """Check names and shapes, that nothing is empty, all is finite, and what started at zero no longer is.
 
-    `expected` holds the names as they stand in the folder. Raises CheckpointError with every fault.
+    `expected` holds the names as they are in the folder. Raises CheckpointError with every fault.
     """
     problems: list[str] = []
     found: dict[str, tuple[int, ...]] = {}
     still: dict[str, bool] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (safe_open is no dict)
+            for name in tensors.keys():  # noqa: SIM118  (safe_open is not a dict)
                 tensor = tensors.get_tensor(name)
                 found[name] = tuple(tensor.shape)
                 problems += _tensor_problems(name, tensor)
@@ -155,9 +155,9 @@ def open_artifact(
     packed: bool = False,
     scores: bool = False,
 ) -> torch.nn.Module:
-    """The trained model as a user would load it, from disk alone; CheckpointError where names do not meet.
+    """The trained model as a user would load it, from disk alone; CheckpointError if names do not match.
 
-    With `scores` it is a reward model, which gives a score a token.
+    With `scores` it is a reward model, which outputs a score per token.
     """
     load = load_scorer if scores else load_model
     if not config.tuning.is_adapter:
@@ -193,7 +193,7 @@ def open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype, *, p
 
 
 def open_adapter(base: PreTrainedModel, folder: Path) -> torch.nn.Module:
-    """A base with the adapter of a folder on it."""
+    """A base with the adapter of a folder applied."""
     from peft import PeftConfig, get_peft_model
 
     settings = PeftConfig.from_pretrained(str(folder))
@@ -208,7 +208,7 @@ def open_adapter(base: PreTrainedModel, folder: Path) -> torch.nn.Module:
 def adapter_names(
     model: torch.nn.Module, weights: Mapping[str, torch.Tensor], config: RunConfig
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the saved folder must hold for these trained parameters."""
+    """Names and shapes that the saved folder must contain for these trained parameters."""
     if isinstance(config.tuning, (*WHOLE_MODEL_TUNINGS, LoreftTuning)):
         return {name: tuple(tensor.shape) for name, tensor in weights.items()}
     return saved_shapes(model, weights, config.tuning)

@@ -1,11 +1,11 @@
 """Exact attention in which documents of a packed row never see each other, without a dense mask over the row.
 
-One name, `documents`, for transformers' `attn_implementation`. What is computed follows from the machine (`kernels.documents_path`):
-- CPU, 16-bit, short documents: documents of like length are multiplied together as blocks (the flash kernels of torch are
-  slow on CPU in 16 bits: figures in docs/data.md);
+Registered as `documents` for `attn_implementation`. The machine determines the path (`kernels.documents_path`):
+- CPU, 16-bit, short documents: documents of similar length are multiplied together as blocks (torch's flash kernels
+    are slow on CPU in 16 bits: figures in docs/data.md);
 - CPU otherwise: torch's flash kernel document by document;
-- CUDA, 16-bit: torch's `varlen_attn`, one kernel over all documents, where it takes the heads; else document by document.
-Boundaries come as `cu_seq_lens_q` (`Batch.model_inputs`) or, where a caller gives none, from restarting position ids.
+- CUDA, 16-bit: torch's `varlen_attn`, one kernel over all documents, if it supports the heads; else one by one.
+Boundaries come as `cu_seq_lens_q` (`Batch.model_inputs`) or, if a caller passes none, from restarting position ids.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from orchestrator.models.attention_blocks import attend_in_blocks, plan_groups
 
 
 def register() -> None:
-    """Makes `documents` known to transformers as an attention and as a mask implementation; may be called again."""
+    """Register `documents` with transformers as an attention and as a mask implementation; may be called again."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if DOCUMENTS in ALL_ATTENTION_FUNCTIONS:  # maybe as compiled layers want it
+    if DOCUMENTS in ALL_ATTENTION_FUNCTIONS:  # possibly in the form that compiled layers need
         return
     ALL_ATTENTION_FUNCTIONS.register(DOCUMENTS, documents_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(DOCUMENTS, documents_mask)
@@ -43,7 +43,7 @@ def documents_mask(
     use_vmap: bool = False,
     **settings: Any,
 ) -> torch.Tensor | None:
-    """No mask where boundaries say it all; the dense mask of sdpa for padding masks, caches and windows shorter than the row."""
+    """No mask if boundaries suffice; sdpa's dense mask for padding masks, caches and windows shorter than the row."""
     from transformers.masking_utils import sdpa_mask
 
     is_window = local_size is not None and local_size < kv_length
@@ -84,8 +84,8 @@ def documents_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of [B, heads, T, head_dim] queries; returns [B, T, heads, head_dim].
 
-    With a mask, a cache or one query it is transformers' sdpa; else causal within each document. Raises ConfigError for
-    architectures whose attention is more than that.
+    With a mask, a cache or a single query it is transformers' sdpa; else causal within each document. ConfigError
+    for architectures whose attention needs more than that.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -117,7 +117,7 @@ def documents_attention(
 
 @lru_cache(maxsize=8)
 def _edges(boundaries: torch.Tensor) -> tuple[int, ...]:
-    """The boundaries as numbers. Kept by tensor, since every layer asks again, and on a GPU each asking waits for the device."""
+    """The boundaries as integers. Cached by tensor: every layer asks, and on a GPU each request waits for it."""
     return tuple(cast("list[int]", boundaries.tolist()))
 
 
@@ -125,12 +125,12 @@ def _edges(boundaries: torch.Tensor) -> tuple[int, ...]:
 def _boundaries_once(
     position_ids: torch.Tensor | None, num_rows: int, length: int, device: torch.device
 ) -> torch.Tensor:
-    """`boundaries_of` on the device, kept by tensor as `_edges` is: finding restarts waits for a GPU too."""
+    """`boundaries_of` on the device, cached by tensor like `_edges`: finding restarts waits for a GPU too."""
     return boundaries_of(position_ids, num_rows, length).to(device)
 
 
 def _refuse_unknown(settings: dict[str, Any], *, is_packed: bool, causal: bool) -> None:
-    """What would be left out in silence is refused."""
+    """Refuse whatever would silently be ignored."""
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if settings.get(name) is not None]
     if is_packed and not causal:
         unknown.append("attention in both directions over packed rows")
@@ -142,7 +142,7 @@ def _refuse_unknown(settings: dict[str, Any], *, is_packed: bool, causal: bool) 
 
 
 def boundaries_of(position_ids: torch.Tensor | None, num_rows: int, length: int) -> torch.Tensor:
-    """Where documents start in the rows laid end to end, and where the last one ends, as int32."""
+    """Starts of the documents in the concatenated rows, and the end of the last one, as int32."""
     if position_ids is None:
         return torch.arange(0, num_rows * length + 1, length, dtype=torch.int32)
     positions = position_ids.expand(num_rows, -1)
@@ -155,7 +155,7 @@ def boundaries_of(position_ids: torch.Tensor | None, num_rows: int, length: int)
 def _same_dtype(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Under autocast the three in its dtype, as torch's own attention would cast them."""
+    """Under autocast, query, key and value in its dtype, as torch's own attention would cast them."""
     device = query.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -177,7 +177,7 @@ def _varlen(
     longest: int | None,
     scale: float,
 ) -> torch.Tensor:
-    """torch's varlen_attn; the boundaries are on the device as int32 already where a batch brought them."""
+    """torch's varlen_attn; boundaries brought by a batch are on the device as int32 already."""
     from torch.nn.attention.varlen import varlen_attn
 
     B, _, T, _ = query.shape
@@ -193,7 +193,7 @@ def _varlen(
 def _one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, edges: tuple[int, ...], scale: float, dropout: float
 ) -> torch.Tensor:
-    """torch's flash kernel over one document after the other."""
+    """torch's flash kernel on one document after the other."""
     B, H, T, _ = query.shape
     sizes = [stop - start for start, stop in pairwise(edges)]
     parts = [_laid_end_to_end(tensor)[None].split(sizes, dim=2) for tensor in (query, key, value)]
@@ -209,7 +209,7 @@ def _one_by_one(
 def _in_blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, edges: tuple[int, ...], scale: float
 ) -> torch.Tensor:
-    """Short documents as blocks; where one is too long for that, all go through the flash kernel."""
+    """Short documents as blocks; if one is too long for that, all use the flash kernel."""
     plan = plan_groups(edges)
     if plan is None:
         return _one_by_one(query, key, value, edges, scale, 0.0)

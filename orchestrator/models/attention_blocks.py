@@ -1,6 +1,6 @@
-"""Causal attention over many short documents as blocks of matrix products, for CPUs in 16 bits; exact, with its own backward.
+"""Causal attention over many short documents as blocks of matrix products, for CPUs in 16 bits; exact, own backward.
 
-Letters of shapes: H query heads, K key heads, G = H / K, S positions of all rows laid end to end, D channels of a head,
+Letters of shapes: H query heads, K key heads, G = H / K, S positions of all rows concatenated, D channels of a head,
 n documents of a group, L tokens of its longest.
 """
 
@@ -17,11 +17,11 @@ import torch
 from orchestrator.architecture.kernels import BLOCK_TOKENS
 
 KEPT_TOKENS = 256
-"""Blocks up to this long keep their weights for the backward pass; longer ones compute them again."""
+"""Blocks up to this length keep their attention weights for the backward pass; longer ones recompute them."""
 BLOCK_SCORES = 1 << 16
-"""Documents are computed together up to so many scores a head: more leave the processor's cache."""
+"""Maximum scores per head of documents computed together: more would leave the processor's cache."""
 GROUP_RATIO = 0.75
-"""Documents are computed together where the shorter has at least this share of the longer one's tokens."""
+"""Documents are computed together if the shorter has at least this share of the longer one's tokens."""
 
 
 def attend_in_blocks(
@@ -33,13 +33,13 @@ def attend_in_blocks(
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """n documents of at most L tokens. `places` are their tokens' places, row by row, each row filled up to L."""
+    """n documents of at most L tokens. `places` are the positions of their tokens, row by row, each row padded to L."""
 
     num: int
     length: int
     places_nL: torch.Tensor
     real: torch.Tensor | None
-    """Which of the places are real; None where all are."""
+    """Which of these positions are real; None if all are."""
 
     @property
     def real_places(self) -> torch.Tensor:
@@ -48,7 +48,7 @@ class Group:
 
 @lru_cache(maxsize=16)
 def plan_groups(edges: tuple[int, ...]) -> tuple[Group, ...] | None:
-    """Documents of like length together; None where one is longer than BLOCK_TOKENS. Kept, since every layer asks again."""
+    """Groups of documents of similar length; None if one exceeds BLOCK_TOKENS. Cached: every layer asks again."""
     documents = sorted(((stop - start, start) for start, stop in pairwise(edges) if stop > start), reverse=True)
     if not documents or documents[0][0] > BLOCK_TOKENS:
         return None
@@ -152,7 +152,7 @@ def _gather(tensor_HSD: torch.Tensor, group: Group, heads_per_key: int) -> torch
 
 
 def _scatter(grad_HSD: torch.Tensor, group: Group, part: torch.Tensor, heads_per_key: int) -> None:
-    """The inverse of `_gather`, for the real places."""
+    """The inverse of `_gather`, for the real positions."""
     H, _, D = grad_HSD.shape
     K = H // heads_per_key
     laid = part.view(group.num, K, heads_per_key, group.length, D).permute(1, 2, 0, 3, 4).reshape(H, -1, D)

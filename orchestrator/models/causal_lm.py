@@ -1,6 +1,6 @@
-"""Causal models that score the tokens they are asked for: the chunked loss head inside their own forward pass.
+"""Causal models that score requested tokens: the chunked loss head inside their own forward pass.
 
-Inside, because there DDP's and DeepSpeed's hooks run: under ZeRO-3 the head's weight is gathered by the call of its module,
+Inside, because DDP's and DeepSpeed's hooks run there: under ZeRO-3 calling the head's module gathers its weight,
 in the forward and in the backward pass. B rows of T positions, K labelled tokens, W hidden size.
 """
 
@@ -35,26 +35,26 @@ PROBE_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Query:
-    """Which tokens a model is asked to score, in the place of its logits: call it with `query=`."""
+    """Which tokens a model scores, instead of returning logits; passed as `query=`."""
 
     labels_BT: torch.Tensor
-    """-100 where nothing is asked; the first position is never scored."""
+    """-100 where nothing is scored; the first position is never scored."""
     places_K: torch.Tensor
-    """Of the labelled tokens in the flattened labels, from `logprobs.places_of`."""
+    """Positions of the labelled tokens in the flattened labels, from `token_logprobs.places_of`."""
     temperature: float = 1.0
     entropies: bool = False
     is_summed: bool = False
-    """The caller promises to do no more with the log-probabilities than to sum them and to multiply the sum."""
+    """The caller promises to only sum the log-probabilities and multiply the sum."""
     prompts: Sequence[Place] | None = None
-    """Each document's tokens before its first trained one, for a model that treats them apart; None: it must find them."""
+    """Each document's tokens before its first trained one, for models that treat them separately; None: derive them."""
 
 
 def attach_head(model: Any, *, choice: HeadChoice = "auto") -> None:
-    """Teaches a causal model to answer a `Query` with (logprobs_BT, entropies_BT or None), fp32; else it does as before.
+    """Make a causal model answer a `Query` with (logprobs_BT, entropies_BT or None), fp32; other calls are unchanged.
 
     `choice` is `model.loss_head`.
-    Does nothing a second time. A model whose logits are not its head's products on a small copy of it goes on to make
-    its own logits, and only then are the tokens scored: `head_of` tells which.
+    A second call has no effect. If a small copy of the model shows that its logits are not just its head's products, it
+    keeps computing its own logits, and the tokens are scored afterwards: `head_of` returns which.
     """
     if hasattr(model, "loss_head"):
         return
@@ -65,7 +65,7 @@ def attach_head(model: Any, *, choice: HeadChoice = "auto") -> None:
 
 
 def attach_adapted_head(model: Any) -> None:
-    """The same for a head that PEFT has put an adapter on; call it after PEFT."""
+    """The same for a head with a PEFT adapter; call it after PEFT."""
     from peft.tuners.lora.layer import Linear
 
     head = model.get_output_embeddings()
@@ -74,7 +74,7 @@ def attach_adapted_head(model: Any) -> None:
 
 
 def head_of(model: Any, device: torch.device, *, is_summed: bool = True) -> str:
-    """How the unwrapped model scores tokens on a device, in words; `is_summed` as in `Query`."""
+    """Description of how the unwrapped model scores tokens on a device; `is_summed` as in `Query`."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = getattr(base, "loss_head", None)
     if known is None:
@@ -88,12 +88,12 @@ def head_of(model: Any, device: torch.device, *, is_summed: bool = True) -> str:
 
 
 def _kernel_of(model: Any, device: torch.device) -> HeadKernel:
-    """The seam of the kernels: the one that scores sums on this device; what it does not take is torch's."""
+    """The kernel that scores sums on this device; the torch kernel handles whatever it does not support."""
     return head_kernel(model.head_choice, device.type, has_liger=liger_is_installed())
 
 
 def _scoring_class(original: type, known: bool, choice: HeadChoice) -> type:
-    """A class of the same name, which config.json will hold."""
+    """A class of the same name, since config.json will contain it."""
 
     @functools.wraps(original.forward)  # generate() reads the signature
     def forward(self: Any, *arguments: Any, query: Query | None = None, **inputs: Any) -> Any:
@@ -134,7 +134,7 @@ def _scores_BT(model: Any, query: Query, inputs: dict[str, Any]) -> tuple[torch.
 
 
 def _of_real_tokens(values_BTX: torch.Tensor, query: Query) -> torch.Tensor:
-    """Without the virtual tokens that prompt tuning puts before every row."""
+    """Drop the virtual tokens that prompt tuning puts before every row."""
     return values_BTX[:, values_BTX.shape[1] - query.labels_BT.shape[1] :]
 
 
@@ -146,7 +146,7 @@ def _placed(values_K: torch.Tensor, query: Query) -> torch.Tensor:
 def _logprobs_of_logits(
     logits_KV: torch.Tensor, targets_K: torch.Tensor, shape: Shape
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """For a head that is no plain matrix (4 bits, DoRA)."""
+    """Log-probabilities for a head that is not a plain matrix (4 bits, DoRA)."""
     logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
     if shape.softcap is not None:
         logits_KV = shape.softcap * torch.tanh(logits_KV / shape.softcap)
@@ -156,7 +156,7 @@ def _logprobs_of_logits(
 
 
 def _chunking_class(original: type) -> type:
-    """A linear layer that, given targets, answers with what `chunked_logprobs_K` does, in the place of products."""
+    """A linear layer that, given targets, returns the result of `chunked_logprobs_K` instead of products."""
 
     def forward(self: Any, hidden_KW: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         if "targets_K" not in options:
@@ -174,7 +174,7 @@ def _chunking_class(original: type) -> type:
 def _logprobs_K(
     terms: Sequence[Term], bias_V: torch.Tensor | None, *, targets_K: torch.Tensor, shape: Shape
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `chunked_logprobs_K` answers, by Liger where it takes the question."""
+    """The result of `chunked_logprobs_K`, computed by Liger if it supports the request."""
     if liger.takes(terms, targets_K, shape):
         return liger.summed_logprobs_K(terms[0], bias_V, targets_K, shape.softcap), None
     return chunked_logprobs_K(terms, bias_V, targets_K, shape)
@@ -190,7 +190,7 @@ def _plain_products(self: Any, hidden_KW: torch.Tensor) -> list[Term]:
 
 
 def _adapted_products(self: Any, hidden_KW: torch.Tensor) -> list[Term]:
-    """The frozen head, and scaling x B A of every adapter that is switched on."""
+    """The frozen head, and scaling x B A of every active adapter."""
     terms = [Term(hidden_KW=hidden_KW, weight_VW=self.base_layer.weight)]
     if self.disable_adapters or self.merged:
         return terms
@@ -207,11 +207,11 @@ def _softcap(model: Any) -> float | None:
 
 
 def _known_head(model: PreTrainedModel) -> bool:
-    """Whether hidden states, head and soft cap alone make the model's logits: seen on a copy with two narrow layers."""
+    """Whether logits follow from hidden states, head and soft cap alone, tested on a copy with two narrow layers."""
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             config = narrowed(copy.deepcopy(model.config))
-            config._attn_implementation = "eager"  # on a CPU, whatever kernels the model itself takes
+            config._attn_implementation = "eager"  # on a CPU, whatever kernels the model itself uses
             small: Any = type(model)(config).float().eval()
             head = small.get_output_embeddings()
             head.weight.normal_()

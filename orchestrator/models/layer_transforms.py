@@ -1,4 +1,4 @@
-"""What is done to whole layers: recomputed in the backward pass to save memory, or compiled to save time. Must not know stages."""
+"""Transforms of whole layers: recomputed in backward to save memory, or compiled to save time. Must not know stages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.models import attention
 
 
 def recompute_layers(model: Any, *, every: int, **settings: Any) -> None:
-    """Gradient checkpointing (1604.06174) of the first layer and of each `every`-th after it; the others keep their activations."""
+    """Gradient checkpointing (1604.06174) of the first and every `every`-th layer; the others keep activations."""
     model.gradient_checkpointing_enable({"use_reentrant": False, **settings})
     if every == 1:
         return
@@ -29,9 +29,9 @@ def recompute_layers(model: Any, *, every: int, **settings: Any) -> None:
 
 
 def compile_layers(model: torch.nn.Module) -> int:
-    """Compiles each layer in place, once for all that are alike; how many there are.
+    """Compile each layer in place, once for all identical ones; return the number of layers.
 
-    Attention by document stays outside: what it does follows from numbers that change with every batch.
+    Attention by document stays outside: it depends on numbers that change with every batch.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder() / "inductor"))
     attention.register()

@@ -1,4 +1,4 @@
-"""Brings the base model to a local folder and loads it, quantised or straight into ZeRO-3 shards."""
+"""Fetches the base model to a local folder and loads it, quantised or straight into ZeRO-3 shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def quiet() -> None:
-    """Keeps progress bars and libraries' talk to one another out of the logs; errors stay."""
+    """Keep progress bars and library chatter out of the logs; errors remain."""
     import logging
     import warnings
 
@@ -35,21 +35,21 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package that is not needed
     warnings.filterwarnings(
         "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
-    )  # from inside PEFT
+    )  # raised inside PEFT
 
     warnings.filterwarnings(
         "ignore", message=".*vera_A and vera_B.*", category=UserWarning
-    )  # made again from their seed
+    )  # PEFT remakes them from their seed
     warnings.filterwarnings(
         "ignore", message="Position ids are not supported.*", category=UserWarning
-    )  # counted from 0
+    )  # positions count from 0
 
     transformers_log.disable_progress_bar()
     transformers_log.set_verbosity_error()
 
 
 def fetch_base(model: ModelConfig, *, cache: Path, say: Callable[[str], None]) -> Path:
-    """A local folder with config, safetensors and tokenizer; dequantises or downloads where needed."""
+    """A local folder with config, safetensors and tokenizer; dequantises or downloads if needed."""
     base = find_base(model)
     match base.source:
         case "folder":
@@ -65,7 +65,7 @@ def fetch_base(model: ModelConfig, *, cache: Path, say: Callable[[str], None]) -
 def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, packed: bool = False) -> PreTrainedModel:
     """The base model in `weights_dtype`, or in 4 bits; under ZeRO-3 transformers loads straight into shards.
 
-    `packed` says that its rows hold several documents, which must not see each other.
+    `packed` means that its rows contain several documents, which must not see each other.
     """
     options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": attention_of(config, packed=packed)}
     if config.quantization.is_4bit:
@@ -80,10 +80,10 @@ def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, p
 
 
 def load_scorer(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, packed: bool) -> PreTrainedModel:
-    """A sequence-classification model with one label that scores *every* token; the caller reads where a text ends.
+    """A sequence-classification model with one label that scores *every* token; the caller reads the end of a text.
 
-    transformers picks the last token by its id, which is wrong where padding is the end token or an end stands in the
-    prompt. Raises ModelError where the architecture has no such head.
+    transformers locates the last token by its id, which is wrong if padding is the end token or one occurs in the
+    prompt. Raises ModelError if the architecture has no such head.
     """
     options: dict[str, Any] = {"dtype": weights_dtype, "attn_implementation": attention_of(config, packed=packed)}
     if config.quantization.is_4bit:
@@ -106,7 +106,7 @@ def load_scorer(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, 
 
 
 def _scoring_every_token(model: Any) -> PreTrainedModel:
-    """The same model, whose forward pass gives (B, T, 1) scores; its class keeps its name, which config.json will hold."""
+    """Make the forward pass return (B, T, 1) scores; the class keeps its name, which config.json will contain."""
     original = type(model)
 
     def forward(self: Any, input_ids: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
@@ -127,10 +127,10 @@ def attention_of(config: RunConfig, *, packed: bool) -> str:
 
 
 def keep_weights_in_place(model: torch.nn.Module) -> None:
-    """Forbids bitsandbytes to repack 4-bit weights for a CPU's AVX-512 in evaluation.
+    """Prevent bitsandbytes from repacking 4-bit weights for a CPU's AVX-512 in evaluation.
 
-    It replaces `weight.data` behind ZeRO-3's back (the base silently changes), and fails on layers whose input
-    width is no multiple of 64.
+    It replaces `weight.data` behind ZeRO-3's back (the base silently changes), and fails for layers whose input
+    width is not a multiple of 64.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -140,8 +140,8 @@ def keep_weights_in_place(model: torch.nn.Module) -> None:
 def weights_dtype(config: RunConfig, *, uses_deepspeed: bool) -> torch.dtype:
     """Type of the loaded weights.
 
-    A frozen base is held in `model.dtype`. Trained weights are fp32 masters: held by DeepSpeed itself, or loaded as
-    fp32 and run under autocast where DeepSpeed is not used.
+    A frozen base is held in `model.dtype`. Trained weights have fp32 masters: held by DeepSpeed itself, or loaded as
+    fp32 and run under autocast without DeepSpeed.
     """
     if isinstance(config.tuning, FullTuning) and not uses_deepspeed:
         return torch.float32
@@ -149,7 +149,7 @@ def weights_dtype(config: RunConfig, *, uses_deepspeed: bool) -> torch.dtype:
 
 
 def nf4_settings(config: RunConfig, *, skip: tuple[str, ...] = ()) -> Any:
-    """transformers' settings of a base in 4 bits; modules of the names in `skip` stay as they are."""
+    """transformers' settings for a base in 4 bits; modules named in `skip` stay as they are."""
     from transformers import BitsAndBytesConfig
 
     quantization, compute_dtype = config.quantization, DTYPES[config.model.dtype]
@@ -160,7 +160,7 @@ def nf4_settings(config: RunConfig, *, skip: tuple[str, ...] = ()) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=quantization.double_quantization,
         bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_storage=compute_dtype,  # ZeRO shards only what has the type of the other parameters
+        bnb_4bit_quant_storage=compute_dtype,  # ZeRO shards only weights of the other parameters' type
     )
 
 

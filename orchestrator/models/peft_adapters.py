@@ -1,4 +1,4 @@
-"""PEFT's settings of every adapter, and what of an adapter PEFT itself gets wrong for us: first values, and what is saved."""
+"""PEFT settings of every adapter, and what PEFT itself does not handle correctly for us: initial values and saving."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from orchestrator.config.tuning import (
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROMPT_WEIGHTS = "prompt_embeddings"
-"""PEFT's name of what prompt and prefix tuning save."""
+"""PEFT's name for the weights saved by prompt and prefix tuning."""
 
 
 def adapter_settings(tuning: AdapterTuning, task: str = "CAUSAL_LM", *, whole: Sequence[str] = ()) -> Any:
-    """PEFT's settings; modules of the names in `whole` are trained themselves, and saved."""
+    """PEFT's settings; modules named in `whole` are trained in full, and saved."""
     settings = _settings(tuning, task)
     if whole:
         settings.modules_to_save = list(whole)
@@ -49,7 +49,7 @@ def _settings(tuning: AdapterTuning, task: str) -> Any:
 
 
 def lora_settings(tuning: LoraTuning, task: str = "CAUSAL_LM") -> Any:
-    """PEFT's settings of LoRA. LoftQ's values are put in afterwards: PEFT's own way wants a base that is not quantised yet."""
+    """PEFT's settings for LoRA. LoftQ's values are inserted later: PEFT's own way needs an unquantised base."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -72,7 +72,7 @@ def _layer_settings(tuning: Ia3Tuning | VeraTuning | OftTuning | AdaloraTuning, 
         case Ia3Tuning():
             return IA3Config(**common, feedforward_modules=list(tuning.feedforward_modules))
         case VeraTuning():
-            with warnings.catch_warnings():  # that A and B must be made again from their seed is what is wanted
+            with warnings.catch_warnings():  # it warns that A and B are remade from their seed: intended
                 warnings.simplefilter("ignore")
                 return VeraConfig(
                     **common,
@@ -93,7 +93,7 @@ def _layer_settings(tuning: Ia3Tuning | VeraTuning | OftTuning | AdaloraTuning, 
                 init_r=tuning.initial_rank,
                 lora_alpha=whole(tuning.alpha),  # pyright: ignore[reportArgumentType]  # PEFT takes any number
                 lora_dropout=tuning.dropout,
-                total_step=1,  # how many there are is known only when the rows are: RankAllocation has the real schedule
+                total_step=1,  # the real number is known only with the rows: RankAllocation has the real schedule
                 tinit=0,
                 tfinal=0,
                 deltaT=tuning.allocate_every_steps,
@@ -113,7 +113,7 @@ def _virtual_token_settings(tuning: PromptTuning | PrefixTuning, task: str) -> A
 
 
 def whole(number: float) -> float:
-    """An int where it is one: PEFT writes it into its settings so."""
+    """An int for whole numbers, as PEFT writes them into its settings."""
     return int(number) if number == int(number) else number
 
 
@@ -122,7 +122,7 @@ def modules_of(targets: str | tuple[str, ...]) -> Any:
 
 
 def keep_first_values(model: Any) -> None:
-    """Remembers PiSSA's first A and B: what was taken out of the base (`plain_lora`)."""
+    """Remember PiSSA's initial A and B, which were subtracted from the base (`plain_lora`)."""
     model.first_values = {
         name: parameter.detach().to("cpu", torch.float32, copy=True)
         for name, parameter in model.named_parameters()
@@ -131,10 +131,10 @@ def keep_first_values(model: Any) -> None:
 
 
 def plain_lora(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """PiSSA's trained weights as LoRA of twice the rank on the untouched base, and the model's settings to match.
+    """PiSSA's trained weights as LoRA of twice the rank on the original base; adapts the model's settings to match.
 
-    W0 - s B0 A0 + s B A = W0 + s [B, -B0] [A; A0] (PEFT converts in the same way). Anybody can load it, and with the
-    adapter off the base is the base.
+    W0 - s B0 A0 + s B A = W0 + s [B, -B0] [A; A0] (PEFT converts in the same way). Anyone can load it, and with the
+    adapter off the base is unchanged.
     """
     from peft import LoraConfig
 
@@ -147,7 +147,7 @@ def plain_lora(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, tor
             found[name] = torch.cat([weights[name], -values], dim=1)
     settings: LoraConfig = model.peft_config["default"]
     settings.init_lora_weights = True
-    settings.r *= 2  # alpha too, so that the scale stays: alpha / r, or alpha / sqrt(r) under rsLoRA
+    settings.r *= 2  # alpha too, so that the scale is unchanged: alpha / r, or alpha / sqrt(r) under rsLoRA
     settings.lora_alpha = whole(settings.lora_alpha * (2**0.5 if settings.use_rslora else 2))  # pyright: ignore[reportAttributeAccessIssue]  # PEFT takes any number
     return found
 
@@ -156,7 +156,7 @@ def plain_lora(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, tor
 def make_up_for_rounding(model: Any, folder: Path) -> None:
     """LoftQ's first step (2310.08659, algorithm 1) on a base in 4 bits: s B A is the best approximation of W - Q(W).
 
-    `folder` holds the weights before they were rounded. PEFT's own function needs a GPU and knows no scale s.
+    `folder` holds the weights before rounding. PEFT's own function needs a GPU and ignores the scale s.
     """
     from peft.tuners.lora import Linear4bit
     from peft.utils.loftq_utils import _low_rank_decomposition, _SafetensorLoader
@@ -173,7 +173,7 @@ def make_up_for_rounding(model: Any, folder: Path) -> None:
 
 
 def dequantised(layer: Any) -> torch.Tensor:
-    """The weights of a 4-bit layer as it computes with them, fp32."""
+    """The weights of a 4-bit layer as used in its computation, fp32."""
     import bitsandbytes.functional as bnb
 
     whole_weight: Any = bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -181,7 +181,7 @@ def dequantised(layer: Any) -> torch.Tensor:
 
 
 def save_adapter(model: Any, weights: Mapping[str, torch.Tensor], folder: Path, tuning: AdapterTuning) -> None:
-    """Writes PEFT's folder of these weights. PEFT would take prompt and prefix from the live model, which may be sharded."""
+    """Write PEFT's folder of these weights. PEFT would read prompt and prefix from the (possibly sharded) model."""
     if not isinstance(tuning, VIRTUAL_TOKEN_TUNINGS):
         model.save_pretrained(folder, state_dict=dict(weights), selected_adapters=["default"])
         return

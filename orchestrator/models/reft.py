@@ -1,7 +1,7 @@
-"""LoReFT and DiReFT (2404.03592): interventions on the hidden states of prompt tokens, on any decoder of transformers.
+"""LoReFT and DiReFT (2404.03592): interventions on the hidden states of prompt tokens, for any transformers decoder.
 
-N intervened positions, R rank, W hidden size; B rows of T positions. An intervention is a module of its layer and runs in
-a forward hook, which gradient checkpointing leaves outside: nothing of it is computed twice.
+N intervened positions, R rank, W hidden size; B rows of T positions. An intervention is a module of its layer, run
+in a forward hook, which gradient checkpointing leaves outside: none of it is computed twice.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Variant = Literal["loreft", "direft"]
 
 
 class Intervention(nn.Module):
-    """What is added to a hidden state h. fp32 inside, whatever the model's type; 2 R W + R parameters.
+    """The term added to a hidden state h. fp32 inside, whatever the model's dtype; 2 R W + R parameters.
 
-    loreft: R^T (W h + b - R h), equation 3, where R is `rotation` with its rows made orthonormal. Its W starts as R and b
-    as 0: nothing is added before the first step. direft: W2^T (W1 h + b), equation 4, with W2 = 0 at first.
+    loreft: R^T (W h + b - R h), equation 3, where R is `rotation` with orthonormalised rows. W starts as R and b as
+    0, so nothing is added before the first step. direft: W2^T (W1 h + b), equation 4, with W2 = 0 at first.
     """
 
     def __init__(self, hidden: int, rank: int, *, variant: Variant, dropout: float) -> None:
@@ -45,7 +45,7 @@ class Intervention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_NW: torch.Tensor) -> torch.Tensor:
-        """What to add, fp32."""
+        """The term to add, fp32."""
         with torch.autocast(hidden_NW.device.type, enabled=False):
             wide_NW, rotation_RW = hidden_NW.float(), self.rotation.float()
             weight_RW = self.weight.float()
@@ -59,8 +59,8 @@ class Intervention(nn.Module):
 def orthonormal_RW(rows_RW: torch.Tensor) -> torch.Tensor:
     """The same row space with orthonormal rows: L^-1 Q where L L^T = Q Q^T (Gram-Schmidt). fp32.
 
-    torch's own parametrisation has no kernel for 16-bit parameters, which DeepSpeed makes, and keeps a buffer that is not
-    among the trained parameters; rows that are orthonormal already come back as they are.
+    torch's own parametrisation has no kernel for 16-bit parameters, which DeepSpeed makes, and has a buffer that is not
+    among the trained parameters; already orthonormal rows are returned unchanged.
     """
     lower_RR = torch.linalg.cholesky(rows_RW @ rows_RW.T)
     return torch.linalg.solve_triangular(lower_RR, rows_RW, upper=False)
@@ -68,19 +68,19 @@ def orthonormal_RW(rows_RW: torch.Tensor) -> torch.Tensor:
 
 @dataclass(kw_only=True)
 class Reft:
-    """The interventions of one model: where they act in the forward pass that runs, and whether they do."""
+    """The interventions of one model: where they act in the current forward pass, and whether they do."""
 
     settings: LoreftTuning
     layers: tuple[int, ...]
     places: Mapping[Site, torch.Tensor] | None = None
-    """Flat indices into B x T; None where nothing is a prompt: a step of generation with a cache."""
+    """Flat indices into B x T; None if no token belongs to a prompt: a generation step with a cache."""
     is_on: bool = True
 
 
 def attach_reft(model: Any, settings: LoreftTuning) -> None:
-    """Puts interventions on a causal model whose other parameters it freezes. ConfigError where a layer is not there.
+    """Add interventions to a causal model and freeze its other parameters. ConfigError if a layer does not exist.
 
-    Its forward pass takes the prompts from the `Query`; else all real tokens of a row are its prompt, as in generation.
+    Its forward pass takes the prompts from the `Query`; without one a row's prompt is all its real tokens.
     """
     model.requires_grad_(False)
     layers = _decoder_layers(model)
@@ -112,7 +112,7 @@ def _intervention(hidden: int, settings: LoreftTuning) -> Intervention:
 
 
 def _decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of a model's decoder layers; ConfigError where it cannot be told."""
+    """The list of a model's decoder layers; ConfigError if it cannot be found."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not lists:
@@ -136,7 +136,7 @@ def _intervene(reft: Reft, layer: Any, _inputs: Any, output: Any) -> Any:
 
 
 def _reading_class(original: type) -> type:
-    """A class of the same name whose forward pass says where the prompts are before its layers run."""
+    """A class of the same name whose forward pass determines the prompt positions before its layers run."""
 
     @functools.wraps(original.forward)  # generate() reads the signature
     def forward(self: Any, *arguments: Any, **inputs: Any) -> Any:
@@ -149,7 +149,7 @@ def _reading_class(original: type) -> type:
 
 @contextmanager
 def _switched_off(self: Any) -> Generator[None]:
-    """The base, while it is entered; named as PEFT names it."""
+    """The base model inside this block; named as in PEFT."""
     before, self.reft.is_on = self.reft.is_on, False
     try:
         yield
@@ -187,7 +187,7 @@ def _whole_rows(tokens: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[i
 def places_in(prompts: Sequence[tuple[int, int, int]], settings: LoreftTuning, *, width: int) -> dict[Site, list[int]]:
     """Flat positions of each site's tokens in rows of `width`, from prompts as (row, start, stop).
 
-    A prompt shorter than both ends together is shared out, the first ones having the odd token: none is changed twice.
+    A prompt shorter than both ends together is divided, the first end getting the odd token: none is changed twice.
     """
     found: dict[Site, list[int]] = {site: [] for site in sites_of(settings)}
     first_site, last_site = (next(iter(found)),) * 2 if len(found) == 1 else (FIRST, LAST)
@@ -201,13 +201,13 @@ def places_in(prompts: Sequence[tuple[int, int, int]], settings: LoreftTuning, *
 
 
 def save_reft(model: Any, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Settings and the trained tensors, by their names in the model."""
+    """Save the settings and the trained tensors, by their names in the model."""
     (folder / SETTINGS).write_text(json.dumps(model.reft.settings.model_dump(mode="json"), indent=2) + "\n")
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
 
 
 def read_settings(folder: Path) -> LoreftTuning:
-    """Those of a folder that `save_reft` wrote. Raises CheckpointError."""
+    """Read the settings of a folder that `save_reft` wrote. Raises CheckpointError."""
     try:
         return LoreftTuning.model_validate_json((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -215,7 +215,7 @@ def read_settings(folder: Path) -> LoreftTuning:
 
 
 def load_reft(model: Any, folder: Path) -> None:
-    """Puts a folder's tensors into a model with the same interventions. CheckpointError where names or shapes do not meet."""
+    """Load a folder's tensors into a model with the same interventions. CheckpointError if they do not match."""
     written = load_file(folder / WEIGHTS)
     wanted = {name: parameter for name, parameter in model.named_parameters() if ".reft." in name}
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in wanted.items()}

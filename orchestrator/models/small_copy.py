@@ -1,4 +1,4 @@
-"""A copy of a model with all of its kinds of layers and few of their widths."""
+"""A copy of a model with all of its kinds of layers, but narrow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAYERS, HIDDEN, VOCABULARY = 2, 128, 1024
 
 
 def small_copy(base_folder: Path, *, attention: str, outputs: int | None = None) -> PreTrainedModel:
-    """A model of the same class with two narrow layers. Raises ModelError where its configuration cannot be read."""
+    """A model of the same class with two narrow layers. Raises ModelError if its configuration cannot be read."""
     kind = AutoModelForCausalLM if outputs is None else AutoModelForSequenceClassification
     head = {} if outputs is None else {"num_labels": outputs}
     try:
@@ -26,7 +26,7 @@ def small_copy(base_folder: Path, *, attention: str, outputs: int | None = None)
         model = kind.from_config(narrow, attn_implementation=attention, dtype=torch.float32)
         _try(model)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError):
-        config.num_hidden_layers = LAYERS  # an architecture whose widths depend on each other in a way not known here
+        config.num_hidden_layers = LAYERS  # where narrowing fails: widths may depend on each other
         model = kind.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return model
 

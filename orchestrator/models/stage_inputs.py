@@ -1,4 +1,4 @@
-"""The base and the prepared rows of a finished stage, wherever they are now: paths on record are a first guess, digests decide."""
+"""Locates the base and the prepared rows of a finished stage: recorded paths are a first guess, digests decide."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.run_state.content_digests import base_digest
 
 
 def find_base_folder(config: RunConfig, run: RunFolder, stage: str) -> Path:
-    """The folder of the base that a finished stage was trained on. ModelError where it is gone or another one now."""
+    """The folder of the base that a finished stage was trained on. ModelError if it is missing or has changed."""
     result = read_json(run.stage(stage).result)
     wanted: str | None = result.get("digests", {}).get("base")
     recorded = Path(result["base"]["folder"])
@@ -30,7 +30,7 @@ def find_base_folder(config: RunConfig, run: RunFolder, stage: str) -> Path:
 
 
 def find_rows(config: RunConfig, run: RunFolder, stage: str, *, base_folder: Path) -> Path:
-    """Held-out rows of a stage, or those that it trained on; prepared again where the cache lost them."""
+    """Held-out rows of a stage, or else its training rows; prepared again if the cache lost them."""
     note = read_json(run.stage(stage).prepared) if run.stage(stage).prepared.exists() else {}
     recorded = note.get("evaluation") or note.get("train")
     if recorded is not None and is_prepared(Path(recorded)):

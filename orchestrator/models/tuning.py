@@ -1,4 +1,4 @@
-"""What of the model is trained: all, a part, or an adapter; and what of it is worth saving."""
+"""What part of the model is trained: all, some parameters, or an adapter; and which of it to save."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from orchestrator.models.reft import attach_reft, load_reft
 from orchestrator.run_state.stage_context import Context
 
 TRAINED_MARKS = ("lora_", "ia3_l", "vera_lambda_", "oft_R")
-"""In the names of what PEFT's adapters train; it reads virtual tokens apart, and strictly."""
+"""In the names of parameters trained by PEFT's adapters; it loads virtual tokens separately, and strictly."""
 
 
 def build_policy(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
@@ -46,7 +46,7 @@ def build_policy(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn
 
 
 def _start(model: torch.nn.Module, context: Context) -> None:
-    """An adapter's first values, where they are not PEFT's: those of the stage before, or LoftQ's."""
+    """Set an adapter's initial values if they are not PEFT's: those of the previous stage, or LoftQ's."""
     start, tuning = context.start, context.config.tuning
     if start is not None and start.kind == "adapter":
         load_reft(model, start.folder) if isinstance(tuning, LoreftTuning) else load_adapter(model, start.folder)
@@ -56,26 +56,26 @@ def _start(model: torch.nn.Module, context: Context) -> None:
 
 
 def build_reward_model(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
-    """A model with a new scalar head, on what the stage starts from."""
+    """A model with a new scalar head on whatever the stage starts from."""
     start = context.start
     folder = start.folder if start is not None and start.kind == "model" else context.base_folder
     scorer = load_scorer(folder, context.config, weights_dtype=dtype, packed=packed)
     model = apply_tuning(scorer, context.config, task="SEQ_CLS")
     _start(model, context)
     if dtype == torch.float32 or not context.config.sharding.is_deepspeed:
-        hold_masters(model)  # PEFT leaves the head in the base's type
+        hold_masters(model)  # PEFT leaves the head in the base's dtype
     return model
 
 
 def hold_masters(model: torch.nn.Module) -> None:
-    """Trained parameters in fp32, as DeepSpeed would hold them beside their 16-bit copies."""
+    """Hold trained parameters in fp32, as DeepSpeed would next to their 16-bit copies."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def load_adapter(model: torch.nn.Module, folder: Path, *, name: str = "default") -> None:
-    """Puts an adapter's weights into a PEFT model that was made with the same settings. Raises CheckpointError."""
+    """Load an adapter's weights into a PEFT model made with the same settings. Raises CheckpointError."""
     from safetensors.torch import load_file
 
     try:
@@ -88,12 +88,12 @@ def load_adapter(model: torch.nn.Module, folder: Path, *, name: str = "default")
 def load_adapter_weights(
     model: torch.nn.Module, weights: dict[str, torch.Tensor], *, source: str, name: str = "default"
 ) -> None:
-    """The same for weights by the names of an adapter's file; `source` is where they come from."""
+    """The same for weights keyed as in an adapter's file; `source` names their origin."""
     from peft import set_peft_model_state_dict
     from peft.utils import ModulesToSaveWrapper
 
     try:
-        for place, module in model.named_modules():  # a head that the adapter does not know keeps its new weights
+        for place, module in model.named_modules():  # a head unknown to the adapter keeps its new weights
             if isinstance(module, ModulesToSaveWrapper):
                 for key, parameter in module.modules_to_save[name].named_parameters():
                     weights.setdefault(f"{place}.{key}", parameter.detach())
@@ -109,7 +109,7 @@ def load_adapter_weights(
 def apply_tuning(
     model: PreTrainedModel, config: RunConfig, *, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
 ) -> torch.nn.Module:
-    """The module to train: every parameter under full tuning, the chosen ones under freeze, a PEFT model under an adapter.
+    """The module to train: all parameters (full tuning), the selected ones (freeze), or a PEFT model (adapter).
 
     Under SEQ_CLS the head is trained too, and saved with the adapter.
     """
@@ -132,7 +132,7 @@ def apply_tuning(
 
 
 def freeze(model: PreTrainedModel, tuning: FreezeTuning, *, has_new_head: bool = False) -> None:
-    """Lets only the parameters that the settings choose be trained. ConfigError with what is there where they meet nothing."""
+    """Make only the parameters selected by the settings trainable. ConfigError listing what exists if none match."""
     named = dict(model.named_parameters())
     trained = trained_names(list(named), tuning, is_tied=has_tied_head(model), has_new_head=has_new_head)
     for name, parameter in named.items():
@@ -140,7 +140,7 @@ def freeze(model: PreTrainedModel, tuning: FreezeTuning, *, has_new_head: bool =
 
 
 def has_tied_head(model: PreTrainedModel) -> bool:
-    """Whether the output head is the very matrix of the input embeddings."""
+    """Whether the output head shares its matrix with the input embeddings."""
     head: Any = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
@@ -150,7 +150,7 @@ def _with_adapter(model: PreTrainedModel, tuning: AdapterTuning, task: str) -> t
 
     model.requires_grad_(False)
     unknown = _unmatched(model, tuning)
-    if unknown:  # PEFT trains the others without a word
+    if unknown:  # PEFT trains the others silently
         raise ConfigError(f"tuning.target_modules: {', '.join(unknown)}: no such layer; {_linear_layers(model)}")
     try:
         whole = head_modules(model) if task == "SEQ_CLS" else ()
@@ -165,10 +165,10 @@ def _with_adapter(model: PreTrainedModel, tuning: AdapterTuning, task: str) -> t
 
 
 def keep_input_types(model: torch.nn.Module) -> None:
-    """Under autocast: LoRA layers take 16-bit inputs as they are.
+    """Under autocast, make LoRA layers accept 16-bit inputs unchanged.
 
-    PEFT makes them fp32 because the adapters are, and autocast makes them 16 bits again: the same numbers, two copies of
-    every layer's input. The adapters stay fp32; autocast makes their 16-bit copies, which are small.
+    PEFT casts them to fp32 because the adapters are, and autocast casts them back to 16 bits: the same numbers, but two
+    copies of every layer's input. The adapters stay fp32; autocast makes their 16-bit copies, which are small.
     """
     from peft.tuners.lora.layer import LoraLayer
 
@@ -178,14 +178,14 @@ def keep_input_types(model: torch.nn.Module) -> None:
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that make the answer of a classifier out of hidden states: a pooler and a head, new or not."""
+    """Names of the modules that turn hidden states into a classifier's answer: a pooler and a head, new or not."""
     prefix = f"{model.base_model_prefix}."
     heads = (name.removeprefix(prefix) for name, _ in model.named_parameters() if is_head(name))
     return sorted({name.split(".")[0] for name in heads})
 
 
 def _unmatched(model: PreTrainedModel, tuning: AdapterTuning) -> list[str]:
-    """Names among the target modules that meet no module of the model."""
+    """Target module names that match no module of the model."""
     if isinstance(tuning, (*VIRTUAL_TOKEN_TUNINGS, LoreftTuning)) or isinstance(tuning.target_modules, str):
         return []
     there = [f".{name}" for name, _ in model.named_modules()]

@@ -1,1 +1,1 @@
-"""What can be proven before any GPU is paid for?"""
+"""What can be proven before any GPU time is spent?"""

@@ -1,7 +1,7 @@
-"""The look at prepared rows before the spend: the rows that train, decoded again and held against the files; no model.
+"""Checks prepared rows before GPU time is spent: decodes trainable rows and compares them with the files; no model.
 
-What `prepare` finds in every row (roles, types, templates, lengths) is not looked for twice; here the batches that the
-loop would get are read back, with labels, and compared with the text of the source rows by another way than made them.
+What `prepare` finds in every row (roles, types, templates, lengths) is not checked twice; instead the batches that the
+loop would receive are decoded, with labels, and compared with the text of the source rows by an independent method.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class ShownRow:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What `check` says of the data of one stage."""
+    """Results of `check` for the data of one stage."""
 
     statistics: Statistics
     evaluation_statistics: Statistics | None
     epoch: Epoch | None
-    """None for sets that are scored and not trained on."""
+    """None for sets that are scored but not trained on."""
     histogram: tuple[tuple[int, int, int], ...]
-    """(from, up to and with, documents) by length in tokens."""
+    """(from, to inclusive, documents) by length in tokens."""
     checked_rows: int
     shown: tuple[ShownRow, ...]
     faults: tuple[Fault, ...]
@@ -73,7 +73,7 @@ def check_data(
     say: Say,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> tuple[DataReport, Prepared]:
-    """Prepares where needed, then checks 200 random and the 20 longest rows. Raises DataError for what `prepare` finds."""
+    """Prepare if needed, then check 200 random and the 20 longest rows. Raises DataError for what `prepare` finds."""
     prepared = ensure_prepared(
         config, tokenizer_folder=tokenizer_folder, cache=cache, seed=seed, say=say, advance=advance
     )
@@ -108,14 +108,14 @@ def check_data(
 
 
 def sampled_rows(rows: PreparedRows, seed: int) -> list[int]:
-    """200 random trainable rows and the 20 longest, without repeating one."""
+    """200 random trainable rows and the 20 longest, without duplicates."""
     random = permutation(rows.rows, seed, "check")[:RANDOM_ROWS].tolist()
     longest = np.argsort(-rows.lengths, kind="stable")[:LONGEST_ROWS].tolist()
     return list(dict.fromkeys([*random, *longest]))
 
 
 def _source_examples(rows: PreparedRows, part: Part, sample: Sequence[int]) -> dict[int, Example]:
-    """The example of every unit in the sampled rows, read from its file again."""
+    """The example of every unit in the sampled rows, reread from its file."""
     wanted: dict[int, int] = {}
     for index in sample:
         segments = slice(int(rows.row_offsets[index]), int(rows.row_offsets[index + 1]))
@@ -136,7 +136,7 @@ def _source_examples(rows: PreparedRows, part: Part, sample: Sequence[int]) -> d
 def _documents(
     rows: PreparedRows, index: int, facts: TokenizerFacts
 ) -> Iterator[tuple[int, tuple[Piece, ...], list[int]]]:
-    """(document, its pieces, its tokens) of a trainable row, out of the very batch that the loop would get."""
+    """(document, its pieces, its tokens) of a trainable row, from the very batch that the loop would receive."""
     batch = rows.batch([index])
     segments = slice(int(rows.row_offsets[index]), int(rows.row_offsets[index + 1]))
     for document, span in zip(rows.segment_documents[segments].tolist(), batch.documents, strict=True):
@@ -147,7 +147,7 @@ def _documents(
 
 
 def decoded_pieces(tokens: Sequence[int], trained: Sequence[bool], facts: TokenizerFacts) -> tuple[Piece, ...]:
-    """The text of every stretch of tokens that are all trained, or all not."""
+    """The text of every stretch of tokens that are all trained, or all untrained."""
     tokenizer = core_tokenizer(facts.core)
     runs: list[tuple[bool, list[int]]] = []
     for token, learnt in zip(tokens, trained, strict=True):
@@ -160,13 +160,13 @@ def decoded_pieces(tokens: Sequence[int], trained: Sequence[bool], facts: Tokeni
 def document_faults(
     document: object, pieces: Sequence[Piece], tokens: Sequence[int], facts: TokenizerFacts, config: DataConfig
 ) -> Iterator[tuple[str, str]]:
-    """(code, what) of every fault of a document: what is learnt against the row's own answers, and the shape of the tokens."""
+    """(code, description) of every fault of a document: trained text versus the row's answers, token structure."""
     learnt = [piece.text for piece in pieces if piece.trained]
     is_cut = len(tokens) >= config.max_length
     if facts.bos_id is not None and list(tokens[:2]) == [facts.bos_id] * 2:
         yield "double_bos", "starts with two beginning-of-text tokens"
     if isinstance(document, Prompt | Labelled):
-        return  # answers are sampled, or a class is learnt: no token is
+        return  # no token is trained: answers are sampled, or a class is predicted
     if not learnt:
         yield "zero_trained_tokens", "has no token to train"
         return
@@ -187,7 +187,7 @@ def _answers(document: Chat | Plain) -> list[str]:
 
 
 def _answer_faults(document: Chat | Plain, learnt: Sequence[str], config: DataConfig) -> Iterator[tuple[str, str]]:
-    """Every answer's last words must be learnt."""
+    """Every answer's last words must be trained."""
     text = "\n".join(learnt)
     answers = _answers(document)[-1:] if config.loss_on == "last_answer" else _answers(document)
     for answer in answers:
@@ -197,7 +197,7 @@ def _answer_faults(document: Chat | Plain, learnt: Sequence[str], config: DataCo
 
 
 def _prompt_faults(document: Chat | Plain, learnt: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """No prompt's last words may be learnt, unless an answer says them too."""
+    """No prompt's last words may be trained, unless an answer contains them too."""
     if isinstance(document, Plain):
         prompts = [document.prompt] if document.prompt.strip() else []
         own = document.completion
@@ -212,19 +212,19 @@ def _prompt_faults(document: Chat | Plain, learnt: Sequence[str]) -> Iterator[tu
 
 
 def _squeezed(text: str) -> str:
-    """Without blanks, which tokenizers and templates may move."""
+    """Without whitespace, which tokenizers and templates may move."""
     return "".join(text.split())
 
 
 def _is_special(tokens: Sequence[int], pieces: Sequence[Piece], facts: TokenizerFacts) -> bool:
-    """Whether the last learnt stretch ends with a special token."""
+    """Whether the last trained stretch ends with a special token."""
     last = next(piece.text for piece in reversed(pieces) if piece.trained).rstrip()
     special = core_tokenizer(facts.core).get_added_tokens_decoder().values()
     return any(last.endswith(token.content) for token in special) and bool(tokens)
 
 
 def histogram(lengths: Sequence[int] | np.ndarray) -> tuple[tuple[int, int, int], ...]:
-    """(from, up to and with, count) over powers of two."""
+    """(from, to inclusive, count) over powers of two."""
     values = np.asarray(lengths)
     if not len(values):
         return ()

@@ -1,4 +1,4 @@
-"""What `check` says of data, as text: coloured on a terminal, with brackets elsewhere; must not import torch."""
+"""The data results of `check` as text: coloured on a terminal, with brackets elsewhere; must not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRAINED_START, TRAINED_END = "⟦", "⟧"
 
 
 def print_report(report: DataReport, console: Console) -> None:
-    """Three rows as the loss sees them, the table, and the lengths. Faults are told by `faults.told`, as errors."""
+    """Print three rows as the loss sees them, the table, and the lengths. `faults.told` reports faults, as errors."""
     from rich.table import Table
 
     for row in report.shown:
@@ -70,7 +70,7 @@ def table_rows(report: DataReport) -> list[tuple[str, str]]:
 
 
 def histogram_lines(report: DataReport) -> list[str]:
-    """A bar for every range of document lengths."""
+    """A bar per range of document lengths."""
     most = max((count for _, _, count in report.histogram), default=0)
     return [
         f"{low:>7,} to {high:>7,} tokens {count:>9,} {'█' * round(40 * count / most) if most else ''}"

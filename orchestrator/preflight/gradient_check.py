@@ -1,4 +1,4 @@
-"""One forward and backward of a two-layer copy of the model, to see before the spend that every trained parameter learns."""
+"""One forward and backward pass of a two-layer copy of the model, to check that every trained parameter learns."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SHOWN_NAMES = 8
 def check_gradients(
     base_folder: Path, batch: Batch, tune: Tune, *, attention: str = "sdpa", outputs: int | None = None
 ) -> int:
-    """Number of trained tensors of the copy that got a gradient. Raises TrainingFailed where one got none.
+    """Number of the copy's trained tensors that got a gradient. Raises TrainingFailed if one got none.
 
-    The copy has the architecture, the names and the tuning of the real one, with two layers and narrow, random weights;
-    with `outputs` it has a classifier's head of so many.
+    The copy has the architecture, names and tuning of the real model, with two narrow layers of random weights;
+    with `outputs` it has a classification head of that width.
     """
     model = tune(small_copy(base_folder, attention=attention, outputs=outputs))
     model.train()
@@ -44,7 +44,7 @@ def check_gradients(
 
 
 def missing_gradients(model: torch.nn.Module, batch: Batch, *, classifies: bool = False) -> list[str]:
-    """Names of the trained parameters without a finite gradient after one backward pass over the batch."""
+    """Names of trained parameters without a finite gradient after one backward pass over the batch."""
     inputs = batch.model_inputs()
     inputs["input_ids"] = inputs["input_ids"] % VOCABULARY
     if classifies:

@@ -1,4 +1,4 @@
-"""The look before the spend, and the preparation of data: `python -m orchestrator.preflight.main check|prepare FILE`."""
+"""Checks before GPU time is spent, and data preparation: `python -m orchestrator.preflight.main check|prepare FILE`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from orchestrator.preflight.gradient_check import check_gradients
 
 
 def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console, phases: Phases) -> list[str]:
-    """Checks data and gradients of one stage, prints what was seen; the sentences of all faults."""
+    """Check data and gradients of one stage and print the results; return a sentence for every fault."""
     cache = cache_folder(config.cluster.scratch)
     problems: list[str] = []
     made: list[Prepared] = []
@@ -86,7 +86,7 @@ def _epoch(config: RunConfig, stage: TrainingStage, rows: PreparedRows) -> Epoch
 
 
 def _untrained(config: RunConfig, stage: TrainingStage, rows: PreparedRows) -> str | None:
-    """Why a stage would learn nothing of its prepared rows: for hub data sets, of which the plan saw nothing, the first to say so."""
+    """Why a stage would learn nothing from its prepared rows; for hub data sets the plan could not know this."""
     name = next(name for name, other in config.stages.items() if other is stage)
     problem = format_problem(stage, cast("DataFormat", rows.meta.format), None, field=f"stages.{name}.data.train")
     trains_tokens = wanted_kind(stage) in ("text", "pair", "feedback")
@@ -96,7 +96,7 @@ def _untrained(config: RunConfig, stage: TrainingStage, rows: PreparedRows) -> s
 
 
 def _head_of(config: RunConfig, stage: Stage, train: Path) -> tuple[Literal["CAUSAL_LM", "SEQ_CLS"], int | None]:
-    """PEFT's word for the task, and the outputs of a classifier's head. DataError where labels do not fit the problem."""
+    """PEFT's name of the task, and the width of a classifier's head. DataError if labels do not fit the problem."""
     if not isinstance(stage, ClassifyStage):
         return ("SEQ_CLS", 2) if isinstance(stage, SelfTrainingStage) else ("CAUSAL_LM", None)
     rows = PreparedRows.open(train)
@@ -111,7 +111,7 @@ def _head_of(config: RunConfig, stage: Stage, train: Path) -> tuple[Literal["CAU
 
 
 def prepare_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console, phases: Phases) -> list[str]:
-    """Prepares the rows of one stage, and says where they are; a sentence where the stage would learn nothing of them."""
+    """Prepare the rows of one stage and print where they are; return a sentence if there is nothing to learn."""
     say = partial(console.print, soft_wrap=True)
     for key, data in data_sets_of(stage).items():
         phases.begin(phase.PREPARING, unit=phase.ROWS)

@@ -1,7 +1,8 @@
-"""Times a model's own matrix products on this processor: `python -m orchestrator.preflight.processor_probe JSON` prints what a second computes.
+"""Times a model's own matrix products on this processor: `python -m orchestrator.preflight.processor_probe JSON`.
 
-A process of its own, so that the plan needs no torch. Products are random matrices of the model's shapes, forward and backward, with
-what stands between them in a layer; wide ones are timed on a slice, slow ones on fewer tokens.
+Prints operations per second. A separate process, so that the plan needs no torch. Products are of random matrices
+of the model's shapes, forward and backward, with the other operations of a layer; wide ones are timed on a slice,
+slow ones on fewer tokens.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ Clock = Callable[[], float]
 
 ROWS = 4
 TOKENS = (8, 256)
-"""Tokens of a trial, and of the measurement where it is fast enough."""
+"""Tokens of a trial run, and of the measurement if it is fast enough."""
 PRODUCT_SECONDS = 0.04
-"""Time of one product's measurement; seven shapes make a quarter of a second, with one thread and with all half of one."""
+"""Time to measure one product; seven shapes take a quarter of a second; with one thread and then all, half a second."""
 WIDEST_ELEMENTS = 4_000_000
-"""Of a slice: 16 MB in fp32, more than the caches nearest to a core hold."""
+"""Elements of a slice: 16 MB in fp32, more than the caches nearest to a core hold."""
 
 SCALING = 0.8
-"""Of perfect scaling over threads: an assumption, for a busy processor alone."""
+"""Share of perfect scaling over threads: an assumption, used only for a busy processor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +45,10 @@ class Setting:
     vocabulary: int
     head_dim: int
     experts: int
-    """Feed-forward layers that a token meets in a layer."""
+    """Feed-forward layers that a token passes in each layer."""
     method: Literal["full", "adapter"]
     rank: int
-    """Of LoRA; 0 for adapters without matrices of their own."""
+    """Rank of LoRA; 0 for adapters without matrices of their own."""
     dtype: Literal["float32", "bfloat16"]
     compares: bool
     """Whether float32 is timed too, for the factor by which an emulated type is slower."""
@@ -55,7 +56,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """Operations of a token, as the forecast counts them, and its seconds."""
+    """Operations per token, as the forecast counts them, and seconds per token."""
 
     flops: float
     seconds: float
@@ -66,15 +67,15 @@ def main(argv: list[str]) -> None:
 
 
 def measure(setting: Setting) -> dict[str, float | bool | None]:
-    """Operations a second over all layers and the head, with the threads that the job will have.
+    """Operations per second over all layers and the head, with the number of threads the job will have.
 
-    Where other work keeps the processor busy, threads wait for one another and their wall-clock says nothing: one thread's own
-    processor time counts there, times the threads.
+    If other work keeps the processor busy, threads wait for one another and wall-clock time is meaningless: then the
+    processor time of one thread is used, multiplied by the number of threads.
     """
     threads, was_busy = torch.get_num_threads(), os.getloadavg()[0] > len(os.sched_getaffinity(0))
     torch.set_num_threads(1)
     rate = _rate(setting, time.process_time)
-    # one thread and its own time for both types: other work on the machine then counts for neither
+    # one thread and process time for both types: other work on the machine then counts for neither
     slowdown = _rate(replace(setting, dtype="float32"), time.process_time) / rate if setting.compares else None
     if threads > 1 and was_busy:
         rate *= threads * SCALING
@@ -105,7 +106,7 @@ def _rate(setting: Setting, clock: Clock) -> float:
 
 
 def _product(setting: Setting, inputs: int, outputs: int, clock: Clock) -> Timed:
-    """One linear layer, forward and backward, with LoRA's two small ones beside a frozen weight."""
+    """One linear layer, forward and backward, with LoRA's two small ones next to a frozen weight."""
     is_full, rank = setting.method == "full", setting.rank
     width = max(1, min(outputs, WIDEST_ELEMENTS // inputs))
     held = torch.float32 if is_full else getattr(torch, setting.dtype)
@@ -132,7 +133,7 @@ def _product(setting: Setting, inputs: int, outputs: int, clock: Clock) -> Timed
 
 
 def _between(setting: Setting, clock: Clock) -> Timed:
-    """What a layer does besides its products: two norms, rotation, attention, gate, residuals."""
+    """A layer's operations other than its products: two norms, rotation, attention, gate, residuals."""
     dtype = getattr(torch, setting.dtype)
     heads, groups = setting.queries // setting.head_dim, setting.keys // setting.head_dim
 
@@ -162,7 +163,7 @@ def _between(setting: Setting, clock: Clock) -> Timed:
 
 
 def _seconds_per_token(step: Callable[[int], Callable[[], None]], clock: Clock) -> float:
-    """The fastest repetition: what else runs on the machine only adds."""
+    """Seconds of the fastest repetition: other load on the machine only adds time."""
     few, many = TOKENS
     trial = step(few)
     trial()  # the first call compiles its kernels

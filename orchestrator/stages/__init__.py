@@ -1,4 +1,4 @@
-"""The stages: what each kind trains. A new stage is a file here and one line below."""
+"""What does each kind of stage train? A new kind is a file here and one line below."""
 
 STAGES = {
     "sft": "orchestrator.stages.sft",

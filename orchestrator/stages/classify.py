@@ -1,4 +1,4 @@
-"""A classifier: a new head, and as much of the model as `tuning` says, over labelled texts."""
+"""A classifier: a new head, and as much of the model as `tuning` selects, trained on labelled texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.training.session import run_training, supervised_course
 
 
 def plan_course(session: Session) -> Course:
-    """Cross-entropy (or its like) over prepared rows with labels; judged by the metrics of the problem."""
+    """Cross-entropy (or its equivalent) over labelled prepared rows, evaluated by the metrics of the problem."""
     classes = stage_classes(session.context)
     targets = session_targets(session, classes)
     judge = Judge(session, classes, targets)
@@ -30,6 +30,6 @@ def plan_course(session: Session) -> Course:
 
 
 def run(context: Context) -> int:
-    """Trains, writes, proves and reports; the exit code of the rank."""
+    """Train, write, prove and report; return the exit code of the rank."""
     refuse_other_rows(PreparedRows.open(context.train_data), f"stages.{context.name}.data.train")
     return run_training(context, plan_course, build_model=build_classifier)

@@ -1,4 +1,4 @@
-"""Preference optimisation without a reward model: DPO, IPO, hinge, ORPO and SimPO over pairs, KTO over labelled rows."""
+"""Preference optimisation without a reward model: DPO, IPO, hinge, ORPO, SimPO over pairs, KTO over labelled rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFERENCE_FREE = ("orpo", "simpo")
 
 
 def plan_course(session: Session) -> Course:
-    """The stage's loss over prepared pairs or labelled rows, against the policy that it starts from."""
+    """The stage's loss over prepared pairs or labelled rows, relative to the policy that it starts from."""
     stage = cast("DpoStage", session.context.stage)
     wanted, data_format = ("feedback", "feedback") if stage.loss == "kto" else ("pair", "preference")
     if session.rows.meta.kind != wanted:
@@ -38,7 +38,7 @@ def _paired(session: Session, stage: DpoStage) -> Objective:
 
 
 def _kto(session: Session, stage: DpoStage) -> Course:
-    """Before every step the KL is estimated from answers that stand beside other prompts."""
+    """The KL is estimated before every step, from answers paired with other prompts."""
     divergence = Divergence(session)
     objective = kto_objective(session.runtime, stage, make_reference(session).of, divergence.value)
     course = supervised_course(session, objective)
@@ -46,5 +46,5 @@ def _kto(session: Session, stage: DpoStage) -> Course:
 
 
 def run(context: Context) -> int:
-    """Trains, writes and proves; the exit code of the rank."""
+    """Train, write and prove; return the exit code of the rank."""
     return run_training(context, plan_course)

@@ -1,4 +1,4 @@
-"""Scores the artifact of an earlier stage beside its base on several sets, and tells what was lost; rewards of what they generate."""
+"""Compares an earlier stage's artifact with its base: scores on sets, what was lost, rewards of generated answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from orchestrator.training.finish import finish_scoring
 
 
 def run(context: Context) -> int:
-    """Scores base and tuned model on the same rows of every set, writes a report, and tells both."""
+    """Score base and tuned model on the same rows of every set, and report both."""
     record = Record(context, rank=0)
     record.event("start", world_size=1)
     context.phases.begin(phase.LOADING)
@@ -70,7 +70,7 @@ def _classifier_report(context: Context, runtime: Runtime, record: Record) -> di
 def _finish(
     context: Context, record: Record, report: Mapping[str, Any], summary: Mapping[str, Any], started: float
 ) -> int:
-    """Writes the report, and the result with its summary."""
+    """Write the report, and the result with its summary."""
     context.phases.begin(phase.WRITING)
     _write(context, report)
     return finish_scoring(context, record, {**summary, "seconds": time.time() - started}, kind="report")
@@ -79,7 +79,7 @@ def _finish(
 def _before_and_after(
     context: Context, runtime: Runtime, scorer: Scorer
 ) -> tuple[dict[str, dict[str, SetScores]], dict[str, dict[str, float]]]:
-    """(scores by set, rewards of the first set) of base and tuned model."""
+    """(scores by set, rewards on the first set) of base and tuned model."""
     tuned: Any = _tuned(context).to(runtime.device).eval()
     context.phases.begin(phase.SCORING, unit=phase.ROWS)
     sets = {"tuned": scorer.of(tuned)}

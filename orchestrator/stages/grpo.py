@@ -1,4 +1,4 @@
-"""Policy optimisation on sampled completions: GRPO, Dr. GRPO, RLOO and REINFORCE against rewards."""
+"""Policy optimisation on sampled completions: GRPO, Dr. GRPO, RLOO and REINFORCE with rewards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from orchestrator.training.session import proof_of, run_training
 
 
 def plan_course(session: Session) -> Course:
-    """Rollouts as rows, and the clipped surrogate over them."""
+    """Rollouts as training rows, and the clipped surrogate over them."""
     context, runtime, rows = session.context, session.runtime, session.rows
     stage = cast("PolicyStage", context.stage)
     if rows.meta.kind != "prompt":
@@ -71,5 +71,5 @@ def build_model(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.
 
 
 def run(context: Context) -> int:
-    """Trains, writes and proves; the exit code of the rank."""
+    """Train, write and prove; return the exit code of the rank."""
     return run_training(context, plan_course, build_model=build_model)

@@ -1,4 +1,4 @@
-"""WiSE-FT (2109.01903): theta(a) = (1-a) theta_0 + a theta_1 over a grid, scored in and out of distribution; one a is kept."""
+"""WiSE-FT (2109.01903): (1-a) theta_0 + a theta_1 on a grid, scored in and out of distribution; one is kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orchestrator.run_state.stage_context import Context, Start
 
 
 def run(context: Context) -> int:
-    """Scores every a, tells the curves, and writes and proves the chosen model."""
+    """Score every a, report the curves, then write and prove the chosen model."""
     stage = cast("InterpolateStage", context.stage)
     record = Record(context, rank=0)
     record.event("start", world_size=1)
@@ -52,7 +52,7 @@ def run(context: Context) -> int:
 def _tell(
     context: Context, record: Record, scores: Sequence[Scores], *, shifts: Mapping[str, bool], chosen: Chosen
 ) -> None:
-    """Table, curves in words, the choice; curves.json and its picture."""
+    """Report the table, a summary of the curves and the choice; write curves.json and its plot."""
     stage = cast("InterpolateStage", context.stage)
     alpha = stage.alphas[chosen.number]
     columns = {f"a={a:g}": one for a, one in zip(stage.alphas, scores, strict=True)}
@@ -92,7 +92,7 @@ def _ingredients(context: Context) -> list[Start]:
 
 
 def _weights(context: Context, alpha: float) -> list[float]:
-    """Of theta_0, where it is a stage's artifact (the base takes what is left over), and of theta_1."""
+    """Weights of theta_0, if it is a stage's artifact (the base gets the remainder), and of theta_1."""
     return [1.0 - alpha, alpha] if context.beside else [alpha]
 
 

@@ -1,4 +1,4 @@
-"""Merges the adapter of an earlier stage into its base, measures the change, and proves the folder in a fresh process."""
+"""Merges an earlier stage's adapter into its base, measures the change, and proves the folder in a fresh process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.training.finish import finish_scoring, prove_in_fresh_process
 
 
 def run(context: Context) -> int:
-    """Merges, measures, writes, proves; refuses a merge that changed the model by more than `max_kl`."""
+    """Merge, measure, write, prove; refuse a merge that changed the model by more than `max_kl`."""
     stage = cast("MergeStage", context.stage)
     start = context.start
     assert start is not None, "the pipeline's rules ask for a policy before it"

@@ -1,4 +1,4 @@
-"""A reward model: a scalar head trained on pairs, and a report of what it knows beyond length and single words."""
+"""A reward model: a scalar head trained on pairs, and a report of what it learnt beyond length and single words."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plan_course(session: Session) -> Course:
     course = supervised_course(session, reward_objective(session.runtime, stage))
 
     def proof() -> Evaluation:
-        """After the last step every rank is here: the time to score all held-out pairs."""
+        """After the last step every rank arrives here, so all held-out pairs are scored at this point."""
         scores.append(held_out_scores(session))
         return course.proof()
 
@@ -38,5 +38,5 @@ def plan_course(session: Session) -> Course:
 
 
 def run(context: Context) -> int:
-    """Trains, writes, proves and reports; the exit code of the rank."""
+    """Train, write, prove and report; return the exit code of the rank."""
     return run_training(context, plan_course, build_model=build_reward_model)

@@ -1,4 +1,4 @@
-"""Self-training: a classifier goes on with its own soft labels over weakly labelled and unlabelled rows (COSINE)."""
+"""Self-training: a classifier trains on its own soft labels of weakly labelled and unlabelled rows (COSINE)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.training.session import run_training, supervised_course
 
 
 def plan_course(session: Session) -> Course:
-    """Weighted divergence from the pseudo-labels of the period, judged on held-out labels."""
+    """Weighted divergence from the period's pseudo-labels, evaluated on held-out labels."""
     context, runtime = session.context, session.runtime
     stage = cast("SelfTrainingStage", context.stage)
     classes = stage_classes(context)
@@ -55,6 +55,6 @@ def plan_course(session: Session) -> Course:
 
 
 def run(context: Context) -> int:
-    """Trains, writes, proves and reports; the exit code of the rank."""
+    """Train, write, prove and report; return the exit code of the rank."""
     refuse_other_rows(PreparedRows.open(context.train_data), f"stages.{context.name}.data.train")
     return run_training(context, plan_course, build_model=build_classifier)

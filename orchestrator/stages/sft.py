@@ -15,9 +15,9 @@ from orchestrator.training.session import run_training, supervised_course
 
 
 def plan_course(session: Session) -> Course:
-    """Next-token loss over the prepared rows, by which the proof scores the artifact too.
+    """Next-token loss over the prepared rows, which is also the proof's score.
 
-    DataError where they hold nothing to learn: of a hub data set the plan has seen no row.
+    DataError if they contain nothing to train on: for hub data sets the plan has seen no rows.
     """
     problem = format_problem(
         session.context.stage,
@@ -31,5 +31,5 @@ def plan_course(session: Session) -> Course:
 
 
 def run(context: Context) -> int:
-    """Trains, writes and proves; the exit code of the rank."""
+    """Train, write and prove; return the exit code of the rank."""
     return run_training(context, plan_course)

@@ -1,4 +1,4 @@
-"""Model soups (2203.05482): the average of several fine-tuned models of one base, scored beside its ingredients."""
+"""Model soups (2203.05482): the average of several fine-tuned models of one base, compared with its members."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from orchestrator.run_state.stage_context import Context, Start
 
 
 def run(context: Context) -> int:
-    """Scores base and ingredients, cooks by the recipe, and writes and proves the soup."""
+    """Score base and ingredients, average them by the stage's recipe, then write and prove the soup."""
     record = Record(context, rank=0)
     record.event("start", world_size=1)
     context.phases.begin(phase.LOADING)
@@ -59,7 +59,7 @@ def run(context: Context) -> int:
 
 
 def ingredients_of(context: Context) -> list[Start]:
-    """The artifact that the stage starts from, where there is one, and its members; each named as `members` would name it."""
+    """The artifact that the stage starts from, if any, and its members, each named as in `members`."""
     found = [*([] if context.start is None else [context.start]), *context.beside]
     return [one if one.stage.startswith("/") else replace(one, stage=STAGE_PREFIX + one.stage) for one in found]
 
@@ -67,7 +67,7 @@ def ingredients_of(context: Context) -> list[Start]:
 def _cooked(
     stage: SoupStage, scorer: Scorer, blend: Blend, ingredients: Sequence[Start]
 ) -> tuple[dict[str, Scores], list[int]]:
-    """(scores of base, ingredients and soup by name, the numbers of the ingredients that are in it)."""
+    """(scores of base, ingredients and soup by name, indices of the ingredients in the soup)."""
 
     def average(numbers: Sequence[int]) -> Scores:
         blend.put([1 / len(numbers) if number in numbers else 0.0 for number in range(len(ingredients))])

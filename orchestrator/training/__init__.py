@@ -1,1 +1,1 @@
-"""What runs on the ranks: torch is allowed here and in stages only."""
+"""How does a model train on every rank: loop, objectives, faults, finish?"""

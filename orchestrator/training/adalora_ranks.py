@@ -1,6 +1,7 @@
-"""AdaLoRA's ranks in the training loop (2303.10512): the penalty before an update, the allocation after it.
+"""AdaLoRA's ranks in the training loop (2303.10512): the penalty before an update, the rank allocation after it.
 
-PEFT's allocator computes; what it must remember lies in the optimizer's state of each parameter, and so in checkpoints.
+PEFT's allocator does the computation; its running state is stored in the optimizer's state of each parameter, and
+thus in checkpoints.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from orchestrator.config.tuning import AdaloraTuning
 from orchestrator.distributed.runtime import Runtime
 
 IMPORTANCE, UNCERTAINTY, KEPT = "importance", "uncertainty", "kept"
-"""Of a weight (equations 9 and 10), and 1 for the singular values that the last allocation left."""
+"""Running values of a weight (equations 9 and 10), and 1 for the singular values kept by the last allocation."""
 
 
 class RankAllocation:
-    """Owns PEFT's allocator of one model. `optimizer` is torch's own, over the same parameters, without ZeRO."""
+    """Owns PEFT's allocator of one model. `optimizer` is the torch optimizer over the same parameters, without ZeRO."""
 
     def __init__(self, model: Any, optimizer: Any, tuning: AdaloraTuning, *, steps: int) -> None:
         self._allocator = model.base_model.rankallocator
@@ -33,7 +34,7 @@ class RankAllocation:
         settings.tinit = min(round(tuning.first_share * steps), self._last - 1)
 
     def add_penalty(self) -> None:
-        """Adds the gradient of weight x mean ||P^T P - I||_F over all A and B (equation 4): once for the global batch."""
+        """Add the gradient of weight x mean ||P^T P - I||_F over all A and B (equation 4), once per global batch."""
         factors = [parameter for name, parameter in self._named if ".lora_E." not in name]
         with torch.enable_grad():
             penalty = self._weight * torch.stack([_distance(factor) for factor in factors]).mean()
@@ -43,7 +44,7 @@ class RankAllocation:
 
     @torch.no_grad()
     def allocate(self, step: int) -> None:
-        """After the update of `step`, while its gradients are there: ranks follow the budget, then stay as they are."""
+        """After the update of `step`, while its gradients exist: adjust ranks to the budget until they are final."""
         if step > self._last:
             for name, parameter in self._named:
                 if ".lora_E." in name:
@@ -64,13 +65,13 @@ class RankAllocation:
 
 
 def allocation_of(runtime: Runtime, model: Any, optimizer: Any, tuning: Tuning, *, steps: int) -> RankAllocation | None:
-    """Of Accelerate's prepared model and optimizer; None under another tuning."""
+    """The allocation for Accelerate's prepared model and optimizer; None for any tuning but AdaLoRA."""
     if not isinstance(tuning, AdaloraTuning):
         return None
     return RankAllocation(runtime.accelerator.unwrap_model(model), optimizer.optimizer, tuning, steps=steps)
 
 
 def _distance(factor: torch.Tensor) -> torch.Tensor:
-    """Frobenius norm of the difference of a factor's small Gram matrix from the identity."""
+    """Frobenius distance of a factor's small Gram matrix from the identity."""
     small = factor @ factor.T if factor.shape[0] <= factor.shape[1] else factor.T @ factor
     return torch.linalg.matrix_norm(small - torch.eye(small.shape[0], device=factor.device, dtype=factor.dtype))

@@ -1,4 +1,4 @@
-"""Correlations of two columns of numbers; pure numpy."""
+"""Correlations between two columns of numbers; pure numpy."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Floats = npt.NDArray[np.floating[Any]]
 
 
 def pearson(first_N: Floats, second_N: Floats) -> float | None:
-    """Pearson's correlation in [-1, 1]; None where either column is constant, of which no correlation is defined."""
+    """Pearson's correlation in [-1, 1]; None if either column is constant, where it is undefined."""
     if np.ptp(first_N) == 0 or np.ptp(second_N) == 0:
         return None
-    # scaled first: squares of very large or very small numbers would leave the range of a float
+    # scaled first: squares of very large or very small numbers would overflow or underflow
     first, second = (values / np.abs(values).max() for values in (first_N - first_N.mean(), second_N - second_N.mean()))
     value = float(first @ second / math.sqrt(float(first @ first) * float(second @ second)))
     return max(-1.0, min(1.0, value))

@@ -1,4 +1,4 @@
-"""A user's own metrics of held-out answers, measured with every evaluation. Must not know stages."""
+"""User-defined metrics of held-out answers, measured with every evaluation. Must not know stages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Score = Callable[[], Evaluation | None]
 
 
 def with_metrics(settings: MetricsConfig, runtime: Runtime, score: Score, answers: Answers) -> Score:
-    """`score`, with the user's metrics among its measures; `score` itself where there are none."""
+    """`score` with the user's metrics among its measures; `score` itself if there are none."""
     if not settings.functions:
         return score
     functions = [load_metric(function.source, function.options) for function in settings.functions]
@@ -30,7 +30,7 @@ def with_metrics(settings: MetricsConfig, runtime: Runtime, score: Score, answer
         found = score()
         if found is None:
             return None
-        with runtime.phases.during(METRICS, unit=COMPLETIONS):  # often longer than the evaluation itself
+        with runtime.phases.during(METRICS, unit=COMPLETIONS):  # often takes longer than the evaluation itself
             mine = answers()
         measured = _measured(functions, _gathered(runtime, mine), runtime)
         clashes = sorted(measured.keys() & {*found.measures, "loss", "trained_tokens", "seconds"})
@@ -52,13 +52,13 @@ def _gathered(runtime: Runtime, mine: Sequence[Sample]) -> list[Sample]:
 
 
 def _measured(functions: Sequence[Metric], samples: Sequence[Sample], runtime: Runtime) -> dict[str, float]:
-    """Rank 0 measures for all: a metric that draws random numbers must not let ranks disagree on early stopping."""
+    """Measured on rank 0 for all: a metric that draws random numbers must not let ranks disagree on early stopping."""
     outcome: list[Any] = [None]
     if runtime.is_main:
         outcome[0] = _outcome(functions, samples)
     if runtime.world_size > 1:
         dist.broadcast_object_list(outcome)
-    # Raised on every rank: one that raised alone would leave the others waiting in the next collective.
+    # Raised on every rank: a single raising rank would leave the others waiting in the next collective.
     if isinstance(outcome[0], ConfigError):
         raise ConfigError(outcome[0].problems)
     return cast("dict[str, float]", outcome[0])

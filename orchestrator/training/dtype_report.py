@@ -1,4 +1,4 @@
-"""Compares the frozen `model.dtype` with what the real device computes, and reports a poor match before the first step."""
+"""Compares the frozen `model.dtype` with what the device computes, and reports a mismatch before the first step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from orchestrator.run_state.recorder import Record
 from orchestrator.run_state.stage_context import Context
 
 PRODUCT = (288, 1536, 576)
-"""Rows, inputs and outputs of the product that is timed, those of a small model's feed-forward layer whatever the run trains: in
-small products the call costs as much as the numbers, and both types look alike."""
+"""Rows, inputs and outputs of the timed product, those of a small model's feed-forward layer regardless of the model
+trained: in small products call overhead dominates, and both types look the same."""
 SECONDS = 0.4
-"""Time that one type may take, but for the one call that it needs; emulated ones differ by a hundred between processors."""
+"""Time limit per type, apart from one mandatory call; emulated types differ a hundredfold between processors."""
 
 
 def report_number_type(context: Context, record: Record, device: torch.device) -> None:
-    """Says the type and its reason in the log, and warns where the device would have got another one."""
+    """Log the type and its reason; warn if the type chosen for this device would be different."""
     name = context.config.model.dtype
     is_native, why = native_bfloat16(device)
     reason = frozen_reason(read_json(context.run_file))
@@ -37,15 +37,15 @@ def report_number_type(context: Context, record: Record, device: torch.device) -
 
 
 def native_bfloat16(device: torch.device) -> tuple[bool, str]:
-    """Whether the device multiplies bfloat16 without emulation, and why (not)."""
+    """Whether the device multiplies bfloat16 without emulation, and the reason."""
     if device.type == "cuda":
         gpu = Gpu(name=torch.cuda.get_device_name(device), capability=torch.cuda.get_device_capability(device))
-        # AMD numbers its architectures otherwise; torch knows which of them have it
+        # AMD numbers its architectures differently; torch knows which of them support it
         if torch.version.hip is not None:
             return torch.cuda.is_bf16_supported(including_emulation=False), f"{gpu.name}, as torch says"
         return gpu.has_native_bfloat16, gpu.bfloat16_reason()
     processor = this_processor()
-    # a torch built without oneDNN computes bfloat16 in plain loops, whatever the processor has
+    # a torch built without oneDNN computes bfloat16 in plain loops, whatever the processor supports
     if processor.has_native_bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False, f"{processor.name} has bfloat16 instructions, but oneDNN in this torch does not use them"
     return processor.has_native_bfloat16, processor.bfloat16_reason()
@@ -65,16 +65,16 @@ def _is_slow(name: str, is_native: bool) -> bool:
 
 
 def _factor(device: torch.device) -> float:
-    """Time of a product in bfloat16 over that in float32, forward and backward; about a second in all."""
+    """Time of a product in bfloat16 over that in float32, forward and backward; about a second in total."""
     return _product_seconds(device, torch.bfloat16) / _product_seconds(device, torch.float32)
 
 
 def _product_seconds(device: torch.device, dtype: torch.dtype) -> float:
-    """Median over SECONDS, without the first call, which compiles its kernel, unless that took all the time already."""
+    """Median over SECONDS without the first call, which compiles its kernel, unless that call used up the time."""
     rows, inputs, outputs = PRODUCT
     hidden_RI = torch.ones(rows, inputs, device=device, dtype=dtype, requires_grad=True)
     weight_OI = torch.ones(outputs, inputs, device=device, dtype=dtype)
-    # of a processor, its own time: other work on the machine then counts for neither type
+    # on a CPU, process time: other work on the machine then counts for neither type
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: list[float] = []
     until = time.perf_counter() + SECONDS

@@ -1,4 +1,4 @@
-"""Early stopping: a judgement of the evaluations so far, which lives in every checkpoint. Must not know the loop."""
+"""Early stopping: the decision after each evaluation; its state is part of every checkpoint. Must not know the loop."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from orchestrator.training.evaluation import Evaluation, values_of
 
 @dataclass(frozen=True, kw_only=True)
 class Stopping:
-    """What the next judgement depends on."""
+    """State that the next decision depends on."""
 
     best_step: int | None = None
-    """Step of the best evaluation so far; its checkpoint is kept."""
+    """Step of the best evaluation so far; its checkpoint is retained."""
     best_value: float | None = None
     without_gain: int = 0
-    """Evaluations in a row that were no better than the best by more than `min_delta`."""
+    """Consecutive evaluations that did not beat the best by more than `min_delta`."""
     is_over: bool = False
-    """Patience is at its end."""
+    """Patience is exhausted."""
 
 
 NOT_STOPPING = Stopping()
 
 
 def after_evaluation(state: Stopping, step: int, value: float, settings: EarlyStoppingConfig) -> Stopping:
-    """The judgement after an evaluation; one that is not finite is no gain."""
+    """The state after an evaluation; a value that is not finite counts as no improvement."""
     best = state.best_value
     gain = math.inf if best is None else (best - value if settings.mode == "min" else value - best)
     if math.isfinite(value) and gain > settings.min_delta:
@@ -41,7 +41,7 @@ def after_evaluation(state: Stopping, step: int, value: float, settings: EarlySt
 def judged(
     state: Stopping, step: int, value: float, settings: EarlyStoppingConfig, runtime: Runtime, record: Record
 ) -> Stopping:
-    """`after_evaluation` by the value that rank 0 has, told where it is the end; every rank must call it."""
+    """`after_evaluation` with rank 0's value, recorded if training is to end; every rank must call it."""
     (agreed,) = runtime.sum_over_ranks([value if runtime.is_main else 0.0])
     after = after_evaluation(state, step, agreed, settings)
     if after.is_over:
@@ -55,7 +55,7 @@ def judged(
 
 
 def metric_of(scored: Evaluation | None, settings: EarlyStoppingConfig, *, stage: str) -> float:
-    """The metric of an evaluation; ConfigError with the names that are there."""
+    """The metric of an evaluation; an unknown name raises ConfigError that lists the available ones."""
     if scored is None:
         raise ConfigError(
             f"stages.{stage}.early_stopping: the stage has no held-out rows; set stages.{stage}.data.eval.path"

@@ -1,4 +1,4 @@
-"""Loss on held-out rows: the same number of forward passes on every rank."""
+"""Loss on held-out rows, with the same number of forward passes on every rank."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Evaluation:
     trained_tokens: int
     rows: int
     measures: dict[str, float] = field(default_factory=dict[str, float])
-    """What else the objective tells, as means over the units."""
+    """The objective's other measures, as means over the units."""
     first: Evaluation | None = None
-    """Of the first rows alone, where they were asked for."""
+    """Evaluation of the first rows alone, if requested."""
 
 
 def values_of(scored: Evaluation) -> dict[str, float]:
@@ -42,7 +42,7 @@ def evaluate(
     limit: int | None = None,
     first: int | None = None,
 ) -> Evaluation:
-    """Loss over the first `limit` rows (all where None); with `first` also over so many of them alone, in the same turn."""
+    """Loss over the first `limit` rows (None: all); `first` also scores that many rows separately in the same pass."""
     count = rows.rows if limit is None else min(limit, rows.rows)
     head = count if first is None else min(first, count)
     was_training = model.training
@@ -60,7 +60,7 @@ def evaluate(
 
 
 def _mean(objective: Objective, rows: PreparedRows, sums: Sequence[float], count: int) -> Evaluation:
-    """Sums over the first `count` rows as means over their units."""
+    """Means over the units of the first `count` rows."""
     weight = objective.weight(rows, range(count))
     if weight == 0:
         raise DataError(

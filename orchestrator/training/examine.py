@@ -1,4 +1,4 @@
-"""The name under which preparation jobs of version 0.1 look at data; jobs that are queued still call it. Until 0.2."""
+"""Entry point by which version 0.1 preparation jobs inspect data; queued jobs still call it. Remove in 0.2."""
 
 from __future__ import annotations
 

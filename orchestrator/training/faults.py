@@ -1,4 +1,4 @@
-"""Judges losses: which update is skipped, when the run goes back, when it is given up. Pure; must not import torch."""
+"""Assesses losses: which update to skip, when to roll back, when to give up. Pure; must not import torch."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from orchestrator.config.training import FaultConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """What the next judgement depends on; part of every checkpoint."""
+    """State that the next assessment depends on; part of every checkpoint."""
 
     streak: tuple[int, ...] = ()
     """Steps without an update since the last good one."""
     skipped: int = 0
-    """Updates skipped so far in this line of the run."""
+    """Updates skipped so far in this branch of the run."""
     omitted: tuple[int, ...] = ()
-    """Steps whose data a rollback took out."""
+    """Steps whose data was removed by a rollback."""
     rollbacks: int = 0
     losses: tuple[float, ...] = ()
-    """Mean losses of the newest good steps, where a spike threshold needs them."""
+    """Mean losses of the most recent good steps, kept if a spike threshold needs them."""
 
 
 HEALTHY = Health()
 
 
 def find_fault(health: Health, loss: float, settings: FaultConfig) -> str | None:
-    """Why a step of this mean loss must not update the weights, or None."""
+    """The reason why a step with this mean loss must not update the weights, or None."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if settings.spike_sigma is None or len(health.losses) < settings.spike_window:
@@ -53,12 +53,12 @@ def after_step(health: Health, step: int, *, loss: float, fault: str | None, set
 
 
 def must_go_back(health: Health, settings: FaultConfig) -> bool:
-    """So many skips in a row that the weights themselves are in doubt."""
+    """Whether so many consecutive steps were skipped that the weights themselves are in doubt."""
     return len(health.streak) >= settings.skips_before_rollback
 
 
 def reason_to_give_up(health: Health, settings: FaultConfig) -> str | None:
-    """The bound that was passed, or None."""
+    """The limit that was exceeded, or None."""
     if health.skipped + len(health.omitted) > settings.max_skips:
         return f"{health.skipped + len(health.omitted)} updates were skipped, faults.max_skips is {settings.max_skips}"
     if must_go_back(health, settings) and health.rollbacks >= settings.max_rollbacks:

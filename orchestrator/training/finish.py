@@ -54,7 +54,7 @@ def finish_stage(
     after: Evaluation | None,
     seconds: float,
 ) -> int:
-    """All ranks call it; rank 0 writes, proves and reports. Raises CheckpointError where the proof fails."""
+    """Write, prove and report on rank 0; every rank must call it. Raises CheckpointError if the proof fails."""
     context, runtime = session.context, session.runtime
     is_rounded = round_as_saved(session.model, context.config)
     known = after.first if course.is_proof_scored and after is not None and not is_rounded else None
@@ -101,7 +101,7 @@ def _write(session: Session, weights: Mapping[str, torch.Tensor], *, step: int) 
 
 
 def _write_expectation(session: Session, scored: Evaluation) -> None:
-    """What the proof must find again: the trainer's own loss on held-out rows, or on the first train rows."""
+    """Write what the proof must reproduce: the trainer's own loss on held-out rows, or on the first training rows."""
     context = session.context
     expectation = {
         "data": str(context.evaluation_data or context.train_data),
@@ -115,7 +115,7 @@ def _write_expectation(session: Session, scored: Evaluation) -> None:
 
 
 def prove_in_fresh_process(context: Context) -> None:
-    """Runs `orchestrator.evaluation.artifact_proof`, which knows nothing but the files."""
+    """Run `orchestrator.evaluation.artifact_proof`, which sees nothing but the files."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -155,7 +155,7 @@ def _summary(
 
 
 def finish_scoring(context: Context, record: Record, summary: dict[str, Any], *, kind: str) -> int:
-    """The end of a stage that trains nothing: its result, last of all."""
+    """Finish a stage that trains nothing: write its result, last of all."""
     manifest = context.folder.artifact / MANIFEST
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
     told = record.finish(numbers, outcome="finished")
@@ -182,13 +182,13 @@ def finish_scoring(context: Context, record: Record, summary: dict[str, Any], *,
 
 
 def _times(context: Context) -> dict[str, Any]:
-    """Seconds of this attempt by phase, and all of them together; `seconds` is the training alone."""
+    """Seconds of this attempt by phase, and in total; `seconds` is the training alone."""
     by_phase = context.phases.seconds()
     return {"phase_seconds": by_phase, "attempt_seconds": round(time.time() - context.began, 2)}
 
 
 def artifact_kind(context: Context) -> str:
-    """model, adapter, reward_model, reward_adapter, classifier_model or classifier_adapter."""
+    """One of model, adapter, reward_model, reward_adapter, classifier_model, classifier_adapter."""
     what = "model" if not context.config.tuning.is_adapter else "adapter"
     if makes_classifier(context.config, context.name):
         return f"classifier_{what}"
@@ -196,7 +196,7 @@ def artifact_kind(context: Context) -> str:
 
 
 def _write_card(context: Context, result: Mapping[str, Any]) -> None:
-    """The artifact's README.md; a merged folder has a card of its own, and a report is no model."""
+    """Write the artifact's README.md; a merged folder has its own card, and a report is not a model."""
     if result["artifact"]["kind"] in ("merged", "report"):
         return
     held_out = context.evaluation_data
@@ -219,7 +219,7 @@ def _recorded_first_loss(context: Context) -> float | None:
 
 
 def _goodput(context: Context) -> dict[str, Any] | None:
-    """How the wall-clock of all attempts was spent."""
+    """How the wall-clock time of all attempts was spent."""
     spent = time_spent(context.folder)
     return None if spent is None else spent.to_json()
 

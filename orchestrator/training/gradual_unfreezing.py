@@ -1,9 +1,9 @@
-"""Gradual unfreezing: levels of trained parameters that open one after the other, as a pure function of the step.
+"""Gradual unfreezing: levels of trained parameters that open one after another, as a pure function of the step.
 
-All that will ever be trained is in the optimizer, in the checkpoints and in ZeRO's partitions from the start. A level that is
-closed gets a gradient of zeros, which neither the norm nor its clipping sees, and the optimizer passes its groups over: no
-decay, no moments, no count of steps. Its weights stay bit-equal, and its optimizer state begins at the step that opens it. A
-resume needs no state of its own. What it does not save is the backward pass through the closed levels.
+Every parameter that will be trained is in the optimizer, the checkpoints and ZeRO's partitions from the start. A closed
+level gets a gradient of zeros, which affects neither the norm nor clipping, and the optimizer skips its groups: no
+decay, no moments, no step count. Its weights stay bit-equal, and its optimizer state begins at the step that opens it.
+Resuming needs no extra state. The backward pass through the closed levels is not saved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEVEL = "level"
 
 
 def gradual_unfreezing(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Unfreezing:
-    """Call it before Accelerate prepares them: hooks stay on parameters that ZeRO shards."""
+    """Set it up before Accelerate prepares model and optimizer: hooks stay on parameters that ZeRO shards."""
     named = dict(model.named_parameters())
     trained = [name for name, parameter in named.items() if parameter.requires_grad]
     unfreezing = Unfreezing(levels_of(trained, count_layers(named)))
@@ -36,18 +36,18 @@ def gradual_unfreezing(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
 
 
 class Unfreezing:
-    """Owns which levels are open. Every rank tells it the step before its forward pass."""
+    """Owns which levels are open. Every rank must call `go_to` before the forward pass of a step."""
 
     def __init__(self, levels: Mapping[str, int]) -> None:
         self.levels = levels
-        """By parameter's name; 0 is open from the first step."""
+        """By parameter name; 0 is open from the first step."""
         self.every_steps = 0.0
         """Steps between two levels."""
         self._open = 1
         self._held: list[tuple[Any, Any]] = []
 
     def plan(self, tuning: Tuning, record: Record, *, steps: int, steps_per_epoch: int) -> None:
-        """Lays down which step opens which level, and tells it."""
+        """Decide which step opens which level, and record it."""
         assert isinstance(tuning, FreezeTuning)
         self.every_steps = tuning.unfreeze_every_steps or (tuning.unfreeze_every_epochs or 0.0) * steps_per_epoch
         opens = {level: level_opens_at(level, every_steps=self.every_steps) for level in range(self.count)}
@@ -57,7 +57,7 @@ class Unfreezing:
             record.say(f"from step {step} trained: {', '.join(places_of(self.names(level)))}{never}")
 
     def go_to(self, step: int) -> int:
-        """Opens what is open at a step (from 1); the number of open levels."""
+        """Open the levels due at a step (from 1); return the number of open levels."""
         self._open = open_levels(step, every_steps=self.every_steps, levels=self.count)
         return self._open
 
@@ -72,7 +72,7 @@ class Unfreezing:
         return lambda gradient: gradient if level < self._open else torch.zeros_like(gradient)
 
     def hold(self, optimizer: torch.optim.Optimizer, _arguments: Any, _options: Any) -> None:
-        """An optimizer passes over what has no gradient; ZeRO with offload wants its buffers back."""
+        """Make the optimizer skip parameters of closed levels (no gradient); ZeRO offload needs its buffers back."""
         closed = [group for group in optimizer.param_groups if group[LEVEL] >= self._open]
         self._held = [(master, master.grad) for group in closed for master in group["params"]]
         for master, _ in self._held:

@@ -1,4 +1,4 @@
-"""The one visible training loop. Must not know stages, files or launchers: effects come in as callables."""
+"""The single training loop of all stages. Must not know stages, files or launchers: side effects are callables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.training.step_metrics import metrics_row, micro_batches_of, re
 
 
 def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
-    """Goes on from `progress` to the last step, or to the step at which the ranks agree to stop (and saves there)."""
+    """Continue from `progress` to the last step, or to the step at which the ranks agree to stop (and save there)."""
     job.model.train()
     window: list[StepResult] = []
     save_is_owed = False
@@ -59,17 +59,17 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
 
 
 def is_over(job: Job, progress: Progress) -> bool:
-    """Whether nothing is left to train: the last step is done, or early stopping has lost its patience."""
+    """Whether nothing is left to train: the last step is done, or early stopping ran out of patience."""
     return progress.step >= job.steps or progress.stopping.is_over
 
 
 def pauses(job: Job, progress: Progress) -> bool:
-    """Whether the stage was asked to go no further than this step for now."""
+    """Whether the stage was asked to pause at this step."""
     return job.stage.pause_at_step is not None and progress.step >= job.stage.pause_at_step
 
 
 def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> StepResult:
-    """Forward, backward and update over the global batch of `step` (from 1); no update where a fault is found."""
+    """Forward, backward and update over the global batch of `step` (from 1); a fault suppresses the update."""
     start = time.perf_counter()
     lr = job.stage.optimizer.lr * learning_rate_factor(job.stage.schedule, step, job.steps)
     set_learning_rate(job.optimizer, lr)
@@ -116,7 +116,7 @@ def accumulate_gradients(job: Job, step: int, health: Health, weight: float, *, 
     Accelerate and DeepSpeed divide by accumulation steps, and DDP and ZeRO average over ranks: both are undone here,
     so that the gradient does not depend on how the global batch is split. Before the last backward, which under
     DeepSpeed also updates, the ranks agree on whether the loss is at fault and on whether to stop. A fault makes the
-    last backward NaN on every rank: DeepSpeed sees it and skips its update, elsewhere `update` does.
+    last backward NaN on every rank: DeepSpeed detects it and skips its update; otherwise `update` does.
     """
     accelerator = job.runtime.accelerator
     micro_batches = micro_batches_of(job, step)
@@ -140,9 +140,9 @@ def accumulate_gradients(job: Job, step: int, health: Health, weight: float, *, 
 
 
 def update(job: Job, step: int, *, fault: str | None) -> float:
-    """Clips and steps, unless something is at fault; returns the gradient's norm before clipping.
+    """Clip and step, unless there is a fault; return the gradient norm before clipping.
 
-    DeepSpeed has stepped in its backward, or skipped the step where the norm was not finite.
+    DeepSpeed has already stepped in its backward pass, or skipped the step if the norm was not finite.
     """
     limit = job.stage.optimizer.max_grad_norm
     if job.allocation is not None:
@@ -165,7 +165,7 @@ def _fault(job: Job, step: int, health: Health, loss: float) -> str | None:
 
 
 def _gone_back(job: Job, progress: Progress, hooks: Hooks, fault: str) -> Progress:
-    """The progress of the checkpoint that the model went back to; TrainingFailed where a bound is passed."""
+    """Progress of the checkpoint rolled back to; TrainingFailed if a limit is exceeded."""
     step = progress.step
     why = reason_to_give_up(progress.health, job.stage.faults)
     earlier = None if why is not None else hooks.roll_back(progress)
@@ -183,7 +183,7 @@ def _agree_to_stop(job: Job, hooks: Hooks) -> bool:
 
 
 def _timed_batches(job: Job, step: int, micro_batches: Sequence[Any]) -> Iterator[tuple[Any, float]]:
-    """Each batch, and how long it was waited for; while it is computed the next one is made, at last that of the next step."""
+    """Each batch and how long it was waited for; the next one is made meanwhile, in the end that of the next step."""
     upcoming = [*micro_batches[1:], micro_batches_of(job, step + 1)[0] if step < job.steps else None]
     for indices, then in zip(micro_batches, upcoming, strict=True):
         start = time.perf_counter()
@@ -210,7 +210,7 @@ def _is_due(every: int | None, step: int) -> bool:
 
 
 def _evaluates(job: Job, step: int) -> bool:
-    """After the last step the stage evaluates by itself; early stopping wants to know it before the last save."""
+    """Early stopping needs the last step's evaluation before the last save; else the stage evaluates at its end."""
     if step == job.steps:
         return job.stage.early_stopping is not None
     return step == job.stage.pause_at_step or _is_due(job.stage.evaluate_every_steps, step)

@@ -1,4 +1,4 @@
-"""What the training loop works on: the job, where it stands, its effects, and one step's result. Knows no files."""
+"""What the training loop works on: the job, its progress, its side effects, and one step's result. Knows no files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from orchestrator.training.profiler import Profiler
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the loop trains, and on what. The model and the optimizer are Accelerate's prepared ones."""
+    """What the loop trains, and on which rows. Model and optimizer are the ones prepared by Accelerate."""
 
     runtime: Runtime
     model: torch.nn.Module
@@ -39,16 +39,16 @@ class Job:
     peak_flops: float | None
     """Of all ranks together, per second."""
     allocation: RankAllocation | None = None
-    """Moves AdaLoRA's ranks after every update."""
+    """Reallocates AdaLoRA's ranks after every update."""
     unfreezing: Unfreezing | None = None
     """Opens trained parameters level by level; None trains all from the first step."""
     profiler: Profiler | None = None
-    """Sees where the time of a step goes; None looks away."""
+    """Step profiler; None when profiling is off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where the run stands after `step` optimizer steps."""
+    """State of the run after `step` optimizer steps."""
 
     step: int
     tokens: int
@@ -59,29 +59,29 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """The effects of the loop. Every rank calls them at the same step."""
+    """Side effects of the loop. Every rank calls them at the same step."""
 
     record: Callable[[Mapping[str, Any]], None]
-    """Takes a row of metrics; called on every rank, acts on rank 0."""
+    """Record a row of metrics; called on every rank, acts on rank 0."""
     evaluate: Callable[[Progress], Progress]
-    """Scores the model, and judges whether training goes on."""
+    """Score the model and decide whether training continues."""
     save: Callable[[Progress], None]
     rehearse: Callable[[Progress], None]
-    """Tries a save after the very first step, so that what would fail later fails now."""
+    """Try a save after the very first step, so that what would fail later fails now."""
     roll_back: Callable[[Progress], Progress | None]
-    """Puts the model back to the last proven checkpoint before the streak of faults; None where there is none."""
+    """Roll the model back to the last proven checkpoint before the streak of faults; None if there is none."""
     fault: Callable[[int, str, list[int]], None]
-    """Tells that the update of a step was skipped, why, and which rows it held."""
+    """Report that the update of a step was skipped, why, and which rows the step contained."""
     stop_reason: Callable[[], str | None]
-    """This rank's own wish to stop."""
+    """This rank's reason to stop, if it has one."""
     begin: Callable[[int], Mapping[str, Any]]
-    """Makes the rows of a step (from 1) ready, and gives what its row of metrics tells of them."""
+    """Prepare the rows of a step (from 1); return their part of its row of metrics."""
     took: Callable[[int, Sequence[int]], None]
-    """Tells the rows (fillers too) that this rank computed at a step."""
+    """Report the rows (including fillers) that this rank computed at a step."""
 
 
 def watched(hooks: Hooks, profiler: Profiler) -> Hooks:
-    """The same effects, each as a span of the profile."""
+    """The same side effects, each as a span of the profile."""
     return replace(
         hooks,
         begin=profiler.watch(hooks.begin, "rollout"),
@@ -107,7 +107,7 @@ class StepResult:
     data_seconds: float
     seconds: float
     rollout_seconds: float
-    """What it took to make the step's rows ready, before `seconds`; next to nothing where they were prepared."""
+    """Time to generate or load the step's rows, before `seconds`; negligible for prepared rows."""
     stop: bool
     fault: str | None
-    """Why nothing was updated."""
+    """Why the update was skipped."""

@@ -1,4 +1,4 @@
-"""What each kind of stage minimises, over micro-batches: sums that add up whatever the split. Must not know files or stages' loops."""
+"""What each kind of stage minimises: sums over micro-batches, the same for any split. Must not know files or loops."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Objective:
     """The loss of a stage: sum over the units of the global batch / number of units."""
 
     terms: Callable[[torch.nn.Module, Any], tuple[torch.Tensor, ...]]
-    """Of a micro-batch: the sum of its units' losses, then the sums of the `measures`; fp32 scalars."""
+    """For a micro-batch: the sum of its units' losses, then the sums of the `measures`; fp32 scalars."""
     weight: Callable[[Rows, Sequence[int]], float]
-    """Units of the rows of a global batch: trained tokens, pairs, or what the loss is a mean over."""
+    """Units of the rows of a global batch: trained tokens, pairs, or whatever the loss is a mean over."""
     measures: tuple[str, ...] = ()
-    """What is told beside the loss, as means over the units too."""
+    """Names of the values reported alongside the loss, also as means over the units."""
 
 
 def sft_objective(runtime: Runtime) -> Objective:
@@ -45,7 +45,7 @@ def sft_objective(runtime: Runtime) -> Objective:
 
 
 def prompt_objective(runtime: Runtime) -> Objective:
-    """Next-token cross-entropy of every token of rows that have no labels: it tells two policies apart."""
+    """Next-token cross-entropy of every token of unlabelled rows: enough to tell two policies apart."""
 
     def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
         labels_BT = batch.input_ids_BT
@@ -61,7 +61,7 @@ def prompt_objective(runtime: Runtime) -> Objective:
 
 
 def proof_objective(runtime: Runtime, stage: TrainingStage | ScoringStage | MergeStage, rows_kind: Kind) -> Objective:
-    """What a re-opened artifact is scored by: files alone must do, so that no reference policy is asked for."""
+    """The objective that scores a reopened artifact from its files alone, hence without a reference policy."""
     if isinstance(stage, RewardStage):
         return reward_objective(runtime, stage)
     takes_all = rows_kind == "prompt" or isinstance(stage, MergeStage)
@@ -69,7 +69,7 @@ def proof_objective(runtime: Runtime, stage: TrainingStage | ScoringStage | Merg
 
 
 def reward_objective(runtime: Runtime, stage: RewardStage) -> Objective:
-    """Bradley-Terry over the pairs, each scored at its last token."""
+    """Bradley-Terry over pairs, each answer scored at its last token."""
 
     def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
         scores_D = document_scores(runtime, model, batch)
@@ -92,10 +92,10 @@ def token_scores_BT(
     entropies: bool = False,
     is_summed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(log-probability of each labelled token in nats, entropy where asked for), fp32; 0 where there is no label.
+    """(log-probability of each labelled token in nats, entropy if requested), fp32; 0 at unlabelled positions.
 
-    By the model's loss head, in its own forward pass; entropies carry no gradient. `is_summed` promises that the caller does no
-    more with the log-probabilities than to sum them, which spares a trained head to make its logits twice.
+    Computed by the model's loss head, in its own forward pass; entropies carry no gradient. Set `is_summed` if only
+    the sum of the log-probabilities matters: a trained head then computes its logits once, not twice.
     """
     query = Query(
         labels_BT=batch.labels_BT,
@@ -110,7 +110,7 @@ def token_scores_BT(
 
 
 def document_scores(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """A reward model's score of each document, D of them: read at its last token, wherever padding is."""
+    """A reward model's score of each document, D of them: read at its last token, wherever the padding is."""
     with runtime.forward_context():
         scores_BT = model(**batch.model_inputs())[..., 0].float()
     if not batch.documents:
@@ -119,7 +119,7 @@ def document_scores(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> t
 
 
 def document_logprobs(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(summed log-probability of each document's trained tokens, how many these are), D each."""
+    """(summed log-probability of each document's trained tokens, number of these tokens), D each."""
     logprobs_BT, _ = token_scores_BT(runtime, model, batch)
     logprobs_D = sums_by_document(logprobs_BT, batch.documents)
     return logprobs_D, sums_by_document((batch.labels_BT != IGNORED).float(), batch.documents)

@@ -13,7 +13,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.training.gradual_unfreezing import LEVEL
 
 RATE = "rate"
-"""Key of a parameter group: its share of the step's learning rate."""
+"""Key of a parameter group: its multiple of the step's learning rate."""
 
 
 def parameter_groups(
@@ -23,10 +23,10 @@ def parameter_groups(
     is_gradual: bool = False,
     lora_plus_ratio: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters that are stepped alike: matrices with decay and vectors (biases, norms) without; where rates differ by
-    layer, or between LoRA's A and B (LoRA+, 2402.12354), or layers open one after the other, also by these. There is no empty group.
+    """Trainable parameters in groups: matrices with decay, vectors (biases, norms) without; split further if
+    rates differ by layer or between LoRA's A and B (LoRA+, 2402.12354), or if layers open gradually. No group is empty.
 
-    DeepSpeed with LoRA and torch >= 2.10 crashes at the first step where a group is empty.
+    DeepSpeed with LoRA and torch >= 2.10 crashes at the first step if a group is empty.
     """
     named = dict(named_parameters)
     trainable = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
@@ -45,7 +45,7 @@ def parameter_groups(
 
 
 def _head_rates(trainable: Iterable[str], settings: OptimizerConfig) -> dict[str, float]:
-    """Shares of the peak, of the trained parameters that stand outside the layers. ConfigError where there is none."""
+    """Multiples of the peak rate for trained parameters outside the layers. ConfigError if there are none."""
     if settings.head_lr is None:
         return {}
     heads = [name for name in trainable if is_head(name)]
@@ -58,7 +58,7 @@ def _head_rates(trainable: Iterable[str], settings: OptimizerConfig) -> dict[str
 
 
 def num_dimensions(parameter: torch.nn.Parameter) -> int:
-    """Dimensions of the whole parameter; a ZeRO-3 shard keeps the whole shape in `ds_shape`."""
+    """Dimensions of the whole parameter; a ZeRO-3 shard keeps the full shape in `ds_shape`."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -69,7 +69,7 @@ def build_optimizer(
     is_gradual: bool = False,
     lora_plus_ratio: float | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW (1711.05101) over the trainable parameters: torch's fused one, or bitsandbytes' with 8-bit or paged states."""
+    """AdamW (1711.05101) over the trainable parameters: torch's fused one, or bitsandbytes' (8-bit or paged states)."""
     groups = parameter_groups(
         model.named_parameters(), settings, is_gradual=is_gradual, lora_plus_ratio=lora_plus_ratio
     )
@@ -87,6 +87,6 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the rate of the coming step; a pure function of the step decides it, so that a resume needs no state."""
+    """Set the rate of the coming step; it is a pure function of the step, so resuming needs no state."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group[RATE]

@@ -1,4 +1,4 @@
-"""What to tell where memory ran out: in which phase, what was planned, what was real, and what to change. Must not know the loop."""
+"""The report of an out-of-memory error: phase, planned and actual memory, what to change. Must not know the loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PHASES = {
     "rehearse": "save",
     "gather_trainable": "save",
 }
-"""By the function that was running; the innermost one that is known here decides."""
+"""By the function that was running; the innermost known one decides."""
 SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
 GIB = 2**30
 
@@ -42,7 +42,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 def autopsy(context: Context, error: BaseException, *, rank: int, step: int, device: torch.device) -> TrainingFailed:
-    """The error to raise in the place of the allocator's own. The global batch is never changed silently: the user decides."""
+    """The error to raise instead of the allocator's. The global batch is never changed silently: the user decides."""
     phase = phase_of(error)
     first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     found = [
@@ -55,7 +55,7 @@ def autopsy(context: Context, error: BaseException, *, rank: int, step: int, dev
 
 
 def phase_of(error: BaseException) -> str:
-    """The phase that the traceback stands in."""
+    """The phase in which the traceback was raised."""
     names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     return next((PHASES[name] for name in reversed(names) if name in PHASES), "start")
 
@@ -75,7 +75,7 @@ def _real(device: torch.device) -> str:
 
 
 def _planned(context: Context, phase: str) -> Iterator[str]:
-    """The plan's parts of the phase; nothing where the plan could not know the model."""
+    """The plan's memory components of the phase; nothing if the plan could not know the model."""
     stages: list[dict[str, Any]] = read_json(RunFolder(context.run_file.parent).plan)["stages"]
     memory = next((stage["memory"] for stage in stages if stage["name"] == context.name), None)
     if memory is None:
@@ -87,7 +87,7 @@ def _planned(context: Context, phase: str) -> Iterator[str]:
 
 
 def _changes(context: Context) -> list[str]:
-    """The settings that need less, the fastest first."""
+    """Settings that need less memory, the fastest first."""
     from orchestrator.planning.auto_settings import smaller_settings
 
     try:

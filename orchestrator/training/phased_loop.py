@@ -1,4 +1,4 @@
-"""The effects of the training loop, announced: each is a phase that whoever watches the run can see. Must not know files."""
+"""The side effects of the training loop, announced as phases of the run's progress. Must not know files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 def announced(hooks: Hooks, phases: Phases, *, total_steps: int) -> Hooks:
-    """The same effects; training becomes the phase at work once the first step is done."""
+    """The same side effects; the phase becomes training once the first step is done."""
 
     def took(step: int, rows: Sequence[int]) -> None:
         hooks.took(step, rows)
-        # The first step compiles kernels and fills caches: its time says nothing about the next one's.
+        # The first step compiles kernels and fills caches: its duration does not predict the next one's.
         if phases.is_at(phase.FIRST_STEP):
             phases.begin(phase.TRAINING, total=total_steps, unit=phase.STEPS)
         phases.advance(step, unit=phase.STEPS)

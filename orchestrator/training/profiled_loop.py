@@ -1,4 +1,4 @@
-"""The training loop with a profiler where `profile=true` asks for one. Must not know stages."""
+"""The training loop with a profiler if `profile=true` asks for one. Must not know stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.training.profiler import Profiler, told_shares
 
 
 def train_profiled(context: Context, record: Record, job: Job, progress: Progress, hooks: Hooks) -> Progress:
-    """`loop.train`, and after it the breakdown of its steps in the stage's folder and in the log."""
+    """Run `loop.train`, then write the breakdown of its steps to the stage's folder and the log."""
     left = job.steps - progress.step
     if not context.config.profile or left < 1:
         return train(job, progress, hooks)
@@ -29,5 +29,5 @@ def train_profiled(context: Context, record: Record, job: Job, progress: Progres
 
 
 def _watch_update(engine: Any, profiler: Profiler) -> None:
-    """DeepSpeed updates inside its backward pass: its step becomes a span of its own."""
+    """Profile DeepSpeed's step as its own span: it updates inside its backward pass."""
     engine.step = profiler.watch(engine.step, "optimizer")

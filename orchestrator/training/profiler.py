@@ -1,8 +1,9 @@
-"""Where the time of a step goes (`profile=true`): seconds by span in metrics.jsonl, and a trace of a few steps. Off, nothing is built.
+"""Where the time of a step goes (`profile=true`): seconds per span, and a trace of a few steps; no cost when off.
 
-The spans: rollout (a step's rows are generated), data (a batch is made and moved), forward, backward, communication (what the ranks
-agree on), optimizer, logging, evaluation, saving. Sums of gradients and gathers of shards run inside forward and backward: the trace tells them apart. On a GPU
-every edge of a span waits for the device, so that a profiled step is a little slower than others.
+The spans in metrics.jsonl: rollout (generating a step's rows), data (making and moving a batch), forward, backward,
+communication (agreement between ranks), optimizer, logging, evaluation, saving. Gradient reductions and shard
+gathers run inside forward and backward: the trace shows them separately. On a GPU every span boundary waits for the
+device, so a profiled step is a little slower.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ TOP_OPERATORS = 40
 
 
 def span(profiler: Profiler | None, name: str) -> AbstractContextManager[Any]:
-    """A part of a step; nothing where nothing is profiled."""
+    """A part of a step; does nothing when profiling is off."""
     return nullcontext() if profiler is None else profiler.span(name)
 
 
 def begin_step(profiler: Profiler | None) -> None:
-    """An optimizer step begins."""
+    """Mark the start of an optimizer step."""
     if profiler is not None:
         profiler.begin_step()
 
@@ -45,7 +46,7 @@ class Profiler:
         self._seconds: dict[str, float] = dict.fromkeys(SPANS, 0.0)
         self._taken = dict.fromkeys(SPANS, 0.0)
         self._open: list[float] = []
-        """For every span that is open, the seconds of those inside it."""
+        """For every open span, the seconds spent in nested spans."""
         self._steps = 0
         self._writing_seconds = 0.0
         self._began = time.perf_counter()
@@ -58,7 +59,7 @@ class Profiler:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Seconds and a mark in the trace; what an inner span takes is not counted twice."""
+        """Record seconds and a mark in the trace; time in nested spans is not counted twice."""
         self._wait()
         start = time.perf_counter()
         self._open.append(0.0)
@@ -73,7 +74,7 @@ class Profiler:
                 self._open[-1] += took
 
     def watch(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The same function as a span."""
+        """The same function wrapped in a span."""
 
         def watched(*arguments: Any, **options: Any) -> Any:
             with self.span(name):
@@ -82,8 +83,8 @@ class Profiler:
         return watched
 
     def begin_step(self) -> None:
-        """Tells that an optimizer step begins: the one before is over, with all that belongs to it. What torch's profiler then
-        collects and writes belongs to no step.
+        """Mark the start of an optimizer step, which ends the previous one with all its spans. Time that the profiler
+        then spends collecting and writing belongs to no step.
         """
         if self._steps:
             began = time.perf_counter()
@@ -94,13 +95,13 @@ class Profiler:
         self._steps += 1
 
     def take(self, num_steps: int) -> dict[str, float]:
-        """Mean seconds a step of every span since the last time, as columns of metrics.jsonl."""
+        """Mean seconds per step of every span since the last call, as columns of metrics.jsonl."""
         new = {name: self._seconds[name] - self._taken[name] for name in SPANS}
         self._taken = dict(self._seconds)
         return {f"profile_{name}_seconds": seconds / num_steps for name, seconds in new.items()}
 
     def close(self) -> Mapping[str, float]:
-        """Writes the breakdown; seconds a step by span, and what no span covers as `other`."""
+        """Write the breakdown; return seconds per step by span, and `other` for what no span covers."""
         whole = (time.perf_counter() - self._began - self._writing_seconds) / max(1, self._steps)
         self._torch.stop()
         steps = max(1, self._steps)
@@ -126,6 +127,6 @@ class Profiler:
 
 
 def told_shares(told: Mapping[str, float]) -> dict[str, float | str]:
-    """Seconds of a step, and every span's share of it, for the record."""
+    """Seconds per step, and every span's share of it, for the record."""
     whole = told["step"]
     return {"seconds": whole} | {name: f"{seconds / whole:.0%}" for name, seconds in told.items() if name != "step"}

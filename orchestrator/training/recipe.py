@@ -1,4 +1,4 @@
-"""What a kind of stage gives to the one training loop."""
+"""What a kind of stage supplies to the shared training loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROOF_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """A stage whose model and optimizer are with Accelerate, before its first step."""
+    """A stage after Accelerate has prepared its model and optimizer, before the first step."""
 
     context: Context
     runtime: Runtime
@@ -39,29 +39,29 @@ class Session:
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """What the loop trains on, and how it is judged."""
+    """What the loop trains on, and how the model is evaluated."""
 
     objective: Objective
     rows: Rows
     order: Order
     score: Callable[[], Evaluation | None]
-    """The model on held-out rows; every rank calls it."""
+    """Scores the model on held-out rows; every rank calls it."""
     probe: Callable[[], float] | None
-    """The model's loss on rows that never change; every rank calls it."""
+    """The model's loss on a fixed set of rows; every rank calls it."""
     proof: Callable[[], Evaluation]
-    """What the re-opened artifact must score again."""
+    """The score that the reopened artifact must reproduce."""
     is_proof_scored: bool = False
-    """Whether `score` has the objective of the proof: then its first rows are what must come out again, without another pass."""
+    """Whether `score` uses the proof's objective: the proof then reuses its first rows, without another pass."""
     begin: Callable[[int], Mapping[str, Any]] = lambda _step: {}
     answers: Answers | None = None
-    """What the model answers to held-out rows, for the user's own metrics; None for stages that answer nothing."""
+    """Model answers to held-out rows, for the user's own metrics; None for stages without answers."""
     summary: Callable[[], Mapping[str, Any]] = dict
-    """What result.json tells beside the usual; rank 0 calls it after the last step."""
+    """Extra fields for result.json; rank 0 calls it after the last step."""
 
 
 BuildModel = Callable[[Context, torch.dtype, bool], torch.nn.Module]
-"""(context, dtype of the weights, whether rows are packed) -> the module to train, its tuning applied."""
+"""(context, dtype of the weights, whether rows are packed) -> the module to train, with its tuning applied."""
 
 
 PlanCourse = Callable[[Session], Course]
-"""Every rank calls it, before a checkpoint is put back: the model is the one that the stage starts from."""
+"""Called on every rank before a checkpoint is restored: the model is still the one the stage starts from."""

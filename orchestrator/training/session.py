@@ -1,4 +1,4 @@
-"""The one way in which a stage trains: assemble, evaluate, loop, finish. What differs between stages comes in as a recipe."""
+"""The single training path of all stages: assemble, evaluate, loop, finish. Stages differ only in their recipe."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from orchestrator.training.throughput import keep_measured, measuring
 
 
 def run_training(context: Context, plan_course: PlanCourse, *, build_model: BuildModel = build_policy) -> int:
-    """Trains, writes and proves; the exit code of the rank. TrainingFailed with an autopsy where memory ran out."""
+    """Train, write and prove; return the exit code of the rank. TrainingFailed with an autopsy if memory runs out."""
     context.phases.begin(phase.LOADING)
     runtime = start_runtime(context.config, training_stage(context), context.phases)
     record = Record(context, rank=runtime.rank)
@@ -89,7 +89,7 @@ def _train(context: Context, runtime: Runtime, record: Record, plan_course: Plan
 
 
 def open_session(context: Context, runtime: Runtime, record: Record, build_model: BuildModel) -> Session:
-    """Model and optimizer, prepared."""
+    """Build model and optimizer and prepare them with Accelerate."""
     config, stage = context.config, training_stage(context)
     rows = PreparedRows.open(context.train_data, pad_to_multiple_of=stage.data.pad_to_multiple_of)
     held = None if context.evaluation_data is None else PreparedRows.open(context.evaluation_data)
@@ -124,7 +124,7 @@ def open_session(context: Context, runtime: Runtime, record: Record, build_model
 
 
 def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Checkpointer, Progress]:
-    """The job, and where it goes on."""
+    """Build the job and find the progress to resume from."""
     context, runtime, record = session.context, session.runtime, session.record
     stage = training_stage(context)
     course = plan_course(session)
@@ -166,7 +166,7 @@ def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Ch
 
 
 def supervised_course(session: Session, objective: Objective) -> Course:
-    """A course over the prepared rows themselves: every kind of stage but those that make their rows."""
+    """The recipe over prepared rows, for every kind of stage except those that generate their rows."""
     context, rows, held = session.context, session.rows, session.held
     stage = training_stage(context)
     micro_size, count = stage.batch.micro_size, stage.checkpoint.probe_rows
@@ -187,7 +187,7 @@ def supervised_course(session: Session, objective: Objective) -> Course:
 
 
 def proof_of(session: Session) -> Evaluation:
-    """The trainer's own score of what the re-opened artifact is scored on: held-out rows, or the first train rows."""
+    """The trainer's own score on the rows that the proof scores: held-out rows, else the first training rows."""
     stage, rows = training_stage(session.context), session.held or session.rows
     objective = proof_objective(session.runtime, stage, rows.meta.kind)
     return evaluate(
@@ -196,7 +196,7 @@ def proof_of(session: Session) -> Evaluation:
 
 
 def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Hooks:
-    """The effects of the loop."""
+    """Build the side effects of the loop."""
     context, record = session.context, session.record
 
     def judge(at: Progress) -> Progress:
@@ -204,7 +204,7 @@ def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Ho
         if scored is not None:
             checkpointer.note_evaluation(at.step, scored.loss)
         settings = training_stage(context).early_stopping
-        if settings is None or at.health.streak:  # a streak of faults puts the weights in doubt
+        if settings is None or at.health.streak:  # during a streak of faults the weights are in doubt
             return at
         value = metric_of(scored, settings, stage=context.name)
         return replace(at, stopping=judged(at.stopping, at.step, value, settings, session.runtime, record))
@@ -225,7 +225,7 @@ def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Ho
 def _settled(
     course: Course, record: Record, checkpointer: Checkpointer, progress: Progress
 ) -> tuple[Progress, Evaluation | None]:
-    """The model that the artifact is made of, scored: the best one where early stopping judged, else the last."""
+    """Restore and score the model to save: the best one under early stopping, otherwise the last."""
     best = progress.stopping.best_step
     if best is None or best == progress.step:
         return progress, _scored(course, record, progress.step)
@@ -244,7 +244,7 @@ def _scored(course: Course, record: Record, step: int) -> Evaluation | None:
 
 
 def _ledger(context: Context, runtime: Runtime) -> Callable[[int, Sequence[int]], None]:
-    """Writes down the rows of every step where the stage asks for it."""
+    """A callback that logs the row ids of every step if the stage asks for it."""
     if not training_stage(context).ledger:
         return lambda _step, _rows: None
     path = ledger_path(context.folder.samples, runtime.rank)

@@ -1,4 +1,4 @@
-"""What a stage tells of itself before its first step: its size, its kernels, its FLOPs."""
+"""What a stage reports before its first step: its size, its kernels, its FLOPs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tell_size(record: Record, model: torch.nn.Module) -> None:
 
 
 def tell_kernels(context: Context, record: Record, model: torch.nn.Module, device: torch.device) -> None:
-    """Attention and loss head, in the words of the plan."""
+    """Report attention and loss head, in the plan's wording."""
     tuned: Any = model
     base = tuned.get_base_model() if hasattr(tuned, "get_base_model") else tuned
     attention = attention_of_stage(

@@ -1,4 +1,4 @@
-"""What a step tells: its row of metrics.jsonl, and which source rows it took. Knows no files."""
+"""The metrics of a step: its row of metrics.jsonl, and the source rows it used. Knows no files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.training.loop_state import Job, Progress, StepResult
 
 
 def metrics_row(job: Job, progress: Progress, window: Sequence[StepResult]) -> dict[str, Any]:
-    """A row of metrics.jsonl over the steps since the last row; the loss is that of the steps that updated."""
+    """A row of metrics.jsonl over the steps since the last row; the loss covers only the steps that updated."""
     step = progress.step
     good = [result for result in window if result.fault is None]
     tokens = sum(result.tokens for result in window)
@@ -55,7 +55,7 @@ def _means(job: Job, results: Sequence[StepResult]) -> dict[str, float]:
 
 
 def micro_batches_of(job: Job, step: int) -> list[npt.NDArray[np.int64]]:
-    """What this rank computes at a step (from 1)."""
+    """The micro-batches that this rank computes at a step (from 1)."""
     return job.order.micro_batches(
         step - 1, rank=job.runtime.rank, world_size=job.runtime.world_size, micro_size=job.stage.batch.micro_size
     )
@@ -67,10 +67,10 @@ def real_indices(job: Job, step: int) -> npt.NDArray[np.int64]:
 
 
 def row_ids_of(job: Job, step: int) -> list[int]:
-    """The source rows of a step's batch."""
+    """Ids of the source rows of a step's batch."""
     return [int(row) for index in real_indices(job, step).tolist() for row in job.rows.row_ids(index)]
 
 
 def _rows_digest(job: Job, step: int) -> str:
-    """Eight signs that tell whether two runs saw the same rows in the same order at a step."""
+    """Eight characters by which to check whether two runs saw the same rows in the same order at a step."""
     return hashlib.sha256(json.dumps(row_ids_of(job, step)).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""Writes down how fast a stage is while it trains, for `status` and for the next plan on this machine."""
+"""Records a stage's speed while it trains, for `status` and for the next plan on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.training.recipe import Session
 
 
 def measuring(session: Session) -> Callable[[Mapping[str, Any]], None]:
-    """Takes every row of metrics, and writes measured.json after the first `AFTER_STEPS` steps of the attempt."""
+    """A callback for every row of metrics that writes measured.json after the attempt's first `AFTER_STEPS` steps."""
     steps = 0
 
     def take(row: Mapping[str, Any]) -> None:
@@ -34,7 +34,7 @@ def measuring(session: Session) -> Callable[[Mapping[str, Any]], None]:
 
 
 def keep_measured(session: Session) -> None:
-    """Writes measured.json from the record so far; rank 0 alone."""
+    """Write measured.json from the record so far; rank 0 only."""
     context = session.context
     model = read_architecture(context.base_folder)
     if not session.runtime.is_main or model is None:
@@ -50,7 +50,7 @@ def keep_measured(session: Session) -> None:
 
 
 def attended_tokens(context: Context) -> float:
-    """Tokens that attention sees as one document, on average over the tokens: what FLOPs are counted with."""
+    """Tokens that attention sees as one document, averaged over tokens: the basis for counting FLOPs."""
     stage = cast("TrainingStage", context.stage)
     facts = prepared_facts(context.train_data, context.evaluation_data, stage=stage, seed=context.config.seeds.data)
     return with_completions(shape_of(facts, micro_size=1, grouped=True), stage).attended

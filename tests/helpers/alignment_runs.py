@@ -1,4 +1,4 @@
-"""What the tests of preference and policy stages need: pairs, labelled rows, prompts, and the words of their runs."""
+"""Fixtures for tests of preference and policy stages: pairs, labelled rows, prompts, and run overrides."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def longer_is_better(prompt: str, completion: str, row: dict) -> float:
 
 
 def write_sets(folder: Path) -> None:
-    """pairs.jsonl, feedback.jsonl, prompts.jsonl and rewards.py; held-out files beside them."""
+    """Write pairs.jsonl, feedback.jsonl, prompts.jsonl and rewards.py, with held-out files next to them."""
     for name, first, count in (("", 0, 24), ("_held_out", 1000, 6)):
         numbers = range(first, first + count)
         _write(folder / f"pairs{name}.jsonl", [_pair(number) for number in numbers])
@@ -34,7 +34,7 @@ def write_sets(folder: Path) -> None:
 
 
 def words_of(bench: Bench, kind: str, name: str, *more: str) -> list[str]:
-    """The overrides of a four-step fp32 run of one stage without a stage before it."""
+    """The overrides of a four-step fp32 run of one stage without a previous stage."""
     sets = {"reward": "pairs", "dpo": "pairs", "kto": "feedback", "grpo": "prompts"}
     stage = "dpo" if kind == "kto" else kind
     words = [
@@ -64,7 +64,7 @@ def words_of(bench: Bench, kind: str, name: str, *more: str) -> list[str]:
 
 
 def pipeline_words(bench: Bench, *more: str) -> list[str]:
-    """The overrides of a whole fp32 pipeline of few steps."""
+    """The overrides of a whole fp32 pipeline with few steps."""
     pairs = "/pairs{}.jsonl"
     return [
         "+experiment=llama_rlhf",

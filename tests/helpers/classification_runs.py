@@ -1,4 +1,4 @@
-"""What the tests of classifiers need: tiny encoders with a tokenizer of letters, labelled rows, and the words of their runs."""
+"""Fixtures for tests of classifiers: tiny encoders with a character tokenizer, labelled rows, run overrides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ENCODERS = ("bert", "roberta", "distilbert")
 
 
 def write_encoder(folder: Path, family: str, *, seed: int = 0) -> Path:
-    """A random encoder of two small layers, without dropout, saved with the head of a masked language model."""
+    """A random encoder with two small layers, without dropout, saved with the head of a masked language model."""
     import torch
     from transformers import AutoConfig, AutoModelForMaskedLM
 
@@ -31,7 +31,7 @@ def write_encoder(folder: Path, family: str, *, seed: int = 0) -> Path:
 
 
 def write_decoder(folder: Path, family: str, *, seed: int = 0) -> Path:
-    """A random decoder of two small layers beside the tokenizer of the tiny Llama."""
+    """A random decoder with two small layers and the tokenizer of the tiny Llama."""
     import tiny_model
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -45,7 +45,7 @@ def write_decoder(folder: Path, family: str, *, seed: int = 0) -> Path:
 
 
 def write_letters(folder: Path) -> int:
-    """BERT's marks around letters; the size of the vocabulary."""
+    """Write a character tokenizer with BERT's special tokens; return the vocabulary size."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -85,7 +85,7 @@ def colours(first: int, count: int) -> list[dict[str, object]]:
 
 
 def words_of(root: Path, name: str, *more: str, base: str = "model", experiment: str = "llama_classify") -> list[str]:
-    """The overrides of a six-step fp32 classifier in three classes."""
+    """The overrides of a six-step fp32 classifier with three classes."""
     stages = ("classify",) if experiment == "llama_classify" else ("classify", "self_training")
     words = [f"+experiment={experiment}", f"name={name}", f"output_dir={root / 'runs'}", f"model.base={root / base}"]
     words += ["model.dtype=float32", "tracking=none", "launcher=local", "cluster.device=cpu"]

@@ -1,4 +1,4 @@
-"""Asks the command line in this process; builds the smallest folders that the login side accepts. No torch."""
+"""Runs the command line in this process; builds the smallest folders that the login side accepts. No torch."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ LLAMA = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command said and answered."""
+    """Output and exit code of a command."""
 
     code: int
     out: str
     errors: tuple[str, ...]
-    """Lines of stderr, `error: ` cut off."""
+    """Lines of stderr, without `error: `."""
 
 
 class Asker:
-    """Runs commands in this process, from a folder of its own."""
+    """Runs commands in this process, from a separate folder."""
 
     def __init__(self, folder: Path, capture: pytest.CaptureFixture[str]) -> None:
         self.folder = folder
@@ -53,7 +53,7 @@ class Asker:
         return Answer(code, told.out, tuple(line.removeprefix("error: ") for line in lines))
 
     def refused(self, *words: str, code: int = 2) -> tuple[str, ...]:
-        """The sentences of a refusal: each one line, no traceback, and not a file more than before."""
+        """The sentences of a refusal: one line each, no traceback, and no new file."""
         before = files_of(self.folder)
         answer = self(*words)
         assert answer.code == code, (words, answer)
@@ -64,13 +64,13 @@ class Asker:
 
 
 def latest(overrides: Sequence[str]) -> list[str]:
-    """The overrides with the last value of each key alone, since the command line refuses a key that is given twice."""
+    """The overrides with only the last value of each key, since the command line rejects duplicate keys."""
     keys = [text.lstrip("+").partition("=")[0] if "=" in text and text[0] not in "~-" else "" for text in overrides]
     return [text for place, text in enumerate(overrides) if not keys[place] or keys[place] not in keys[place + 1 :]]
 
 
 def files_of(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder with its content (None for folders and what is no file)."""
+    """Every path below a folder with its content (None for folders and other non-files)."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -78,14 +78,14 @@ def files_of(folder: Path) -> dict[str, bytes | None]:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, object] | str]) -> Path:
-    """A JSONL file; a row given as text stands there as it is."""
+    """Write a JSONL file; a row given as text is written verbatim."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
 def write_model(folder: Path) -> Path:
-    """A model folder that has all files, with one tensor of zeros."""
+    """A model folder that has all files, with a single tensor of zeros."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")

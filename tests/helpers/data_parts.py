@@ -1,4 +1,4 @@
-"""Real parts for tests of the data path: small tokenizers trained here, templates written from the published formats."""
+"""Realistic parts for data path tests: small tokenizers trained here, templates written from the published formats."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CORPUS = (
 
 @dataclass(frozen=True)
 class Family:
-    """A chat format: its special tokens and template, and what of an answer is learnt, by its publisher's documents."""
+    """A chat format: special tokens, template, and what of an answer is trained, per its publisher's documents."""
 
     name: str
     template: str | None
@@ -31,13 +31,13 @@ class Family:
     bos: str | None
     eos: str
     learnt: Callable[[str, bool], str]
-    """(content, is the last message) -> the learnt text of an answer."""
+    """(content, is the last message) -> the trained text of an answer."""
     has_system: bool = True
     metaspace: bool = False
     keeps_content: bool = True
-    """Whether the template leaves blanks at the content's ends alone."""
+    """Whether the template keeps whitespace at the ends of the content."""
     pattern: str | None = None
-    """How the publisher's tokenizer cuts words; None as GPT-2 does."""
+    """How the publisher's tokenizer splits words; None as GPT-2 does."""
 
 
 CHATML = (
@@ -142,7 +142,7 @@ LLAMA2 = (
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-MISTRAL = (  # the system message stands in the last user turn
+MISTRAL = (  # the system message is part of the last user turn
     "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}{%- set loop_messages = messages[1:] %}"
     "{%- else %}{%- set loop_messages = messages %}{%- endif %}{{- bos_token }}"
     "{%- for message in loop_messages %}{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -274,7 +274,7 @@ def _byte_level(specials: tuple[str, ...], pattern: str | None) -> str:
 
 @lru_cache
 def _metaspace(specials: tuple[str, ...]) -> str:
-    """As SentencePiece's BPE with byte fallback: words start with a mark, and so does the text (Llama-2, Gemma, Phi-3)."""
+    """Like SentencePiece's BPE with byte fallback: words and the text start with a mark (Llama-2, Gemma, Phi-3)."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
@@ -301,7 +301,7 @@ def tokenizer_json(family: Family) -> str:
 
 
 def write_tokenizer(folder: Path, family: Family, *, adds_bos: bool = False) -> Path:
-    """A tokenizer folder as `save_pretrained` leaves it."""
+    """A tokenizer folder as written by `save_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
     core = json.loads(tokenizer_json(family))
     if adds_bos:
@@ -328,7 +328,7 @@ def write_tokenizer(folder: Path, family: Family, *, adds_bos: bool = False) -> 
 
 
 def data_config(**changes: Any) -> DataConfig:
-    """conf/data/base.yaml with changes; `train__path=...` reaches into a section."""
+    """conf/data/base.yaml with changes; `train__path=...` sets a key of a section."""
     values: dict[str, Any] = yaml.safe_load((ROOT / "conf/data/base.yaml").read_text())
     for name, value in changes.items():
         section, _, key = name.partition("__")

@@ -1,4 +1,4 @@
-"""A small job for the tests of the launchers: a stand-in worker and a stand-in verdict, standard library only."""
+"""A small job for launcher tests: a stub worker and a stub verdict, standard library only."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ STAND_INS = Path(__file__).parents[1] / "slurm" / "stand_ins"
 
 
 def make_spec(run: Path, *, settings: dict[str, Any] | None = None, **changes: Any) -> JobSpec:
-    """A job in the folder `run`; `settings` are the stand-in worker's. Writes the settings, nothing else."""
+    """A job in the folder `run`; `settings` are those of the stub worker. Writes the settings, nothing else."""
     stage = run / "sft"
     stage.mkdir(parents=True, exist_ok=True)
     facts = {"stage_directory": str(stage), "stop_file": str(stage / "STOP"), "steps": 5, "step_seconds": 0.1}
@@ -69,7 +69,7 @@ def read_seen(spec: JobSpec, *, rank: int = 0, attempt: int = 1) -> dict[str, An
 
 
 def begun(spec: JobSpec, *, attempt: int = 1) -> Callable[[], bool]:
-    """True once every rank of the attempt has done its first step."""
+    """True once every rank of the attempt has completed its first step."""
     ranks = range(spec.nodes * spec.processes_per_node)
     paths = [Path(spec.stage_directory) / f"steps.rank-{rank}" for rank in ranks]
     return lambda: all(path.exists() and f"\n{attempt} " in "\n" + path.read_text() for path in paths)

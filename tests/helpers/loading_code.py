@@ -1,4 +1,4 @@
-"""Runs the script that `load it with` prints, as a person pastes it."""
+"""Runs the script that `load it with` prints, as if pasted by a user."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CARD_SCRIPT = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def printed_script(files: StageFolder) -> str:
-    """What the end of a stage prints."""
+    """The script printed at the end of a stage."""
     result = read_json(files.result)
     lines = loading_lines(
         str(files.artifact), kind=result["artifact"]["kind"], base=result["base"]["folder"], folder=files.artifact
@@ -24,14 +24,14 @@ def printed_script(files: StageFolder) -> str:
 
 
 def carded_script(folder: Path) -> str:
-    """What the card of a folder says."""
+    """The script in the card of a folder."""
     found = CARD_SCRIPT.search((folder / "README.md").read_text(encoding="utf-8"))
     assert found is not None
     return found[1]
 
 
 def pasted(script: str, *, folder: Path) -> str:
-    """What a script prints when it is run in a folder."""
+    """Output of a script run in a folder."""
     told = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(told):
         exec(compile(script, "pasted", "exec"), {})
@@ -39,7 +39,7 @@ def pasted(script: str, *, folder: Path) -> str:
 
 
 def check_scripts(files: StageFolder, out: str) -> None:
-    """The printed and the carded script both run, and do the same."""
+    """Check that the printed script and the card's script both run, with the same output."""
     script = printed_script(files)
     assert script in out
     card = (files.artifact / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Small models with every kind of head, and what a loss needs of them."""
+"""Small models with every kind of head, and the inputs of a loss."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def tuned_model(model: Any, tuning: str) -> Any:
 
 
 def make_inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids, and labels of about half of them: more than two chunks of `LEAST_ROWS`, and a rest."""
+    """Ids, and labels of about half of them: more than two chunks of `LEAST_ROWS`, and a remainder."""
     generator = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(1, VOCABULARY, (4, 41), generator=generator)
     labels_BT = ids_BT.where(torch.rand(4, 41, generator=generator) < 0.5, -100)

@@ -1,4 +1,4 @@
-"""What the tests of evaluation sets and blends need: two small sets with two answers, and the words of their runs."""
+"""Fixtures for tests of evaluation sets and blends: two small sets with two answers, and run overrides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runs import Bench
 
 
 def write_answer_sets(folder: Path) -> None:
-    """train.jsonl, inside.jsonl (the same task) and outside.jsonl (other words around it); the answer is yes or no."""
+    """Write train.jsonl, inside.jsonl (same task) and outside.jsonl (other wording); the answer is yes or no."""
     for name, first, count, form in (
         ("train", 0, 64, "{} {}"),
         ("inside", 1000, 12, "{} {}"),
@@ -29,7 +29,7 @@ def write_answer_sets(folder: Path) -> None:
 
 
 def answer_words(bench: Bench, name: str, *stages: str) -> list[str]:
-    """The overrides of an fp32 run on these sets; every stage but the trained ones scores them."""
+    """The overrides of an fp32 run on these sets; every stage except the trained ones scores them."""
     words = [f"name={name}", f"output_dir={bench.runs}", f"model.base={bench.model}", "model.dtype=float32"]
     words += ["tracking=none", "launcher=local", f"pipeline=[{','.join(stages)}]"]
     for stage in stages:
@@ -45,7 +45,7 @@ def answer_words(bench: Bench, name: str, *stages: str) -> list[str]:
 
 @torch.no_grad()
 def likeliest(model: torch.nn.Module, prompt: Sequence[int], options: Sequence[Sequence[int]]) -> list[float]:
-    """log p of every option after a prompt, each by one plain forward pass over all of it."""
+    """log p of every option after a prompt, each by one plain forward pass over the whole sequence."""
     found: list[float] = []
     for option in options:
         ids_1T = torch.tensor([[*prompt, *option]])

@@ -1,6 +1,6 @@
-"""Trains many small runs in one set of ranks, and cuts runs short so that others go on from there: what resume tests are made of.
+"""Trains many small runs in one set of ranks, and stops runs early so that others resume; for resume tests.
 
-As a program (under torchrun) it is one rank: argv[1] is a JSON list of cells. As a module it makes runs and starts such ranks.
+As a program (under torchrun) it is one rank: argv[1] is a JSON list of cells. As a module it starts such ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STEPS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run in one set of ranks."""
+    """One run within a set of ranks."""
 
     run: str
     """Folder with run.json."""
@@ -40,9 +40,9 @@ class Cell:
     poison: tuple[int, ...] = ()
     """Steps whose loss is NaN whenever they are computed."""
     die: tuple[str, int] | None = None
-    """SIGKILL rank 0 in the middle of ("accumulation", step) or ("evaluation", step)."""
+    """SIGKILL rank 0 during ("accumulation", step) or ("evaluation", step)."""
     expect: str | None = None
-    """Words of the error that the cell must end with."""
+    """Text contained in the error that the cell must end with."""
     stage: str = "sft"
     """Name and kind of the stage."""
     start: str | None = None
@@ -51,7 +51,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where the runs of a test live."""
+    """The folder of a test's runs."""
 
     root: Path
 
@@ -62,7 +62,7 @@ class Place:
         return RunFolder(self.run(name)).stage("sft")
 
     def make(self, name: str, *words: str, ranks: int) -> Path:
-        """Writes run.json of an eight-step fp32 run that saves every second step."""
+        """Write run.json of an eight-step fp32 run that saves every second step."""
         common = [
             "+experiment=llama_lora" if "tuning=full" not in words else "+experiment=llama_full",
             f"name={name}",
@@ -87,7 +87,7 @@ class Place:
         return self.run(name)
 
     def branch(self, source: str, name: str, *, step: int, **changes: Any) -> Path:
-        """A run that finds only one checkpoint of another one; `changes` are dotted keys with `__` for the dot."""
+        """A run with a single checkpoint copied from another; `changes` are dotted keys with `__` for the dot."""
         shutil.rmtree(self.run(name), ignore_errors=True)
         shutil.copytree(self.stage(source).checkpoint(step), self.stage(name).checkpoint(step))
         record = read_json(self.run(source) / "run.json")
@@ -101,7 +101,7 @@ class Place:
         return self.run(name)
 
     def rows(self, name: str) -> dict[int, Row]:
-        """The training row of every step, of its last turn."""
+        """The training row of every step, from its last attempt."""
         rows = last_attempt_rows(read_rows(self.stage(name).metrics))
         return {int(str(row["step"])): row for row in rows if "loss" in row}
 
@@ -132,9 +132,9 @@ def environment(place: Place) -> dict[str, str]:
 
 
 def train(place: Place, cells: Sequence[Cell], *, ranks: int, timeout: float = 600, fresh: bool = False) -> str:
-    """Trains the cells one after the other on so many gloo ranks; what was printed. Fails where a cell fails.
+    """Train the cells one after another on this many gloo ranks; return their output. Fails if a cell fails.
 
-    `fresh`: in interpreters of their own, as users run them, instead of forks.
+    `fresh`: in separate interpreters, as users run them, instead of forks.
     """
     import forking
 
@@ -151,7 +151,7 @@ def train(place: Place, cells: Sequence[Cell], *, ranks: int, timeout: float = 6
 
 
 def crash(place: Place, cell: Cell, *, ranks: int) -> None:
-    """Trains a cell that dies."""
+    """Train a cell that is killed."""
     done = subprocess.run(
         command([cell], ranks=ranks), env=environment(place), cwd=place.root, capture_output=True, timeout=600
     )
@@ -159,7 +159,7 @@ def crash(place: Place, cell: Cell, *, ranks: int) -> None:
 
 
 def largest_difference(one: dict[int, Row], other: dict[int, Row], key: str) -> float:
-    """The largest relative difference of a column over the steps that both have."""
+    """The largest relative difference of a column over the steps present in both."""
     steps = sorted(one.keys() & other.keys())
     assert steps, "no step in common"
     pairs = [(float(str(one[step][key])), float(str(other[step][key]))) for step in steps]
@@ -255,7 +255,7 @@ def _train_cell(cell: Cell) -> None:
 
 
 def _poisoned(job: Any, steps: Sequence[int]) -> Any:
-    """The job, with a NaN loss wherever the first row of one of these steps is seen."""
+    """The job, with a NaN loss wherever the first row of one of these steps occurs."""
     guilty = {job.order.global_batch(step - 1)[0] for step in steps}
     ids = {job.rows.row_ids(int(index)) for index in guilty}
 

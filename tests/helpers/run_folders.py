@@ -1,4 +1,4 @@
-"""Writes run folders as a job leaves them, without training: for the verbs that read, compare and remove runs. No torch."""
+"""Writes run folders as a job leaves them, without training: for commands that read or remove runs. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIGESTS = {"base": "b1", "tokenizer": "t1", "template": "c1", "code": "1", "data
 
 
 def write_run(root: Path, name: str, *words: str) -> RunFolder:
-    """A run of one sft stage that has not begun."""
+    """A run of one sft stage that has not started."""
     folder = RunFolder(root / name)
     config = _composed(words) | {"name": name, "output_dir": str(root)}
     write_json(folder.run, {"orchestrator": "0", "config": config})
@@ -31,7 +31,7 @@ def _composed(words: tuple[str, ...]) -> dict[str, Any]:
 
 
 def write_training(files: StageFolder, losses: Sequence[float], *, evaluations: Mapping[int, float]) -> None:
-    """The record of a first attempt: a row a step, and the evaluations by step."""
+    """The record of a first attempt: a row per step, and the evaluations by step."""
     files.root.mkdir(parents=True, exist_ok=True)
     scored = [
         {"step": step, "attempt": 1, "eval_loss": loss, "time": 10.0 + step} for step, loss in evaluations.items()
@@ -49,7 +49,7 @@ def write_training(files: StageFolder, losses: Sequence[float], *, evaluations: 
 
 
 def finish(files: StageFolder, *, digests: Mapping[str, str] = DIGESTS, **more: Any) -> None:
-    """A proven artifact and its result."""
+    """Write a proven artifact and its result."""
     files.artifact.mkdir(parents=True, exist_ok=True)
     (files.artifact / "adapter_model.safetensors").write_bytes(b"weights")
     write_manifest(files.artifact, {"stage": files.root.name})
@@ -88,7 +88,7 @@ def stop(files: StageFolder, *, state: str = "stopped", why: str = "SIGINT", ste
 
 
 def write_checkpoint(files: StageFolder, step: int, *, settings: Mapping[str, Any] | None = None) -> Path:
-    """A proven checkpoint of one rank, with a state as a trainer writes it."""
+    """A proven checkpoint of one rank, with a state like the trainer's."""
     folder = files.checkpoint(step)
     folder.mkdir(parents=True)
     (folder / checkpoints.rank_file(0)).write_bytes(bytes(1000))

@@ -1,4 +1,4 @@
-"""Runs the real command line on a tiny model, as a user would, and reads what it left."""
+"""Runs the real command line on a tiny model, as a user would, and reads the output and files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MINUTES = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A place with a tiny model, rows, and a cache of its own."""
+    """A folder with a tiny model, rows, and its own cache."""
 
     root: Path
 
@@ -64,7 +64,7 @@ class Bench:
         words: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> Done:
-        """`words` stand in the place of all overrides."""
+        """Run a command; `words` replace all overrides."""
         argv = [
             sys.executable,
             "-m",
@@ -80,7 +80,7 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """How a command ended."""
+    """Outcome of a command."""
 
     code: int
     out: str

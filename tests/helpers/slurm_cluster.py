@@ -1,4 +1,4 @@
-"""The cluster under test and what a person at its terminal would do."""
+"""The cluster under test and the actions of a user at its terminal."""
 
 import os
 import subprocess
@@ -52,7 +52,7 @@ class Cluster:
         return query([job_id])[job_id].state.name
 
     def wait(self, job_id: str, *, seconds: float = 60, wanted: str | None = None) -> str:
-        """The state in which the job ended (or `wanted`, as soon as it is in it)."""
+        """The final state of the job (or `wanted`, as soon as it is reached)."""
         deadline = time.monotonic() + seconds
         while True:
             state = query([job_id])[job_id].state

@@ -1,4 +1,4 @@
-"""Builds what the training tests need: a tiny Llama with its own tokenizer, and rows of text. No network, no hub."""
+"""Builds the inputs of training tests: a tiny Llama with its own tokenizer, and rows of text. No network, no hub."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WORDS = [
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer of 256 letters and three marks, with a ChatML template."""
+    """A byte-level tokenizer of 256 bytes and three special tokens, with a ChatML template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +51,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_llama(folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0, tied: bool = False) -> Path:
-    """A random Llama of two small layers as a complete model folder, fp32."""
+    """A random Llama with two small layers as a complete model folder, fp32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

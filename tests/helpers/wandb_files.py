@@ -1,4 +1,4 @@
-"""Reads the files that the W&B SDK writes offline; its own reader is gone since 0.31."""
+"""Reads the files that the W&B SDK writes offline; its own reader was removed in 0.31."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def offline_files(directory: Path) -> list[Path]:
 
 
 def offline_history(directory: Path) -> list[dict[str, Any]]:
-    """The history rows of all offline attempts, in the order of the attempts."""
+    """The history rows of all offline attempts, in attempt order."""
     rows: list[dict[str, Any]] = []
     for path in offline_files(directory):
         for record in records(path):

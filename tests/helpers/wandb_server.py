@@ -1,7 +1,7 @@
-"""A W&B server on the loopback, for tests: it speaks the part of the protocol that a run needs, and keeps what arrives.
+"""A W&B server on the loopback, for tests: implements what a run needs of the protocol, and records requests.
 
-What is modelled, because resuming depends on it: a run is made once for an id; its history is a list of lines, and a
-`file_stream` request writes its lines *at the offset it names*, over what stood there; `RunResumeStatus` answers with the
+Modelled because resuming depends on it: a run is created once per id; its history is a list of lines, and a
+`file_stream` request writes its lines *at the offset it names*, over existing ones; `RunResumeStatus` returns the
 number of lines, the last line and the summary.
 """
 
@@ -24,7 +24,7 @@ SUMMARY = "wandb-summary.json"
 
 @dataclass
 class ServerRun:
-    """What the server knows of one run id."""
+    """The server's state of one run id."""
 
     name: str
     files: dict[str, dict[int, str]] = field(default_factory=dict[str, dict[int, str]])
@@ -37,7 +37,7 @@ class ServerRun:
     num_overwritten_lines: int = 0
 
     def lines(self, file: str) -> list[str]:
-        """The lines of a streamed file in order; a hole is an error of the client."""
+        """The lines of a streamed file in order; a gap is an error of the client."""
         content = self.files.get(file, {})
         assert sorted(content) == list(range(len(content))), f"hole in {file}: {sorted(content)}"
         return [content[number] for number in sorted(content)]
@@ -50,7 +50,7 @@ class ServerRun:
 
 
 class WandbServer:
-    """A running server: its address, its runs, its requests; `silent` makes it take requests and never answer."""
+    """A running server: its address, its runs, its requests; `silent` makes it accept requests and never answer."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -61,11 +61,11 @@ class WandbServer:
         self.closing = threading.Event()
 
     def run(self, name: str) -> ServerRun:
-        """The run of an id; made where it is new."""
+        """The run of an id, created if new."""
         return self.runs.setdefault(name, ServerRun(name))
 
     def only_run(self) -> ServerRun:
-        """The run, where there is exactly one id."""
+        """The run, if there is exactly one id."""
         (run,) = self.runs.values()
         return run
 
@@ -92,7 +92,7 @@ def wandb_server() -> Iterator[WandbServer]:
 
 @contextmanager
 def unreachable(kind: str) -> Iterator[str]:
-    """The address of a port that refuses, or of one that takes connections and never answers."""
+    """The address of a port that refuses connections, or accepts them and never answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if kind == "silent":
@@ -105,7 +105,7 @@ class _HttpServer(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that is killed in the middle of a request is part of the tests."""
+        """A client killed in the middle of a request is part of the tests."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_PUT = do_GET = do_POST
 
     def log_message(self, format: str, *args: object) -> None:
-        """No line for each request."""
+        """Suppress the log line of each request."""
 
     def _body(self) -> bytes:
         data = self.rfile.read(int(self.headers.get("Content-Length", "0")))

@@ -1,9 +1,9 @@
-"""Which characters of a rendered conversation are learnt: every answer from the end of the prompt through its turn end.
+"""Which characters of a rendered conversation are trained: every answer from the end of its prompt to its turn end.
 
-Four ways, the exact ones first; each result is proven against the text before it is used:
-1. the template's own `{% generation %}` marks, where there is one for every answer;
-2. the rendered prompt of an answer (with the generation prompt) is the beginning of the whole text: the answer starts there;
-3. the text before the answer's turn is: the answer starts where the generation prompt and the text part;
+Four methods, the exact ones first; each result is verified against the text before it is used:
+1. the template's own `{% generation %}` marks, if there is one for every answer;
+2. the rendered prompt of an answer (with the generation prompt) is a prefix of the whole text: the answer starts there;
+3. the text before the answer's turn is a prefix: the answer starts where the generation prompt and the text diverge;
 4. the answer's content is rendered between marks: it starts there, less what the template puts before it.
 """
 
@@ -35,16 +35,16 @@ class NotRendered(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation's text, its learnt character spans (ascending, apart), and whether each ends with a turn end."""
+    """A conversation's text, its trained character spans (ascending, disjoint), whether each ends with a turn end."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
     num_open_ends: int
-    """Learnt answers that no special token closes."""
+    """Trained answers that no special token closes."""
 
 
 def render_chat(chat: Chat, template: ChatTemplate, turns: Turns) -> Rendered:
-    """The text of a conversation and what is learnt of it. Raises NotRendered where that cannot be said for certain."""
+    """Render a conversation and find what is trained. Raises NotRendered if that cannot be said for certain."""
     _refuse_marks(chat)
     try:
         text, marked = template.render_with_marks(chat.messages, chat.tools, add_generation_prompt=False)
@@ -55,7 +55,7 @@ def render_chat(chat: Chat, template: ChatTemplate, turns: Turns) -> Rendered:
     spans: list[tuple[int, int]] = []
     num_open = 0
     answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    by_marks = len(marked) == len(answers)  # else the marks do not say which answer they belong to
+    by_marks = len(marked) == len(answers)  # otherwise the marks cannot be matched with answers
     for place, i in enumerate(answers):
         if not chat.trained[i]:
             continue
@@ -70,7 +70,7 @@ def render_chat(chat: Chat, template: ChatTemplate, turns: Turns) -> Rendered:
 
 
 def _joined(spans: Spans) -> Spans:
-    """Ascending spans without overlap (answers that follow each other may share their border)."""
+    """Ascending spans without overlap (consecutive answers may share a boundary)."""
     joined: Spans = []
     for start, end in sorted(spans):
         if joined and start < joined[-1][1]:
@@ -90,7 +90,7 @@ def _refuse_marks(chat: Chat) -> None:
 
 
 def _close(text: str, span: tuple[int, int], turns: Turns) -> tuple[int, int, bool]:
-    """A marked span, with the turn end taken in where it follows; what is given, and what follows the turn end, left out."""
+    """A marked span with the turn end that follows it; without text given to the model or after the turn end."""
     start, end = span
     if text.startswith(turns.given, start):
         start += len(turns.given)
@@ -106,7 +106,7 @@ def _close(text: str, span: tuple[int, int], turns: Turns) -> tuple[int, int, bo
 
 
 def _find_answer(chat: Chat, i: int, text: str, template: ChatTemplate, turns: Turns) -> tuple[int, int, bool]:
-    """Start, end and closedness of answer i in the rendered text."""
+    """(start, end, whether a special token closes it) of answer i in the rendered text."""
     start = _start_by_prompt(chat, i, text, template)
     if start is None:
         start = _start_by_content(chat, i, text, template, turns)
@@ -122,7 +122,7 @@ def _find_answer(chat: Chat, i: int, text: str, template: ChatTemplate, turns: T
 
 
 def _start_by_prompt(chat: Chat, i: int, text: str, template: ChatTemplate) -> int | None:
-    """Where answer i starts, by the prompt that a model would have been given for it; None where the text does not agree."""
+    """Start of answer i, from the prompt that a model would be given for it; None if the text does not agree."""
     before = chat.messages[:i]
     if not before:
         return None
@@ -147,9 +147,9 @@ def _start_by_prompt(chat: Chat, i: int, text: str, template: ChatTemplate) -> i
 
 
 def _start_by_content(chat: Chat, i: int, text: str, template: ChatTemplate, turns: Turns) -> int | None:
-    """Where answer i starts, by rendering its content between marks; None where the marks change the text.
+    """Start of answer i, by rendering its content between marks; None if the marks change the text.
 
-    First the whole content is marked; where the template trims it, the content without the blanks at its ends.
+    First the whole content is marked; if the template trims it, the content without surrounding whitespace.
     """
     content: str = chat.messages[i]["content"]
     core = content.strip()
@@ -170,7 +170,7 @@ def _start_by_content(chat: Chat, i: int, text: str, template: ChatTemplate, tur
 
 
 def _turn_end(chat: Chat, i: int, text: str, start: int, template: ChatTemplate, turns: Turns) -> tuple[int, bool]:
-    """Where the turn that starts at `start` ends (its closing token included), and whether a special token closes it."""
+    """End of the turn that starts at `start` (with its closing token), and whether a special token closes it."""
     message = chat.messages[i]
     own = _own_texts(message)
     skip = sum(part.count(token) for part in own for token in turns.ends)
@@ -188,7 +188,7 @@ def _turn_end(chat: Chat, i: int, text: str, start: int, template: ChatTemplate,
 
 
 def _own_texts(message: Message) -> list[str]:
-    """Every text that a message brings into the conversation."""
+    """Every text that a message contributes to the conversation."""
     texts: list[str] = []
 
     def walk(value: Any) -> None:
@@ -223,7 +223,7 @@ def _open_end(chat: Chat, i: int, text: str, start: int, template: ChatTemplate)
 
 
 def _prove(message: Message, i: int, found: str) -> None:
-    """Raises where the found text does not hold the answer's last words and the names of its tool calls."""
+    """Raise if the found text lacks the answer's last words or the names of its tool calls."""
     content: str = message["content"]
     names = [call["function"]["name"] for call in message.get("tool_calls", [])]
     if content.strip()[-48:] in found and all(name in found for name in names):
@@ -232,6 +232,6 @@ def _prove(message: Message, i: int, found: str) -> None:
 
 
 def only_last(chat: Chat) -> Chat:
-    """The conversation with nothing but its last learnt answer to learn."""
+    """The conversation with only its last trained answer."""
     last = max((i for i, trained in enumerate(chat.trained) if trained), default=-1)
     return replace(chat, trained=tuple(i == last for i in range(len(chat.trained))))

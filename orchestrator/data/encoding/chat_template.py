@@ -1,7 +1,7 @@
-"""Chat templates: rendering in a sandbox, with the places of `{% generation %}` marks; must not import torch or transformers.
+"""Chat templates, rendered in a sandbox with `{% generation %}` spans; must not import torch or transformers.
 
-The environment is the one that transformers documents for chat templates (filters, globals, whitespace rules); tests hold
-both to the same text. It is rebuilt here because a date is fixed, and because importing transformers costs a second.
+The environment is the one that transformers documents for chat templates (filters, globals, whitespace rules); tests
+check that both render the same text. It is rebuilt here to fix the date, and as importing transformers costs a second.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ DEFAULT_TEMPLATE = (
     "{% else %}{{ message.role | capitalize + ': ' + message.content + '\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-"""For a tokenizer without a template: `User: ...`, newline, `Assistant: ...` and the end-of-text token. Documented in docs/data.md."""
+"""Default template: `User: ...`, newline, `Assistant: ...` and the end-of-text token. Documented in docs/data.md."""
 
-# Unicode noncharacters: never part of text, so they can mark places in it.
+# Unicode noncharacters: never part of text, so they can mark positions in it.
 MARK_START, MARK_END = "\ufdd0", "\ufdd1"
 CONTENT_START, CONTENT_END = "\ufdd2", "\ufdd3"
 MARKS = (MARK_START, MARK_END, CONTENT_START, CONTENT_END)
@@ -34,7 +34,7 @@ Spans = list[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A template's text, what it is told of special tokens, and the date it is told."""
+    """A template's text, the special tokens and the date that are passed to it."""
 
     source: str
     variables: tuple[tuple[str, str], ...]
@@ -47,7 +47,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
     ) -> str:
-        """The text of a conversation. Raises TemplateRefused with the template's own words."""
+        """The text of a conversation. Raises TemplateRefused with the template's own message."""
         return self.render_with_marks(messages, tools, add_generation_prompt=add_generation_prompt)[0]
 
     def render_with_marks(
@@ -57,7 +57,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
     ) -> tuple[str, Spans]:
-        """The text, and the character spans that stood between `{% generation %}` marks."""
+        """The text, and the character spans between `{% generation %}` marks."""
         import jinja2
 
         template = _compile(self.source, self.today)
@@ -77,11 +77,11 @@ class ChatTemplate:
 
 
 class TemplateRefused(Exception):
-    """The template refuses a conversation (roles in a wrong order, say)."""
+    """The template rejects a conversation (for example roles in a wrong order)."""
 
 
 def take_marks(text: str, start_mark: str, end_mark: str) -> tuple[str, Spans]:
-    """The text without the marks, and the spans that stood between them."""
+    """The text without the marks, and the spans that were between them."""
     if start_mark not in text:
         return text, []
     parts, spans, length = [], [], 0
@@ -102,7 +102,7 @@ def _compile(source: str, today: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class GenerationMarks(Extension):
-        """`{% generation %} ... {% endgeneration %}` puts marks around what it holds."""
+        """`{% generation %} ... {% endgeneration %}` puts marks around its content."""
 
         tags: ClassVar[set[str]] = {"generation"}
 
@@ -143,7 +143,7 @@ def _refuse(message: str) -> None:
 
 
 def check_date(value: str) -> date:
-    """The date of a `template_date` value; raises DataError."""
+    """Parse a `template_date` value; raises DataError."""
     try:
         return date.fromisoformat(value)
     except ValueError as error:

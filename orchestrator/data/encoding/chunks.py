@@ -1,4 +1,4 @@
-"""Pieces of a data set that are encoded apart, in this process or another: rows in, arrays out; no torch, no transformers."""
+"""Pieces of a data set, encoded in this process or another: rows in, arrays out; no torch, no transformers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ CHUNK_ROWS = 512
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some rows of one file: a range of bytes of a JSONL file, or the rows themselves."""
+    """Some rows of one file: a byte range of a JSONL file, or the rows themselves."""
 
     source: int
     path: str
     first_number: int
-    """Line of the first row of a range of bytes; rows that are sent carry their numbers."""
+    """Line of the first row of a byte range; rows passed directly carry their numbers."""
     start: int
     stop: int
     rows: tuple[tuple[int, object], ...] | None
@@ -39,16 +39,16 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ChunkContext:
-    """What every chunk of a data set shares; sent to a worker process once."""
+    """What all chunks of a data set share; sent to a worker process once."""
 
     encoder: Encoder
     readings: tuple[Reading, ...]
-    """How the rows of each source are understood."""
+    """How the rows of each source are interpreted."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
-    """The encoded rows of a chunk. A unit is a row that is kept; it has one document, or two (chosen, rejected)."""
+    """The encoded rows of a chunk. A unit is a kept row; it has one document, or two (chosen, rejected)."""
 
     num_rows: int
     """Rows of the chunk, kept or not."""
@@ -59,11 +59,11 @@ class ChunkResult:
     unit_hashes: npt.NDArray[np.uint64]
     unit_values: npt.NDArray[np.float32]
     unit_cut: npt.NDArray[np.int32]
-    """Tokens of each unit that lie behind the greatest length."""
+    """Tokens of each unit beyond the maximum length."""
     unit_cut_trained: npt.NDArray[np.int32]
-    """Learnt tokens among them."""
+    """Trained tokens among them."""
     unit_extras: tuple[str, ...]
-    """JSON of what comes along with each unit; empty where nothing does."""
+    """JSON of the extra data of each unit; empty if there is none."""
     documents_per_unit: int
     lengths: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.uint32]
@@ -74,12 +74,12 @@ class ChunkResult:
     fault_counts: Mapping[str, int]
 
     def without_tokens(self) -> ChunkResult:
-        """The same, to be kept while the tokens go to disk."""
+        """A copy without tokens, to keep while the tokens go to disk."""
         return replace(self, tokens=self.tokens[:0], trained=self.trained[:0])
 
 
 def iterate_chunks(source: int, path: Path) -> Iterator[Chunk]:
-    """The chunks of a file, in order. A JSONL file is only cut here; whoever encodes a chunk reads and parses it."""
+    """The chunks of a file, in order. A JSONL file is only split here; encoding a chunk reads and parses it."""
     kind = known_kind(path)
     if kind == "jsonl" and path.suffix != ".gz":
         yield from _line_ranges(source, path)
@@ -121,7 +121,7 @@ def chunk_rows(chunk: Chunk) -> Iterator[tuple[int, object]]:
 
 
 def encode_chunk(chunk: Chunk, context: ChunkContext) -> ChunkResult:
-    """Parses, renders and encodes the rows of a chunk; faulty rows are told in the result."""
+    """Parse, render and encode the rows of a chunk; faulty rows are reported in the result."""
     units = _Units()
     placed: list[tuple[int, int, Example]] = []
     row = -1
@@ -140,7 +140,7 @@ def encode_chunk(chunk: Chunk, context: ChunkContext) -> ChunkResult:
 
 
 def example_hash(example: Example) -> int:
-    """64 bits that are the same for rows with the same words."""
+    """64 bits that are equal for rows with the same text."""
     return int.from_bytes(
         hashlib.blake2b(repr(example).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
     )
@@ -224,9 +224,9 @@ class _Units:
 
 
 def document_fault(document: Encoded, where: str, encoder: Encoder, is_untrained: bool) -> Fault | None:
-    """What is wrong with an encoded document, or None. Learnt tokens that were only cut off are no fault of the row.
+    """What is wrong with an encoded document, or None. Losing trained tokens to truncation alone is no fault.
 
-    `is_untrained`: answers are sampled, or a class is learnt; no token is.
+    `is_untrained`: no token is trained, since answers are sampled or a class is predicted.
     """
     bos = encoder.facts.bos_id
     if bos is not None and len(document.ids) > 1 and document.ids[0] == bos and document.ids[1] == bos:

@@ -1,4 +1,4 @@
-"""Examples -> token ids and which of them are learnt; must not import torch or transformers."""
+"""Examples -> token ids and a mask of trained tokens; must not import torch or transformers."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ Trained = npt.NDArray[np.bool_]
 
 
 UNCUT = 2**40
-"""No document is cut where packing itself splits them over rows."""
+"""No truncation if packing itself splits documents over rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """Everything that decides how an example becomes tokens; small and plain, so that it travels to worker processes."""
+    """Everything that determines how an example becomes tokens; small and plain enough to send to processes."""
 
     facts: TokenizerFacts
     template: ChatTemplate
     turns: Turns
     loss_on: Literal["answers", "last_answer", "all"]
     max_length: int
-    """Tokens after which a document is cut."""
+    """Tokens after which a document is truncated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One document. `ids` and `trained` are cut to the greatest length; `num_cut` tokens were lost, `num_cut_trained` learnt ones."""
+    """One document. `ids` and `trained` are truncated; `num_cut` tokens were lost, `num_cut_trained` trained ones."""
 
     ids: Ids
     trained: Trained
@@ -54,11 +54,11 @@ class Encoded:
     num_open_ends: int
     """Answers that no special token closes."""
     num_straddling: int
-    """Learnt tokens that are part prompt, part answer."""
+    """Trained tokens that are part prompt, part answer."""
 
 
 def make_encoder(facts: TokenizerFacts, config: DataConfig) -> Encoder:
-    """The encoder that a data configuration describes. Raises DataError where the template file cannot be used."""
+    """The encoder that a data configuration describes. Raises DataError if the template file cannot be used."""
     check_date(config.template_date)
     template = ChatTemplate(template_source(facts, config), facts.special_tokens, config.template_date)
     special = [token.content for token in core_tokenizer(facts.core).get_added_tokens_decoder().values()]
@@ -77,7 +77,7 @@ def template_source(facts: TokenizerFacts, config: DataConfig) -> str:
 
 
 def prompt_text(prompt: Prompt, encoder: Encoder) -> str:
-    """What a model is given to answer: the conversation with the generation prompt, or the plain text."""
+    """The text a model is asked to continue: the conversation with the generation prompt, or the plain text."""
     if prompt.messages is None:
         return prompt.text
     try:
@@ -87,7 +87,7 @@ def prompt_text(prompt: Prompt, encoder: Encoder) -> str:
 
 
 def encode_prompt(prompt: Prompt, encoder: Encoder) -> list[int]:
-    """Token ids to generate from: as in training, and never with two beginnings."""
+    """Token ids to generate from: the same as in training, and never with two BOS tokens."""
     tokenizer = core_tokenizer(encoder.facts.core)
     text = prompt_text(prompt, encoder)
     if prompt.messages is not None:
@@ -96,7 +96,7 @@ def encode_prompt(prompt: Prompt, encoder: Encoder) -> list[int]:
 
 
 def _with_beginning(ids: list[int], facts: TokenizerFacts) -> list[int]:
-    """Plain text starts with what the tokenizer itself puts first (BOS or nothing), once."""
+    """Plain text starts with the tokenizer's own prefix (BOS or nothing), once."""
     first = _beginning(facts.core)
     return ids if not first or ids[: len(first)] == first else [*first, *ids]
 
@@ -114,7 +114,7 @@ def _beginning(core: str) -> list[int]:
 
 
 def encode_examples(examples: Sequence[Example], encoder: Encoder) -> list[tuple[Encoded, ...] | NotRendered]:
-    """The documents of every example in order; in place of one that cannot be encoded stands the reason."""
+    """The documents of every example in order, or the reason why one cannot be encoded."""
     if examples and isinstance(examples[0].documents[0], Labelled):
         return [_labelled(example, encoder) for example in examples]
     plans: list[list[_Plan] | NotRendered] = []
@@ -129,7 +129,7 @@ def encode_examples(examples: Sequence[Example], encoder: Encoder) -> list[tuple
 
 
 def _labelled(example: Example, encoder: Encoder) -> tuple[Encoded, ...] | NotRendered:
-    """A class is learnt, no token is."""
+    """Encode a labelled text: a class is trained, no token is."""
     (document,) = example.documents
     assert isinstance(document, Labelled)
     try:
@@ -143,14 +143,14 @@ def _labelled(example: Example, encoder: Encoder) -> tuple[Encoded, ...] | NotRe
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A text, its learnt spans, and what is put around its tokens."""
+    """A text, its trained spans, and what is put around its tokens."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
     begins: bool
-    """Starts with the tokenizer's own beginning (plain text; a chat template writes its own)."""
+    """Starts with the tokenizer's own prefix (plain text; a chat template writes its own)."""
     ends: bool
-    """Ends with the learnt end-of-text token."""
+    """Ends with the trained end-of-text token."""
     num_open_ends: int
 
 
@@ -185,7 +185,7 @@ def _encode_plans(plans: Sequence[_Plan], encoder: Encoder) -> list[Encoded]:
 
 
 def _encode_pieces(plans: Sequence[_Plan], encoder: Encoder) -> list[_Tokens]:
-    """Cuts every text at its span borders: a learnt span has its own tokens, and the prompt those it has at generation."""
+    """Split every text at its span boundaries, so that a prompt has the tokens it has at generation."""
     pieces: list[str] = []
     shapes: list[list[bool]] = []
     for plan in plans:
@@ -216,10 +216,10 @@ def _encode_pieces(plans: Sequence[_Plan], encoder: Encoder) -> list[_Tokens]:
 
 
 def _encode_with_offsets(plans: Sequence[_Plan], encoder: Encoder) -> list[_Tokens]:
-    """Encodes every text whole; a token is learnt where it overlaps a learnt span (tokenizers that mark word starts).
+    """Encode every text whole; a token is trained if it overlaps a trained span (tokenizers that mark word starts).
 
-    Where a token lies over a border, the text is encoded in pieces instead, so that the prompt has the tokens it has at
-    generation. A special token that takes in the blanks behind it is left as it is, and is not learnt.
+    If a token crosses a boundary, the text is encoded in pieces instead, so that the prompt has the tokens it has at
+    generation. A special token that absorbs the whitespace after it is kept as it is, and is not trained.
     """
     tokenizer = core_tokenizer(encoder.facts.core)
     added = {identity: token.content for identity, token in tokenizer.get_added_tokens_decoder().items()}
@@ -243,9 +243,9 @@ def _encode_with_offsets(plans: Sequence[_Plan], encoder: Encoder) -> list[_Toke
 
 
 def _encode_apart(plan: _Plan, tokenizer: Tokenizer, added: tuple[str, ...]) -> _Tokens | None:
-    """The spans of a text encoded one by one, each as it would be in the middle of a text; None where that cannot be done.
+    """The spans of a text encoded separately, each as in the middle of a text; None if that is impossible.
 
-    A NUL before a piece keeps the tokenizer from marking a word start; no token joins it to what follows.
+    A NUL before a piece keeps the tokenizer from marking a word start; no token merges it with what follows.
     """
     ids: list[int] = []
     trained: list[bool] = []
@@ -267,7 +267,7 @@ def _encode_apart(plan: _Plan, tokenizer: Tokenizer, added: tuple[str, ...]) -> 
 
 
 def _finish(tokens: _Tokens, plan: _Plan, encoder: Encoder) -> Encoded:
-    """Adds beginning and end, forbids the first token as a target, cuts to the greatest length."""
+    """Add prefix and end, exclude the first token as a target, cut to the maximum length."""
     facts, ids, trained = encoder.facts, tokens.ids, tokens.trained
     if plan.begins:
         whole = np.array(_with_beginning(ids[:8].tolist(), facts), dtype=np.uint32)

@@ -1,7 +1,7 @@
-"""Texts of which a class is learnt -> token ids, as the tokenizer itself makes them; must not import torch or transformers.
+"""Labelled texts -> token ids, as the tokenizer itself makes them; must not import torch or transformers.
 
-With its own beginning, separator and end, and nothing else: so that a model folder and its tokenizer, opened by anybody,
-give the answers that were trained.
+With its own prefix, separator and end, and nothing else, so that anyone who opens a model folder with its tokenizer
+gets the answers that were trained.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PAIR_JOINT = "\n\n"
-"""Between two texts where the tokenizer puts nothing of its own there."""
+"""Joins two texts if the tokenizer puts nothing of its own between them."""
 
 
 def encode_labelled(document: Labelled, facts: TokenizerFacts, max_length: int) -> tuple[list[int], int]:
-    """(token ids, tokens that were lost to `max_length`). The longer text of two is cut first; marks are kept.
+    """(token ids, tokens lost to `max_length`). The longer text of two is cut first; special tokens are kept.
 
-    Raises NotRendered where a text holds the tokenizer's separator: two texts could not be told apart.
+    Raises NotRendered if a text contains the tokenizer's separator: the two texts could not be told apart.
     """
     texts = texts_of(document, facts.core)
     encoding = core_tokenizer(facts.core).encode(*texts, add_special_tokens=True)  # pyright: ignore[reportArgumentType]  # a text or a pair
@@ -40,7 +40,7 @@ def encode_labelled(document: Labelled, facts: TokenizerFacts, max_length: int) 
 
 
 def texts_of(document: Labelled, core: str) -> tuple[str, ...]:
-    """One text, or two where the tokenizer knows pairs; else both in one, an empty line between them."""
+    """One text, or two if the tokenizer supports pairs; otherwise both in one, separated by an empty line."""
     if document.pair is None:
         return (document.text,)
     if knows_pairs(core):
@@ -49,14 +49,14 @@ def texts_of(document: Labelled, core: str) -> tuple[str, ...]:
 
 
 def separator_of(facts: TokenizerFacts) -> int | None:
-    """The id of the separator; None where the tokenizer has none."""
+    """The id of the separator; None if the tokenizer has none."""
     text = dict(facts.special_tokens).get("sep_token")
     return None if text is None else core_tokenizer(facts.core).token_to_id(text)
 
 
 @lru_cache(maxsize=4)
 def knows_pairs(core: str) -> bool:
-    """Whether the tokenizer puts a mark between two texts."""
+    """Whether the tokenizer puts a special token between two texts."""
     tokenizer = core_tokenizer(core)
     marked = tokenizer.encode("x", "y", add_special_tokens=True).special_tokens_mask
     plain = [place for place, is_own in enumerate(marked) if not is_own]

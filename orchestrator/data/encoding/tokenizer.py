@@ -1,4 +1,4 @@
-"""A tokenizer as its Rust core plus the facts the data path needs; transformers is imported only where the folder needs it."""
+"""A tokenizer as its Rust core plus the facts the data path needs; imports transformers only if the folder needs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""Classes that hand tokenizer.json to the Rust library as it is; for any other class transformers builds the tokenizer."""
+"""Classes that pass tokenizer.json to the Rust library unchanged; transformers builds tokenizers of other classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class TokenizerFacts:
 
 
 def load_facts(folder: Path) -> TokenizerFacts:
-    """Reads a tokenizer folder. Raises ModelError where there is none."""
+    """Read a tokenizer folder. Raises ModelError if there is none."""
     config = _read_json(folder / "tokenizer_config.json")
     is_plain = config.get("tokenizer_class", "PreTrainedTokenizerFast") in PLAIN_CLASSES
     adds = any(config.get(key) is not None for key in ("add_bos_token", "add_eos_token"))
@@ -80,7 +80,7 @@ def _facts(core: str, special: dict[str, str], template: str | None) -> Tokenize
 
 @lru_cache(maxsize=4)
 def core_tokenizer(core: str) -> Tokenizer:
-    """The Rust tokenizer of a JSON text, without the truncation and padding that some files carry."""
+    """The Rust tokenizer of a JSON text, without the truncation and padding settings that some files contain."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(core)
@@ -91,7 +91,7 @@ def core_tokenizer(core: str) -> Tokenizer:
 
 @lru_cache(maxsize=4)
 def is_splittable(core: str) -> bool:
-    """Whether a text may be cut anywhere between words and encoded in pieces: nothing is added at a piece's start."""
+    """Whether a text may be cut between any words and encoded in pieces: nothing is added at the start of a piece."""
     tokenizer = core_tokenizer(core)
 
     def ids(text: str) -> list[int]:

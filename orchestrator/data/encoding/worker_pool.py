@@ -1,4 +1,4 @@
-"""Encoding chunks in several processes, in order, with a bounded number under way; must not import torch."""
+"""Encodes chunks in several processes, in order, with a bounded number in flight; must not import torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.data.encoding.worker_process import receive, send
 from orchestrator.errors import OrchestratorError
 
 AHEAD = 4
-"""Chunks under way for every process: enough to keep it busy, few enough to bound memory."""
+"""Chunks in flight per process: enough to keep it busy, few enough to bound memory."""
 
 
 def usable_cores() -> int:
@@ -25,10 +25,10 @@ def usable_cores() -> int:
 
 
 def encode_in_processes(chunks: Iterable[Chunk], context: ChunkContext, *, num_processes: int) -> Iterator[ChunkResult]:
-    """The results of the chunks in their order. The processes are started here and ended before this returns.
+    """The results of the chunks in order. The processes start here and end before this returns.
 
     They are fresh interpreters (no fork of a process that may hold threads or a device, no second import of its main
-    module); one thread each waits for its answers.
+    module); one thread per process waits for its results.
     """
     with ExitStack() as stack:
         idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
@@ -51,7 +51,7 @@ def encode_in_processes(chunks: Iterable[Chunk], context: ChunkContext, *, num_p
 
 
 def _start(context: ChunkContext) -> subprocess.Popen[bytes]:
-    """A worker of one thread: the processes share the cores, and a tokenizer's own threads would only get in the way."""
+    """A single-threaded worker: processes share the cores, and a tokenizer's threads would only get in the way."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     environment["OPENBLAS_NUM_THREADS"] = "1"
     worker = subprocess.Popen(
@@ -61,7 +61,7 @@ def _start(context: ChunkContext) -> subprocess.Popen[bytes]:
         env={**environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     assert worker.stdin is not None
-    with suppress(BrokenPipeError):  # it died at once: whoever asks it first tells
+    with suppress(BrokenPipeError):  # it died at once: reported on first use
         send(worker.stdin, context)
     return worker
 
@@ -87,7 +87,7 @@ def _encode(chunk: Chunk, idle: SimpleQueue[subprocess.Popen[bytes]]) -> ChunkRe
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
-    """Closes the pipes, which ends the process; one that does not end is killed."""
+    """Close the pipes, which ends the process; kill it if it does not end."""
     for stream in (worker.stdin, worker.stdout):
         if stream is not None:
             with suppress(BrokenPipeError):

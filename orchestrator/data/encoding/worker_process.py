@@ -1,6 +1,6 @@
 """A process that encodes chunks: `python -m orchestrator.data.encoding.worker_process`, pickles in, pickles out.
 
-It ends with its parent: an end of input is the end of the work. Only our own parent writes to it, over a pipe.
+It ends with its parent: end of input is the end of the work. Only the parent writes to it, over a pipe.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HEADER = struct.Struct("<Q")
 
 
 def send(stream: IO[bytes], value: object) -> None:
-    """One length-prefixed pickle."""
+    """Write one length-prefixed pickle."""
     data = pickle.dumps(value, protocol=5)
     stream.write(HEADER.pack(len(data)))
     stream.write(data)
@@ -23,7 +23,7 @@ def send(stream: IO[bytes], value: object) -> None:
 
 
 def receive(stream: IO[bytes]) -> Any:
-    """The next pickle. Raises EOFError where the other side is gone."""
+    """The next pickle. Raises EOFError if the other side is gone."""
     header = stream.read(HEADER.size)
     if len(header) < HEADER.size:
         raise EOFError
@@ -35,12 +35,12 @@ def receive(stream: IO[bytes]) -> Any:
 
 
 def main() -> int:
-    """Answers every chunk with its result; the first message is the context."""
+    """Answer every chunk with its result; the first message is the context."""
     from orchestrator.data.encoding.chunks import ChunkContext, encode_chunk
     from orchestrator.errors import OrchestratorError
 
     incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not stand between the pickles
+    os.dup2(2, 1)  # output of libraries must not mix with the pickles
     try:
         context: ChunkContext = receive(incoming)
         while True:

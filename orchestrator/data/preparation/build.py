@@ -32,25 +32,25 @@ from orchestrator.errors import DataError
 
 Say = Callable[[str], None]
 TRIAL_SECONDS = 0.5
-"""So long rows are encoded in this process; what is left tells whether processes pay, and whether to refuse."""
+"""Rows are encoded in this process for this long; the rest decides whether to start processes or to refuse."""
 PARALLEL_SECONDS = 3.0
 """Processes are started for more work than this; starting them takes about a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How long building may take, what to type where it may not, and who hears how far it is."""
+    """How long building may take, what to type if it takes longer, and who is notified of progress."""
 
     seconds: float | None
     prepare_command: str
     advance: Callable[[int], None]
-    """Takes the number of rows that were read so far."""
+    """Called with the number of rows read so far."""
 
 
 def build_rows(
     folder: Path, part: Part, config: DataConfig, *, tokenizer_folder: Path, seed: int, say: Say, limits: Limits
 ) -> None:
-    """Writes every array of a part and its meta.json into `folder`. Raises DataError with the faulty rows."""
+    """Write every array of a part and its meta.json into `folder`. Raises DataError with the faulty rows."""
     encoder = make_encoder(load_facts(tokenizer_folder), config)
     context = _context(part, encoder)
     collected = _Collected(folder, encoder)
@@ -90,7 +90,7 @@ def build_rows(
 def _encode_all(
     part: Part, context: ChunkContext, config: DataConfig, say: Say, limits: Limits
 ) -> Iterator[tuple[Chunk, ChunkResult]]:
-    """Every chunk with its result: the first ones here, and the rest in processes where that is worth it."""
+    """Every chunk with its result: the first ones encoded here, the rest in processes if that pays."""
     chunks = chain.from_iterable(iterate_chunks(i, path) for i, files in enumerate(part.files) for path in files)
     started, done_rows = time.perf_counter(), 0
     for chunk in chunks:
@@ -124,7 +124,7 @@ def _encode_all(
 
 
 def count_part_rows(part: Part) -> int:
-    """Rows of all files of a part."""
+    """Rows in all files of a part."""
     return sum(count_rows(path, known_kind(path)) for files in part.files for path in files)
 
 
@@ -139,7 +139,7 @@ def _refuse_if_long(rows: int, seconds: float, limits: Limits) -> None:
 def _select(
     units: Units, part: Part, config: DataConfig, seed: int, num_rows: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
-    """The units that train (repeated where a mixture says so) and those split off for evaluation."""
+    """The units to train on (repeated if a mixture says so) and those split off for evaluation."""
     usable = first_occurrences(units.hashes) if config.deduplicate else np.ones(len(units.rows), dtype=np.bool_)
     evaluated: npt.NDArray[np.int64] | None = None
     if part.splits:
@@ -158,7 +158,7 @@ def _select(
 
 @dataclass
 class _Collected:
-    """What the chunks brought, in order; owns the growing files of tokens."""
+    """The results of the chunks, in order; owns the growing token files."""
 
     folder: Path
     encoder: Encoder
@@ -189,7 +189,7 @@ class _Collected:
             self.documents_per_unit = result.documents_per_unit
 
     def units(self, part: Part) -> Units:
-        """All kept rows as whole arrays; the token files are completed."""
+        """All kept rows as whole arrays; completes the token files."""
         self._tokens.close()
         self._trained.close()
 

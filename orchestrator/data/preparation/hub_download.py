@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub as local files; a download happens only here."""
+"""Data sets of the Hugging Face hub as local files; the only module that downloads them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.errors import DataError
 
 
 def fetch(source: SourceConfig, field: str) -> tuple[Path, ...]:
-    """The files of a hub data set, downloaded into the hub's own cache. Raises DataError where the hub does not give them."""
+    """The files of a hub data set, downloaded into the hub's own cache. Raises DataError if the hub refuses."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,

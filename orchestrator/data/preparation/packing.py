@@ -1,9 +1,9 @@
-"""Joining documents to rows of a fixed length: exact filling, best-fit decreasing, plain cutting; must not import torch.
+"""Packs documents into rows of fixed length: exact filling, best-fit decreasing, plain cutting; must not import torch.
 
-Best-fit decreasing (2404.10830): the longest document first, each into the fullest row that still has room for it. Where
-documents are alike or few it leaves up to 3 % of the rows empty. Exact filling, a form of histogram packing (2107.02027),
-fills row by row with the longest document left and the combination of lengths that leaves the least room beside it. The
-better of the two is taken; both take the same rows from the same input on every machine.
+Best-fit decreasing (2404.10830): the longest document first, each into the fullest row that still has room for it. If
+documents are similar or few it leaves up to 3 % of the rows empty. Exact filling, a form of histogram packing
+(2107.02027), fills row by row with the longest document left and the lengths that leave the least room next to it. The
+better result of the two is used; both are deterministic and the same on every machine.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 FILL_CAPACITY = 4096
-"""Exact filling comes first up to this many tokens a row, where it is also the faster; longer rows start with best fit."""
+"""Exact filling comes first up to this many tokens per row, where it is also faster; above, best fit does."""
 LONGEST_FILL = 8192
-"""Exact filling is not tried over this: such rows hold so many documents that best fit leaves nothing."""
+"""Exact filling is not tried above this: such rows hold so many documents that best fit leaves nothing empty."""
 SLACK = 0.002
-"""A way that needs at most so many more rows than the tokens alone would is taken without trying the other."""
+"""A method within this share of the minimum number of rows is accepted without trying the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Segments:
 
 
 def pack(lengths: Ints, capacity: int) -> Packs:
-    """Whole units of the given lengths (1..capacity) in as few rows of `capacity` as the two ways find."""
+    """Whole units of the given lengths (1..capacity) in the fewest rows of `capacity` that the two methods find."""
     if capacity > LONGEST_FILL:
         return best_fit(lengths, capacity)
     first, second = (exact_fill, best_fit) if capacity <= FILL_CAPACITY else (best_fit, exact_fill)
@@ -57,7 +57,7 @@ def pack(lengths: Ints, capacity: int) -> Packs:
 
 
 def best_fit(lengths: Ints, capacity: int) -> Packs:
-    """Best-fit decreasing. O(n log n) for the sort; then each unit costs the search for the tightest room."""
+    """Best-fit decreasing. O(n log n) for the sort; each unit then costs one search for the tightest room."""
     assert len(lengths) == 0 or (int(lengths.min()) >= 1 and int(lengths.max()) <= capacity)
     order = np.argsort(-lengths, kind="stable")
     sizes: list[int] = lengths[order].tolist()
@@ -84,7 +84,7 @@ def best_fit(lengths: Ints, capacity: int) -> Packs:
 
 
 class _Rooms:
-    """The set of remaining rooms that some row has, as bits of words of 512: the tightest fit is found by two shifts."""
+    """The set of remaining rooms of all rows, as bits in words of 512: two shifts find the tightest fit."""
 
     WORD = 9
 
@@ -118,9 +118,9 @@ class _Rooms:
 
 
 def exact_fill(lengths: Ints, capacity: int) -> Packs:
-    """Fills rows one by one: the longest unit left, then the combination of lengths that leaves the least room.
+    """Fill rows one by one: the longest unit left, then the combination of lengths that leaves the least room.
 
-    A combination is used for as many rows as the counts of its lengths allow, so the work grows with the number of
+    A combination is reused for as many rows as the counts of its lengths allow, so the work grows with the number of
     different lengths and not with the number of units.
     """
     counts = np.bincount(lengths, minlength=capacity + 1).tolist()
@@ -137,10 +137,10 @@ def exact_fill(lengths: Ints, capacity: int) -> Packs:
 
 
 def _fullest(present: list[int], counts: list[int], room: int) -> list[int]:
-    """Lengths (the first of `present` counted once already) whose sum is the greatest that is at most `room`.
+    """Lengths (the first of `present` already counted once) with the greatest sum that is at most `room`.
 
-    Reachable sums as bits: `reached[i]` after the i-th kind of length. Long lengths come first and are preferred, which
-    keeps the short ones for the last rows.
+    Reachable sums as bits: `reached[i]` after the i-th distinct length. Long lengths come first and are preferred,
+    which keeps the short ones for the last rows.
     """
     kinds = [size for size in present if size <= room]
     window = (1 << (room + 1)) - 1
@@ -168,7 +168,7 @@ def _fullest(present: list[int], counts: list[int], room: int) -> list[int]:
 
 
 def _from_patterns(lengths: Ints, patterns: list[tuple[list[int], int]]) -> Packs:
-    """Gives every pattern its units: of equal lengths, those that come first in the input."""
+    """Assign units to every pattern: among equal lengths, those first in the input."""
     by_length = np.argsort(lengths, kind="stable")
     firsts = np.searchsorted(lengths[by_length], np.arange(int(lengths.max()) + 1)).tolist()
     members: list[Ints] = []
@@ -194,7 +194,7 @@ def _by_row(order: Ints, row_of: Ints, num_rows: int) -> Packs:
 
 
 def split_rows(lengths: Ints, capacity: int) -> Segments:
-    """Lays the documents end to end in their order and cuts every `capacity` tokens; only the last row is short."""
+    """Concatenate the documents in order and cut every `capacity` tokens; only the last row is short."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(lengths) else 0
     cuts = np.unique(np.concatenate([np.arange(0, total, capacity), ends - lengths, [total]]))
@@ -207,13 +207,13 @@ def split_rows(lengths: Ints, capacity: int) -> Segments:
 
 
 def whole_rows(packs: Packs, documents_per_unit: int, lengths: Ints) -> Segments:
-    """The segments of packs whose units are `documents_per_unit` whole documents that stand together."""
+    """The segments of packs whose units are `documents_per_unit` consecutive whole documents."""
     documents = (packs.members[:, None] * documents_per_unit + np.arange(documents_per_unit)).reshape(-1)
     return Segments(documents, np.zeros_like(documents), lengths[documents], packs.offsets * documents_per_unit)
 
 
 def single_rows(num_units: int) -> Packs:
-    """One unit a row, in order."""
+    """One unit per row, in order."""
     return Packs(np.arange(num_units, dtype=np.int64), np.arange(num_units + 1, dtype=np.int64))
 
 

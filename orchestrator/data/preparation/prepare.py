@@ -1,6 +1,6 @@
-"""Data set + tokenizer -> folders of prepared rows, made once, atomically, named by a digest; no torch, no process group.
+"""Data set + tokenizer -> folders of prepared rows, made once, atomically, named by a digest; no torch, no group.
 
-A hit imports neither transformers nor tokenizers. One process calls this; others wait until its answer is there.
+A hit imports neither transformers nor tokenizers. One process calls this; others wait for its result.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from orchestrator.files.cache import locked
 Say = Callable[[str], None]
 PREPARE_COMMAND = "python -m orchestrator prepare"
 TRUNCATION_LIMIT = 0.01
-"""Share of the rows that may lose learnt tokens before `truncation=accept` has to be said."""
+"""Share of the rows that may lose trained tokens before `truncation=accept` is required."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Prepared folders and what was counted while they were made."""
+    """Prepared folders and the statistics counted while they were made."""
 
     train: Path
     evaluation: Path | None
@@ -41,7 +41,7 @@ class Prepared:
     train_statistics: Statistics
     evaluation_statistics: Statistics | None
     was_hit: bool
-    """Whether everything was there already."""
+    """Whether everything was already prepared."""
 
 
 def ensure_prepared(
@@ -55,10 +55,10 @@ def ensure_prepared(
     prepare_command: str = PREPARE_COMMAND,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> Prepared:
-    """The prepared rows of a configuration, made where they are missing.
+    """The prepared rows of a configuration, made if missing.
 
-    Raises DataError with every faulty row; where over 1 % of the rows lose learnt tokens; where rows of `eval` stand in
-    `train`; and, after half a second of work, where it would take over `refuse_over_seconds`.
+    Raises DataError with every faulty row; if over 1 % of the rows lose trained tokens; if rows of `eval` also occur in
+    `train`; and, after half a second of work, if it would take over `refuse_over_seconds`.
     """
     from orchestrator.data.preparation.hub_download import fetch
 
@@ -109,7 +109,7 @@ class Build:
 
 
 def _prepare(part: Part, build: Build) -> None:
-    """Builds one part in a folder of its own and renames it into place; a second caller waits and finds it done."""
+    """Build one part in its own folder and rename it into place; a second caller waits and finds it done."""
     from orchestrator.data.preparation.build import Limits, build_rows
 
     root, target = build.root, build.root / part.digest
@@ -142,7 +142,7 @@ def _prepare(part: Part, build: Build) -> None:
 
 
 def _fresh_folder(root: Path, digest: str) -> Path:
-    """An empty folder to build in. Half-built ones of the same digest are removed: their maker held the lock that is ours now."""
+    """An empty folder to build in. Half-built ones of the same digest are removed: we now hold their builder's lock."""
     for folder in root.glob(f".building-{digest}-{socket.gethostname()}-*"):
         shutil.rmtree(folder, ignore_errors=True)
     building = root / f".building-{digest}-{socket.gethostname()}-{os.getpid()}"
@@ -151,7 +151,7 @@ def _fresh_folder(root: Path, digest: str) -> Path:
 
 
 def _publish(building: Path, target: Path) -> None:
-    """Renames the finished folder; where another machine was faster (locks do not reach over every file system), its own stays."""
+    """Rename the finished folder; if another machine was faster (locks do not span all file systems), keep its copy."""
     from orchestrator.data.preparation.store import sync_folder
 
     try:
@@ -163,7 +163,7 @@ def _publish(building: Path, target: Path) -> None:
 
 
 def _truncation(root: Path, part: Part, config: DataConfig, say: Say) -> list[str]:
-    """What is wrong where over 1 % of the rows lose learnt tokens; nothing where that is accepted (and then told)."""
+    """The error if over 1 % of the rows lose trained tokens; if that is accepted it is only reported."""
     rows = PreparedFolder(root / part.digest)
     statistics = rows.meta.statistics
     number = statistics.rows_losing_trained_tokens
@@ -183,7 +183,7 @@ def _truncation(root: Path, part: Part, config: DataConfig, say: Say) -> list[st
 
 
 def _overlap(root: Path, parts: tuple[Part, ...], config: DataConfig, say: Say) -> list[str]:
-    """What is wrong where rows of the evaluation stand in train word by word."""
+    """The error if evaluation rows occur verbatim in the training rows."""
     if len(parts) < 2:
         return []
     rows = PreparedFolder(root / parts[1].digest)

@@ -1,4 +1,4 @@
-"""Which kept rows train, which are held out, and how a mixture draws them: pure functions of hashes and seed; no torch."""
+"""Which kept rows train, which are held out, how a mixture draws them: pure functions of hashes and seed; no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Hashes = npt.NDArray[np.uint64]
 
 
 def first_occurrences(hashes: Hashes) -> npt.NDArray[np.bool_]:
-    """Which rows do not stand earlier word by word."""
+    """True for rows without an identical earlier row."""
     _, firsts = np.unique(hashes, return_index=True)
     is_first = np.zeros(len(hashes), dtype=np.bool_)
     is_first[firsts] = True
@@ -24,9 +24,9 @@ def first_occurrences(hashes: Hashes) -> npt.NDArray[np.bool_]:
 
 
 def held_out(hashes: Hashes, wanted: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Which rows are held out: those whose words, keyed by the seed, hash lowest; equal rows go to the same side.
+    """Which rows are held out: those whose text, keyed by the seed, hashes lowest; equal rows go to the same side.
 
-    Exactly `wanted` rows where no two rows are equal; else at most so many.
+    Exactly `wanted` rows if no two rows are equal; otherwise at most as many.
     """
     key = seed.to_bytes(16, "little", signed=True)
     unique, counts = np.unique(hashes, return_counts=True)
@@ -45,7 +45,7 @@ def held_out(hashes: Hashes, wanted: int, seed: int) -> npt.NDArray[np.bool_]:
 
 
 def mixture(kept: Sequence[Ints], sources: Sequence[SourceConfig], seed: int) -> list[Ints]:
-    """The rows drawn from each source's kept rows, ascending; a row stands several times where `rows` asks for more than there are.
+    """The rows sampled from each source's kept rows, ascending; rows repeat if `rows` asks for more than there are.
 
     `weight`s share the largest number of rows for which no source is repeated.
     """

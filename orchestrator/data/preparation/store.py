@@ -1,4 +1,4 @@
-"""Writing prepared rows: arrays that grow while rows come in, then rows, packs and facts; no torch needed."""
+"""Writes prepared rows: arrays that grow as rows come in, then rows, packs and facts; no torch needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class GrowingArray:
-    """A one-dimensional .npy file that is written in pieces; its header is completed at the end."""
+    """A one-dimensional .npy file written in pieces; its header is completed at the end."""
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
         self._file: IO[bytes] = path.open("wb")
@@ -32,7 +32,7 @@ class GrowingArray:
         self._write_header()
 
     def _write_header(self) -> None:
-        """numpy leaves room in the header, so that the length can grow in place."""
+        """numpy reserves space in the header, so that the length can grow in place."""
         self._file.seek(0)
         shape = {"descr": npy.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self.length,)}
         npy.write_array_header_1_0(self._file, shape)
@@ -42,7 +42,7 @@ class GrowingArray:
         self.length += len(values)
 
     def close(self) -> None:
-        """Completes the header and brings the file to disk."""
+        """Complete the header and sync the file to disk."""
         self._write_header()
         _sync(self._file)
         self._file.close()
@@ -61,7 +61,7 @@ def save_array(folder: Path, name: str, array: npt.NDArray[Any]) -> None:
 
 
 def write_synced(path: Path, pieces: Iterable[bytes]) -> None:
-    """A file, on disk when this returns."""
+    """Write a file that is on disk when this returns."""
     with path.open("wb") as file:
         for piece in pieces:
             file.write(piece)
@@ -69,7 +69,7 @@ def write_synced(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings the folder's list of names to disk."""
+    """Sync the folder's directory entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -79,7 +79,7 @@ def sync_folder(folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """The kept rows of a data set; their tokens and marks lie in `folder`. Unit u has the documents u*k .. u*k + k - 1."""
+    """The kept rows of a data set; tokens and masks are in `folder`. Unit u has the documents u*k .. u*k + k - 1."""
 
     folder: Path
     rows: Ints
@@ -130,14 +130,14 @@ class Store:
     file_rows: tuple[int, ...]
 
     def inside(self, name: str) -> Store:
-        """A folder inside this one, with a digest of its own."""
+        """A folder inside this one, with its own digest."""
         return replace(self, folder=self.folder / name, digest=f"{self.digest}-{name}")
 
 
 def write_store(
     store: Store, units: Units, chosen: Ints | None, *, source_rows: int, dropped: Mapping[str, int]
 ) -> None:
-    """Everything but tokens.npy and trained.npy, which are there; meta.json last. `chosen` None takes every unit once."""
+    """Write all but tokens.npy and trained.npy, which exist; meta.json last. `chosen` None takes every unit once."""
     picked = np.arange(len(units.rows)) if chosen is None else chosen
     classes = _classes(units) if store.kind == "class" else ()
     segments = _segments(store.config, units, picked)
@@ -181,7 +181,7 @@ def write_store(
 
 
 def _segments(config: DataConfig, units: Units, picked: Ints) -> Segments:
-    """The rows that the packing rule makes of the picked units."""
+    """The rows into which the packing rule arranges the selected units."""
     per_unit = units.documents_per_unit
     lengths = np.diff(units.offsets)
     documents = (picked[:, None] * per_unit + np.arange(per_unit)).reshape(-1)
@@ -199,12 +199,12 @@ def _segments(config: DataConfig, units: Units, picked: Ints) -> Segments:
 
 
 def capacity(config: DataConfig, documents_per_unit: int) -> int:
-    """Tokens of a packed row: a pair's two documents have the room of two."""
+    """Tokens of a packed row: a pair's two documents have room for two."""
     return config.max_length * documents_per_unit
 
 
 def row_counts(segments: Segments, offsets: Ints, trained: npt.NDArray[np.bool_]) -> tuple[Ints, Ints]:
-    """Tokens and targets of every row. A segment's first token is no target: nothing before it can predict it."""
+    """Tokens and targets of every row. A segment's first token is no target: nothing precedes it to predict it."""
     counts = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
     begins = offsets[segments.documents]
     firsts = np.minimum(begins + segments.starts + 1, begins + segments.stops)
@@ -218,7 +218,7 @@ def _per_row(values: Ints, offsets: Ints) -> Ints:
 
 
 def _classes(units: Units) -> tuple[str, ...]:
-    """The names of the classes that stand in the rows, in order; none where the labels are measured numbers."""
+    """The class names that occur in the rows, in order; empty for numeric labels."""
     labels = [json.loads(extra)["label"] for extra in units.extras]
     single = [one for label in labels for one in (label if isinstance(label, list) else [label]) if one is not None]
     if any(isinstance(label, float) and not label.is_integer() for label in single):

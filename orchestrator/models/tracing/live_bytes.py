@@ -1,7 +1,7 @@
 """Live bytes of a real module's forward and backward pass, traced without computing anything; must not know runs.
 
-Under FakeTensorMode tensors have shapes and storages but no numbers, so that an 8 B model is traced on a laptop. What is counted
-is what the allocator of a device would hold beside the parameters.
+Under FakeTensorMode tensors have shapes and storages but no data, so an 8 B model can be traced on a laptop. Counted is
+what a device's allocator would hold in addition to the parameters.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 Precision = Literal["autocast", "bfloat16", "adapters32", "float32"]
-"""fp32 trained weights under bf16 autocast (no DeepSpeed); everything in bf16 (DeepSpeed); a bf16 base with fp32 adapters and no
-autocast (ZeRO-3, which leaves PEFT's adapters as they are); everything in fp32."""
+"""fp32 trained weights under bf16 autocast (no DeepSpeed); all bf16 (DeepSpeed); a bf16 base with fp32 adapters and no
+autocast (ZeRO-3, which leaves PEFT's adapters as they are); all in fp32."""
 
 FP32_UNDER_CUDA_AUTOCAST = (
     torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.rsqrt, torch.Tensor.rsqrt, torch.layer_norm,
     functional.layer_norm, torch.exp, torch.Tensor.exp, torch.log, torch.Tensor.log, torch.sum, torch.Tensor.sum,
 )  # fmt: skip
-"""Of torch's list of operations that CUDA autocast computes in fp32, those that decoders use; CPU autocast leaves them alone."""
+"""Those of torch's CUDA autocast fp32 operations that decoders use; CPU autocast leaves them alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Event:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows every storage that is made while it is entered, until nothing refers to it. Owns the list of events."""
+    """Tracks every storage created inside this block until nothing refers to it. Owns the list of events."""
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class CudaAutocast(TorchFunctionMode):
-    """Makes CPU autocast keep fp32 where CUDA autocast does."""
+    """Make CPU autocast keep fp32 where CUDA autocast does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in FP32_UNDER_CUDA_AUTOCAST and torch.is_autocast_enabled("cpu"):
@@ -88,7 +88,7 @@ class CudaAutocast(TorchFunctionMode):
 
 
 class _Consume(torch.autograd.Function):
-    """Stands for the loss: keeps nothing of the logits, and makes their gradient when backward begins."""
+    """Stand-in for the loss: keeps nothing of the logits, and makes their gradient when backward begins."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -103,16 +103,16 @@ class _Consume(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What a forward and a backward pass held beside the parameters and their gradients."""
+    """Memory held by a forward and a backward pass in addition to the parameters and their gradients."""
 
     events: tuple[Event, ...]
     logits: int
-    """Events before this one belong to the forward pass; here the logits are made and everything for backward is kept."""
+    """Events before this one belong to the forward pass; here the logits exist and everything for backward is held."""
     kept: int
-    """Bytes at that place, logits included."""
+    """Bytes at that point, logits included."""
     peak: int
     evaluation: tuple[Event, ...]
-    """Of a forward pass without gradients."""
+    """Events of a forward pass without gradients."""
     evaluation_peak: int
 
 
@@ -123,9 +123,9 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 def trace(
     build: Callable[[], torch.nn.Module], *, rows: int, length: int, precision: Precision, loss: Loss = _Consume.apply
 ) -> Trace:
-    """Traces the module that `build` makes (on the meta device), on `rows` x `length` tokens.
+    """Trace the module returned by `build` (on the meta device), on `rows` x `length` tokens.
 
-    A gradient is freed as soon as it was added to what micro-batches before left.
+    A gradient is freed as soon as it has been accumulated into that of previous micro-batches.
     """
     with torch.device("meta"):
         module = build().train()
@@ -156,7 +156,7 @@ def trace(
 
 
 def _materialise(module: torch.nn.Module) -> None:
-    """Fake tensors in the place of meta ones; what is tied stays tied."""
+    """Replace meta tensors by fake ones; tied ones stay tied."""
     made: dict[int, Any] = {}
     for part in module.modules():
         for name, old in part._parameters.items():

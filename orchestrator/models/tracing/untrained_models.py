@@ -1,4 +1,4 @@
-"""Models of given facts and settings as the trainer would build them, with no weights read: for traces of their memory."""
+"""Models with given facts and settings as the trainer would build them, without reading weights: for memory traces."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ AttentionPath = Literal["sdpa", "masked", "eager"]
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """How the model is trained, as far as its activations know."""
+    """How the model is trained, as far as its activations depend on it."""
 
     precision: Precision
     checkpoint_every: int
-    """One layer in so many is recomputed; 0: none is."""
+    """Recompute every n-th layer; 0 recomputes none."""
     attention: AttentionPath
     lora: LoraTuning | None
 
 
 def transformers_config(model: Architecture) -> PretrainedConfig:
-    """transformers' settings of a model with these facts. Attention dropout is off, as fused kernels keep no mask of it."""
+    """transformers' configuration of a model with these facts; no attention dropout: fused kernels keep no mask."""
     facts = model.model_dump(include={"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"})
     facts |= {"num_attention_heads": model.num_attention_heads, "tie_word_embeddings": model.tie_word_embeddings}
     facts |= {"attn_pdrop": 0.0} if model.model_type == "gpt2" else {}
@@ -69,7 +69,7 @@ def _experts(model: Architecture) -> dict[str, Any]:
 
 
 def build_model(model: Architecture, mode: Mode) -> torch.nn.Module:
-    """The module to train; parameters have the types that the trainer gives them."""
+    """The module to train; parameters have the dtypes that the trainer gives them."""
     register_paths()
     held = mode.precision != "float32" and (mode.precision == "bfloat16" or mode.lora is not None)
     kind = AutoModelForMaskedLM if model.model_type == "bert" else AutoModelForCausalLM
@@ -96,7 +96,7 @@ def _recomputed_as_on_cuda() -> tuple[nullcontext[None], CudaAutocast]:
 
 
 def register_paths() -> None:
-    """Makes the fused paths known to transformers, whose own look at tensors for masks a trace does not allow."""
+    """Register the fused paths with transformers, whose own mask checks read tensors, which a trace does not allow."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -1,1 +1,1 @@
-"""How is the state of a training written, verified and restored?"""
+"""How is training state written, verified and restored?"""

@@ -1,4 +1,4 @@
-"""Saves, restores and rolls back the training state of a stage. Folders and their proof are `orchestrator.run_folder.checkpoints`'."""
+"""Saves, restores and rolls back a stage's training state. `orchestrator.run_folder.checkpoints` owns the folders."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from orchestrator.training.loop_state import Progress
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors")
 MEBIBYTE = 1 << 20
 PROBE_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-"""Relative; other ranks and stages sum in another order."""
+"""Relative; other rank counts and ZeRO stages sum in a different order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is saved. The model and the optimizer are Accelerate's prepared ones."""
+    """What is saved: model and optimizer as prepared by Accelerate."""
 
     runtime: Runtime
     model: torch.nn.Module
     optimizer: Any
     data_digest: str
     probe: Callable[[], float] | None
-    """The model's loss on rows that never change; every rank calls it."""
+    """The model's loss on a fixed set of rows; every rank calls it."""
 
 
 class Checkpointer:
@@ -71,15 +71,15 @@ class Checkpointer:
             self._tell_space()
 
     def note_evaluation(self, step: int, loss: float) -> None:
-        """The held-out loss of a step; the checkpoint of the same step carries it."""
+        """Note the held-out loss of a step; the checkpoint of the same step carries it."""
         self._evaluated = (step, loss)
         if self._best is None or loss < self._best["loss"]:
             self._best = {"step": step, "loss": loss}
 
     def save(self, progress: Progress) -> None:
-        """Takes a snapshot and goes on; waits first where the last save is still being written.
+        """Take a snapshot and return to training; waits first if the previous save is still being written.
 
-        A model whose probe is not finite is not saved: going back to it would be of no use.
+        A model whose probe loss is not finite is not saved: rolling back to it would be useless.
         """
         start = time.perf_counter()
         self._writer.wait(for_newer=True)
@@ -104,14 +104,14 @@ class Checkpointer:
         )
 
     def rehearse(self, progress: Progress) -> None:
-        """Writes a checkpoint, reads it back and removes it: CheckpointError where the disk would refuse the real ones."""
+        """Write a checkpoint, read it back and remove it; CheckpointError if the disk would refuse the real ones."""
         if training_stage(self._context).checkpoint.rehearse:
             self._writer.rehearse(self._pending(progress, probe=None, start=time.perf_counter(), probe_seconds=0.0))
 
     def resume(self) -> Progress | None:
-        """Puts everything back from the newest proven checkpoint; None where there is none.
+        """Restore everything from the newest proven checkpoint; None if there is none.
 
-        ConfigError where a setting that matters changed; CheckpointError where the probe's loss does not come out again.
+        ConfigError if a relevant setting changed; CheckpointError if the probe loss is not reproduced.
         """
         found = newest_proven(self._subject.runtime, self._context.folder, self._tell)
         if found is None:
@@ -125,7 +125,7 @@ class Checkpointer:
         return progress
 
     def roll_back(self, progress: Progress) -> Progress | None:
-        """Goes back to before the streak of faults and leaves its data out; None where no checkpoint is that old."""
+        """Go back to before the streak of faults and exclude its data; None if no checkpoint is that old."""
         start = time.perf_counter()
         self._writer.wait(for_newer=True)
         streak = progress.health.streak
@@ -152,9 +152,9 @@ class Checkpointer:
         return replace(earlier, health=health)
 
     def put_back(self, step: int) -> bool:
-        """Makes the model what it was at a step whose checkpoint was kept; False, and a warning, where that is not proven.
+        """Restore the model of a retained checkpoint's step; warns and returns False if that is not proven.
 
-        Call it after `close`: nothing is trained or saved any more.
+        Call it after `close`: nothing may be trained or saved afterwards.
         """
         found = newest_proven(self._subject.runtime, self._context.folder, self._tell, before=step + 1)
         if found is None or found.step != step:
@@ -167,19 +167,19 @@ class Checkpointer:
         return True
 
     def close(self) -> int | None:
-        """Waits for the last save; the newest step that this attempt proved."""
+        """Wait for the last save; return the newest step proven by this attempt."""
         self._writer.close()
         return self._writer.proven_step
 
     def _tell(self, event: str, **facts: Any) -> None:
-        """A checkpoint that was moved aside, to the record and the log."""
+        """Report a checkpoint that was moved aside, to the record and the log."""
         self._record.event(event, **facts)
         self._record.say(
             f"warning: the checkpoint of step {facts['step']} is not used: {facts['why'][0]}; it is in {facts['moved_to']}"
         )
 
     def _tell_space(self) -> None:
-        """What the checkpoints will take, beside what is free."""
+        """Log the disk space the checkpoints will take, next to the free space."""
         stage = training_stage(self._context)
         trained = count_trained(self._subject.runtime, self._subject.model)
         one = bytes_of_one(trained, stage.optimizer)
@@ -210,7 +210,7 @@ class Checkpointer:
             self._record.say(f"accepted: {sentence}")
 
     def _check_probe(self, step: int, stored: float | None) -> None:
-        """CheckpointError where the model that was put back does not score as the saved one did."""
+        """Raise CheckpointError if the restored model does not score as the saved one did."""
         if stored is None or self._subject.probe is None:
             return
         loss = self._subject.probe()
@@ -222,7 +222,7 @@ class Checkpointer:
             )
 
     def _snapshot(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Host copies, in memory that is kept from save to save: fresh pages would cost more than the copy."""
+        """Host copies, in buffers reused from save to save: allocating fresh pages would cost more than the copy."""
         for name, tensor in tensors.items():
             room = self._buffers.get(name)
             if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
@@ -273,7 +273,7 @@ class Checkpointer:
         }
 
     def _forget_after(self, step: int) -> None:
-        """Moves checkpoints newer than the one that was gone back to aside: their weights are in doubt."""
+        """Move checkpoints newer than the restored one aside: their weights are in doubt."""
         folder = self._context.folder
         for newer in checkpoints.saved_steps(folder):
             if newer > step:

@@ -1,4 +1,4 @@
-"""Which checkpoint all ranks go on from: each rank proves a share of the files, and none goes on where one found a fault."""
+"""Which checkpoint all ranks resume from: each verifies a share of the files; a fault found by one counts for all."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from orchestrator.run_folder.folder import StageFolder
 
 
 def newest_proven(runtime: Runtime, folder: StageFolder, tell: Tell, *, before: int | None = None) -> Found | None:
-    """The newest checkpoint (older than step `before`) that its manifest proves; every rank must call it.
+    """The newest checkpoint (older than step `before`) proven by its manifest; every rank must call it.
 
-    Each newer one that fails its proof is named and moved to quarantine/.
+    Each newer checkpoint that fails its proof is reported and moved to quarantine/.
     """
     if runtime.is_main:
         checkpoints.mend_interrupted(folder)
@@ -29,7 +29,7 @@ def newest_proven(runtime: Runtime, folder: StageFolder, tell: Tell, *, before: 
 
 
 def _newest_step(runtime: Runtime, folder: StageFolder, before: int | None) -> int | None:
-    """As rank 0 sees the folder: the others might see an older listing."""
+    """As rank 0 sees the folder: other ranks might see a stale listing."""
     steps = [step for step in checkpoints.saved_steps(folder) if before is None or step < before]
     own = max(steps, default=-1) if runtime.is_main else 0
     (step,) = runtime.sum_over_ranks([float(own)])

@@ -1,4 +1,4 @@
-"""Writes named tensors as safetensors, hashing on the way; reads them back by name and range. Knows no checkpoint."""
+"""Writes named tensors as safetensors, hashed along the way; reads them by name and range. Knows no checkpoint."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ DTYPE_NAMES = {
 }
 ALIGNMENT = 8
 PIECE_BYTES = 8 << 20
-"""Written and hashed at a time: small enough that the file system and the training thread get their turn."""
+"""Bytes written and hashed at a time: small enough that the file system and the training thread get their turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A file as it was meant to be."""
+    """Expected size and digest of a file."""
 
     bytes: int
     sha256: str
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Written:
-    """Writes host tensors, fsyncs, and gives size and digest of what was in memory. OSError where the disk cannot take it."""
+    """Write host tensors and fsync; return size and digest of what was in memory. OSError if the disk refuses."""
     digest = hashlib.sha256()
     size = 0
     aligned = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
@@ -58,7 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def check_written(path: Path, written: Written) -> None:
-    """Reads a file back, past the page cache where the system allows, and compares; CheckpointError where it differs."""
+    """Read a file back, bypassing the page cache where possible, and compare; CheckpointError if it differs."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     size, digest = path.stat().st_size, file_digest(path)
@@ -94,11 +94,11 @@ def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
 
 @contextmanager
 def open_tensors(paths: Sequence[Path]) -> Iterator[list[Any]]:
-    """Maps files for reading by name; nothing is read before a tensor is asked for."""
+    """Map files for reading by name; nothing is read before a tensor is requested."""
     with ExitStack() as stack:
         yield [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
 
 
 def names_in(handle: Any) -> list[str]:
-    """Names of the tensors of an opened file; its handle is no dict."""
+    """Names of the tensors of an open file; its handle is not a dict."""
     return list(handle.keys())

@@ -1,7 +1,7 @@
-"""The training state by name, free of the engine: fp32 masters and optimizer states of the trained parameters; a frozen base never.
+"""The training state by parameter name, for any engine: fp32 masters and optimizer states, never a frozen base.
 
-Every rank holds fragments (`start`, `length`) of flattened parameters. Written by name they can be read back under any number of
-ranks and any ZeRO stage. Only states that are no list of elements (8-bit ones under ZeRO) are bound to their ranks.
+Every rank holds fragments (`start`, `length`) of flattened parameters. Written by name, they can be read back with any
+number of ranks and any ZeRO stage. Only non-element-wise states (8-bit ones under ZeRO) are bound to their ranks.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ INDEX = "index"
 
 @dataclass(frozen=True, kw_only=True)
 class RankState:
-    """What one rank has to write: tensors (views of the live ones) and an index of plain values."""
+    """What one rank writes: tensors (views of the live ones) and an index of plain values."""
 
     tensors: dict[str, torch.Tensor]
     index: dict[str, Any]
 
 
 def collect(runtime: Runtime, model: torch.nn.Module, optimizer: Any) -> RankState:
-    """This rank's part of the state. Copies nothing and talks to no other rank."""
+    """Collect this rank's part of the state, without copies or communication."""
     base = base_optimizer(runtime, optimizer)
     fragments = _own_share(runtime, local_fragments(runtime, model))
     tensors = {f"{WEIGHT}:{fragment.name}": fragment.of(fragment.master) for fragment in fragments}
@@ -61,10 +61,10 @@ def collect(runtime: Runtime, model: torch.nn.Module, optimizer: Any) -> RankSta
 def restore(
     files: Sequence[Path], runtime: Runtime, model: torch.nn.Module, optimizer: Any, *, same_ranks: bool
 ) -> None:
-    """Puts a written state into a prepared model and optimizer; every rank must call it.
+    """Load a written state into a prepared model and optimizer; every rank must call it.
 
-    `same_ranks`: world size and sharding are those of the writer. Raises CheckpointError where names or shapes do not
-    meet, or the state cannot be moved.
+    `same_ranks`: world size and sharding match those of the writer. Raises CheckpointError if names or shapes do not
+    match, or if the state cannot be moved.
     """
     with open_tensors(files) as handles, torch.no_grad():
         written = Written(handles)
@@ -88,21 +88,21 @@ def restore(
 
 
 def restore_random_state(file: Path, device: torch.device) -> None:
-    """The generators of the rank that wrote `file`."""
+    """Restore the random generators of the rank that wrote `file`."""
     with open_tensors([file]) as (handle,):
         names = [name for name in names_in(handle) if name.startswith(f"{RANDOM}:")]
         set_random_state({name.partition(":")[2]: handle.get_tensor(name) for name in names}, device)
 
 
 class Written:
-    """The files of all ranks of a checkpoint, read by name. Owns nothing: the handles are the caller's."""
+    """The files of all ranks of a checkpoint, read by name. The caller owns the file handles."""
 
     def __init__(self, handles: Sequence[Any]) -> None:
         self._handles = handles
         self.numbers: dict[str, dict[str, Any]] = {}
         """Plain values of a parameter's optimizer state, such as its step count."""
         self.is_bound_to_ranks = False
-        """Some states are no list of elements of one parameter: 8-bit ones in ZeRO's partitions."""
+        """True if some states are not element-wise over one parameter: 8-bit ones in ZeRO's partitions."""
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, list[tuple[int, int, int]]] = {}
         self._kinds: dict[str, dict[str, int]] = {}
@@ -118,7 +118,7 @@ class Written:
                 self._kinds.setdefault(name, {})[kind] = file
 
     def check_names(self, parameters: Iterable[tuple[str, Any]]) -> None:
-        """CheckpointError where the trained parameters are not those that were written."""
+        """Raise CheckpointError if the trained parameters differ from the saved ones."""
         shapes = self._shapes
         wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
         problems = [f"{name}: the checkpoint does not hold it" for name in sorted(wanted.keys() - shapes.keys())]
@@ -138,7 +138,7 @@ class Written:
         return sorted(kind for kind in self._kinds[name] if kind != WEIGHT and not kind.startswith(f"{EXTRA}."))
 
     def extras(self, name: str) -> dict[str, torch.Tensor]:
-        """States of a parameter that are no list of its elements, such as the scales of 8-bit states."""
+        """Non-element-wise states of a parameter, such as the scales of 8-bit states."""
         found = {kind: file for kind, file in self._kinds[name].items() if kind.startswith(f"{EXTRA}.")}
         return {
             kind.removeprefix(f"{EXTRA}."): self._handles[file].get_tensor(f"{kind}:{name}")
@@ -146,7 +146,7 @@ class Written:
         }
 
     def flat(self, number: int, rank: int) -> dict[str, torch.Tensor]:
-        """States that a rank wrote for its flat master `number` as a whole, as only it can read them."""
+        """States that a rank wrote for its flat master `number` as a whole; only that rank can read them."""
         prefix = f"{FLAT}.{number}."
         handle = self._handles[rank]
         return {
@@ -156,7 +156,7 @@ class Written:
         }
 
     def read(self, key: str, fragment: Fragment) -> torch.Tensor:
-        """The elements of a fragment, put together from the parts that cover it."""
+        """The elements of a fragment, assembled from the saved parts that cover it."""
         stop = fragment.start + fragment.length
         pieces: list[torch.Tensor] = []
         place = fragment.start
@@ -173,7 +173,7 @@ class Written:
 
 
 def _own_share(runtime: Runtime, fragments: list[Fragment]) -> list[Fragment]:
-    """Without sharding the ranks hold the same: each writes its share of the parameters."""
+    """Without sharding every rank holds the same state, so each writes a share of the parameters."""
     if runtime.uses_deepspeed:
         return fragments
     return fragments[runtime.rank :: runtime.world_size]
@@ -199,7 +199,7 @@ def _named_states(
 def _master_state(
     written: Written, master: torch.Tensor, members: Sequence[Fragment], live: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The state of one master, put together from the parameters in it; tensors of the live state are written in place."""
+    """Assemble the state of one master from its parameters; tensors of the live state are written in place."""
     state: dict[str, Any] = {}
     for fragment in members:
         extras = written.extras(fragment.name)
@@ -227,7 +227,7 @@ def _room_for(dtype: torch.dtype, master: torch.Tensor, live: torch.Tensor | Non
 def _flat_state(
     written: Written, flat: Mapping[str, torch.Tensor], master: torch.Tensor, members: Sequence[Fragment]
 ) -> dict[str, Any]:
-    """The state of a master as this very rank wrote it."""
+    """The state of a master as this same rank wrote it."""
     state: dict[str, Any] = {key: value.to(master.device, copy=True) for key, value in flat.items()}
     numbers = written.numbers[members[0].name]
     return state | {key: _from_number(value, master.device) for key, value in numbers.items()}
@@ -240,7 +240,7 @@ def _number(value: Any) -> dict[str, Any]:
 
 
 def _from_number(number: Mapping[str, Any], device: torch.device) -> Any:
-    """A step count as the optimizer keeps it; the fused AdamW wants it on the device of the parameter."""
+    """A step count in the optimizer's form; the fused AdamW requires it on the parameter's device."""
     if "tensor" in number:
         return torch.tensor(number["value"], dtype=getattr(torch, number["tensor"]), device=device)
     return number["value"]

@@ -1,4 +1,4 @@
-"""Writes snapshots to disk beside training: every rank its file, then rank 0 the manifest and the name. Knows no model."""
+"""Writes snapshots to disk in the background: each rank its file, then rank 0 manifest and name. Knows no model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from orchestrator.run_state.recorder import Record
 from orchestrator.training.checkpointing.tensor_files import Written, check_written, write_tensors
 
 GROUP_TIMEOUT = timedelta(hours=2)
-"""How long ranks wait for one with a slow disk; a dead rank is the launcher's to notice."""
+"""How long ranks wait for one with a slow disk; noticing a dead rank is the launcher's job."""
 FINE, UNPROVEN = 0, -1
 MEBIBYTE = 1 << 20
 _REPORT = struct.Struct("<iq32s")
@@ -35,24 +35,24 @@ _REPORT = struct.Struct("<iq32s")
 
 @dataclass(frozen=True, kw_only=True)
 class Pending:
-    """A snapshot on its way to the disk."""
+    """A snapshot on its way to disk."""
 
     step: int
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
     state: dict[str, Any]
-    """Of the run as a whole; rank 0 writes it."""
+    """State of the run as a whole; written by rank 0."""
     facts: dict[str, Any]
     """For the manifest."""
     stall_seconds: float
-    """How long training stood still before the write began: the last write's end, the probe, the snapshot."""
+    """Seconds that training was stalled before the write began: finishing the last write, the probe, the snapshot."""
     probe_seconds: float
-    """The part of it until the probe's loss was known."""
+    """The part of the stall spent on the probe."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """How a rank fared: FINE, UNPROVEN or an errno; and the file that it wrote."""
+    """Outcome on one rank: FINE, UNPROVEN or an errno; and the file it wrote."""
 
     status: int
     written: Written
@@ -62,7 +62,7 @@ NOTHING = Report(status=FINE, written=Written(bytes=0, sha256="00" * 32))
 
 
 class CheckpointWriter:
-    """Owns the thread that writes, and the process group in which its ranks agree. At most one write is in flight."""
+    """Owns the writing thread and its process group. At most one write is in flight."""
 
     def __init__(
         self, *, folder: StageFolder, settings: CheckpointConfig, rank: int, world_size: int, record: Record
@@ -77,7 +77,7 @@ class CheckpointWriter:
         self.proven_step: int | None = None
 
     def start(self, pending: Pending) -> None:
-        """Begins to write; returns at once where the configuration says background."""
+        """Begin to write; returns immediately if the configuration says background."""
         assert self._thread is None, "one write at a time"
         self._newer_waits.clear()
         self._thread = threading.Thread(target=self._run, args=(pending,), name="checkpoint", daemon=True)
@@ -86,7 +86,7 @@ class CheckpointWriter:
             self.wait()
 
     def rehearse(self, pending: Pending) -> None:
-        """A save whose files are proven and removed; CheckpointError, alike on every rank, where it fails."""
+        """Write a save, prove its files and remove them; every rank raises the same CheckpointError on failure."""
         start = time.perf_counter()
         partial = self._folder.checkpoint_partial(pending.step)
         problem, _ = self._write_all(partial, pending)
@@ -102,7 +102,7 @@ class CheckpointWriter:
         self._record.event("rehearsal", step=pending.step, seconds=time.perf_counter() - start, rank_0_bytes=size)
 
     def wait(self, *, for_newer: bool = False) -> None:
-        """Returns when nothing is in flight; `for_newer` calls off the retries of a save that failed."""
+        """Return once nothing is in flight; `for_newer` cancels the retries of a failed save."""
         if for_newer:
             self._newer_waits.set()
         if self._thread is not None:
@@ -112,7 +112,7 @@ class CheckpointWriter:
             raise self._defect
 
     def close(self) -> None:
-        """Waits, and lets the group go; every rank must call it."""
+        """Wait, and release the process group; every rank must call it."""
         self.wait()
         if self._group is not None:
             dist.destroy_process_group(self._group)
@@ -137,13 +137,13 @@ class CheckpointWriter:
                 return
 
     def _called_off(self) -> bool:
-        """Whether a newer snapshot waits; the ranks agree after the pause."""
+        """Whether a newer snapshot is waiting; the ranks agree on this after the pause."""
         newer = self._newer_waits.wait(self._settings.retry_seconds)
         reports = self._exchange(Report(status=errno.EAGAIN, written=NOTHING.written) if newer else NOTHING)
         return any(report.status for report in reports)
 
     def _try(self, pending: Pending) -> str | None:
-        """Writes, proves and names a checkpoint; or tells, alike on every rank, what went wrong."""
+        """Write, prove and name a checkpoint; otherwise return what went wrong, the same on every rank."""
         partial = self._folder.checkpoint_partial(pending.step)
         problem, reports = self._write_all(partial, pending)
         if problem is None:
@@ -153,7 +153,7 @@ class CheckpointWriter:
         return problem
 
     def _write_all(self, partial: Path, pending: Pending) -> tuple[str | None, list[Report]]:
-        """(what went wrong, alike on every rank, or None; the reports of all ranks) of writing and proving every rank's file."""
+        """Write and prove every rank's file: (the error common to all ranks, or None; the reports of all ranks)."""
         problem = _problem(self._exchange(self._as_main(lambda: _make_anew(partial))))
         if problem is not None:
             return problem, []
@@ -167,7 +167,7 @@ class CheckpointWriter:
         return written
 
     def _commit(self, partial: Path, pending: Pending, reports: Sequence[Report]) -> None:
-        """Rank 0, after all ranks have proven their files: the state of the run, the manifest, the name."""
+        """On rank 0, after all ranks have proven their files: write the state of the run, the manifest, the name."""
         state = partial / checkpoints.STATE
         write_json(state, pending.state)
         files = {checkpoints.rank_file(rank): report.written for rank, report in enumerate(reports)}
@@ -177,7 +177,7 @@ class CheckpointWriter:
         self._retain(pending.facts["best_step"])
 
     def _retain(self, best_step: int | None) -> None:
-        """Deletes what retention lets go; only now that the new checkpoint is proven. Early stopping names its best itself."""
+        """Delete what retention releases, now that the new checkpoint is proven. Early stopping retains its best."""
         settings = self._settings
         best = checkpoints.best_step(self._folder) if settings.keep_best and best_step is None else best_step
         steps = checkpoints.saved_steps(self._folder)
@@ -212,7 +212,7 @@ class CheckpointWriter:
         return _tried(act)
 
     def _exchange(self, report: Report) -> list[Report]:
-        """The reports of all ranks, in their order."""
+        """The reports of all ranks, in rank order."""
         if self._group is None:
             return [report]
         packed = _REPORT.pack(report.status, report.written.bytes, bytes.fromhex(report.written.sha256))
@@ -229,7 +229,7 @@ def _make_anew(folder: Path) -> None:
 
 
 def _tried(action: Callable[[], Written]) -> Report:
-    """Runs an action that a disk may refuse; every other exception is a defect and goes on."""
+    """Run an action that a disk may refuse; any other exception is a bug and propagates."""
     try:
         return Report(status=FINE, written=action())
     except OSError as error:
