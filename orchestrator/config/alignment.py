@@ -1,4 +1,4 @@
-"""The stages that learn from preferences and rewards: types and ranges; no torch."""
+"""Types and ranges of the stages that learn from preferences and rewards. Must not import torch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class RewardStage(TrainingStage):
 
     kind: Literal["reward"]
     use_margin: bool
-    """Ask for a difference of at least the row's `margin` (2307.09288, section 3.2.2)."""
+    """Require a score difference of at least the row's `margin` (2307.09288, section 3.2.2)."""
     centring: NaturalFloat
-    """Weight of (r_chosen + r_rejected)^2, which keeps the scores around zero (2312.09244); 0 leaves it out."""
+    """Weight of (r_chosen + r_rejected)^2, which keeps the scores around zero (2312.09244); 0 disables it."""
     report_pairs: PositiveInt
-    """Train pairs that the baselines of the report learn from, at most."""
+    """Upper limit of the train pairs that the report's baselines are fitted on."""
 
 
 class DpoStage(TrainingStage):
@@ -38,9 +38,9 @@ class DpoStage(TrainingStage):
     loss: Literal["dpo", "ipo", "hinge", "kto", "orpo", "simpo"]
     """DPO 2305.18290, IPO 2310.12036, hinge (SLiC-HF 2305.10425), KTO 2402.01306, ORPO 2403.07691, SimPO 2405.14734."""
     beta: PositiveFloat
-    """Strength of the pull to the reference policy; the weight of the odds ratio in ORPO."""
+    """Strength of the regularisation towards the reference policy (beta); the weight of the odds ratio in ORPO."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
-    """Share of the pairs that may be labelled the wrong way round (cDPO); only with loss=dpo."""
+    """Assumed share of pairs with flipped labels (cDPO); only with loss=dpo."""
     target_margin: NaturalFloat
     """Gamma of SimPO: the margin between the length-normalised rewards."""
     desirable_weight: PositiveFloat
@@ -56,45 +56,48 @@ class RewardSource(FunctionSource):
     """`stage:NAME` (a reward stage before it), `model:FOLDER` (a sequence-classification folder with one label), a
     built-in function, or `FILE.py:function`."""
     weight: float
-    """The rewards are added with these weights."""
+    """Weight of this reward in the sum of all rewards."""
 
 
 class RolloutConfig(Section):
-    """How completions are made."""
+    """How completions are generated."""
 
     prompts: PositiveInt
     """Prompts of a rollout, over all ranks."""
     group_size: PositiveInt
     """Completions of each prompt."""
     passes: PositiveInt
-    """Passes over a rollout; each takes prompts x group_size / batch.global_size optimizer steps."""
+    """Passes over each rollout; one pass is prompts x group_size / batch.global_size optimizer steps."""
     max_new_tokens: PositiveInt
-    """At most so many tokens of a completion."""
+    """Longest completion, in tokens."""
     temperature: NaturalFloat
     """0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)]
-    """Smallest set of tokens with this probability; 1 keeps all."""
+    """Nucleus sampling: the smallest set of tokens with this total probability; 1 keeps all."""
     top_k: NaturalInt
-    """So many likeliest tokens; 0 keeps all."""
+    """Sample from this many of the likeliest tokens; 0 keeps all."""
     generate_size: PositiveInt
     """Completions that one rank generates at a time."""
     engine: Literal["batch", "continuous"]
-    """`batch` waits for the longest of a batch; `continuous` (transformers' continuous batching) fills freed places at once."""
+    """`batch` waits for the longest of a batch; `continuous` (transformers' continuous batching) refills freed slots
+    immediately."""
 
 
 class PolicyLimits(Section):
-    """Where a limit is passed for `patience` rollouts in a row, the stage ends red, with its best checkpoint kept."""
+    """Limits on the policy's health. Exceeding one for `patience` rollouts in a row fails the stage; its best
+    checkpoint is kept."""
 
     patience: PositiveInt
-    """Rollouts in a row."""
+    """Consecutive rollouts."""
     kl: PositiveFloat | None
     """Mean over completions of the summed log-ratio to the reference policy, in nats."""
     length_growth: Annotated[float, Field(gt=1)] | None
     """Mean completion length over that of the first rollout, while the reward rises."""
     entropy: PositiveFloat | None
-    """Mean entropy of a sampled token's distribution, in nats: less is a collapse."""
+    """Mean entropy of a sampled token's distribution, in nats; lower values mean collapse."""
     logprob_difference: PositiveFloat | None
-    """Mean absolute difference of a token's log-probability between generator and trainer; judged at once."""
+    """Mean absolute difference of a token's log-probability between generator and trainer; one rollout above it is
+    enough."""
 
 
 class PolicyStage(TrainingStage):
@@ -108,16 +111,16 @@ class PolicyStage(TrainingStage):
     clip_low: Fraction
     """The ratio is clipped to 1 - clip_low ... 1 + clip_high."""
     clip_high: PositiveFloat
-    """More room above than below keeps unlikely tokens alive (DAPO, 2503.14476)."""
+    """A larger upper than lower bound leaves unlikely tokens room to grow (DAPO, 2503.14476)."""
     kl_coefficient: NaturalFloat
-    """Weight of the KL divergence to the reference policy in the loss; 0 leaves it out."""
+    """Weight of the KL divergence to the reference policy in the loss; 0 disables it."""
     kl_estimator: Literal["k1", "k2", "k3"]
-    """k2 and k3 stand in the loss, k1 (which has no gradient there) is taken from the rewards."""
+    """k2 and k3 are added to the loss; k1, which has no gradient there, is subtracted from the rewards."""
     rollout: RolloutConfig
-    """How completions are made."""
+    """How completions are generated."""
     rewards: tuple[RewardSource, ...]
-    """What completions are judged by."""
+    """Rewards that score the completions."""
     accept_weak_reward: bool
-    """Use a reward model whose report does not show that it beats chance."""
+    """Accept a reward model whose report does not show that it beats chance."""
     limits: PolicyLimits
-    """Where the stage ends red."""
+    """Limits beyond which the stage fails."""

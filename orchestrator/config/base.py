@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of; no defaults (they stand in conf/), no torch."""
+"""The base class of every section of the configuration. Defaults are in conf/. Must not import torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Identifier = Annotated[str, Field(pattern=IDENTIFIER_PATTERN)]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, and an unknown key is an error.
+    """Base of every section: immutable; an unknown key is an error.
 
-    Most sections are read as a part of another, so a validator of their own is built only where one is asked for.
+    Most sections are only validated as part of another, so their own validator is built on first use.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, protected_namespaces=())

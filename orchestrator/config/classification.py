@@ -1,4 +1,4 @@
-"""The stages that put texts into classes: types, ranges and their own rules; no torch."""
+"""Types, ranges and rules of the stages that classify texts. Must not import torch."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from orchestrator.config.training import TrainingStage
 
 
 class ClassifyStage(TrainingStage):
-    """A new head over labelled texts, or pairs of texts."""
+    """Train a new head on labelled texts or pairs of texts."""
 
     kind: Literal["classify"]
     problem: Literal["single_label", "multi_label", "regression"]
-    """One class of several, any number of them at once, or a number."""
+    """One class of several, any number of classes at once, or a number (regression)."""
     labels: tuple[Text, ...] | None
-    """Names of the classes in order; numbers in the data count from 0 in it. Null collects them from the train rows."""
+    """Names of the classes in order; numeric labels in the data are 0-based indices into this list. Null collects them
+    from the train rows."""
 
 
 class SelfTrainingStage(TrainingStage):
-    """COSINE (2010.07835): a classifier goes on with its own soft labels, over rows with weak labels and with none."""
+    """COSINE (2010.07835): continue training a classifier on its own soft labels, over weakly labelled and unlabelled
+    rows."""
 
     kind: Literal["self_training"]
     period: PositiveInt
-    """Optimizer steps between two labellings of all train rows (T3)."""
+    """Optimizer steps between two pseudo-labelling passes over all train rows (T3)."""
     threshold: Fraction
-    """Least confidence 1 - entropy / log C of a pseudo-label that is learnt (xi)."""
+    """Least confidence 1 - entropy / log C of a pseudo-label that is trained on (xi)."""
     contrastive_weight: NaturalFloat
     """Weight of the contrastive term over pairs of a micro-batch (lambda); 0 leaves it out."""
     margin: PositiveFloat
-    """Distance up to which features of two classes push each other away (gamma)."""
+    """Margin: features of two classes repel each other up to this distance (gamma)."""
     confidence_weight: NaturalFloat
-    """Weight of KL(uniform || prediction), which keeps predictions from certainty; 0 leaves it out."""
+    """Weight of KL(uniform || prediction), which discourages overconfident predictions; 0 leaves it out."""
 
 
 CLASSIFIER_KINDS = ("classify", "self_training")
@@ -39,7 +41,7 @@ CLASSIFIER_KINDS = ("classify", "self_training")
 
 
 def classification_problems(field: str, stage: ClassifyStage | SelfTrainingStage) -> list[str]:
-    """One sentence for every rule across the stage's own settings that does not hold; `field` is its key."""
+    """One sentence for every broken rule across the stage's own settings; `field` is the stage's key."""
     data = stage.data
     problems: list[str] = []
     if data.packing == "split":

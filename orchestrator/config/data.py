@@ -1,4 +1,4 @@
-"""Data sets and what the loss sees of them: types and ranges; no torch."""
+"""Types and ranges of data sets and of how their rows become batches. Must not import torch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ DataFormat = Literal[
 
 
 class LabelReading(Section):
-    """What a source of format classification says where a row has no label; other formats have nothing to do with it."""
+    """What to do with rows without a label in a source of format `classification`; other formats ignore it."""
 
     unlabelled: Literal["refuse", "drop", "keep"]
-    """`refuse` names the rows, `drop` leaves them out and counts them, `keep` is for self-training, which labels them."""
+    """`refuse` fails and names the rows, `drop` skips and counts them, `keep` is for self-training, which labels
+    them."""
     no_label: int | str | None
-    """The value that stands for no label, such as -1; an empty or missing label always does. Null: nothing else."""
+    """Value that means "no label", such as -1, besides an empty or missing one. Null: no such value."""
 
 
 class SourceConfig(LabelReading):
@@ -37,19 +38,21 @@ class SourceConfig(LabelReading):
     path: Text
     """File, glob, folder, hub id, or a set that ships with this tool: `demonstration`, `demonstration_preferences`."""
     format: DataFormat
-    """`auto` detects the format from the first row and tells it."""
+    """`auto` detects the format from the first row and reports it."""
     split: str | None
-    """Split of a hub data set or of a folder; null takes `train` where there is one, else every file."""
+    """Split of a hub data set or of a folder; null takes `train` if there is one, else every file."""
     subset: str | None
     """Subset (configuration) of a hub data set; null is the only one or the default."""
     revision: str | None
     """Branch, tag or commit on the hub; null is the default branch."""
     columns: dict[str, str]
-    """The format's field -> the file's column, for files that name them otherwise: {prompt: question, completion: answer}."""
+    """The format's field -> the file's column, for files with other column names: {prompt: question, completion:
+    answer}."""
     rows: PositiveInt | None
-    """Take so many rows in a mixture; a smaller source is repeated. Null takes all, or what `weight` says."""
+    """Rows that a mixture takes from this source; a smaller source is repeated. Null takes all, or the share in
+    `weight`."""
     weight: PositiveFloat | None
-    """Relative share of the rows in a mixture, without repeating any source; null where `rows` or nothing is said."""
+    """Relative share of the rows in a mixture; no source is repeated. Null: `rows` decides, or all are taken."""
 
     @model_validator(mode="after")
     def _one_way_to_say_how_much(self) -> SourceConfig:
@@ -59,12 +62,12 @@ class SourceConfig(LabelReading):
 
 
 class HeldOutConfig(LabelReading):
-    """What is evaluated on."""
+    """Held-out rows for evaluation."""
 
     path: Text
     """File, glob, folder, hub id; `auto`: the demonstration's held-out file, else a split of train; `none`: no evaluation."""
     format: DataFormat
-    """`auto` detects the format from the first row and tells it."""
+    """`auto` detects the format from the first row and reports it."""
     split: str | None
     """Split of a hub data set or of a folder; null takes every file."""
     subset: str | None
@@ -74,50 +77,52 @@ class HeldOutConfig(LabelReading):
     columns: dict[str, str]
     """The format's field -> the file's column, as in `train`."""
     fraction: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the train rows held out where `path` is `auto`."""
+    """Share of the train rows held out if `path` is `auto`."""
     max_rows: PositiveInt
-    """At most so many rows are held out by `fraction`."""
+    """Upper limit of the rows held out by `fraction`."""
 
 
 class DataConfig(Section):
     """The rows of a stage, from the file to the batch."""
 
     train: SourceConfig
-    """What is trained on."""
+    """The rows to train on."""
     mix: tuple[SourceConfig, ...]
-    """Further sources mixed with `train`; keys left out of an entry are taken from `train`."""
+    """Further sources mixed with `train`; keys missing from an entry are taken from `train`."""
     eval: HeldOutConfig
-    """What is evaluated on."""
+    """Held-out rows for evaluation."""
     max_length: PositiveInt
-    """Tokens of a row; longer ones are cut and counted."""
+    """Longest row in tokens; longer ones are truncated and counted."""
     loss_on: Literal["answers", "last_answer", "all"]
-    """Tokens that count in the loss: every answer with its turn end, only the last one, or everything."""
+    """Tokens that count in the loss: every answer with its end-of-turn token, only the last answer, or everything."""
     truncation: Literal["refuse", "accept"]
-    """What to do where over 1 % of the rows lose trained tokens to `max_length`."""
+    """What to do if over 1 % of the rows lose trained tokens to `max_length`."""
     overlap: Literal["refuse", "accept"]
-    """What to do where rows of `eval` stand in `train` word by word."""
+    """What to do if rows of `eval` also occur verbatim in `train`."""
     deduplicate: bool
-    """Drop rows that stand earlier in train word by word."""
+    """Drop rows that repeat an earlier train row verbatim."""
     packing: Literal["none", "best_fit", "split"]
-    """`best_fit` joins whole rows, `split` also cuts them, to sequences of `max_length`; documents never see each other."""
+    """`best_fit` joins whole rows to sequences of `max_length`, `split` may also cut rows; documents never attend to
+    each other."""
     group_by_length: bool
-    """Batches of rows of like length, shuffled; only where `packing` is none."""
+    """Shuffled batches of rows of similar length; only with `packing` none."""
     tokens_per_batch: PositiveInt | None
-    """Micro-batches of rows of like length, of at most so many tokens with padding; `batch.global_size` then counts such
-    batches and `batch.micro_size` is 1. Only where `packing` is none. Null counts rows."""
+    """Micro-batches of rows of similar length, with at most this many tokens including padding; `batch.global_size`
+    then counts micro-batches and `batch.micro_size` is 1. Only with `packing` none. Null counts rows."""
     pad_to_multiple_of: PositiveInt
     """A batch is padded to its longest row, rounded up to this many tokens."""
     chat_template: str | None
-    """Jinja file that replaces the tokenizer's chat template; null keeps it (or the documented default where it has none)."""
+    """Jinja file that replaces the tokenizer's chat template; null keeps it (or takes the documented default if there
+    is none)."""
     template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
-    """The date (YYYY-MM-DD) that templates are told when they ask for today's: rows must not change from day to day."""
+    """The date (YYYY-MM-DD) given to templates that ask for today's, so that rows do not change from day to day."""
     num_processes: PositiveInt | None
-    """Processes that tokenise; null is one for every core this process may use."""
+    """Processes that tokenise; null is one per core available to this process."""
 
     @model_validator(mode="before")
     @classmethod
     def _mix_inherits_from_train(cls, values: object) -> object:
-        """An entry of `mix` says only what differs from `train`."""
+        """Fill the entries of `mix`, which only name what differs from `train`."""
         if not isinstance(values, dict):
             return values
         given: dict[str, object] = dict(values)  # pyright: ignore[reportUnknownArgumentType]
@@ -147,5 +152,5 @@ class DataConfig(Section):
 
 
 def held_out_rows(rows: int, settings: HeldOutConfig) -> int:
-    """Rows that a split by `fraction` takes out of `rows`: at least one, at most `max_rows`, and never all."""
+    """Rows that a split by `fraction` holds out of `rows`: at least one, at most `max_rows`, never all."""
     return min(settings.max_rows, max(1, round(rows * settings.fraction)), max(0, rows - 1))

@@ -12,4 +12,4 @@ DEMONSTRATIONS = {
     "demonstration_preferences": ("preference.jsonl", "preference_held_out.jsonl"),
     "demonstration_requests": ("requests.jsonl", "requests_held_out.jsonl"),
 }
-"""The sets that ship with this tool, by their keyword: rows to train on, and held-out ones."""
+"""The sets that ship with this tool, by keyword: rows to train on and held-out rows."""

@@ -1,4 +1,4 @@
-"""The stages that train nothing: evaluation, interpolation, soup and merge; types and ranges; no torch."""
+"""Types and ranges of the stages that train nothing but score, average or merge models. Must not import torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from orchestrator.config.base import Identifier, PositiveInt, Section, Text
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
 
 FIRST_SET = "data"
-"""Name of the set that `data.train` is, beside those of `sets`."""
+"""Name of the set that `data.train` forms, next to those in `sets`."""
 FORGETTING = "forgetting"
 """Name of the general text among the sets."""
 INHERITED = ("format", "split", "subset", "revision", "columns")
-"""Keys of a set that are taken from `data.train` where it does not say them."""
+"""Keys that a set takes from `data.train` unless it sets them."""
 Options = Literal["auto", "none"] | Annotated[tuple[Text, ...], Field(min_length=2)]
-"""The answers that a model chooses among: `auto` collects them from the set's own answers where they are few, `none` measures
-no accuracy, or a list."""
+"""The answer options: `auto` collects them from the set's own answers if they are few, `none` measures no accuracy, or
+a list."""
 
 
 class ScoredSet(Section):
-    """One more set to score on; keys that it leaves out are those of `data.train` and of the stage."""
+    """One more set to score on; missing keys are taken from `data.train` and the stage."""
 
     path: Text
     """File, glob, folder or hub id."""
@@ -36,39 +36,40 @@ class ScoredSet(Section):
     columns: dict[str, str]
     """The format's field -> the file's column."""
     shift: bool
-    """Out of distribution: other data than what was trained on."""
+    """Out of distribution: data unlike what was trained on."""
     options: Options
-    """The answers that a model chooses among."""
+    """The answer options."""
 
 
 class ScoringStage(Section):
-    """What every stage has that scores models on named sets."""
+    """Common settings of stages that score models on named sets."""
 
     start_from: str | None
-    """Stage whose artifact is scored; `auto` is the nearest earlier one that makes a policy or (evaluate, interpolate) a classifier."""
+    """Stage whose artifact is scored; `auto` is the nearest earlier one that yields a policy or (evaluate, interpolate)
+    a classifier."""
     data: DataConfig
-    """`data.train` is the first set that is scored, under the name `data`; the other settings hold for every set."""
+    """`data.train` is the first set to be scored, named `data`; the other settings apply to every set."""
     rows: PositiveInt
-    """Rows of each set that are scored, at most: its first ones."""
+    """Upper limit of the rows scored per set: its first ones."""
     micro_size: PositiveInt
-    """Rows of one forward pass."""
+    """Rows per forward pass."""
     shift: bool
     """Whether `data.train` is out of distribution."""
     options: Options
-    """The answers that a model chooses among in `data.train`: `auto`, `none` or a list."""
+    """The answer options of `data.train`: `auto`, `none` or a list."""
     sets: dict[Identifier, ScoredSet]
     """Further sets by name."""
     exact_match: bool
-    """Also generate one greedy answer a row and compare it with the row's own."""
+    """Also generate one greedy answer per row and compare it with the row's own."""
     forgetting: bool
-    """Also score a fixed general text, which no training set holds."""
+    """Also score a fixed general text that is in no training set."""
     rollout: RolloutConfig
     """How answers are generated."""
 
     @model_validator(mode="before")
     @classmethod
     def _sets_inherit(cls, values: object) -> object:
-        """An entry of `sets` says only what differs from `data.train` and from the stage."""
+        """Fill the entries of `sets`, which only name what differs from `data.train` and the stage."""
         if not isinstance(values, dict):
             return values
         given = _with_tuples(cast("dict[str, object]", values))
@@ -88,22 +89,23 @@ class ScoringStage(Section):
 
 
 def _with_tuples(values: dict[str, object]) -> dict[str, object]:
-    """The lists among the values as tuples: after a validator that stands before the types, lists are refused."""
+    """The values with lists as tuples: after a validator in mode `before`, pydantic refuses lists."""
     return {
         key: tuple(cast("list[object]", value)) if isinstance(value, list) else value for key, value in values.items()
     }
 
 
 class EvaluateStage(ScoringStage):
-    """Scores an artifact beside its base on several sets: loss, accuracy and exact match of the answers, rewards, forgetting."""
+    """Scores an artifact and its base on several sets: loss, accuracy and exact match of the answers, rewards,
+    forgetting."""
 
     kind: Literal["evaluate"]
     rewards: tuple[RewardSource, ...]
-    """What is asked of the answers that are generated to `data.train`; none generates nothing for it."""
+    """Checks of the answers generated to `data.train`; none generates nothing for it."""
 
 
 def data_of_set(stage: ScoringStage, name: str) -> DataConfig:
-    """How the rows of a set of `sets` are made: the stage's data with another file."""
+    """The data settings of one entry of `sets`: the stage's data with another file."""
     entry = stage.sets[name]
     source = SourceConfig(
         path=entry.path,

@@ -1,4 +1,4 @@
-"""The key that was meant: other tools' names, then keys with a similar last part. Must not import torch."""
+"""Suggests the intended key: by other tools' names, then by a similar last part. Must not import torch."""
 
 from __future__ import annotations
 

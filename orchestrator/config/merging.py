@@ -40,25 +40,26 @@ class SoupStage(ChoosingStage):
 
     kind: Literal["soup"]
     members: tuple[Text, ...]
-    """Ingredients beside the artifact of `start_from`: `stage:NAME`, or the folder of a finished run, with `:STAGE` behind it
-    where it is not the last one that makes a policy."""
+    """Ingredients besides the artifact of `start_from`: `stage:NAME`, or the folder of a finished run, followed by
+    `:STAGE` unless it is the last one that yields a policy."""
     recipe: Literal["uniform", "greedy"]
-    """Average all, or (recipe 1 of the paper) from the best one on take in what does not make the average worse."""
+    """`uniform` averages all; `greedy` (recipe 1 of the paper) starts from the best and adds what does not worsen the
+    average."""
 
 
 class MergeStage(Section):
-    """Merges an adapter into its base, measures what that changed, and writes a folder that can be published."""
+    """Merges an adapter into its base, measures the change, and writes a folder ready to publish."""
 
     kind: Literal["merge"]
     start_from: str | None
-    """Stage whose artifact is merged; `auto` is the nearest earlier one that makes a policy."""
+    """Stage whose artifact is merged; `auto` is the nearest earlier one that yields a policy."""
     data: DataConfig
-    """`data.train` holds the rows on which merged and trained model are compared."""
+    """`data.train` holds the rows on which the merged and the trained model are compared."""
     rows: PositiveInt
-    """Rows that are compared, at most."""
+    """Upper limit of the rows compared."""
     micro_size: PositiveInt
     """Rows of one forward pass."""
     max_kl: PositiveFloat
-    """Largest mean KL divergence, in nats a token, of the merged to the trained model."""
+    """Largest mean KL divergence, in nats per token, from the trained to the merged model."""
     price_per_hour: NaturalFloat | None
-    """Money for an hour of one device, for the model card; null leaves it out."""
+    """Price per device-hour, for the model card; null omits it."""

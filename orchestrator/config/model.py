@@ -1,4 +1,4 @@
-"""The base model, how it is tuned, quantised and sharded: types and ranges; no torch."""
+"""Types and ranges of the base model and its quantisation. Must not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Architecture(Section):
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
-    """Inner width of the feed-forward; of one expert in a mixture."""
+    """Inner width of the feed-forward; in a mixture of experts, of one expert."""
     num_hidden_layers: PositiveInt
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt
@@ -25,17 +25,17 @@ class Architecture(Section):
     """Experts of a layer; 0 for a dense model."""
     num_experts_per_token: NaturalInt
     attention_bias: bool
-    """Biases in attention, where the family leaves it to the model (Llama, Qwen3, Gemma)."""
+    """Biases in attention, if the family leaves it to the model (Llama, Qwen3, Gemma)."""
     feed_forward_bias: bool
-    """The same for the feed-forward."""
+    """Biases in the feed-forward, likewise."""
     num_positions: NaturalInt
     """Learned positions; 0 for rotary ones."""
     sliding_window: PositiveInt | None
-    """Tokens that a layer with local attention sees; null where every layer sees all."""
+    """Tokens that a layer with local attention sees; null if every layer sees all."""
 
 
 class ModelPreset(Section):
-    """What is known about the preset's own base without asking a hub; unused where `model.base` was changed."""
+    """Facts about the preset's own base, known without a hub; unused if `model.base` was changed."""
 
     base: str
     """The hub id that the facts below belong to."""
@@ -45,30 +45,32 @@ class ModelPreset(Section):
 
 
 class ModelConfig(Section):
-    """The pretrained model that everything starts from."""
+    """The pretrained base model."""
 
     base: Text
     """Hub id or folder."""
     revision: str | None
     """Branch, tag or commit on the hub; null is the default branch."""
     dtype: Literal["float32", "bfloat16"]
-    """Compute dtype; trainable parameters keep fp32 master weights either way. `auto` in a file or on the command line is resolved
-    when the configuration is composed: bfloat16 where the device computes it natively, else float32."""
+    """Compute dtype; trainable parameters keep fp32 master weights in any case. `auto` in a file or on the command line
+    is resolved when the configuration is composed: bfloat16 if the device computes it natively, else float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"]
     """Attention implementation; `auto` is the fastest exact one: by document on packed rows, else sdpa."""
     loss_head: Literal["auto", "torch", "liger"]
-    """What makes the summed cross-entropy of SFT: `liger` is Liger's Triton kernel (GPUs; package liger-kernel), `auto` takes it where
-    it runs, else torch's own, which makes everything else either way."""
+    """Implementation of SFT's summed cross-entropy: `liger` is Liger's Triton kernel (GPUs; package liger-kernel),
+    `auto` uses it if it runs, else torch. All other losses use torch."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: less memory, about a third (full) to a half (LoRA) more time."""
     checkpoint_every: PositiveInt
-    """With `gradient_checkpointing`: one layer in so many is recomputed, the others keep their activations; 1: all are."""
+    """With `gradient_checkpointing`: recompute every n-th layer and keep the activations of the others; 1 recomputes
+    all."""
     compile: bool
-    """Compile every layer (torch.compile): fused kernels after some minutes of compiling; best with packed rows, which have one shape."""
+    """Compile every layer (torch.compile): fused kernels at the cost of some minutes of compilation; best with packed
+    rows, which have one shape."""
     preset: ModelPreset | None
 
     def recomputed_layers(self, layers: int) -> int:
-        """Of so many layers, those that gradient checkpointing computes again."""
+        """How many of `layers` gradient checkpointing recomputes."""
         return -(-layers // self.checkpoint_every) if self.gradient_checkpointing else 0
 
 

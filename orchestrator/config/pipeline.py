@@ -1,4 +1,4 @@
-"""Which stage goes on from which: the graph of a pipeline, its problems, and the digest of what decides a stage's result. No torch."""
+"""The graph of a pipeline: which stage starts from which artifact. Must not import torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MODEL_PREFIX = "model:"
 
 
 def resolve_starts(config: RunConfig) -> RunConfig:
-    """The same configuration with the name of a stage (or null) in the place of every `start_from: auto`.
+    """The configuration with every `start_from: auto` replaced by the name of a stage (or null).
 
-    In the order of the pipeline: what an interpolation makes follows from where it starts.
+    Resolved in pipeline order: the artifact of an interpolation follows from its starting point.
     """
     for name in dict.fromkeys([*config.pipeline, *config.stages]):
         stage = config.stages.get(name)
@@ -35,13 +35,13 @@ def inputs_of(config: RunConfig, name: str) -> tuple[str, ...]:
 
 
 def rewards_of(config: RunConfig, name: str) -> tuple[RewardSource, ...]:
-    """What scores completions in a stage."""
+    """The rewards that score completions in a stage."""
     stage = config.stages[name]
     return stage.rewards if isinstance(stage, PolicyStage | EvaluateStage) else ()
 
 
 def descendants(config: RunConfig, changed: set[str]) -> tuple[str, ...]:
-    """The changed stages and all that depend on them, in the pipeline's order."""
+    """The changed stages and all that depend on them, in pipeline order."""
     found: list[str] = []
     for name in config.pipeline:
         if name in changed or any(source in found for source in inputs_of(config, name)):
@@ -58,14 +58,14 @@ def _nearest(config: RunConfig, name: str, kinds: tuple[str, ...]) -> str | None
 
 
 def _auto_kinds(stage: Stage) -> tuple[str, ...]:
-    """What `start_from: auto` looks for."""
+    """The artifacts that `start_from: auto` looks for."""
     if isinstance(stage, EvaluateStage | InterpolateStage):
         return (*POLICY_KINDS, *CLASSIFIER_KINDS)
     return CLASSIFIER_KINDS if isinstance(stage, SelfTrainingStage) else POLICY_KINDS
 
 
 def start_kinds(stage: Stage) -> tuple[str, ...]:
-    """What `start_from` may name."""
+    """The artifacts that `start_from` may name."""
     return (*POLICY_KINDS, *CLASSIFIER_KINDS) if isinstance(stage, ClassifyStage) else _auto_kinds(stage)
 
 
@@ -79,14 +79,15 @@ def stages_beside(stage: Stage) -> tuple[str, ...]:
 
 
 def members_elsewhere(stage: Stage) -> tuple[str, ...]:
-    """Members of a soup that other runs made."""
+    """Members of a soup that come from other runs."""
     if not isinstance(stage, SoupStage):
         return ()
     return tuple(member for member in stage.members if not member.startswith(STAGE_PREFIX))
 
 
 def grows_rank(config: RunConfig, name: str) -> bool:
-    """Whether a stage makes an adapter of a higher rank than `tuning.rank`: a sum of products is one with the ranks added up."""
+    """Whether a stage yields an adapter of a higher rank than `tuning.rank`: ranks add up when low-rank products are
+    summed."""
     stage = config.stages[name]
     if not isinstance(config.for_stage(name).tuning, LoraTuning):
         return False

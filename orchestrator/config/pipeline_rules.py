@@ -1,4 +1,4 @@
-"""What is wrong with the graph of a pipeline. Must not import torch."""
+"""Rules for the graph of a pipeline. Must not import torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ THE_TOKENIZERS = "the tokenizer's own"
 
 
 def pipeline_problems(config: RunConfig) -> list[str]:
-    """What is wrong with the graph, one sentence each; the stages' own settings are judged elsewhere."""
+    """Problems of the graph, one sentence each; the stages' own settings are checked elsewhere."""
     resolved = resolve_starts(config)
     return [problem for name in config.pipeline if name in config.stages for problem in _stage_problems(resolved, name)]
 
@@ -76,7 +76,7 @@ def _reward_problems(config: RunConfig, name: str, before: tuple[str, ...]) -> I
 
 
 def _function_problems(name: str, stage: TrainingStage) -> Iterator[str]:
-    """What is wrong with the user's own metrics and callbacks; their files are parsed and not executed."""
+    """Problems of the user's own metrics and callbacks; their files are parsed, not executed."""
     metrics = stage.metrics.functions
     for form, key, functions in ((METRIC, "metrics.functions", metrics), (CALLBACK, "callbacks", stage.callbacks)):
         for number, function in enumerate(functions):
@@ -89,7 +89,8 @@ def _function_problems(name: str, stage: TrainingStage) -> Iterator[str]:
 
 
 def _blend_problems(config: RunConfig, name: str, before: tuple[str, ...]) -> Iterator[str]:
-    """Ingredients that are no stage before this one, too few, or that cannot be trained on; `rules.py` has their tunings."""
+    """Problems of a soup's ingredients: not an earlier stage, too few, or not trainable; their tunings are in
+    `rules.py`."""
     stage, field = config.stages[name], f"stages.{name}"
     of_classifiers = isinstance(stage, InterpolateStage) and makes_classifier(config, name)
     for beside in stages_beside(stage):
@@ -113,7 +114,7 @@ def _blend_problems(config: RunConfig, name: str, before: tuple[str, ...]) -> It
 
 
 def _scored_classifier_problems(config: RunConfig, name: str) -> Iterator[str]:
-    """What a stage asks of a classifier that it cannot do."""
+    """Problems of a stage that asks a classifier for what it cannot do."""
     stage = config.stages[name]
     assert isinstance(stage, ScoringStage)
     asked = ["exact_match"] if stage.exact_match else []

@@ -1,4 +1,4 @@
-"""The rules across the fields of a configuration, every broken one told at once; no torch."""
+"""The rules across the fields of a configuration; every broken one is reported at once. Must not import torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from orchestrator.text.plurals import counted
 
 
 def parse(values: dict[str, JsonValue]) -> RunConfig:
-    """Types, ranges and rules; raises ConfigError with every problem."""
+    """Check types, ranges and rules; raise ConfigError with every problem."""
     config = parse_types(values)
     problems = rule_problems(config)
     if problems:
@@ -36,7 +36,7 @@ def parse(values: dict[str, JsonValue]) -> RunConfig:
 
 
 def parse_types(values: dict[str, JsonValue]) -> RunConfig:
-    """Types and ranges; raises ConfigError with every problem."""
+    """Check types and ranges; raise ConfigError with every problem."""
     try:
         return RunConfig.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
@@ -44,7 +44,7 @@ def parse_types(values: dict[str, JsonValue]) -> RunConfig:
 
 
 def rule_problems(config: RunConfig) -> list[str]:
-    """One sentence for every rule across fields that does not hold."""
+    """One sentence for every broken rule across fields."""
     stages, launcher = training_pipeline(config), config.launcher.kind
     studied = study_problems(config.study, stages, launcher=launcher) + pause_problems(stages, launcher=launcher)
     methods = _method_problems(config) + tuning_problems(config)
@@ -102,7 +102,7 @@ def _batch_problems(config: RunConfig) -> list[str]:
 
 
 def _smaller(name: str, stage: TrainingStage, ranks: int) -> str:
-    """The way that keeps the global batch, and with it the result; empty where the ranks cannot share it at all."""
+    """Advice that keeps the global batch, and with it the result; empty if the ranks cannot share it at all."""
     fitting = fitting_micro_size(
         global_size=stage.batch.global_size, micro_size=stage.batch.micro_size, world_size=ranks
     )
@@ -132,7 +132,7 @@ def _method_problems(config: RunConfig) -> list[str]:
 
 
 def _compile_problems(config: RunConfig) -> list[str]:
-    """What torch.compile was not seen to do right with."""
+    """Settings with which torch.compile has not been shown to work."""
     if not config.model.compile:
         return []
     reasons = {
@@ -149,7 +149,7 @@ def _compile_problems(config: RunConfig) -> list[str]:
 
 
 def _zero_plus_problems(config: RunConfig) -> list[str]:
-    """ZeRO++ is a part of zero3, its node is a share of the ranks, and its 8 and 4 bits have kernels for GPUs alone."""
+    """ZeRO++ needs zero3, its node size must divide the ranks, and its 8- and 4-bit kernels exist for GPUs only."""
     sharding = config.sharding
     if not isinstance(sharding, ZeroSharding):
         return []

@@ -1,4 +1,4 @@
-"""The whole configuration of a run, and the rules across its sections; no defaults, no torch."""
+"""The whole configuration of a run. Defaults are in conf/. Must not import torch."""
 
 from __future__ import annotations
 
@@ -37,27 +37,28 @@ Stage = Annotated[
     Field(discriminator="kind"),
 ]
 POLICY_KINDS = ("sft", "dpo", "grpo", "interpolate", "soup")
-"""Stages that make a policy: something that a later stage can go on from."""
+"""Stages that yield a policy, which a later stage can continue from."""
 STAGE_PREFIX = "stage:"
-"""Before the name of a stage of the same run, where other things may stand too."""
+"""Prefix of the name of a stage of the same run, where other values are possible too."""
 PARENT = "parent"
-"""What a fork starts from, in `start_from`: the artifact of the run that it was forked from, copied into its own folder."""
+"""Value of `start_from` in a fork: the artifact of the original run, copied into the fork's own folder."""
 RESERVED_STAGE_NAMES = ("prepare", "scripts", "superseded", "export", PARENT)
 
 
 class Seeds(Section):
-    """Two kinds of luck, kept apart (2002.06305), and the choice of rows, which both need to be the same to be compared."""
+    """Two sources of variance, kept apart (2002.06305), and the choice of rows, which must be equal for the two to be
+    compared."""
 
     weights: NaturalInt
-    """Seed of new weights (adapters, heads) and of dropout."""
+    """Seed of newly initialised weights (adapters, heads) and of dropout."""
     data: NaturalInt
     """Seed of the order of the rows."""
     split: NaturalInt
-    """Seed of which rows are held out, and which a mixture draws."""
+    """Seed of the held-out split and of the rows that a mixture draws."""
 
 
 class RunConfig(Section):
-    """Everything that decides what a run does."""
+    """The whole configuration of a run."""
 
     name: Identifier
     """The run folder is output_dir/name."""
@@ -75,9 +76,9 @@ class RunConfig(Section):
     launcher: LauncherConfig
     tracking: Tracking
     profile: bool
-    """Seconds of every part of a step in metrics.jsonl, and a trace of a few steps in STAGE/profile."""
+    """Write the seconds of every part of a step to metrics.jsonl, and a trace of a few steps to STAGE/profile."""
     study: Annotated[Study, Field(discriminator="kind")]
-    """Several runs of this configuration, and what is asked of them."""
+    """Several runs of this configuration, and how they are compared."""
 
     @property
     def world_size(self) -> int:
@@ -91,7 +92,8 @@ class RunConfig(Section):
 
 
 def _tuning_of(config: RunConfig, name: str) -> Tuning:
-    """Along `start_from` to a stage that trains; the run's where there is none (and where stages wrongly start from each other)."""
+    """Follow `start_from` to a stage that trains; fall back to the run's tuning if there is none (or if stages wrongly
+    form a cycle)."""
     seen: set[str] = set()
     while name not in seen:
         seen.add(name)
@@ -107,7 +109,7 @@ def _tuning_of(config: RunConfig, name: str) -> Tuning:
 
 
 def makes_classifier(config: RunConfig, name: str) -> bool:
-    """Whether a stage's artifact tells classes: it trains a classifier, or is an interpolation of two of them."""
+    """Whether a stage's artifact is a classifier: trained, or interpolated from two of them."""
     seen: set[str] = set()
     while name not in seen:
         seen.add(name)
@@ -118,7 +120,8 @@ def makes_classifier(config: RunConfig, name: str) -> bool:
 
 
 def made_kind(config: RunConfig, name: str) -> str:
-    """The kind of a stage, by which others go on from it; `classify` of an interpolation of classifiers, since it makes one."""
+    """The kind of a stage as its successors see it; `classify` for an interpolation of classifiers, since it yields
+    one."""
     kind = config.stages[name].kind
     return "classify" if makes_classifier(config, name) and kind not in CLASSIFIER_KINDS else kind
 
@@ -130,13 +133,13 @@ def training_stages(config: RunConfig) -> dict[str, TrainingStage]:
 
 
 def training_pipeline(config: RunConfig) -> dict[str, TrainingStage]:
-    """The same, in the order of the pipeline."""
+    """The stages of the pipeline that train, in order."""
     stages = training_stages(config)
     return {name: stages[name] for name in config.pipeline if name in stages}
 
 
 def data_sets_of(stage: Stage) -> dict[str, DataConfig]:
-    """Every set of rows that a stage reads, by the key below the stage that names it; `data` is the first."""
+    """Every set of rows that a stage reads, by its key within the stage; `data` is the first."""
     more = {f"sets.{name}": data_of_set(stage, name) for name in stage.sets} if isinstance(stage, ScoringStage) else {}
     return {FIRST_SET: stage.data, **more}
 
@@ -147,7 +150,7 @@ def tunings_of(config: RunConfig) -> dict[str, Tuning]:
 
 
 def has_new_heads(config: RunConfig) -> bool:
-    """Whether every stage that trains puts a new head on the model, which is trained whatever `tuning` says."""
+    """Whether every training stage puts a new head on the model, which is trained under every `tuning`."""
     kinds = [config.stages[name].kind for name in training_stages(config)]
     return bool(kinds) and all(kind in ("reward", *CLASSIFIER_KINDS) for kind in kinds)
 
@@ -158,7 +161,8 @@ def accumulation_steps(config: RunConfig, stage: TrainingStage) -> int:
 
 
 def fitting_micro_size(*, global_size: int, micro_size: int, world_size: int) -> int | None:
-    """The largest micro-batch up to `micro_size` that divides a rank's share of the global batch; None where nothing does."""
+    """The largest micro-batch up to `micro_size` that divides a rank's share of the global batch; None if there is
+    none."""
     share, rest = divmod(global_size, world_size)
     if rest:
         return None

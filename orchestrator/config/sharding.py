@@ -1,4 +1,4 @@
-"""How a model is spread over the ranks: whole on each, or ZeRO 1 to 3. Must not import torch."""
+"""How a model is distributed over the ranks: a full copy on each, or ZeRO 1 to 3. Must not import torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NoSharding(Section):
 
     @property
     def overlaps_communication(self) -> bool:
-        """DDP reduces buckets while the backward pass goes on."""
+        """DDP reduces buckets during the backward pass."""
         return True
 
     @property
@@ -51,10 +51,10 @@ class ZeroSharding(Section):
     prefetch_elements: NaturalInt | None
     """Elements gathered ahead under zero3; null takes one layer of the model."""
     persistence_elements: NaturalInt | None
-    """Parameters smaller than this stay gathered under zero3; null takes ten hidden sizes, 100,000 at least."""
+    """Parameters smaller than this stay gathered under zero3; null takes ten hidden sizes, but at least 100,000."""
     hpz_partition_size: PositiveInt | None
-    """ZeRO++ (2306.10209, hpZ) under zero3: a second copy of the shards within so many ranks, a node's, so that the backward pass
-    gathers inside the node; null keeps none."""
+    """ZeRO++ (2306.10209, hpZ) under zero3: a second copy of the shards within this many ranks (one node), so that the
+    backward pass gathers inside the node; null keeps none."""
     quantized_weights: bool
     """ZeRO++ (qwZ) under zero3: weights are gathered in 8 bits; needs GPUs."""
     quantized_gradients: bool
@@ -62,12 +62,12 @@ class ZeroSharding(Section):
 
     @property
     def is_deepspeed(self) -> bool:
-        """Whether DeepSpeed owns the optimizer: trained weights then have `model.dtype`, with fp32 masters next to them."""
+        """Whether DeepSpeed owns the optimizer: trained weights are then in `model.dtype`, next to fp32 masters."""
         return True
 
     @property
     def stage(self) -> int:
-        """Of ZeRO: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+        """ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters."""
         return int(self.strategy.removeprefix("zero"))
 
     @property

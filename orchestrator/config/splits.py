@@ -1,3 +1,3 @@
-"""How many rows are held out of train; must not import torch."""
+"""How many rows are held out of train. Must not import torch."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a stage cannot be told together, over several of its keys. Must not import torch."""
+"""Rules across several keys of one stage. Must not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS, LoraTuning
 
 
 def stage_problems(config: RunConfig, name: str, stage: Stage) -> list[str]:
-    """What a stage of preference or policy optimisation, or of the end, cannot do."""
+    """Problems of a stage of preference or policy optimisation, or of a stage that trains nothing."""
     field = f"stages.{name}"
     problems: list[str] = []
     if isinstance(stage, ClassifyStage | SelfTrainingStage):
@@ -53,7 +53,7 @@ def stage_problems(config: RunConfig, name: str, stage: Stage) -> list[str]:
 
 
 def scoring_problems(field: str, stage: ScoringStage) -> list[str]:
-    """What is wrong with the sets of a stage (`field` is its key), and with what it chooses by them."""
+    """Problems of the sets of a stage (`field` is its key) and of the selection made by them."""
     problems = [
         f"{field}.sets.{name}: this name is taken (data is data.train); give the set another one"
         for name in stage.sets
@@ -71,7 +71,7 @@ def scoring_problems(field: str, stage: ScoringStage) -> list[str]:
 
 
 def _choice_problems(stage: ChoosingStage, shifts: Mapping[str, bool]) -> Iterator[str]:
-    """Sets that a choice needs and does not name."""
+    """Problems of a selection that names unknown or missing sets."""
     kinds = {shifts[name] for name in stage.choose_on if name in shifts}
     there = ", ".join(f"{name} ({'shift' if is_shift else 'no shift'})" for name, is_shift in shifts.items())
     if isinstance(stage, SoupStage) and stage.recipe == "greedy" and not kinds:

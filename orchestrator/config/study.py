@@ -1,4 +1,5 @@
-"""Studies, which are several runs of one configuration: seeds and searches; types, ranges and their rules; no torch."""
+"""Types, ranges and rules of studies, which are several runs of one configuration: seeds and searches. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from orchestrator.config.training import TrainingStage
 
 
 class NoStudy(Section):
-    """A run by itself."""
+    """A single run."""
 
     kind: Literal["none"]
 
@@ -21,25 +22,25 @@ class WeakRule(Section):
     """All trials are trained to the same step; the best are continued, the others are stopped as weak (2002.06305, section 5)."""
 
     share: Annotated[float, Field(gt=0, lt=1)]
-    """Where the trials are judged, as a share of the steps, rounded up."""
+    """When the trials are compared, as a share of the steps, rounded up."""
     keep: PositiveInt
-    """Trials that go on."""
+    """Trials that continue."""
 
 
 class SeedsStudy(Section):
-    """Every seed of new weights with every seed of the data order."""
+    """Every seed of new weights combined with every seed of the data order."""
 
     kind: Literal["seeds"]
     stage: Identifier
-    """Stage whose evaluation is judged; `auto` is the last one of the pipeline that trains."""
+    """Stage whose evaluation is compared; `auto` is the last one of the pipeline that trains."""
     metric: Text
     """A column of metrics.jsonl that evaluations write, such as `eval_loss`."""
     mode: Literal["min", "max"]
     """Which way is better."""
     weights: Annotated[tuple[NaturalInt, ...], Field(min_length=1)]
-    """Values of seeds.weights."""
+    """Values of `seeds.weights`."""
     data: Annotated[tuple[NaturalInt, ...], Field(min_length=1)]
-    """Values of seeds.data."""
+    """Values of `seeds.data`."""
     stopping: WeakRule | None
     """Which trials are stopped early; null trains all to the end."""
 
@@ -50,38 +51,38 @@ class MedianRule(Section):
     startup_trials: PositiveInt
     """Finished trials before any is stopped."""
     after_step: NaturalInt
-    """Evaluations up to this step stop nothing."""
+    """No trial is stopped at or before this step."""
 
 
 class SearchStudy(Section):
-    """Optuna chooses the values of each trial from the results of those before it."""
+    """Optuna chooses the values of each trial from the results of earlier ones."""
 
     kind: Literal["optuna"]
     stage: Identifier
-    """Stage whose evaluation is judged; `auto` is the last one of the pipeline that trains."""
+    """Stage whose evaluation is compared; `auto` is the last one of the pipeline that trains."""
     metric: Text
     """A column of metrics.jsonl that evaluations write, such as `eval_loss`."""
     mode: Literal["min", "max"]
     """Which way is better."""
     num_trials: PositiveInt
-    """Trials in all; with a greater number the same command goes on with more."""
+    """Total number of trials; a larger number continues the search."""
     sampler: Literal["tpe", "random"]
-    """tpe models good and bad values apart (Bergstra et al. 2011); random looks at no result."""
+    """`tpe` models good and bad values separately (Bergstra et al. 2011); `random` ignores results."""
     startup_trials: PositiveInt
     """Trials with random values before tpe models them."""
     seed: NaturalInt
-    """Of the sampler: the same seed and results give the same values, however often the search was interrupted."""
+    """Seed of the sampler: the same seed and results give the same values, even after interruptions."""
     pruning: MedianRule | None
     """Which trials are stopped early; null trains all to the end."""
     max_failures: NaturalInt
-    """Failed trials that are recorded and passed over; one more ends the search."""
+    """Failed trials that are recorded and skipped; one more ends the search."""
 
 
 Study = NoStudy | SeedsStudy | SearchStudy
 
 
 def study_problems(study: Study, stages: Mapping[str, TrainingStage], *, launcher: str) -> list[str]:
-    """One sentence for every rule of a study that does not hold; `stages` are those of the pipeline that train."""
+    """One sentence for every broken rule of a study; `stages` are those of the pipeline that train."""
     if isinstance(study, NoStudy):
         return []
     name = judged_stage(study, stages)
@@ -111,14 +112,14 @@ def study_problems(study: Study, stages: Mapping[str, TrainingStage], *, launche
 
 
 def judged_stage(study: SeedsStudy | SearchStudy, stages: Mapping[str, TrainingStage]) -> str | None:
-    """Name of the stage whose evaluation is judged; None where the pipeline trains no such stage."""
+    """Name of the stage whose evaluation is compared; None if the pipeline trains no such stage."""
     if study.stage == "auto":
         return list(stages)[-1] if stages else None
     return study.stage if study.stage in stages else None
 
 
 def pause_problems(stages: Mapping[str, TrainingStage], *, launcher: str) -> list[str]:
-    """What keeps a stage from pausing."""
+    """Reasons why a stage cannot pause."""
     problems: list[str] = []
     for name, stage in stages.items():
         pause, every = stage.pause_at_step, stage.evaluate_every_steps

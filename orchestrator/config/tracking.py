@@ -1,4 +1,4 @@
-"""Where metrics go beside the run folder. Must not import torch."""
+"""Where metrics are sent besides the run folder. Must not import torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class WandbTracking(Section):
     project: str
     entity: str | None
     mode: Literal["auto", "online", "offline"]
-    """`auto` is online where there is a key, else offline."""
+    """`auto` is online if there is a key, else offline."""
     finish_timeout_seconds: PositiveFloat
     """How long the end of a stage waits for W&B."""
     init_timeout_seconds: PositiveFloat
-    """How long the server may take to answer at the start; training does not wait for it."""
+    """Timeout for the server's first answer; training does not wait for it."""
 
 
 class NoTracking(Section):
-    """metrics.jsonl alone."""
+    """metrics.jsonl only."""
 
     kind: Literal["none"]

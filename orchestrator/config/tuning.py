@@ -1,4 +1,4 @@
-"""Tunings that leave the base as it is and train something beside it, and where each of them works; no torch."""
+"""Types and ranges of the tuning methods. Must not import torch."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class FreezeTuning(WholeModelTuning):
     embeddings: bool
     """Train the input embeddings."""
     head: bool
-    """Train the output head; where it is tied to the embeddings, both are one matrix and both are trained."""
+    """Train the output head; if it is tied to the embeddings, both are one matrix and both are trained."""
     norms: bool
-    """Train every norm of the model, also those in frozen layers and the last one."""
+    """Train every norm of the model, including the last one and those in frozen layers."""
     also: tuple[str, ...]
     """Patterns (fnmatch) of further parameters' names, such as `*.self_attn.q_proj.*`."""
     unfreeze_every_steps: PositiveInt | None
-    """Open one level more (head and last norm, the layers from the last to the first, embeddings) every so many steps;
-    null with the next null: all from the first step."""
+    """Unfreeze one more level (head and last norm, layers from last to first, embeddings) every this many steps; null,
+    with the next key also null, trains all from the first step."""
     unfreeze_every_epochs: PositiveFloat | None
     """The same in passes over the rows; 1 is ULMFiT's (1801.06146, section 3.3)."""
 
@@ -68,10 +68,11 @@ class LoraTuning(AdapterTuningBase):
     use_rslora: bool
     """Scale by alpha/sqrt(rank) instead of alpha/rank (2312.03732)."""
     use_dora: bool
-    """Train magnitude and direction apart (2402.09353)."""
+    """DoRA: train magnitude and direction separately (2402.09353)."""
     init: Annotated[str, Field(pattern=r"^(default|loftq|pissa|pissa_niter_[1-9][0-9]*)$")]
     """`default`: A random, B 0. `pissa` (2404.02948): the base's principal part is trained, its residual is frozen;
-    `pissa_niter_16` finds it by 16 steps of a randomised method. `loftq` (2310.08659): A and B make up for nf4's rounding."""
+    `pissa_niter_16` finds it by 16 steps of a randomised method. `loftq` (2310.08659): A and B compensate nf4's
+    rounding."""
     lora_plus_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None
     """Learning rate of B over that of A (LoRA+, 2402.12354); null is one rate for both."""
 
@@ -81,7 +82,7 @@ class LoraTuning(AdapterTuningBase):
 
 
 WHOLE_MODEL_TUNINGS = (FullTuning, FreezeTuning)
-"""They train the base's own parameters: the artifact is a whole model, not an adapter."""
+"""Methods that train the base's own parameters: the artifact is a whole model, not an adapter."""
 
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -92,9 +93,9 @@ class Ia3Tuning(AdapterTuningBase):
 
     method: Literal["ia3"]
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Names of linear layers; their outputs are multiplied."""
+    """Names of linear layers whose outputs are scaled."""
     feedforward_modules: tuple[str, ...]
-    """Those of them whose inputs are multiplied instead."""
+    """Those of them whose inputs are scaled instead."""
 
 
 class PromptTuning(AdapterTuningBase):
@@ -102,9 +103,10 @@ class PromptTuning(AdapterTuningBase):
 
     method: Literal["prompt"]
     virtual_tokens: PositiveInt
-    """Tokens before every text; they take room and time like real ones."""
+    """Virtual tokens prepended to every text; they cost memory and time like real ones."""
     init: Literal["vocabulary", "random"]
-    """`vocabulary` starts from embeddings of tokens drawn at random (the paper's better one), `random` from noise."""
+    """`vocabulary` starts from the embeddings of randomly drawn tokens (the better one in the paper), `random` from
+    noise."""
 
 
 class PrefixTuning(AdapterTuningBase):
@@ -112,7 +114,7 @@ class PrefixTuning(AdapterTuningBase):
 
     method: Literal["prefix"]
     virtual_tokens: PositiveInt
-    """Keys and values of so many tokens, in each layer."""
+    """Virtual tokens, in each layer."""
 
 
 class VeraTuning(AdapterTuningBase):
@@ -124,9 +126,9 @@ class VeraTuning(AdapterTuningBase):
     target_modules: Literal["all-linear"] | tuple[str, ...]
     """`all-linear` (every linear layer but the head) or a list of module names."""
     d_initial: PositiveFloat
-    """First value of the vectors d; the vectors b start at 0."""
+    """Initial value of the vectors d; the vectors b start at 0."""
     projection_seed: NaturalInt
-    """Makes A and B, which the artifact does not hold."""
+    """Seed of A and B, which the artifact does not contain."""
 
 
 class OftTuning(AdapterTuningBase):
@@ -138,7 +140,8 @@ class OftTuning(AdapterTuningBase):
     target_modules: Literal["all-linear"] | tuple[str, ...]
     """`all-linear` (every linear layer but the head) or a list of module names."""
     use_cayley_neumann: bool
-    """The rotation by five terms of a series (fast, orthogonal while it is small); false solves for it exactly."""
+    """Approximate the rotation by five terms of a series (fast; orthogonal while it is small); false solves for it
+    exactly."""
 
 
 class AdaloraTuning(AdapterTuningBase):
@@ -148,21 +151,21 @@ class AdaloraTuning(AdapterTuningBase):
     rank: PositiveInt
     """Mean rank of a layer at the end."""
     initial_rank: PositiveInt
-    """Rank of every layer at first; 1.5 times `rank` in the paper."""
+    """Initial rank of every layer; 1.5 times `rank` in the paper."""
     alpha: PositiveFloat
     dropout: Fraction
     target_modules: Literal["all-linear"] | tuple[str, ...]
     """`all-linear` (every linear layer but the head) or a list of module names."""
     first_share: Fraction
-    """Share of the steps before ranks begin to fall."""
+    """Share of the steps before ranks start to fall."""
     last_share: Fraction
-    """Share of the steps at the end in which ranks stay as they are."""
+    """Share of the steps at the end with fixed ranks."""
     allocate_every_steps: PositiveInt
-    """Steps between two allocations."""
+    """Steps between two rank allocations."""
     beta1: OpenFraction
-    """Memory of a weight's importance."""
+    """Smoothing factor (EMA) of a weight's importance."""
     beta2: OpenFraction
-    """Memory of its uncertainty."""
+    """Smoothing factor (EMA) of its uncertainty."""
     orthogonal_weight: NaturalFloat
     """Weight of the penalty that keeps A and B orthogonal (gamma in equation 4)."""
 
@@ -179,11 +182,11 @@ class LoreftTuning(AdapterTuningBase):
     first_positions: NaturalInt
     """Tokens at the start of a document's prompt that are changed."""
     last_positions: NaturalInt
-    """Tokens at its end."""
+    """Tokens at the end of a document's prompt that are changed."""
     share_weights: bool
-    """First and last positions share one intervention in each layer; false gives them one each."""
+    """First and last positions share one intervention in each layer; false trains one for each."""
     dropout: Fraction
-    """Of what an intervention adds."""
+    """Dropout on the output of an intervention."""
 
 
 VIRTUAL_TOKEN_TUNINGS = (PromptTuning, PrefixTuning)
@@ -197,7 +200,7 @@ ADAPTER_TUNINGS = (
     AdaloraTuning,
     LoreftTuning,
 )
-"""They leave the base frozen: the artifact is an adapter."""
+"""Methods that leave the base frozen: the artifact is an adapter."""
 AdapterTuning = (
     LoraTuning | Ia3Tuning | PromptTuning | PrefixTuning | VeraTuning | OftTuning | AdaloraTuning | LoreftTuning
 )

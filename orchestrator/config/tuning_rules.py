@@ -1,6 +1,7 @@
-"""Where each adapter works: the one table of it, as data, and the sentences that refuse the rest; no torch.
+"""Where each adapter works: the one table, as data, and the sentences that refuse the rest. Must not import torch.
 
-`benchmarks/adapters.py` runs the cells at two ranks; docs/adapters.md tells what it found, and which cells were not run.
+`benchmarks/adapters.py` runs the cells at two ranks; docs/adapters.md reports its results and the cells that were not
+run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ NO_ENGINE = "that engine lays prompts end to end, where this method cannot tell 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one method cannot do: each entry is the reason, which a sentence tells."""
+    """What one method cannot do; each entry is the reason given in the message."""
 
     shardings: Mapping[str, str]
     nf4: str | None = None
@@ -41,9 +42,9 @@ class Limits:
     checkpointing: str | None = None
     merge: str | None = None
     continuous: str | None = None
-    """Of generating with `rollout.engine=continuous`."""
+    """Why it cannot generate with `rollout.engine=continuous`."""
     stages: tuple[str, ...] = ("sft", "dpo", "evaluate", "merge")
-    """Kinds of stages that know the method."""
+    """Kinds of stages that support the method."""
 
 
 LIMITS: Mapping[str, Limits] = {
@@ -90,12 +91,12 @@ PISSA = Limits(
     nf4="the residual would have to be quantised in its turn",
     stages=("sft", "dpo", "evaluate", "merge"),
 )
-"""Of tuning=lora with init=pissa, beside LoRA's own."""
+"""Limits of tuning=lora with init=pissa, in addition to LoRA's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What of a run the table speaks of."""
+    """The facts of a run that the table refers to."""
 
     tuning: AdapterTuning
     quantization: NoQuantization | Nf4Quantization
@@ -106,13 +107,13 @@ class Setting:
     data: Mapping[str, DataConfig]
     """Data of each planned stage."""
     rollouts: Mapping[str, RolloutConfig]
-    """How each planned stage generates that does."""
+    """Generation settings of each planned stage that generates."""
     followers: tuple[str, ...]
-    """Stages that train on from an earlier one."""
+    """Stages that continue training an earlier one's artifact."""
 
 
 def adapter_rule_problems(setting: Setting) -> list[str]:
-    """One sentence for all that the method cannot do in this run, each with what to type."""
+    """Everything that the method cannot do in this run, one sentence each with what to type instead."""
     tuning = setting.tuning
     problems = [*_limit_problems(setting, LIMITS[tuning.method], f"tuning={tuning.method}")]
     match tuning:
@@ -147,7 +148,7 @@ def adapter_rule_problems(setting: Setting) -> list[str]:
 
 
 def why_no_merge(tuning: AdapterTuning) -> str | None:
-    """Why nothing can be merged into the base; None where it can."""
+    """Why the adapter cannot be merged into the base; None if it can."""
     reason = LIMITS[tuning.method].merge
     return None if reason is None else f"tuning={tuning.method} leaves nothing to merge: {reason}"
 
@@ -222,7 +223,7 @@ def _generates(stage: ScoringStage) -> bool:
 
 
 def tuning_problems(config: RunConfig) -> list[str]:
-    """What the adapter cannot do in this run."""
+    """Problems of the adapter in this run."""
     tuning = next(iter(tunings_of(config).values()), config.tuning)
     if not isinstance(tuning, ADAPTER_TUNINGS):
         return []
@@ -249,7 +250,7 @@ def tuning_problems(config: RunConfig) -> list[str]:
 
 
 def stage_tuning_problems(config: RunConfig) -> list[str]:
-    """What the stages' tunings cannot do, alone and beside each other; a sentence that holds for several stands once."""
+    """Problems of the stages' tunings, alone and combined; a sentence that applies to several stages appears once."""
     tunings = tunings_of(config) or {"": config.tuning}
     problems: dict[str, None] = {}
     for name, tuning in tunings.items():

@@ -1,4 +1,4 @@
-"""Turns pydantic's errors into sentences that name the key, the fault and the nearest key; no torch."""
+"""Turns pydantic's errors into sentences that name the key, the fault and the nearest key. Must not import torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from orchestrator.config.base import IDENTIFIER_PATTERN, JsonValue, Section
 from orchestrator.config.key_hints import field_hint
 
 DISCRIMINATORS = ("kind", "method", "scheme", "strategy")
-"""Fields that tell the alternatives of a union apart."""
+"""Fields that discriminate the alternatives of a union."""
 PATTERNS = {
     IDENTIFIER_PATTERN: 'letters, digits, ".", "_" and "-" are allowed, up to 100 of them, the first a letter or a digit',
     r"^(all|none|(first|last) [1-9][0-9]*)$": "all, none, first N or last N is allowed, or a list of layers' numbers",
     r"^(default|loftq|pissa|pissa_niter_[1-9][0-9]*)$": "default, loftq, pissa or pissa_niter_N is allowed",
     r"^\d{4}-\d{2}-\d{2}$": "a date as YYYY-MM-DD is needed",
 }
-"""Every pattern of the configuration's fields, in words."""
+"""Every pattern of the configuration's fields, in plain English."""
 
 
 def problem_sentences(error: ValidationError, values: dict[str, JsonValue], root: type[Section]) -> list[str]:
@@ -31,7 +31,7 @@ def problem_sentences(error: ValidationError, values: dict[str, JsonValue], root
 
 
 def missing_paths(error: ValidationError, values: dict[str, JsonValue]) -> list[list[str]]:
-    """Where a failed validation found no key, as the keys that lead there."""
+    """Locations where a failed validation missed a key, as paths of keys."""
     return [_path(item, values) for item in error.errors() if item["type"] == "missing"]
 
 
@@ -42,13 +42,14 @@ def field_names(root: type[Section], path: Sequence[str], values: JsonValue) -> 
         below = _below(values, int(name) if name.isdecimal() else name)
         values = None if below is None else below[0]
         found = {section for cls in classes for section in _step(cls, name)}
-        # The name of a stage or of a set and a position are no fields: the classes stay, and the values choose among them.
+        # Names of stages or sets and list indices are not fields: the classes stay the same and the values choose among
+        # them.
         classes = {cls for cls in found or classes if _is_chosen(cls, values)} or found or classes
     return {name for cls in classes for name in cls.model_fields}
 
 
 def _is_chosen(cls: type[Section], values: JsonValue) -> bool:
-    """Whether the values do not name another alternative by `kind`, `method` or the like."""
+    """Whether the values do not select another alternative by `kind`, `method` or a similar field."""
     if not isinstance(values, dict):
         return True
     tags = {name: get_args(cls.model_fields[name].annotation) for name in DISCRIMINATORS if name in cls.model_fields}
@@ -95,12 +96,12 @@ def _sentence(item: ErrorDetails, values: dict[str, JsonValue], root: type[Secti
 
 
 def _takes_functions(path: Sequence[str], values: JsonValue, root: type[Section]) -> bool:
-    """Whether the key is a list of functions, or an item of one; a bare name in its place is the usual slip."""
+    """Whether the key is a list of functions, or an item of one; a bare name there is the usual slip."""
     return {"source", "options"} <= field_names(root, path, values)
 
 
 def _mismatch(dotted: str, item: ErrorDetails) -> str:
-    """What a text may hold, in words: a regular expression helps nobody."""
+    """What a text may contain, in plain English rather than as a regular expression."""
     pattern = str(item.get("ctx", {})["pattern"])
     given = str(item["input"])
     sentence = f"{dotted}: {PATTERNS[pattern]}, not {_shown(given)}"
@@ -125,7 +126,7 @@ def _path(item: ErrorDetails, values: JsonValue) -> list[str]:
 
 
 def _below(tree: JsonValue, part: int | str) -> tuple[JsonValue] | None:
-    """The value under a key or a position, in a tuple since it may be null; None where there is none."""
+    """The value under a key or index, in a tuple because it may be null; None if there is none."""
     if isinstance(tree, dict):
         return (tree[part],) if isinstance(part, str) and part in tree else None
     if isinstance(tree, list) and isinstance(part, int) and part < len(tree):
