@@ -1,4 +1,5 @@
-"""Composes the configuration once, on the login side; every fault is told with its file and line. Must not import torch."""
+"""Composes the configuration once, on the login side; reports every fault with its file and line. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -37,26 +38,26 @@ from orchestrator.machine.this_machine import this_machine
 
 @dataclass(frozen=True, kw_only=True)
 class Composed:
-    """The configuration of the overrides that can be obeyed."""
+    """The configuration composed from the valid overrides."""
 
     config: RunConfig
     problems: list[str]
     """Every problem of overrides, keys and rules."""
     autos: tuple[str, ...]
-    """Keys whose value is to be chosen by the plan; the configuration holds the smallest one in their place."""
+    """Keys whose value the plan is to choose; the configuration holds the smallest value until then."""
     notes: tuple[str, ...]
-    """Every value of a preset that gave way to what was typed, or to the number of ranks."""
+    """Every preset value that was changed to fit a typed value or the number of ranks."""
     number_type: NumberType
     """How `model.dtype` was resolved."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """What the files and overrides say, before types judge it."""
+    """The values of files and overrides, before validation."""
 
     tree: DictConfig
     choices: list[str]
-    """Overrides that choose files, that of the experiment file too."""
+    """Overrides that choose files, including the experiment file."""
     values: list[Override]
     """Overrides that set a value."""
     problems: list[str]
@@ -72,9 +73,9 @@ def compose(overrides: Sequence[str], *, config_directory: Path | None = None) -
 
 
 def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -> Composed:
-    """The configuration of the overrides that can be obeyed, with every problem.
+    """The configuration composed from the valid overrides, with every problem.
 
-    Raises ConfigError, with these and all others, where keys or types allow no configuration.
+    Raises ConfigError with all problems if keys or types allow no configuration.
     """
     with open_sources(overrides, roots_of(config_directory)) as (rest, sources):
         found = build_tree(rest, sources)
@@ -93,7 +94,8 @@ def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -
             places |= {key: places[own] for key, own in moved.items() if own in places}
             sentences = [_with_place(problem, places) for problem in [*wrong, *error.problems]]
             raise ConfigError([*problems, *sentences]) from None
-        config, notes = fit(config, origins)  # here, while an experiment file is open: it asks where values come from
+        # while an experiment file is open, because it looks up where values come from
+        config, notes = fit(config, origins)
         if wrong:
             problems.append(_with_place(wrong[0], _places(found.choices, found.values, sources)))
     number_type = settle(config, this_machine(config.cluster.environment), is_auto=is_auto)
@@ -103,7 +105,7 @@ def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -
 
 
 def build_tree(overrides: Sequence[str], sources: Sources) -> Tree:
-    """The tree of the files and values that can be obeyed; ConfigError where there is none."""
+    """The tree of the valid files and values; ConfigError if there is none."""
     roots = sources.roots
     parsed, problems = _parse(overrides, roots)
     groups = [override for override in parsed if chooses_group(override, roots)]
@@ -135,7 +137,7 @@ def build_tree(overrides: Sequence[str], sources: Sources) -> Tree:
 
 
 def _refuse_stages(values: Sequence[Override], roots: Sequence[Path], problems: Sequence[str]) -> None:
-    """Keys of stages where no experiment brought any: one sentence for all, since each of them alone is right."""
+    """Stage keys without an experiment that defines stages: one sentence for all, since each key by itself is valid."""
     keys = [override.key for override in values if override.key.startswith("stages.") and not override.adds]
     if keys:
         choices = ", ".join(choices_of("experiment", roots))
@@ -144,7 +146,7 @@ def _refuse_stages(values: Sequence[Override], roots: Sequence[Path], problems: 
 
 
 def _may_be_experiment(text: str, has_experiment: bool) -> bool:
-    """Whether an argument that cannot be obeyed was meant to choose the experiment."""
+    """Whether an invalid argument was meant to choose the experiment."""
     return text.lstrip("+").startswith("experiment=") or ("=" not in text and not has_experiment)
 
 
@@ -154,7 +156,7 @@ def _unread(overrides: Sequence[str], parsed: Sequence[Override]) -> list[str]:
 
 
 def take_autos(tree: DictConfig) -> tuple[str, ...]:
-    """Puts the smallest value in the place of every `auto` that a plan can settle; their keys."""
+    """Replace every `auto` that the plan can settle by the smallest value; return their keys."""
     stages: Any = OmegaConf.select(tree, "stages", default={})
     smallest = {
         key.replace(STAGE, name): value
@@ -168,7 +170,7 @@ def take_autos(tree: DictConfig) -> tuple[str, ...]:
 
 
 def _take_dtype(tree: DictConfig) -> tuple[str | None, bool]:
-    """Puts a valid type in the place of an `auto`, or of a value that is none: (what is wrong with it, whether it was `auto`)."""
+    """Replace an `auto` or an invalid value by a valid type; return (its problem, whether it was `auto`)."""
     value: object = OmegaConf.select(tree, NUMBER_TYPE, default=None)
     if value is None:
         return None, False  # the types report a missing key
@@ -179,19 +181,19 @@ def _take_dtype(tree: DictConfig) -> tuple[str | None, bool]:
 
 
 def presets(group: str, config_directory: Path | None = None) -> dict[str, Any]:
-    """The plain content of every file of a group, by its name."""
+    """The plain content of every file of a group, by name."""
     roots = roots_of(config_directory)
     files = {name: file_of(f"{group}/{name}", roots) for name in choices_of(group, roots)}
     return {name: OmegaConf.to_container(OmegaConf.load(file)) for name, file in files.items() if file is not None}
 
 
 def experiments(config_directory: Path | None = None) -> list[str]:
-    """Names that may follow +experiment=."""
+    """Valid names for `+experiment=`."""
     return choices_of("experiment", roots_of(config_directory))
 
 
 def roots_of(config_directory: Path | None) -> list[Path]:
-    """Folders with config groups; a file of an earlier one hides a file of the same name in a later one."""
+    """Folders with config groups; a file in an earlier one shadows a file of the same name in a later one."""
     if config_directory is None:
         return [CONF]
     if not config_directory.is_dir():
@@ -215,7 +217,7 @@ def _parse(overrides: Sequence[str], roots: Sequence[Path]) -> tuple[list[Overri
 
 
 def _set(tree: DictConfig, override: Override) -> None:
-    """Sets or deletes one key, as Hydra would; a key that is not there is added, since the types judge all keys."""
+    """Sets or deletes one key, as Hydra would; a missing key is added, since validation covers all keys."""
     if not override.deletes:
         OmegaConf.update(tree, override.key, override.value, force_add=True)
         return
@@ -236,13 +238,14 @@ def _places(choices: Sequence[str], values: Sequence[Override], sources: Sources
 
 
 def origins_of(found: Tree, sources: Sources) -> Origins:
-    """Where values come from. Files are looked through only where a file of the user's takes part: it costs a composition."""
+    """Sources of the values. Files are searched only if one of the user's takes part, because it costs a second
+    composition."""
     find = None if len(sources.roots) == 1 else cache(lambda: _places(found.choices, (), sources))
     return Origins(typed=tuple(override.key for override in found.values), find_places=find)
 
 
 def related(key: str, other: str) -> bool:
-    """Whether one of two dotted keys is the other, or stands above it."""
+    """Whether one of two dotted keys equals the other or is an ancestor of it."""
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 

@@ -24,12 +24,12 @@ _LONGEST_NAME = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Where composition looks: the folders with groups, and the experiment file if one was given by its path."""
+    """Search path of the composition: the folders with groups, and the experiment file if one was given by its path."""
 
     roots: tuple[Path, ...]
     file: Path | None = None
     link: Path | None = None
-    """Where Hydra reads the file: a group `experiment` made for it."""
+    """Where Hydra finds the file: a temporary group `experiment`."""
 
     @property
     def choices(self) -> list[str]:
@@ -37,13 +37,13 @@ class Sources:
         return [] if self.file is None else [f"+experiment={_NAME}"]
 
     def as_given(self, text: str) -> str:
-        """A message or location with the path that the user knows."""
+        """A message or location with the path as the user typed it."""
         if self.file is None:
             return text
         return text.replace(str(self.link), str(self.file)).replace(f"'experiment/{_NAME}'", str(self.file))
 
     def default_name(self) -> str | None:
-        """The run's name where the file gives none: its own, so that two files never share a run folder."""
+        """The run's name if the file sets none: the file's own name, so that two files never share a run folder."""
         if self.file is None:
             return None
         content: JsonValue = yaml.safe_load(self.file.read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ class Sources:
 
 
 def is_experiment_file(text: str) -> bool:
-    """Whether an argument is the path of a YAML file; one with an equals sign only where the file exists."""
+    """Whether an argument is the path of a YAML file; with an equals sign only if the file exists."""
     if not text.endswith(SUFFIXES) or text.startswith(("+", "-")):
         return False
     return "=" not in text or Path(text).is_file()
@@ -61,7 +61,7 @@ def is_experiment_file(text: str) -> bool:
 
 @contextmanager
 def open_sources(overrides: Sequence[str], roots: Sequence[Path]) -> Generator[tuple[list[str], Sources]]:
-    """The overrides without the experiment file, and where composition looks; ConfigError for a file that is none."""
+    """The overrides without the experiment file, and the search path; ConfigError for a file that is no experiment."""
     files = [text for text in overrides if is_experiment_file(text)]
     rest = [text for text in overrides if text not in files]
     if not files:
@@ -74,7 +74,7 @@ def open_sources(overrides: Sequence[str], roots: Sequence[Path]) -> Generator[t
     problems = _problems(file, files[0])
     if problems:
         raise ConfigError(problems)
-    # Hydra finds experiments by name in a folder called experiment; a link in a folder of ours gives the file such a place.
+    # Hydra finds experiments by name in a folder called experiment; a link in a temporary folder provides that.
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
         link = Path(folder, "experiment", f"{_NAME}.yaml")
         link.parent.mkdir()
@@ -94,7 +94,7 @@ def _too_many(files: Sequence[str], experiments: Sequence[str]) -> str:
 
 
 def _problems(file: Path, text: str) -> list[str]:
-    """What keeps a file from being an experiment, with its line."""
+    """Why a file is no experiment, with the line."""
     if file.is_dir():
         return [f"{text} is a folder; an experiment file is needed"]
     if not file.is_file():
@@ -108,7 +108,7 @@ def _problems(file: Path, text: str) -> list[str]:
     lines = file.read_text(encoding="utf-8").splitlines()
     if not any(line.strip() and not line.lstrip().startswith("#") for line in lines):
         return [f"{text} holds no keys; `init {file.with_stem(file.stem + '_new')}` writes an experiment file"]
-    # Hydra reads the header from the first lines alone: not below another comment.
+    # Hydra reads the header only from the first lines, not below another comment.
     head = next(line.strip() for line in lines if line.strip())
     if _HEADER_LINE.fullmatch(head):
         return []

@@ -1,4 +1,4 @@
-"""Overrides on a frozen configuration, which has no files and no interpolations left. Must not import torch."""
+"""Applies overrides to a frozen configuration, which has no files or interpolations left. Must not import torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from orchestrator.errors import ConfigError
 
 
 def changed_values(values: dict[str, JsonValue], words: Sequence[str]) -> dict[str, JsonValue]:
-    """The configuration with the overrides; ConfigError with every problem. Groups whose file needs no others may be chosen."""
+    """The configuration with the overrides applied; ConfigError with every problem. Groups whose files need no others
+    may be chosen."""
     tree = copy.deepcopy(values)
     known = dotted_keys(tree)
     problems = two_values(words)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def compose_tree(choices: Sequence[str], roots: Sequence[Path]) -> DictConfig:
     """The tree of the chosen files.
 
-    Hydra also composes settings of its own, which nothing here reads and which take half of the time: they are left out
-    where no file speaks of them.
+    Hydra also composes settings of its own, which nothing here reads and which take half of the time: they are skipped
+    unless a file refers to them.
     """
     from hydra import compose as hydra_compose
     from hydra._internal.config_repository import CachingConfigRepository
@@ -41,7 +41,7 @@ def compose_tree(choices: Sequence[str], roots: Sequence[Path]) -> DictConfig:
 
 
 def chosen_files(choices: Sequence[str], roots: Sequence[Path]) -> list[tuple[Path, str]]:
-    """The files that make the tree, each with its package, in the order of composition."""
+    """The files of the tree, each with its package, in composition order."""
     from hydra.types import RunMode
 
     with _hydra(roots) as loader:
@@ -51,7 +51,7 @@ def chosen_files(choices: Sequence[str], roots: Sequence[Path]) -> list[tuple[Pa
 
 
 def file_of(config_path: str, roots: Sequence[Path]) -> Path | None:
-    """The file of `group/name`, in the first folder that has it."""
+    """The file of `group/name` in the first folder that has it."""
     files = [root / f"{config_path}.yaml" for root in roots]
     return next((file for file in files if file.is_file()), None)
 
@@ -76,7 +76,7 @@ def as_sentences(roots: Sequence[Path]) -> Generator[None]:
 
 @contextmanager
 def _hydra(roots: Sequence[Path]) -> Generator[ConfigLoaderImpl]:
-    """Hydra over the folders, the first of them first."""
+    """Hydra initialised over the folders, in order of precedence."""
     from hydra import initialize_config_dir
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.global_hydra import GlobalHydra
@@ -84,18 +84,18 @@ def _hydra(roots: Sequence[Path]) -> Generator[ConfigLoaderImpl]:
     with initialize_config_dir(config_dir=str(roots[-1]), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         assert isinstance(loader, ConfigLoaderImpl)
-        for root in reversed(roots[:-1]):  # hydra.searchpath would put them last, and hide them
+        for root in reversed(roots[:-1]):  # hydra.searchpath would append them, and so shadow them
             loader.config_search_path.prepend("folder of the user", f"file://{root}", "main")
         loader.repository.initialize_sources(loader.config_search_path)
         yield loader
 
 
 def _speaks_of_hydra(roots: Sequence[Path]) -> bool:
-    """Whether a file may hold a `hydra:` section (a search path, say), or choose one of Hydra's own groups."""
+    """Whether a file may contain a `hydra:` section (a search path, say), or choose one of Hydra's own groups."""
     return any(b"hydra" in file.read_bytes() for root in roots for file in root.rglob("*.yaml") if file.is_file())
 
 
 def _one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's message without what only their authors need."""
+    """Hydra's or OmegaConf's message without internals."""
     message = " ".join(str(error).split())
     return message.split(" Config search path:")[0].split(" full_key:")[0]

@@ -1,4 +1,5 @@
-"""The reference of every key: type, allowed values, default, unit and sentence, from the types and from conf/. Must not import torch."""
+"""The reference of every key: type, allowed values, default, unit and description, from the types and from conf/. Must
+not import torch."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.config.validation_messages import DISCRIMINATORS
 
 MAP_NAMES = {"stages": STAGE, "sets": "SET"}
-"""What stands for the name that a user chooses."""
+"""Placeholder of a name that the user chooses."""
 STAGE_GROUPS = ("optimizer", "schedule", "data")
 UNITS = {
     "_seconds": "seconds",
@@ -77,15 +78,15 @@ PLAIN = {
     "tracking": "Where metrics go besides metrics.jsonl.",
     "tuning": "What is trained: the whole model, a part of it or an adapter.",
 }
-"""Sentences for fields that the code leaves to their names."""
+"""Descriptions of fields that have no docstring in the code."""
 _WHERE = "_reference"
-"""Part of the tree that holds every choice of every group, for the defaults."""
+"""Part of the tree with every choice of every group, for the defaults."""
 _NOWHERE = "no default"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """One key, or one group of files to choose from."""
+    """One key, or one group of files."""
 
     name: str
     type: str
@@ -93,7 +94,7 @@ class Key:
     unit: str
     sentence: str
     only: tuple[str, ...] = ()
-    """Alternatives that have it, such as `lora`; none where all have."""
+    """Alternatives that have the key, such as `lora`; empty if all have it."""
 
 
 def reference() -> list[Key]:
@@ -133,14 +134,14 @@ def _below(annotation: Any, key: str, only: tuple[str, ...]) -> Iterator[Key]:
 
 
 def _of_section(annotation: Any) -> str:
-    """What the section of a field says of itself."""
+    """The docstring of a field's section."""
     if isinstance(annotation, type) and issubclass(annotation, Section) and annotation.__doc__ != Section.__doc__:
         return " ".join((annotation.__doc__ or "").split())
     return ""
 
 
 def _alternatives(section: type[Section]) -> tuple[str, ...]:
-    """The values of `kind`, `method` or the like that choose this section; none where nothing does."""
+    """The values of `kind`, `method` or a similar field that select this section; empty if none does."""
     for name in DISCRIMINATORS:
         if name in section.model_fields and get_origin(section.model_fields[name].annotation) is Literal:
             return tuple(str(value) for value in get_args(section.model_fields[name].annotation))
@@ -153,7 +154,7 @@ def _type_of(key: str, field: FieldInfo) -> str:
 
 
 def _type(annotation: Any, metadata: Sequence[Any]) -> str:
-    """An annotation in words: `int >= 1`, `a | b`, `list of text`."""
+    """An annotation in plain English: `int >= 1`, `a | b`, `list of text`."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         more = [part for extra in inner[1:] if isinstance(extra, FieldInfo) for part in extra.metadata]
@@ -252,7 +253,7 @@ def _trees() -> dict[str, Any]:
 
 
 def _default(key: Key, trees: dict[str, Any]) -> str:
-    """The value in conf/; of a key that several files give, each value with the files' names."""
+    """The value in conf/; if several files set the key, each value with the files' names."""
     parts = key.name.split(".")
     if parts[:2] == ["stages", "STAGE"]:
         places: dict[str, list[Any]] = {kind: [stage, *parts[2:]] for kind, stage in trees["stages"].items()}
@@ -273,12 +274,12 @@ def _default(key: Key, trees: dict[str, Any]) -> str:
 
 
 def _chooses(content: Any) -> str | None:
-    """The alternative that a file of a group is one of."""
+    """The alternative that a file of a group selects."""
     return next((str(content[name]) for name in DISCRIMINATORS if name in content), None)
 
 
 def _value(tree: Any, path: Sequence[str]) -> str | None:
-    """A leaf as it would be typed; None where the tree has no such key, or a section there."""
+    """A leaf as it would be typed; None if the key is missing or a section."""
     node: JsonValue = tree
     for part in path:
         if not isinstance(node, dict) or part not in node:

@@ -1,4 +1,4 @@
-"""Finds keys of the reference by a part of their name, a glob or a key of a configuration. Must not import torch."""
+"""Finds keys of the reference by part of their name, a glob or a configuration's own key. Must not import torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from orchestrator.composition.key_reference import MAP_NAMES, Key
 
 
 def matching(keys: Sequence[Key], pattern: str) -> list[Key]:
-    """Keys whose name holds the text, or fits the glob; the name of a stage, as other verbs print it, counts as STAGE."""
+    """Keys whose name contains the text or matches the glob; the name of a stage, as other verbs print it, counts as
+    STAGE."""
     return _matching(keys, pattern) or _matching(keys, _with_placeholders(pattern))
 
 
 def _with_placeholders(pattern: str) -> str:
-    """A key of a configuration as the reference spells it: `stages.sft.data.mix.1.path` -> `stages.STAGE.data.mix.0.path`."""
+    """A configuration's own key as the reference spells it: `stages.sft.data.mix.1.path` ->
+    `stages.STAGE.data.mix.0.path`."""
     parts = pattern.split(".")
     for place, (above, part) in enumerate(pairwise(parts), start=1):
         if part.isdecimal():

@@ -1,4 +1,4 @@
-"""The few values that a key may have, from its type; for completion. Must not import torch."""
+"""The values that a key may have if they are few, from its type; for completion. Must not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.config.autos import AUTO, takes_auto
 
 
 def allowed_values(key: str) -> list[str]:
-    """`true` and `false` of a switch, the names of a choice, `null` and `auto` where they are allowed; none for free text."""
+    """`true` and `false` of a switch, the names of a choice, `null` and `auto` if allowed; nothing for free text."""
     typed = [value for annotation in annotations_of(key) for value in _values(annotation)]
     return list(dict.fromkeys([*([AUTO] if takes_auto(key) else []), *typed]))
 

@@ -1,4 +1,5 @@
-"""Values that Hydra's grammar cannot read, or reads as something else than the text that was meant. Must not import torch."""
+"""Values that Hydra's grammar cannot read, or reads as something other than the intended text. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -11,28 +12,28 @@ from typing import Any, get_args, get_origin
 
 _ASSIGNMENT = re.compile(r"(?P<mark>\+{0,2})(?P<key>[A-Za-z_][\w./-]*(@[\w.-]+)?)=(?P<value>.*)", re.DOTALL)
 _AMBIGUOUS = ("[", "{", '"', "'")
-"""First characters of a list, a map or a quoted text: one of them was meant, and holds a fault."""
+"""First characters of a list, a map or a quoted text: such a value was intended and contains an error."""
 
 
 def literal_parts(text: str) -> tuple[str, str, str] | None:
-    """Mark (+, ++), key and value of `key=value`; None where the text has no such form."""
+    """Mark (+, ++), key and value of `key=value`; None if the text has another form."""
     match = _ASSIGNMENT.fullmatch(text)
     return None if match is None else (match["mark"], match["key"], match["value"])
 
 
 def may_be_literal(value: str) -> bool:
-    """Whether a value that the grammar refuses can only be meant as it stands."""
+    """Whether a value that the grammar refuses can only be meant literally."""
     return bool(value) and not value.startswith(_AMBIGUOUS) and "${" not in value
 
 
 def quoted(key: str, value: str) -> str:
-    """`key=value` such that a shell and Hydra's grammar both leave the value as it is."""
+    """`key=value` quoted so that both a shell and Hydra's grammar preserve the value."""
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return shlex.quote(f'{key}="{escaped}"')
 
 
 def takes_text_only(key: str) -> bool:
-    """Whether a key holds text and nothing else (or null), so that `name=2024` means the four digits."""
+    """Whether a key accepts only text (or null), so that `name=2024` means the four digits."""
     found = list(annotations_of(key))
     return bool(found) and all(_is_text(annotation) for annotation in found)
 
@@ -46,7 +47,7 @@ def names_existing_file(value: str) -> bool:
 
 def annotations_of(key: str) -> Iterator[Any]:
     """The annotation of a dotted key in every alternative that has it."""
-    from orchestrator.config.run import RunConfig  # here, since `--help` reads this module and needs no types
+    from orchestrator.config.run import RunConfig  # imported here, since `--help` reads this module and needs no types
 
     annotations: list[Any] = [RunConfig]
     for part in key.split("."):
@@ -55,7 +56,7 @@ def annotations_of(key: str) -> Iterator[Any]:
 
 
 def _below(annotation: Any, part: str) -> Iterator[Any]:
-    """What is under a part: a field of a section, the values of a map, the elements of a list."""
+    """The types below one part of a key: a field of a section, the values of a map, the elements of a list."""
     from orchestrator.config.base import Section
 
     if isinstance(annotation, type) and issubclass(annotation, Section):

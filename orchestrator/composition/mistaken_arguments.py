@@ -1,4 +1,4 @@
-"""Arguments without an equals sign where overrides are expected: what was meant by each. Must not import torch."""
+"""Explains arguments without an equals sign where overrides are expected. Must not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz")
 
 
 def bare_argument_problem(text: str, roots: Sequence[Path]) -> str | None:
-    """A sentence for an experiment, a group's choice, a run folder or a file of rows that stands there alone; else None."""
+    """A sentence for a bare experiment, group choice, run folder or file of rows; else None."""
     if not text or "=" in text or text.startswith(("+", "~")):
         return None
     if text in choices_of("experiment", roots):

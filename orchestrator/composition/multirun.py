@@ -17,14 +17,14 @@ _UNUSUAL = re.compile(r"[^A-Za-z0-9.+-]+")
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
-    """Whether the words ask for several runs."""
+    """Whether the overrides ask for several runs."""
     return any(flag in arguments for flag in FLAGS)
 
 
 def combinations(arguments: Sequence[str], *, name: str) -> list[list[str]]:
-    """The words of each run, the last key's values changing fastest; each run is called NAME-key_value-...
+    """The overrides of each run, the last key's values changing fastest; each run is called NAME-key_value-...
 
-    `name` is what a run without -m would be called. Raises ConfigError where no word holds several values.
+    `name` is the name of the run without -m. Raises ConfigError if no override has several values.
     """
     words = [word for word in arguments if word not in FLAGS]
     swept = {word: values for word in words if (values := _values(word)) is not None}
@@ -42,7 +42,8 @@ def combinations(arguments: Sequence[str], *, name: str) -> list[list[str]]:
 
 
 def first_words(arguments: Sequence[str]) -> list[str]:
-    """The words of one run, with the first of the values (of an interval its lower end) where a word holds several."""
+    """The overrides of one run, with the first value (of an interval, its lower end) of each override that has
+    several."""
     return [_first(word) for word in arguments if word not in FLAGS]
 
 
@@ -58,7 +59,8 @@ def _first(word: str) -> str:
 
 
 def _values(word: str) -> list[str] | None:
-    """`key=a,b` as [key=a, key=b]; None for a word with one value, and for one that is no override (told later)."""
+    """`key=a,b` as [key=a, key=b]; None for an override with one value, and for an argument that is no override
+    (reported later)."""
     override = _parse(word)
     if override is None or not override.is_sweep_override():
         return None
@@ -87,6 +89,6 @@ def _key(word: str) -> str:
 
 
 def _label(words: Sequence[str]) -> str:
-    """`lr_0.0001-rank_8`: the last part of each key with its value, as a part of a folder's name."""
+    """`lr_0.0001-rank_8`: the last part of each key with its value, as part of a folder name."""
     parts = [(_key(word).split("@")[0].rpartition(".")[2], word.partition("=")[2]) for word in words]
     return "-".join(f"{key}_{_UNUSUAL.sub('_', value).strip('_') or 'none'}" for key, value in parts)[:80]

@@ -1,4 +1,4 @@
-"""Several numbers of nodes among the overrides: `cluster.nodes=1,2,...,16`. Must not import torch."""
+"""Lists of node counts among the overrides: `cluster.nodes=1,2,...,16`. Must not import torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ELLIPSIS = "..."
 
 
 def take_node_counts(arguments: Sequence[str]) -> tuple[list[str], list[int] | None]:
-    """The words without `cluster.nodes=1,2,4,...,512`, and its numbers; None where no list is asked for.
+    """The overrides without `cluster.nodes=1,2,4,...,512`, and its numbers; None if there is no such list.
 
-    Three dots go on by the factor of the two numbers before them.
+    Three dots continue with the ratio of the two numbers before them.
     """
     lists = [word for word in arguments if word.startswith(KEY) and "," in word and "-m" not in arguments]
     if not lists or "--multirun" in arguments:
@@ -35,7 +35,7 @@ def _expanded(parts: Sequence[str], *, word: str) -> list[int]:
 
 
 def _between(counts: Sequence[int], last: int, word: str) -> list[int]:
-    """What the three dots stand for."""
+    """The numbers that the three dots expand to."""
     factor, rest = divmod(counts[-1], counts[-2])
     if rest or factor < 2:
         raise ConfigError(f"{word}: three dots go on by the factor of the two numbers before them; type 1,2,4,...,512")

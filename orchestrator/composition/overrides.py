@@ -1,4 +1,5 @@
-"""Overrides of the command line: what Hydra's grammar reads, and what is wrong with one of them. Must not import torch."""
+"""Overrides of the command line: parsing by Hydra's grammar, and problems of single overrides. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ from orchestrator.errors import ConfigError, nearest
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
-"""The wheel carries conf/ inside the package, where no other project's conf/ can replace it; a checkout has it at its top."""
+"""The wheel ships conf/ inside the package, where no other project's conf/ can overwrite it; a checkout has it at its
+root."""
 TOP_GROUPS = ("model", "tuning", "quantization", "sharding", "cluster", "launcher", "tracking", "study")
 RECIPE = "demonstration"
-"""Section of a stage in an experiment file: values for the rows that ship with this tool. No hint leads into it."""
+"""Section of a stage in an experiment file: values for the rows that ship with this tool. Hints never suggest it."""
 OPEN_MAPS = ("environment", "columns", "sets")
 """Maps whose keys the user chooses."""
 
@@ -44,10 +46,10 @@ class Override:
 
 
 def parse_override(text: str) -> Override:
-    """One override; ConfigError where it is none, or none that can be obeyed.
+    """Parse one override; ConfigError if it is none, or an invalid one.
 
-    A value that Hydra's grammar refuses (`~/rows.jsonl`, `a=b`, `run (1)`) is taken as it stands, unless it could be a faulty
-    list, map or quoted text.
+    A value that Hydra's grammar refuses (`~/rows.jsonl`, `a=b`, `run (1)`) is taken literally, unless it could be a
+    faulty list, map or quoted text.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -112,7 +114,7 @@ def choices_of(group: str, roots: Sequence[Path]) -> list[str]:
 
 
 def group_problems(override: Override, roots: Sequence[Path]) -> list[str]:
-    """What is wrong with the choice of a group."""
+    """Problems of a group's choice."""
     group = override.group
     choices = choices_of(group, roots)
     if override.deletes:
@@ -141,13 +143,13 @@ def group_problems(override: Override, roots: Sequence[Path]) -> list[str]:
 
 
 def experiment_problems(overrides: Sequence[Override]) -> list[str]:
-    """A run has one experiment."""
+    """Problems of several experiments: a run has one."""
     chosen = [override.text for override in overrides if override.key == "experiment" and override.adds]
     return [f"{' '.join(chosen)}: a run has one experiment; leave out all but one"] if len(chosen) > 1 else []
 
 
 def key_problems(override: Override, keys: Sequence[str]) -> list[str]:
-    """A value override must meet one of the keys that are there; what is added is judged by the types later."""
+    """Problems of a value override, which must match an existing key; added keys are validated later."""
     if override.adds:
         is_there = override.key in keys and not override.text.startswith("++")
         return [f"{override.text}: this key is there already; type {override.text.lstrip('+')}"] if is_there else []
@@ -162,7 +164,7 @@ def in_open_map(key: str) -> bool:
 
 
 def dotted_keys(tree: Any, prefix: str = "") -> list[str]:
-    """Every dotted key of a tree, inner nodes too."""
+    """Every dotted key of a tree, including inner nodes."""
     if not isinstance(tree, dict):
         return []
     keys: list[str] = []
@@ -172,7 +174,7 @@ def dotted_keys(tree: Any, prefix: str = "") -> list[str]:
 
 
 def two_values(overrides: Sequence[str]) -> list[str]:
-    """Keys that are given twice with different values: which of the two was meant cannot be known."""
+    """Keys that are given twice with different values, which is ambiguous."""
     problems: list[str] = []
     first: dict[str, str] = {}
     for text in overrides:

@@ -1,4 +1,4 @@
-"""The composed values with the file and line, or the command line, that each comes from. Must not import torch."""
+"""The composed values, each with its source: file and line, or the command line. Must not import torch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Sourced:
     values: dict[str, Any]
     sources: Mapping[str, str]
     problems: tuple[str, ...]
-    """What could not be obeyed; the values are those of the rest."""
+    """Problems of invalid overrides; the values come from the others."""
 
 
 def sourced(overrides: Sequence[str], *, config_directory: Path | None) -> Sourced:
-    """What the overrides compose, before a plan settles what is `auto`; ConfigError where nothing can be composed."""
+    """The composed values before a plan settles `auto`; ConfigError if nothing can be composed."""
     with open_sources(overrides, roots_of(config_directory)) as (rest, sources):
         found = build_tree(rest, sources)
         with as_sentences(sources.roots):
@@ -46,12 +46,12 @@ def sourced(overrides: Sequence[str], *, config_directory: Path | None) -> Sourc
 
 
 def experiment_alone(overrides: Sequence[str]) -> list[str]:
-    """The overrides that choose the experiment, and no other."""
+    """Only the overrides that choose the experiment."""
     return [text for text in overrides if is_experiment_file(text) or text.lstrip("+").startswith("experiment=")]
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is no section; an empty map is a leaf."""
+    """(dotted key, value) of every leaf; an empty map is a leaf."""
     for name, value in cast("dict[str, Any]", tree).items():
         if isinstance(value, dict) and value:
             yield from leaves(value, f"{prefix}{name}.")
@@ -60,7 +60,7 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _places(found: Tree, sources: Sources) -> dict[str, str]:
-    """Where every key got its value, inner ones too."""
+    """The source of every key's value, including inner nodes."""
     files = find_places(chosen_files(found.choices, sources.roots), with_references=True)
     places = {key: _short(sources.as_given(place)) for key, place in files.items()}
     if sources.default_name() is not None:
@@ -68,21 +68,21 @@ def _places(found: Tree, sources: Sources) -> dict[str, str]:
     for override in found.values:
         inner = dotted_keys(override.value)
         if not inner:
-            # What an earlier file said below this key is gone.
+            # Values that an earlier file set below this key are overwritten.
             places = {key: place for key, place in places.items() if not key.startswith(f"{override.key}.")}
         places |= dict.fromkeys([override.key, *(f"{override.key}.{key}" for key in inner)], COMMAND_LINE)
     return places
 
 
 def _source(key: str, places: Mapping[str, str]) -> str:
-    """Of the key itself or of the nearest section above it."""
+    """The source of the key itself or of its nearest ancestor."""
     parts = key.split(".")
     above = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     return next((places[name] for name in above if name in places), "")
 
 
 def _short(place: str) -> str:
-    """Our files as conf/GROUP/FILE:LINE, others relative to the working folder where they are below it."""
+    """Our files as conf/GROUP/FILE:LINE, others relative to the working folder if they are below it."""
     for folder, prefix in ((CONF, "conf/"), (Path.cwd(), "")):
         if place.startswith(f"{folder}/"):
             return prefix + place.removeprefix(f"{folder}/")

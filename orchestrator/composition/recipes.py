@@ -1,6 +1,6 @@
-"""Fits the presets to what was typed: recipes of the demonstration, lengths, batch sizes. Must not import torch.
+"""Adapts presets to typed values: recipes of the demonstration, lengths, batch sizes. Must not import torch.
 
-A typed value is obeyed, or refused by the rules; a preset's value gives way to it, and a note names every such change.
+A typed value is used, or refused by the rules; a preset's value yields to it, and a note names every such change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orchestrator.config.training import BatchConfig, TrainingStage
 
 
 class Origin(IntEnum):
-    """Who gave a key its value; a higher one wins over a lower one."""
+    """The origin of a key's value; a higher one wins over a lower one."""
 
     PRESET = 0
     FILE = 1
@@ -34,10 +34,10 @@ class Origins:
     typed: tuple[str, ...]
     """Keys of the command line."""
     find_places: Callable[[], Mapping[str, str]] | None
-    """FILE:LINE of every key, which takes a second composition; None where no folder of the user's takes part."""
+    """FILE:LINE of every key, at the cost of a second composition; None if no folder of the user's takes part."""
 
     def of(self, key: str) -> Origin:
-        """The origin of a leaf; a typed section (batch={...}) counts for all below it."""
+        """The origin of a leaf; a typed section (batch={...}) applies to all keys below it."""
         if any(f"{key}.".startswith(f"{word}.") for word in self.typed):
             return Origin.TYPED
         if self.find_places is None:
@@ -47,12 +47,12 @@ class Origins:
 
 
 def take_recipes(tree: DictConfig, origins: Origins) -> dict[str, str]:
-    """Removes every stage's recipe of the demonstration, and sets its values where the stage trains on that set alone.
+    """Remove every stage's recipe for the demonstration, and apply it if the stage trains only on that set.
 
-    Returns the keys that were set, with the key of the recipe that each value comes from.
+    Returns the keys that were set, each with the recipe key that its value comes from.
 
-    A recipe that makes 272 short rows stick in two minutes is wrong for rows of another number and length, so the stage itself
-    says what holds for rows of a user's own.
+    A recipe that learns 272 short rows in two minutes is wrong for rows of other number and length, so the stage's own
+    values are those for a user's rows.
     """
     stages = OmegaConf.select(tree, "stages", default=None)
     moved: dict[str, str] = {}
@@ -76,7 +76,8 @@ def take_recipes(tree: DictConfig, origins: Origins) -> dict[str, str]:
 
 
 def fit(config: RunConfig, origins: Origins) -> tuple[RunConfig, tuple[str, ...]]:
-    """The configuration with the presets' lengths and batch sizes fitted to what was typed, and a note for every change."""
+    """The configuration with the presets' lengths and batch sizes adapted to typed values, and a note for every
+    change."""
     notes: list[str] = []
     stages = dict(config.stages)
     for name, stage in training_pipeline(config).items():
@@ -97,7 +98,8 @@ def _leaves(recipe: DictConfig, prefix: str = "") -> dict[str, object]:
 
 
 def _target(tree: DictConfig, stage: str, key: str) -> str | None:
-    """The key that a recipe's key sets, of its stage or below `tuning` of the run; None where what was chosen leaves no place for it."""
+    """The key that a recipe's key sets, in its stage or below the run's `tuning`; None if the chosen alternative does
+    not have it."""
     packing = OmegaConf.select(tree, f"stages.{stage}.data.packing", default="none")
     if key == "data.group_by_length" and packing != "none":
         return None  # packed rows have one length
@@ -115,7 +117,7 @@ def _is_demonstration(tree: DictConfig, stage: str) -> bool:
 
 
 def _with_length(name: str, stage: TrainingStage, origins: Origins) -> tuple[TrainingStage, Sequence[str]]:
-    """Of `max_steps` and `epochs` the one of the higher origin; `max_steps` where both are of one origin."""
+    """Whichever of `max_steps` and `epochs` has the higher origin; `max_steps` if both have the same."""
     steps, epochs = stage.max_steps, stage.epochs
     if steps is None or epochs is None:
         return stage, ()
@@ -136,10 +138,10 @@ def _from(origin: Origin) -> str:
 def _with_batch(
     name: str, stage: TrainingStage, origins: Origins, *, ranks: int
 ) -> tuple[TrainingStage, Sequence[str]]:
-    """Batch sizes of presets, for the ranks that there are.
+    """Adapt preset batch sizes to the available ranks.
 
-    The micro-batch shrinks first, since accumulation gives the same gradient. The global batch, on which the result depends,
-    grows only where it holds fewer rows than the ranks can share.
+    The micro-batch shrinks first, since accumulation gives the same gradient. The global batch, on which the result
+    depends, grows only if it holds fewer rows than the ranks can share.
     """
     key = f"stages.{name}.batch"
     is_open = {field: origins.of(f"{key}.{field}") is Origin.PRESET for field in ("global_size", "micro_size")}
@@ -180,7 +182,8 @@ def _batch_note(stage: TrainingStage, key: str, fitted: BatchConfig, *, ranks: i
 
 
 def _fitted(batch: BatchConfig, *, ranks: int, is_open: Mapping[str, bool]) -> BatchConfig:
-    """The batch sizes that fit, of those that may change; as they were where none does, for the rules to refuse."""
+    """The first batch sizes that fit, of those that may change; unchanged if none fits, so that the rules refuse
+    them."""
     size, micro = batch.global_size, batch.micro_size
     if size % (micro * ranks) == 0:
         return batch
@@ -193,10 +196,11 @@ def _fitted(batch: BatchConfig, *, ranks: int, is_open: Mapping[str, bool]) -> B
 
 
 def _fitted_prompts(stage: PolicyStage, batch: BatchConfig, *, ranks: int) -> int:
-    """The fewest prompts, and no fewer than the preset's, that the ranks share and whose completions fill whole global batches."""
+    """The smallest number of prompts, at least the preset's, that the ranks can share and whose completions fill whole
+    global batches."""
     rollout = stage.rollout
     if rollout.prompts % ranks == 0 and batch.global_size == stage.batch.global_size:
-        return rollout.prompts  # what does not fit then was typed so, and is refused
+        return rollout.prompts  # what does not fit then was typed, and is refused
     first = -(-rollout.prompts // ranks) * ranks
     candidates = range(first, first + ranks * batch.global_size, ranks)
     return next((n for n in candidates if n * rollout.group_size % batch.global_size == 0), rollout.prompts)

@@ -1,4 +1,5 @@
-"""File and line that gave a key of the composed configuration its value, and files that are no YAML; must not import torch."""
+"""Finds the file and line that set each key of the composed configuration, and invalid YAML files. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from orchestrator.config.base import JsonValue
 def find_places(files: Iterable[tuple[Path, str]], *, with_references: bool = False) -> dict[str, str]:
     """Dotted key -> FILE:LINE, from (file, package) in the order of composition: a later file wins.
 
-    Values that follow another key (`${seed}`) are left out, since a fault in them belongs to that key, unless asked for.
+    Values that refer to another key (`${seed}`) are omitted unless asked for, since an error in them belongs to that
+    key.
     """
     places: dict[str, str] = {}
     for file, package in files:
@@ -29,7 +31,7 @@ def find_places(files: Iterable[tuple[Path, str]], *, with_references: bool = Fa
 
 
 def unreadable_files(roots: Sequence[Path]) -> list[str]:
-    """One sentence for every YAML file of the folders that cannot be read as keys and values."""
+    """One sentence for every YAML file in the folders that cannot be read as keys and values."""
     files = [file for root in roots for file in sorted(root.rglob("*.yaml")) if file.is_file()]
     return [problem for file in files for problem in file_problems(file)]
 
@@ -38,7 +40,7 @@ def file_problems(file: Path) -> list[str]:
     from omegaconf import OmegaConf
 
     try:
-        OmegaConf.load(file)  # stricter than YAML: no key stands twice
+        OmegaConf.load(file)  # stricter than YAML: no duplicate keys
         content: JsonValue = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = 0 if error.problem_mark is None else error.problem_mark.line + 1

@@ -1,4 +1,4 @@
-"""Every path of a configuration as an absolute one, and `auto` starts by their names. Must not import torch."""
+"""Makes every path of a configuration absolute and replaces `auto` starts by stage names. Must not import torch."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _resolved_stage(stage: Stage, working_folder: Path) -> Stage:
 
 
 def _resolved_reward(reward: RewardSource, working_folder: Path) -> RewardSource:
-    """Files of functions and folders of models become absolute."""
+    """Make files of functions and folders of models absolute."""
     if not reward.source.startswith(MODEL_PREFIX):
         return _resolved_function(reward, working_folder)
     folder = _absolute(reward.source.removeprefix(MODEL_PREFIX), working_folder)
@@ -75,7 +75,7 @@ def _resolved_reward(reward: RewardSource, working_folder: Path) -> RewardSource
 
 
 def _resolved_function(function: AnyFunction, working_folder: Path) -> AnyFunction:
-    """A user's file becomes absolute; the names of built-in functions stay."""
+    """Make a user's file absolute; keep the names of built-in functions."""
     if ".py:" not in function.source:
         return function
     file, _, name = function.source.rpartition(":")
@@ -87,7 +87,7 @@ def _resolved_source(source: SourceConfig, working_folder: Path) -> SourceConfig
 
 
 def _resolved_path(path: str, working_folder: Path) -> str:
-    """Files become absolute; keywords and hub ids (owner/name that is no file) stay."""
+    """Make files absolute; keep keywords and hub ids (owner/name that is no file)."""
     if path in KEYWORDS:
         return path
     absolute = _absolute(path, working_folder)

@@ -1,4 +1,4 @@
-"""Settles what a configuration leaves to the plan (`auto`), and prints what else would fit. Must not import torch."""
+"""Settles what a configuration leaves to the plan (`auto`), and lists what else would fit. Must not import torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Choices:
 
 
 def settled_words(composed: Composed, config_directory: Path | None) -> list[str]:
-    """A word for every `auto`: as the run folder has it already, else as the search finds it."""
+    """An override for every `auto`: as frozen in the run folder, else as the search finds it."""
     config = resolve(composed.config, Path.cwd())
     frozen = _frozen_words(config, composed.autos)
     if frozen is not None:
@@ -69,7 +69,7 @@ def settled_words(composed: Composed, config_directory: Path | None) -> list[str
 
 
 def smaller_settings(config: RunConfig, stage: str, *, number: int = 3) -> list[str]:
-    """What to type so that a stage needs less memory than it does now, the fastest first, at the same global batch."""
+    """Overrides that reduce a stage's memory at the same global batch, the fastest first."""
     machine = this_machine(config.cluster.environment)
     config = as_seen(config, machine, None, assumes_speed=True)
     base, data = gather(config)
@@ -84,7 +84,7 @@ def smaller_settings(config: RunConfig, stage: str, *, number: int = 3) -> list[
 
 
 def found_advice(config: RunConfig, axes: Axes, judge: Judge, choices: Choices) -> Advice:
-    """The advice, with the nearest changes where nothing fits."""
+    """The advice, with the nearest changes if nothing fits."""
     advice = advise(config, axes, judge)
     if advice.best is not None:
         return advice
@@ -97,7 +97,8 @@ def found_advice(config: RunConfig, axes: Axes, judge: Judge, choices: Choices) 
 
 
 def judge_of(base: Base, data: Mapping[str, DataFacts]) -> Judge:
-    """Judges by the plan itself; what was measured holds for its own setting alone, so that the table's rates compare."""
+    """Evaluate settings by the plan itself. Measurements hold only for their own setting, so rates are compared by the
+    hardware table."""
     unmeasured = {name: replace(facts, measured=None) for name, facts in data.items()}
 
     def judge(config: RunConfig) -> dict[str, Judgement]:
@@ -108,7 +109,7 @@ def judge_of(base: Base, data: Mapping[str, DataFacts]) -> Judge:
 
 
 def judgement(stage: StagePlan) -> Judgement:
-    """What a planned stage says; ConfigError where memory or time cannot be reckoned."""
+    """The forecast of a planned stage; ConfigError if memory or time cannot be computed."""
     memory, time = stage.memory, stage.time
     if memory is None or memory.verdict is None:
         raise ConfigError(
@@ -128,7 +129,7 @@ def judgement(stage: StagePlan) -> Judgement:
 
 
 def choices_of(config: RunConfig, config_directory: Path | None) -> Choices:
-    """The presets of the configuration's folders; the configuration's own sharding with the values that it has now."""
+    """The presets of the configuration's folders; the configuration's own sharding with its current values."""
     sharding = TypeAdapter[Any](Sharding)
     found = {
         name: sharding.validate_python(content)
@@ -138,7 +139,7 @@ def choices_of(config: RunConfig, config_directory: Path | None) -> Choices:
     names = sorted(
         found, key=lambda name: (SIMPLE_FIRST.index(name) if name in SIMPLE_FIRST else len(SIMPLE_FIRST), name)
     )
-    if config.world_size == 1:  # there is nobody to share with
+    if config.world_size == 1:  # a single rank has nobody to share with
         names = [name for name in names if not found[name].is_deepspeed or _offloads(found[name])]
     ours = {name: config.sharding if _alike(found[name], config.sharding) else found[name] for name in names}
     quantization = TypeAdapter[Any](Quantization)
@@ -161,7 +162,7 @@ def nearest_sentences(advice: Advice, config: RunConfig) -> list[str]:
 
 
 def _changed_words(option: Option, config: RunConfig) -> list[str]:
-    """The words of an option that are not the configuration's own already."""
+    """The overrides of an option that differ from the configuration."""
     own = {
         "model.gradient_checkpointing": str(config.model.gradient_checkpointing).lower(),
         "quantization": config.quantization.scheme,
@@ -171,7 +172,7 @@ def _changed_words(option: Option, config: RunConfig) -> list[str]:
 
 
 def _open_axes(axes: Axes, composed: Composed) -> Axes:
-    """Only what was left open, everything else as it is configured."""
+    """Only the open choices; everything else as configured."""
     config, autos = composed.config, composed.autos
     shardings = {
         name: known for name, known in axes.shardings.items() if "sharding" in autos or known == config.sharding
@@ -193,7 +194,7 @@ def _micro_size(config: RunConfig, name: str) -> int:
 
 
 def _frozen_words(config: RunConfig, autos: Sequence[str]) -> list[str] | None:
-    """What the run folder settled before, so that a rerun goes on with it; None for a new run."""
+    """The values that the run folder settled before, so that a rerun keeps them; None for a new run."""
     try:
         frozen: Any = read_config(RunFolder(run_directory_of(config)))
     except RunFolderError:
@@ -218,5 +219,5 @@ def _offloads(sharding: Sharding) -> bool:
 
 
 def _alike(one: Sharding, other: Sharding) -> bool:
-    """Whether two shardings are of one preset: what is tuned below that counts as the configuration's own."""
+    """Whether two shardings belong to one preset; finer settings count as the configuration's own."""
     return one.strategy == other.strategy and _offloads(one) == _offloads(other)

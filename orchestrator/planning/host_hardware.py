@@ -1,4 +1,5 @@
-"""A configuration with what is known of this machine in the place of unknown hardware, for the arithmetic of a plan; no torch."""
+"""Replaces unknown hardware in a configuration by this machine's, for the arithmetic of a plan. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ GIB = 2**30
 def as_seen(
     config: RunConfig, machine: Machine, config_directory: Path | None, *, assumes_speed: bool = False
 ) -> RunConfig:
-    """The device in the place of `auto`; for ranks on this machine's processor also its memory, and bandwidths of conf/hardware/cpu.yaml.
+    """Replace `auto` by the device; for ranks on this machine's processor also fill in its memory and the bandwidths of
+    conf/hardware/cpu.yaml.
 
-    `assumes_speed` takes that file's peak as well: good enough to rank settings of one machine, not to promise a time. Never
-    frozen. The hardware keeps its name: what runs measured is found by it.
+    `assumes_speed` takes that file's peak as well: good enough to rank settings of one machine, not to promise a time.
+    Never frozen. The hardware keeps its name, because measurements are found by it.
     """
     config = with_device(config, machine)
     hardware, cluster = config.cluster.hardware, config.cluster

@@ -1,4 +1,4 @@
-"""Looks at what a resolved configuration names: the base model and the data. Reads files; never torch or a network."""
+"""Inspects the base model and the data of a resolved configuration. Reads files only; never uses torch or a network."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 
 def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
-    """Facts of the base and of every stage's data; one error with all problems."""
+    """Facts about the base and every stage's data; one error with all problems."""
     problems: list[str] = []
     base = _attempt(partial(find_base, config.model), problems)
     sources = {name: sources_of(name, stage) for name, stage in config.stages.items() if name in config.pipeline}
@@ -81,7 +81,7 @@ def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
 def _format_problems(
     config: RunConfig, sources: Mapping[str, Mapping[str, SourceConfig]], looks: Mapping[str, SourceFacts | None]
 ) -> list[str]:
-    """What would train nothing in its stage, of the sources that could be looked at."""
+    """Sources without a trained token for their stage, among those that can be inspected."""
     found = [
         format_problem(config.stages[name], look.format, look.first, field=key)
         for name, named in sources.items()
@@ -92,7 +92,8 @@ def _format_problems(
 
 
 def _templated(config: RunConfig, name: str, look: SourceFacts) -> str | None:
-    """The mapping that sends plain prompts through the base's chat template; None where there is nothing to send or no template."""
+    """The mapping that renders plain prompts with the base's chat template; None without plain prompts or without a
+    template."""
     stage = config.stages[name]
     if wanted_kind(stage) is None or look.first is None or look.format is None:
         return None
@@ -103,7 +104,7 @@ def _templated(config: RunConfig, name: str, look: SourceFacts) -> str | None:
 
 
 def _has_template(config: RunConfig, data: DataConfig) -> bool:
-    """By the tokenizer's files; by the name of the base where these are not on this machine yet."""
+    """By the tokenizer's files; by the name of the base until these are on this machine."""
     folder = local_folder(config.model, cache_folder(config.cluster.scratch))
     if folder is not None:
         return has_template(data, folder)
@@ -113,7 +114,7 @@ def _has_template(config: RunConfig, data: DataConfig) -> bool:
 
 
 def _encoder_problems(model: Architecture, config: RunConfig) -> list[str]:
-    """What an encoder cannot do: it generates nothing, and has no mask that keeps packed texts apart."""
+    """Problems of an encoder base: it cannot generate, and has no mask that separates packed texts."""
     if model.model_type not in ENCODERS:
         return []
     stages = {name: config.stages[name] for name in config.pipeline}
@@ -139,7 +140,7 @@ def _is_of_classifiers(config: RunConfig, name: str) -> bool:
 
 
 def _with_preparation(config: RunConfig, name: str, base: Base, data: DataFacts) -> DataFacts:
-    """What the cache knows of the rows, and what earlier runs know of the speed."""
+    """Facts about the rows from the cache, and about the speed from earlier runs."""
     stage, config = config.stages[name], config.for_stage(name)
     if not isinstance(stage, TrainingStage):
         return data
@@ -153,7 +154,7 @@ def _with_preparation(config: RunConfig, name: str, base: Base, data: DataFacts)
 
 
 def _prepared(config: RunConfig, stage: TrainingStage) -> PreparedFacts | None:
-    """None where the rows are not prepared yet, or the cache is damaged: preparing will tell."""
+    """None if the rows are not prepared yet, or the cache is damaged, which preparing will report."""
     cache, seeds = cache_folder(config.cluster.scratch), config.seeds
     try:
         folder = local_folder(config.model, cache)
@@ -167,7 +168,7 @@ def _prepared(config: RunConfig, stage: TrainingStage) -> PreparedFacts | None:
 
 @busy(READING)
 def validate_data(config: RunConfig) -> None:
-    """Reads every local row of every stage; DataError names file, line and field of each bad one."""
+    """Read every local row of every stage; DataError names file, line and field of each bad one."""
     problems: list[str] = []
     for name in config.pipeline:
         for key, source in sources_of(name, config.stages[name]).items():
@@ -178,7 +179,7 @@ def validate_data(config: RunConfig) -> None:
 
 
 def _attempt(look: Callable[[], Result], problems: list[str]) -> Result | None:
-    """What a look found; None, and its sentences in `problems`, where it failed."""
+    """The result of an inspection; None, with its sentences added to `problems`, if it failed."""
     try:
         return look()
     except OrchestratorError as error:
@@ -187,7 +188,7 @@ def _attempt(look: Callable[[], Result], problems: list[str]) -> Result | None:
 
 
 def sources_of(name: str, stage: Stage) -> dict[str, SourceConfig]:
-    """Everything that a stage reads, by the key that names it."""
+    """Every set that a stage reads, by the key that names it."""
     first, *others = data_sets_of(stage).items()
     sources = _sources_of_data(f"stages.{name}.data", first[1])
     return sources | {f"stages.{name}.{key}": data.train for key, data in others}

@@ -1,4 +1,4 @@
-"""What an unfinished run needs and no longer has as it was: base and data that are gone, or changed. Must not import torch."""
+"""Inputs of an unfinished run (base and data) that are missing or have changed. Must not import torch."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from orchestrator.run_state.resume_rules import is_below, may_differ
 
 
 def lost_inputs(config: RunConfig, run: RunFolder, unfinished: Sequence[str]) -> list[str]:
-    """A sentence for each input that is gone; where all are there, for each that changed under a saved checkpoint."""
+    """A sentence for each missing input; if none is missing, for each that changed under a saved checkpoint."""
     return _gone(config) or [problem for name in unfinished for problem in _changed(config, run, name)]
 
 
 def _gone(config: RunConfig) -> list[str]:
-    """Of every stage, finished ones too: the plan of the rest counts their rows."""
+    """Inputs of every stage, including finished ones, whose rows the plan of the rest counts."""
     trained = next((name for name in config.pipeline if isinstance(config.stages[name], TrainingStage)), None)
     base = Path(config.model.base)
     problems: dict[str, None] = {}
-    # A preset's own name and a hub id are fetched again wherever they are missing.
+    # A preset's own base and a hub id are downloaded again if they are missing.
     if base.is_absolute() and looks_like_folder(config.model.base) and not base.is_dir():
         problems[_sentence("model.base", config.model.base, trained)] = None
     for name in config.pipeline:
@@ -42,14 +42,14 @@ def _gone(config: RunConfig) -> list[str]:
             paths[f"stages.{name}.data.chat_template"] = stage.data.chat_template
         for key, path in paths.items():
             if not _is_there(path):
-                # An element of a list has no key that an override could name.
+                # An override cannot name an element of a list.
                 problems[_sentence(key, path, None if ".mix." in key else accepting)] = None
     return list(problems)
 
 
 def _is_there(path: str) -> bool:
     if path in DEMONSTRATIONS or HUB_ID.match(path):
-        return True  # nothing that a person could put back
+        return True  # nothing that a user could restore
     place = Path(path).expanduser()
     return place.exists() or (glob.has_magic(path) and bool(glob.glob(str(place), recursive=True)))  # noqa: PTH207
 
@@ -63,7 +63,7 @@ def _sentence(key: str, path: str, accepting: str | None) -> str:
 
 
 def _changed(config: RunConfig, run: RunFolder, name: str) -> Iterator[str]:
-    """Without a checkpoint nothing was learnt from the old content, and the stage begins with the new one."""
+    """Without a checkpoint nothing was learnt from the old content, and the stage starts with the new one."""
     files = run.stage(name)
     if not files.prepared.exists() or not saved_steps(files):
         return
@@ -80,7 +80,7 @@ def _changed(config: RunConfig, run: RunFolder, name: str) -> Iterator[str]:
 
 
 def _content(config: RunConfig, name: str) -> Mapping[str, str]:
-    """Empty where something cannot be read here: the ranks look again, on their machine."""
+    """Empty if something cannot be read here: the ranks check again on their machine."""
     try:
         base_folder = local_folder(config.model, cache_folder(config.cluster.scratch))
         return {} if base_folder is None else content_digests(config, name, base_folder=base_folder)
@@ -89,7 +89,7 @@ def _content(config: RunConfig, name: str) -> Mapping[str, str]:
 
 
 def _subjects(config: RunConfig, name: str) -> list[tuple[str, str, str]]:
-    """(key that accept_changes may name, name of the digest, key and path as they are shown)."""
+    """(key that accept_changes may name, name of the digest, displayed key and path)."""
     sources = sources_of(name, config.stages[name])
     data = ", or ".join(f"{key}.path={source.path}" for key, source in sources.items())
     base = f"model.base={config.model.base}"

@@ -1,4 +1,4 @@
-"""What runs measured of their own speed, for the next plan on this machine and for status; must not import torch."""
+"""Speed measured by runs, for the next plan on this machine and for `status`. Must not import torch."""
 
 from __future__ import annotations
 
@@ -24,27 +24,29 @@ from orchestrator.metrics.jsonl import Row, attempt_of, number_of, read_rows
 from orchestrator.run_folder.folder import MEASURED, RunFolder, StageFolder
 
 AFTER_STEPS = 50
-"""A run writes its measurement after so many steps of an attempt, and again at its end."""
+"""Steps of an attempt after which a run writes its measurement; it is written again at the end."""
 WARM_UP_ROWS = 2
-"""Rows of an attempt that are left out: the first steps compile, allocate and page in."""
+"""Rows of an attempt that are omitted: the first steps compile, allocate and page in."""
 FEW_STEPS = 10
-"""A median over fewer is moved by a single pause, and the first steps still fill caches: a probe's repetitions are steadier."""
+"""Fewest rows for a median: a single pause shifts one over fewer, and the first steps still fill caches; the probe's
+repetitions are steadier."""
 UNLIKE = 2.0
-"""Factor between a run's rate and a probe's beyond which the plan shows both: what a step does besides its products explains less."""
+"""Ratio of a run's rate to a probe's beyond which the plan shows both: a step's work besides matrix products explains
+less."""
 CPU = "cpu"
-"""As torch writes it."""
+"""As torch spells it."""
 NEWEST_RUNS = 100
-"""Runs that are looked at for a measurement."""
+"""How many of the newest runs are searched for a measurement."""
 
 
 class Measured(Section):
-    """measured.json: how fast a stage really was, and what that holds for."""
+    """measured.json: the actual speed of a stage, and the conditions it holds for."""
 
     hardware: str
-    """As configured; on a processor it proves nothing, since a run made for a GPU may have ended up there."""
+    """As configured; unreliable for a run on a processor, since it may have been configured for a GPU."""
     device: str
     processor: ProcessorKey | None = None
-    """Of a run on a processor; None on a GPU, and in files of an older version."""
+    """The processor of a CPU run; None on a GPU, and in files of an older version."""
     tuning: str
     quantization: str
     sharding: str
@@ -60,15 +62,15 @@ class Measured(Section):
     steps: int
     """Steps that were measured."""
     step_seconds: float
-    """Median over the rows of metrics.jsonl, as is all below."""
+    """Median over the rows of metrics.jsonl, like all fields below."""
     tokens_per_second: float
-    """Real ones, over all ranks."""
+    """Tokens without padding, over all ranks."""
     useful_tflops_per_device: float
     executed_tflops_per_device: float
-    """With recomputation."""
+    """Including recomputation."""
     useful_mfu: float | None
     executed_mfu: float | None
-    """Shares of the hardware table's peak; None where that is unknown."""
+    """Shares of the hardware table's peak; None if that is unknown."""
     peak_memory_gib: float
     rollout_seconds: float
     """Per optimizer step."""
@@ -82,26 +84,26 @@ class Measured(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Basis:
-    """What the record of a stage does not hold."""
+    """Facts that the record of a stage does not contain."""
 
     stage: str
     model: Architecture
     attended: float
-    """Tokens that attention sees as one document, weighted by tokens."""
+    """Mean document length as attention sees it, weighted by tokens."""
     time: float
     processor: ProcessorKey
-    """Of the rank that writes it."""
+    """Device memory of the rank that writes the measurement."""
 
 
 def write_measured(folder: StageFolder, config: RunConfig, known: Basis) -> None:
-    """Writes measured.json from the record so far; nothing before the first rows of the attempt."""
+    """Write measured.json from the record so far; nothing before the first rows of the attempt."""
     measured = measure(folder, config, known)
     if measured is not None:
         write_json(folder.measured, measured.model_dump(mode="json"))
 
 
 def measure(folder: StageFolder, config: RunConfig, known: Basis) -> Measured | None:
-    """The medians of the newest attempt's rows; None before there are any."""
+    """Medians over the newest attempt's rows; None before there are any."""
     stage, model = config.stages[known.stage], known.model
     assert isinstance(stage, TrainingStage)
     events = read_rows(folder.events)
@@ -146,7 +148,7 @@ def measure(folder: StageFolder, config: RunConfig, known: Basis) -> Measured | 
 
 
 def read_measured(folder: StageFolder) -> Measured | None:
-    """What a stage measured; None where it did not, or another version wrote it."""
+    """The measurement of a stage; None if it has none, or another version wrote it."""
     try:
         return Measured.model_validate(json.loads(folder.measured.read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError):
@@ -154,7 +156,7 @@ def read_measured(folder: StageFolder) -> Measured | None:
 
 
 def find_measured(config: RunConfig, name: str, model: Architecture) -> tuple[Measured, str] | None:
-    """The newest measurement beside this run that holds for it, and the run's name.
+    """The newest measurement in neighbouring runs that applies to this one, and that run's name.
 
     Device, method, quantization, sharding, number type, kind of stage and model must be the same.
     """
@@ -172,7 +174,7 @@ def find_measured(config: RunConfig, name: str, model: Architecture) -> tuple[Me
         for found, name in _measurements(Path(config.output_dir))
         if {key: getattr(found, key) for key in wanted} == wanted
     ]
-    if not fitting:  # looking at the machine costs time
+    if not fitting:  # inspecting the machine costs time
         return None
     machine = this_machine(config.cluster.environment)
     return max(
@@ -186,13 +188,13 @@ def _has_device(measured: Measured, config: RunConfig, machine: Machine) -> bool
     """Whether the ranks of a configuration compute on what was measured: the named GPU, or this very processor."""
     if device_of(config, machine) == "cuda":
         return measured.device.startswith("cuda") and measured.hardware == config.cluster.hardware.name
-    # processors of other nodes are unknown, and no name of hardware stands for one
+    # processors of other nodes are unknown, and the hardware's name does not identify one
     here = is_here(config) and measured.device == CPU
     return here and measured.processor == processor_key(machine.processor, job_environment(config))
 
 
 def measured_rate(measured: Measured, run: str, config: RunConfig) -> Rate:
-    """The rate of an earlier run; on as many ranks it holds for all of a step."""
+    """The rate of an earlier run; with the same number of ranks it covers the whole step."""
     is_whole = measured.world_size == config.world_size
     ranks = "" if is_whole else f" on {measured.world_size} ranks, communication estimated"
     return Rate(
@@ -204,7 +206,7 @@ def measured_rate(measured: Measured, run: str, config: RunConfig) -> Rate:
 
 
 def steadier_rate(measured: Measured, run: str, config: RunConfig, probed: Rate | None) -> Rate:
-    """The rate of an earlier run, or the probe's where that run was short; where the two differ much, the basis holds both."""
+    """The rate of an earlier run, or the probe's if that run was short; the basis names both if they differ much."""
     own = measured_rate(measured, run, config)
     if probed is None:
         return own
@@ -240,7 +242,7 @@ def _rows_of_newest_attempt(folder: StageFolder) -> list[Row]:
 
 
 def _startup_seconds(events: Sequence[Row], rows: Sequence[Row]) -> float | None:
-    """Of the newest attempt that came to train."""
+    """Rows of the newest attempt that trained."""
     began: float | None = None
     seconds: float | None = None
     for row in events:

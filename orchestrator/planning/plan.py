@@ -1,4 +1,4 @@
-"""What a run will do: order, inputs, batch arithmetic, steps, bytes, scripts. `make_plan` is pure. No torch."""
+"""Plans a run: order, inputs, batch arithmetic, steps, bytes, scripts. `make_plan` is pure. Must not import torch."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def make_plan(
     notes: Sequence[str] = (),
     number_type: NumberType = AS_CONFIGURED,
 ) -> Plan:
-    """The plan of a resolved configuration, from what is known of its base and data. Pure.
+    """The plan of a resolved configuration, from the facts about its base and data. Pure.
 
-    `notes` are of its composition, `number_type` says how its dtype came about.
+    `notes` come from its composition, `number_type` explains its dtype.
     """
     config = sized(config, base.architecture)
     run_directory = run_directory_of(config)

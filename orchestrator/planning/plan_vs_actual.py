@@ -1,4 +1,4 @@
-"""Plan beside real, of runs that have trained: speed, memory, goodput; must not import torch."""
+"""Compares the plan with what runs measured: speed, memory, goodput. Must not import torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.goodput import TimeSpent, time_spent
 
 MOST_TIMES = 4
-"""Stages whose time is accounted for in `status`; of more, ask for one run."""
+"""Upper limit of the stages whose time `status` breaks down; for more, ask about one run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a stage was planned to need, and what it needed."""
+    """Planned and actual needs of a stage."""
 
     run: str
     stage: str
@@ -30,7 +30,7 @@ class Comparison:
 
 
 def comparisons(runs: Sequence[RunFolder]) -> list[Comparison]:
-    """One for every stage that has measured itself."""
+    """One entry for every stage with a measurement."""
     return [found for run in runs for found in _of_run(run)]
 
 

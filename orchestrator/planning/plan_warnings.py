@@ -1,4 +1,4 @@
-"""What a plan warns of: where the base comes from, memory, and how often the rows are seen; must not import torch."""
+"""Warnings of a plan: origin of the base, memory, and how often rows are repeated. Must not import torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.planning.stage_forecast import epoch_steps, guessed_epoch_step
 from orchestrator.schedule import total_steps
 
 USUAL_EPOCHS = 3
-"""What is offered where rows are repeated too often; conf/stage/sft.yaml says the same."""
+"""The number of epochs suggested if rows are repeated too often; equal to conf/stage/sft.yaml."""
 MANY_PASSES = 5.0
 """More passes than this over a user's rows are rarely meant: fine-tuning takes 1 to 5."""
 
@@ -27,13 +27,13 @@ MOST_FOR_WHOLE_MODELS = 2e-4
 def plan_warnings(
     config: RunConfig, base: Base, stages: Sequence[StagePlan], data: Mapping[str, DataFacts]
 ) -> list[str]:
-    """Every warning of a plan, in the order in which they are printed."""
+    """Every warning of a plan, in print order."""
     found = [*_warnings(base, stages), *_rate_warnings(config)]
     return [*found, *_template_warnings(config, data), *_pass_warnings(config, data)]
 
 
 def _rate_warnings(config: RunConfig) -> list[str]:
-    """`tuning=full` on an experiment for adapters keeps its rate, which makes a whole model diverge or forget."""
+    """`tuning=full` on an adapter experiment keeps its learning rate, at which a whole model diverges or forgets."""
     return [
         f"stages.{name}.optimizer.lr={stage.optimizer.lr:g} is a rate for adapters; every parameter is trained, which takes about a "
         f"tenth of it: type stages.{name}.optimizer.lr={stage.optimizer.lr / 10:g}"
@@ -43,7 +43,7 @@ def _rate_warnings(config: RunConfig) -> list[str]:
 
 
 def _template_warnings(config: RunConfig, data: Mapping[str, DataFacts]) -> list[str]:
-    """Plain prompts on a base that expects its chat template are legal, and rarely meant."""
+    """Plain prompts on a base that expects its chat template are legal but rarely intended."""
     return [
         f"stages.{name}.data.train: format {facts.format} is plain text, past the chat template of {config.model.base}; "
         f"to go through the template type {facts.templated}"
@@ -74,7 +74,8 @@ def _warnings(base: Base, stages: Sequence[StagePlan]) -> list[str]:
 
 
 def _pass_warnings(config: RunConfig, data: Mapping[str, DataFacts]) -> list[str]:
-    """A sentence for every stage whose `max_steps` sees only a part of the user's rows, or sees them very often."""
+    """A sentence for every stage whose `max_steps` covers only a part of the user's rows, or repeats them very
+    often."""
     stages = training_pipeline(config)
     return [
         sentence
@@ -84,7 +85,7 @@ def _pass_warnings(config: RunConfig, data: Mapping[str, DataFacts]) -> list[str
 
 
 def _sentence(name: str, stage: TrainingStage, data: DataFacts) -> str | None:
-    """The demonstration's own recipe knows its rows, and `epochs` need no explanation."""
+    """The demonstration's own recipe fits its rows, and explicit `epochs` need no explanation."""
     exact = epoch_steps(stage, data)
     per_epoch = exact or guessed_epoch_steps(stage, data)
     is_ours = stage.data.train.path in DEMONSTRATIONS and not stage.data.mix

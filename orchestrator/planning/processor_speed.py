@@ -1,4 +1,5 @@
-"""The speed of this machine's processor for the forecast: measured once by a process of its own, then cached. Must not import torch."""
+"""The speed of this machine's processor for the forecast: measured once in a separate process, then cached. Must not
+import torch."""
 
 from __future__ import annotations
 
@@ -31,15 +32,15 @@ from orchestrator.planning.data_facts import DataFacts
 SWITCH = "ORCHESTRATOR_PROBE"
 """`off` in the environment: nothing is measured for a plan."""
 PROBE_SECONDS = 120
-"""For importing torch on a slow disk; the measurement itself takes half a second."""
+"""Timeout that allows for importing torch from a slow disk; the measurement itself takes half a second."""
 BUSY_FOR_SECONDS = 600
-"""How long a measurement holds that was made while other work kept the processor busy."""
+"""Lifetime of a measurement made while other work kept the processor busy."""
 
 
 def with_speeds(
     config: RunConfig, machine: Machine, base: Base, data: Mapping[str, DataFacts], *, may_measure: bool
 ) -> dict[str, DataFacts]:
-    """The facts with this processor's rate where the ranks run on it; only a cached one unless it may be measured now."""
+    """The facts with this processor's rate if the ranks run on it; only a cached rate unless measuring is allowed."""
     if base.architecture is None or config.cluster.device != "cpu" or not is_here(config):
         return dict(data)
     found: dict[str, DataFacts] = {}
@@ -52,7 +53,7 @@ def with_speeds(
 
 
 def probed_rate(config: RunConfig, machine: Machine, model: Architecture, *, may_measure: bool) -> Rate | None:
-    """What a rank computes a second; None where it was not measured."""
+    """Rate of one rank; None if it was not measured."""
     environment = job_environment(config)
     is_emulated = config.model.dtype == "bfloat16" and not machine.processor.has_native_bfloat16
     setting = {**setting_of(config, model), "compares": is_emulated}
@@ -68,7 +69,7 @@ def probed_rate(config: RunConfig, machine: Machine, model: Architecture, *, may
     if known is None and may_measure and os.environ.get(SWITCH, "").lower() != "off":
         known = _measure(config, setting, environment)
         if known is not None:
-            with suppress(OSError, RunFolderError):  # measured again next time, where nothing can be kept
+            with suppress(OSError, RunFolderError):  # without a writable cache, measured again next time
                 write_json(file, {**known, "key": key})
     return None if known is None else _rate(known, machine, config.model.dtype)
 
@@ -93,7 +94,7 @@ def setting_of(config: RunConfig, model: Architecture) -> dict[str, Any]:
 
 
 def _known(file: Path) -> Mapping[str, Any] | None:
-    """A measurement that still holds."""
+    """A cached measurement that is still valid."""
     try:
         known: Any = read_json(file)
         is_stale = known["was_busy"] and time.time() - known["time"] > BUSY_FOR_SECONDS
@@ -103,7 +104,7 @@ def _known(file: Path) -> Mapping[str, Any] | None:
 
 
 def _measure(config: RunConfig, setting: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """None where torch cannot be asked: the plan then says that it has no forecast."""
+    """None if torch cannot be run: the plan then says that it has no forecast."""
     print("measuring this processor's speed for the forecast, once (a few seconds)", file=sys.stderr, flush=True)
     python = config.launcher.python or sys.executable
     argv = [python, "-m", "orchestrator.preflight.processor_probe", json.dumps(dict(setting))]

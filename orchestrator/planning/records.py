@@ -17,14 +17,14 @@ class StagePlan(Section):
     kind: str
     input: str
     train_rows: int | None
-    """Rows after the held-out ones were taken; None where only a download or packing can tell."""
+    """Rows without the held-out ones; None if unknown before a download or packing."""
     evaluation_rows: int | None
     data_format: str | None
     data_source: str
     packing: str
     max_length: int
     global_size: int | None
-    """None, like all that follows from it, for a stage that trains nothing."""
+    """None, like all that depends on it, for a stage that trains nothing."""
     micro_size: int
     world_size: int
     accumulation_steps: int | None
@@ -32,21 +32,21 @@ class StagePlan(Section):
     steps: int | None
     warmup_steps: int | None
     learning_rates: dict[str, float]
-    """Rate at 0, 25, 50 and 100 % of the steps."""
+    """Learning rate at 0, 25, 50 and 100 % of the steps."""
     trainable_parameters: int | None
     parameters: int | None
     memory: MemoryForecast | None
-    """None where the base's facts can be known only after a download."""
+    """None if the base's facts are unknown before a download."""
     flops_per_token: float | None
     """Useful ones, at the documents' lengths."""
     tokens: int | None
-    """Of one epoch, as is `trained_tokens`; None before the data is prepared."""
+    """Per epoch, like `trained_tokens`; None before the data is prepared."""
     trained_tokens: int | None
     time: TimePlan | None
     cost: CostPlan | None
     checkpointing: CheckpointPlan | None
     attention: str | None
-    """What computes it, in words, as the log will tell; None, like `loss_head`, for a stage that trains nothing."""
+    """Description of the implementation, as in the log; None, like `loss_head`, for a stage that trains nothing."""
     loss_head: str | None
     deepspeed: dict[str, Any] | None
     script: str
@@ -54,7 +54,7 @@ class StagePlan(Section):
 
 
 class Plan(Section):
-    """A run in numbers; nothing was submitted or written to make it."""
+    """A run in numbers, made without submitting or writing anything."""
 
     name: str
     run_directory: str
@@ -72,4 +72,5 @@ class Plan(Section):
     stages: tuple[StagePlan, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """Every value of a preset that gave way to what was typed, or to the number of ranks. Frozen plans of older runs have none."""
+    """Every preset value that was changed to fit a typed value or the number of ranks. Frozen plans of older runs have
+    none."""

@@ -1,4 +1,4 @@
-"""The scaling table: one plan for every number of nodes, at the same global batch, on paper; must not import torch."""
+"""The scaling table: one plan per number of nodes, at the same global batch. Must not import torch."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ class ScalingRow(Section):
     devices: int
     global_size: int
     micro_size: int | None
-    """None where so many ranks cannot share the global batch."""
+    """None if this many ranks cannot share the global batch."""
     accumulation_steps: int | None
     time: TimePlan | None
     cost: CostPlan | None
     checkpointing: CheckpointPlan | None
     efficiency: float | None
-    """Tokens a second and device over those of the first row that has any."""
+    """Tokens per second and device, relative to the first row that has any."""
     problem: str | None
 
 
 def scaling_rows(
     config: RunConfig, counts: Sequence[int], *, base: Base, data: Mapping[str, DataFacts]
 ) -> list[ScalingRow]:
-    """The rows of every training stage, stage by stage. The global batch stays; the micro-batch shrinks where it must."""
+    """The rows of every training stage, stage by stage. The global batch is constant; the micro-batch shrinks if
+    necessary."""
     rows: list[ScalingRow] = []
     for name in training_stages(config):
         first: float | None = None

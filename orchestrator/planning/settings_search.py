@@ -16,31 +16,31 @@ from orchestrator.config.tuning import LoraTuning
 Verdict = Literal["FIT", "TIGHT", "NO"]
 RANK: dict[Verdict, int] = {"FIT": 0, "TIGHT": 1, "NO": 2}
 SAME_TIME = 0.01
-"""Times that differ by a smaller share count as equal: the simpler setting is taken then."""
+"""Times whose relative difference is smaller count as equal: the simpler setting wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """What the forecasts say of one training stage under one setting."""
+    """The forecasts of one training stage under one setting."""
 
     verdict: Verdict
     low_gib: float
     high_gib: float
-    """Of the binding phase, on the device."""
+    """Device memory in the binding phase."""
     node_gib: float
-    """Of all ranks of a node, in its host's memory."""
+    """Host memory of all ranks of a node."""
     step_seconds: float
     steps: int
-    """1 where the number is not known yet."""
+    """1 if the number is not known yet."""
 
 
 Judge = Callable[[RunConfig], Mapping[str, Judgement]]
-"""Judges every training stage of a configuration."""
+"""Evaluates every training stage of a configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """What may be changed; the order of each axis is from simple to involved."""
+    """The settings that may change; each axis is ordered from simple to complex."""
 
     shardings: Mapping[str, Sharding]
     """By the name of their preset."""
@@ -59,16 +59,16 @@ class Option:
     quantization: str
     micro_sizes: Mapping[str, int]
     verdict: Verdict
-    """The worst of its stages."""
+    """The worst verdict of its stages."""
     high_gib: float
-    """The highest of its stages."""
+    """The highest need of its stages."""
     node_gib: float
     seconds: float
     """Of all steps of all stages."""
     step_seconds: Mapping[str, float]
 
     def words(self, than: Option | None = None) -> list[str]:
-        """What a user types for it; with `than`, what differs from that option."""
+        """The overrides for this option; with `than`, only those that differ from it."""
         typed = {
             "sharding": self.sharding,
             "model.gradient_checkpointing": str(self.checkpointing).lower(),
@@ -81,15 +81,15 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """Every setting that was judged, the best first."""
+    """Every evaluated setting, the best first."""
 
     options: tuple[Option, ...]
     nearest: tuple[str, ...] = ()
-    """Words of the smallest changes that would fit, where nothing does."""
+    """Overrides of the smallest changes that would fit, if nothing does."""
 
     @property
     def best(self) -> Option | None:
-        """None where nothing fits, not even tightly."""
+        """None if nothing fits, not even tightly."""
         first = self.options[0] if self.options else None
         return None if first is None or first.verdict == "NO" else first
 
@@ -99,7 +99,8 @@ class Advice:
 
 
 def axes_of(config: RunConfig, *, shardings: Mapping[str, Sharding], quantizations: Mapping[str, Quantization]) -> Axes:
-    """All that can be changed without another result than rounding: 4 bits only where the configuration has them already."""
+    """All settings that change the result by no more than rounding: 4 bits only if the configuration already uses
+    them."""
     name = next(name for name, known in quantizations.items() if known.scheme == config.quantization.scheme)
     return Axes(
         shardings=shardings,
@@ -124,13 +125,13 @@ def micro_sizes(global_size: int, world_size: int) -> tuple[int, ...]:
 
 
 def advise(config: RunConfig, axes: Axes, judge: Judge) -> Advice:
-    """Every combination, the best first: what fits before what is tight, then the fastest, then the simplest."""
+    """Every combination, the best first: by verdict, then speed, then simplicity."""
     options = [option for variant in _variants(config, axes) for option in _options(variant, axes, judge)]
     return Advice(options=tuple(sorted(options, key=_order_of(options, axes))))
 
 
 def nearest_changes(config: RunConfig, axes: Axes, judge: Judge, *, nf4: Quantization) -> tuple[str, ...]:
-    """For each kind of change alone, the smallest one with which something fits."""
+    """For each kind of change by itself, the smallest one that makes something fit."""
     found: list[str] = []
     for kind in (_more_nodes, _four_bits, _shorter):
         for words, changed, wider in kind(config, axes, nf4):
@@ -163,7 +164,7 @@ def _variants(config: RunConfig, axes: Axes) -> Iterator[_Variant]:
 
 
 def _options(variant: _Variant, axes: Axes, judge: Judge) -> list[Option]:
-    """For each stage its best micro-batch, as one option; and every other size of a stage as an option of its own."""
+    """One option with the best micro-batch of each stage, and one option for every other size of a stage."""
     judged: dict[str, dict[int, Judgement]] = {name: {} for name in axes.micro_sizes}
     for place in range(max((len(sizes) for sizes in axes.micro_sizes.values()), default=0)):
         sizes = {name: known[min(place, len(known) - 1)] for name, known in axes.micro_sizes.items()}

@@ -1,4 +1,4 @@
-"""From what is known of a stage's data, and of earlier runs, to its forecast; must not import torch."""
+"""Forecasts a stage from the facts about its data and from earlier runs. Must not import torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from orchestrator.planning.measured_speed import steadier_rate
 from orchestrator.schedule import steps_per_epoch, total_steps
 
 NOTHING = {"tokens": None, "trained_tokens": None, "time": None, "cost": None, "checkpointing": None}
-"""Of a stage that trains nothing, or whose model is not known yet."""
+"""The forecast of a stage that trains nothing, or whose model is not known yet."""
 
 
 def epoch_steps(stage: TrainingStage, data: DataFacts) -> int | None:
-    """Optimizer steps of an epoch; exact where the data is prepared, None where only preparing can tell."""
+    """Optimizer steps of an epoch; exact if the data is prepared, None if unknown until then."""
     if data.prepared is not None:
         return data.prepared.steps_per_epoch
     depends_on_tokens = stage.data.packing != "none" or stage.data.tokens_per_batch is not None
@@ -52,7 +52,7 @@ def forecast_fields(
 def known_of(
     config: RunConfig, stage: TrainingStage, model: Architecture, data: DataFacts, *, steps: int | None
 ) -> Known:
-    """All that the forecast starts from; a measurement of this machine takes the place of the hardware table."""
+    """The inputs of the forecast; a measurement on this machine replaces the hardware table."""
     measured, run = data.measured if data.measured is not None else (None, "")
     startup = None if measured is None else measured.startup_seconds
     guess = _guessed_steps(stage, data) if epoch_steps(stage, data) is None else None
@@ -74,7 +74,7 @@ def known_of(
 
 
 def shape_for(stage: TrainingStage, data: DataFacts) -> RowShape:
-    """Lengths of the rows of a stage: prepared ones, or a guess."""
+    """Row lengths of a stage, from prepared data or guessed."""
     packed = stage.data.packing != "none"
     if data.prepared is not None and data.prepared.rows:
         is_alike = packed or stage.data.group_by_length or stage.data.tokens_per_batch is not None
@@ -83,7 +83,8 @@ def shape_for(stage: TrainingStage, data: DataFacts) -> RowShape:
 
 
 def _guessed_steps(stage: TrainingStage, data: DataFacts) -> int | None:
-    """Steps from the size of the files, where packing decides; None where not even that is known, or `max_steps` says it."""
+    """Steps guessed from the size of the files, if packing decides; None if the size is unknown, or `max_steps` is
+    set."""
     per_epoch = guessed_epoch_steps(stage, data)
     if per_epoch is None or stage.max_steps is not None:
         return None
@@ -91,7 +92,7 @@ def _guessed_steps(stage: TrainingStage, data: DataFacts) -> int | None:
 
 
 def guessed_epoch_steps(stage: TrainingStage, data: DataFacts) -> int | None:
-    """Steps of an epoch of packed rows, from the size of the files; None where that is unknown too."""
+    """Steps of an epoch of packed rows, from the size of the files; None if that is also unknown."""
     if not data.bytes or stage.data.packing == "none":
         return None
     return steps_per_epoch(guessed_packed_rows(data.bytes, stage.data.max_length), stage.batch.global_size)
