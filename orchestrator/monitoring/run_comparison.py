@@ -1,4 +1,4 @@
-"""Runs side by side: the keys that differ, what came out, and whether the losses may be compared. Must not import torch."""
+"""Compares runs: differing keys, results, and whether the losses are comparable. Must not import torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.freeze import read_config
 
 NOT_COMPARED = ("name", "output_dir", "study")
-"""They differ between any two runs, and decide nothing."""
+"""Keys that differ between any two runs without effect on the result."""
 MISSING = "(no such key)"
 
 
@@ -37,9 +37,9 @@ class RunComparison:
 
     runs: tuple[ComparedRun, ...]
     differing: tuple[str, ...]
-    """Keys whose values are not the same in all runs."""
+    """Keys whose values differ between runs."""
     warnings: tuple[str, ...]
-    """Why losses must not be compared."""
+    """Why losses are not comparable."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -57,7 +57,8 @@ class RunComparison:
 
 
 def runs_to_compare(folders: Sequence[Path]) -> list[RunFolder]:
-    """The runs of the folders, each once; a folder of runs stands for all of them. ConfigError names what is no run."""
+    """The runs of the folders, without duplicates; a folder of runs means all of them. ConfigError names what is no
+    run."""
     found: dict[Path, RunFolder] = {}
     for folder in folders:
         runs = find_runs(folder.resolve()) if folder.is_dir() else []
@@ -101,7 +102,7 @@ def value_text(value: JsonValue) -> str:
 
 
 def _labels(runs: Sequence[RunFolder]) -> dict[Path, str]:
-    """The folder's name; with as much of its path as tells it from others of that name."""
+    """The folder's name, with as much of its path as distinguishes it from others of that name."""
     labels: dict[Path, str] = {}
     for run in runs:
         depth = 1
@@ -113,7 +114,7 @@ def _labels(runs: Sequence[RunFolder]) -> dict[Path, str]:
 
 
 def _differing(runs: Sequence[ComparedRun]) -> Iterator[str]:
-    """Keys of what the runs did, in the order of the configuration; those of a stage that not every run has are left out."""
+    """Keys to compare, in configuration order, without those of stages that not every run has."""
     keys = list(dict.fromkeys(key for run in runs for key in run.keys))
     common = {name for name in runs[0].pipeline if all(name in run.pipeline for run in runs)}
     for key in keys:
@@ -127,7 +128,7 @@ def _differing(runs: Sequence[ComparedRun]) -> Iterator[str]:
 
 
 def _warnings(runs: Sequence[ComparedRun]) -> Iterator[str]:
-    """Why the losses of a stage are not of one kind; nothing where its files do not say what it was made from."""
+    """Why the losses of a stage are not comparable; nothing if its files do not record its inputs."""
     for name in dict.fromkeys(name for run in runs for name in run.stages):
         own = {run.label: run.stages[name] for run in runs if name in run.stages}
         if len(own) < 2:
@@ -150,7 +151,7 @@ def _content_warnings(name: str, own: Mapping[str, StageFacts]) -> Iterator[str]
     }
     differing = [key for key in reasons if _differs([facts.digests.get(key) for facts in own.values()])]
     found = [reasons[key] for key in differing]
-    # Rows are prepared with tokenizer and template: where those differ, the digest of the rows says nothing more.
+    # Rows are prepared with tokenizer and template: if those differ, the digest of the rows adds nothing.
     if not {"tokenizer", "template"} & set(differing) and _differs([facts.held_out for facts in own.values()]):
         found.append("other held-out rows, or the same ones prepared otherwise (max_length, packing)")
     if found:
@@ -158,5 +159,5 @@ def _content_warnings(name: str, own: Mapping[str, StageFacts]) -> Iterator[str]
 
 
 def _differs(values: Sequence[str | None]) -> bool:
-    """Whether the known ones are not all the same."""
+    """Whether the known values differ."""
     return len({value for value in values if value is not None}) > 1

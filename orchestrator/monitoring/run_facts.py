@@ -1,4 +1,5 @@
-"""What one stage of a run says of itself, from its files alone: state, losses, speed, cost, what it was scored on. No torch."""
+"""Facts of one stage of a run, from its files alone: state, losses, speed, cost, evaluation data. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ from orchestrator.run_state.goodput import time_spent
 
 MINIMISED = "loss"
 SCORES = ("accuracy", "f1_macro", "mcc", "pearson", "spearman", "reward")
-"""What evaluations measure besides the loss, by the name behind `eval_`."""
+"""Metrics of evaluations besides the loss, by their name after `eval_`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageFacts:
-    """One stage of one run; None where it is not known, or not yet."""
+    """One stage of one run; None marks what is unknown."""
 
     stage: str
     kind: str
@@ -43,15 +44,15 @@ class StageFacts:
     wall_seconds: float | None
     dollars: float | None
     digests: Mapping[str, str]
-    """Of base, tokenizer, template and data files; empty where an older version wrote the run."""
+    """Digests of base, tokenizer, template and data files; empty if an older version wrote the run."""
     held_out: str | None
     """Digest of the prepared rows that it was evaluated on."""
     loss_kind: str
-    """Losses of the same kind mean the same."""
+    """Losses are comparable only within the same kind."""
 
 
 def stage_facts(files: StageFolder, config: Mapping[str, JsonValue], status: StageStatus) -> StageFacts:
-    """The facts of a stage of any version; what an older one did not write is None."""
+    """The facts of a stage of any version; None for what an older one did not write."""
     flat = flatten(cast("JsonValue", dict(config)))
     result = _read(files.result)
     prepared = _read(files.prepared)
@@ -86,7 +87,7 @@ def stage_facts(files: StageFolder, config: Mapping[str, JsonValue], status: Sta
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is missing or torn, since facts of an unfinished run may be."""
+    """A JSON object; empty if the file is missing or torn, as may be in an unfinished run."""
     try:
         found: JsonValue = read_json(file)
     except OrchestratorError:
@@ -97,7 +98,8 @@ def _read(file: Path) -> dict[str, Any]:
 def _evaluations(
     rows: Sequence[Row], *, without_loss: bool
 ) -> tuple[dict[str, float], dict[str, float], dict[str, tuple[float, int]]]:
-    """First, last and best value of every measure; a policy's loss is the negative reward, and says nothing more."""
+    """First, last and best value of every measure; a policy's loss is omitted, because it is only the negative
+    reward."""
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     best: dict[str, tuple[float, int]] = {}
@@ -123,7 +125,7 @@ def _median(rows: Sequence[Row], key: str) -> float | None:
 
 
 def _dollars(flat: Mapping[str, JsonValue], wall_seconds: float | None) -> float | None:
-    """Only where the site set a price."""
+    """Only if the site set a price."""
     price = flat.get("cluster.hardware.dollars_per_hour")
     nodes, processes = flat.get("cluster.nodes"), flat.get("cluster.processes_per_node")
     if not isinstance(price, int | float) or wall_seconds is None:
@@ -134,7 +136,8 @@ def _dollars(flat: Mapping[str, JsonValue], wall_seconds: float | None) -> float
 
 
 def _held_out(prepared: Mapping[str, Any]) -> str | None:
-    """The last parts of the path: its folder is named by a digest of rows and preparation, wherever the cache is."""
+    """The last parts of the path: the folder's name is a digest of rows and preparation, independent of the cache's
+    location."""
     path = prepared.get("evaluation")
     if not isinstance(path, str):
         return None

@@ -1,4 +1,4 @@
-"""How far a stage is, from whatever of its record can be read; must not import torch."""
+"""Progress of a stage, from the readable parts of its record. Must not import torch."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class StageProgress:
     tokens_per_second: float | None
     eta_seconds: float | None
     attempts: tuple[Attempt, ...]
-    """Those whose end is on record."""
+    """Attempts whose end is on record."""
     newest: Mapping[str, object]
     """The newest value of every column of metrics.jsonl."""
     damaged: tuple[str, ...]
-    """What of the record could not be read, a sentence each."""
+    """Unreadable parts of the record, a sentence each."""
 
 
 def stage_progress(files: StageFolder) -> StageProgress:
-    """Reads the record; what is damaged is passed over and named, because the rest of it is as good as before."""
+    """Read the record; skip and name damaged parts, because the rest is still valid."""
     rows, bad_rows = readable_rows(files.metrics)
     events, bad_events = readable_rows(files.events)
     attempts, bad_attempts = readable_attempts(files)
@@ -41,7 +41,7 @@ def stage_progress(files: StageFolder) -> StageProgress:
         reached = _reached(files, newest, rows, events)
         counted = [row for row in counted if step_of(row) <= reached]
     seen = _progressed(counted)
-    # A speed is the newest attempt's own: the one before may have run on another machine.
+    # Speeds are per attempt: an earlier one may have run on another machine.
     own = _progressed([row for row in counted if attempt_of(row) >= newest])
     own.step = seen.step
     steps = _total_steps(events)
@@ -59,7 +59,7 @@ def stage_progress(files: StageFolder) -> StageProgress:
 
 
 def _newest_attempt(files: StageFolder, rows: Sequence[Row]) -> int:
-    """The newest that began, whether or not it has written a row yet; a finished stage's is the last that trained."""
+    """The newest attempt that began, even without a row yet; of a finished stage, the last that trained."""
     trained = max((attempt_of(row) for row in rows), default=0)
     return trained if files.result.exists() else max([trained, *files.open_attempts()])
 
@@ -67,7 +67,7 @@ def _newest_attempt(files: StageFolder, rows: Sequence[Row]) -> int:
 def _reached(files: StageFolder, attempt: int, rows: Sequence[Row], events: Sequence[Row]) -> int:
     """The step of the newest attempt: its last row's; before its first row, the one that it resumes from.
 
-    Rows of earlier attempts beyond it are of steps that are lost and will be done again.
+    Rows of earlier attempts beyond it belong to lost steps that will be repeated.
     """
     own = [row for row in rows if attempt_of(row) == attempt and "step" in row]
     trained = [row for row in own if "loss" in row]
@@ -76,9 +76,9 @@ def _reached(files: StageFolder, attempt: int, rows: Sequence[Row], events: Sequ
     resumed = [row for row in events if row.get("event") == "resume" and attempt_of(row) == attempt and "step" in row]
     if resumed:
         return step_of(resumed[-1])
-    if own:  # evaluations only: it began from the start
+    if own:  # evaluations only: it started from scratch
         return step_of(own[-1])
-    return max(saved_steps(files), default=0)  # it has not looked at its checkpoints yet
+    return max(saved_steps(files), default=0)  # it has not inspected its checkpoints yet
 
 
 def _progressed(rows: Sequence[Row]) -> Progressed:

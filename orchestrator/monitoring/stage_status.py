@@ -1,4 +1,4 @@
-"""Where runs stand, from their folders and one question to Slurm; UNKNOWN is not FAILED. Must not import torch."""
+"""Status of runs, from their folders and one query to Slurm; UNKNOWN is not FAILED. Must not import torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from orchestrator.run_state.moved import away, bring_back, is_left_behind
 from slurm.query import JobFacts, query
 
 SILENT_SECONDS = 120.0
-"""A stage whose record is older than this is not running any more, where neither Slurm nor a process of this machine tells."""
+"""Without an answer from Slurm or a process of this machine, a stage whose record is older than this counts as not
+running."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageStatus:
-    """One stage as its files and Slurm tell it."""
+    """One stage according to its files and Slurm."""
 
     run: str
     folder: Path
@@ -45,13 +46,13 @@ class StageStatus:
     newest: Mapping[str, object]
     """The newest value of every column of metrics.jsonl."""
     damaged: tuple[str, ...]
-    """What of the stage's record could not be read, a sentence each."""
+    """Unreadable parts of the stage's record, a sentence each."""
 
 
 def stage_statuses(folders: Sequence[RunFolder]) -> list[StageStatus]:
     """Every stage of every run, with one squeue call for all of them."""
     stages = [(run, name, run.stage(name)) for run in folders for name in _rows_of(run)]
-    copies = {run.root for run in folders if locate(run).is_copy}  # what jobs they have on record are the original's
+    copies = {run.root for run in folders if locate(run).is_copy}  # the jobs on record belong to the original
     jobs = {
         files.root: jobs_of(files)[-1:]
         for run, _, files in stages
@@ -62,7 +63,7 @@ def stage_statuses(folders: Sequence[RunFolder]) -> list[StageStatus]:
 
 
 def warn_damaged(statuses: Sequence[StageStatus]) -> None:
-    """On stderr: the records that could be read in part only."""
+    """Report on stderr the records that could only be read in part."""
     for sentence in dict.fromkeys(sentence for status in statuses for sentence in status.damaged):
         print(f"warning: {sentence}; passed over", file=sys.stderr)
 
@@ -74,7 +75,7 @@ def pipeline_of(run: RunFolder) -> tuple[str, ...]:
 
 
 def _rows_of(run: RunFolder) -> tuple[str, ...]:
-    """The stages, after the job that prepares their data where there is one."""
+    """The stages, preceded by the job that prepares their data if there is one."""
     stages = pipeline_of(run)
     return (PREPARATION, *stages) if run.stage(PREPARATION).submission.exists() else stages
 
@@ -109,7 +110,7 @@ def _status(run: RunFolder, name: str, files: StageFolder, facts: JobFacts | Non
 
 
 def _state(run: RunFolder, files: StageFolder, attempts: Sequence[Attempt], facts: JobFacts | None) -> tuple[str, str]:
-    """State and reason; the run's own files first, then its process, then Slurm, and no guess where none of them tells."""
+    """State and reason, from the run's own files, then its process, then Slurm; no guess if none of them knows."""
     if files.result.exists():
         return "finished", ""
     claimed = _claimed(run, files)
@@ -124,7 +125,7 @@ def _state(run: RunFolder, files: StageFolder, attempts: Sequence[Attempt], fact
     if claimed is not None:
         return claimed
     closed = _closed_attempt(files)
-    if closed is not None and not files.open_attempts():  # its record is there and cannot be read
+    if closed is not None and not files.open_attempts():  # its record exists but cannot be read
         return "lost", f"attempt {closed} ended; how cannot be read from {files.attempt(closed)}"
     if facts is not None:
         return "failed", f"job {facts.job_id} {facts.sentence}"
@@ -132,7 +133,7 @@ def _state(run: RunFolder, files: StageFolder, attempts: Sequence[Attempt], fact
     if age is None:
         return "not started", ""
     location = locate(run)
-    if location.is_copy:  # fresh files are a sign of the copying
+    if location.is_copy:  # recent files may come from the copying
         return "lost", f"copied from {location.recorded}; nothing runs here; `resume` goes on with it"
     if age < SILENT_SECONDS:
         return "running", ""
@@ -140,9 +141,10 @@ def _state(run: RunFolder, files: StageFolder, attempts: Sequence[Attempt], fact
 
 
 def _claimed(run: RunFolder, files: StageFolder) -> tuple[str, str] | None:
-    """State and reason by the process that began the newest attempt; None where it is not one of this machine.
+    """State and reason from the process that began the newest attempt; None if it is not on this machine.
 
-    Files alone are late both ways: a killed run was writing a moment ago, and a long save writes nothing for minutes.
+    Files alone mislead in both directions: a killed run was writing a moment ago, and a long save writes nothing for
+    minutes.
     """
     found = away(run, files.root.name)
     if found is not None:
@@ -151,7 +153,7 @@ def _claimed(run: RunFolder, files: StageFolder) -> tuple[str, str] | None:
             "and end there"
         )
     claim, location = open_claim(files.logs, files.attempts), locate(run)
-    if location.is_copy and files.open_attempts():  # whoever works on them works on the original
+    if location.is_copy and files.open_attempts():  # a process that works on them works on the original
         return (
             "lost",
             f"copied from {location.recorded} while attempt {files.open_attempts()[-1]} ran there; nothing runs here; `resume` "

@@ -1,4 +1,4 @@
-"""Checkpoints as folders: which one is proven, which are moved aside, which may go. Must not import torch."""
+"""Checkpoints as folders: which are valid, moved aside, or expired. Must not import torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Tell = Callable[..., None]
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A checkpoint whose every file was compared with its manifest."""
+    """A checkpoint whose files all match its manifest."""
 
     step: int
     folder: Path
@@ -39,12 +39,12 @@ class Found:
 
     @property
     def rank_files(self) -> list[Path]:
-        """The files of the ranks that wrote it, in their order."""
+        """The files of the ranks that wrote it, in rank order."""
         return [self.folder / rank_file(rank) for rank in range(self.world_size)]
 
     @property
     def state(self) -> dict[str, Any]:
-        """What rank 0 wrote of the run as a whole."""
+        """State of the run as a whole, written by rank 0."""
         return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
 
 
@@ -53,15 +53,15 @@ def rank_file(rank: int) -> str:
 
 
 def saved_steps(folder: StageFolder) -> list[int]:
-    """Steps of the checkpoints that stand there, proven or not, oldest first."""
+    """Steps of all checkpoints, valid or not, oldest first."""
     names = [_NAME.fullmatch(path.name) for path in folder.checkpoints.glob("step-*")]
     return sorted(int(name[1]) for name in names if name is not None)
 
 
 def look(folder: StageFolder, *, read_files: bool = True) -> tuple[Found | None, dict[int, list[str]]]:
-    """The checkpoint that a resume would take, and what is wrong with each newer one. Changes nothing.
+    """The checkpoint that a resume would take, and the problems of each newer one. Read-only.
 
-    Without `read_files` only the manifests are judged: quick, where a checkpoint is large.
+    Without `read_files` only the manifests are checked, which is fast for large checkpoints.
     """
     refused: dict[int, list[str]] = {}
     for step in reversed(saved_steps(folder)):
@@ -73,14 +73,15 @@ def look(folder: StageFolder, *, read_files: bool = True) -> tuple[Found | None,
 
 
 def verified(folder: Path, *, share: slice = slice(None)) -> Found:
-    """Compares a checkpoint (or a share of its files) with its manifest, to the last byte; CheckpointError names every difference."""
+    """Compare a checkpoint (or a share of its files) with its manifest, byte for byte; CheckpointError names every
+    difference."""
     _check_manifest(folder)
     manifest = read_manifest(folder, share=share)
     return Found(step=manifest["step"], folder=folder, manifest=manifest)
 
 
 def describe(found: Found) -> str:
-    """What a resume from a checkpoint brings back, in a sentence."""
+    """What a resume from a checkpoint restores, in a sentence."""
     facts = found.manifest
     size = sum(entry["bytes"] for entry in facts["files"].values())
     saved = datetime.fromtimestamp(facts["created"]).strftime("%Y-%m-%d %H:%M")
@@ -91,7 +92,7 @@ def describe(found: Found) -> str:
 
 
 def commit(temporary: Path, final: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes the manifest over files that are on the disk already and gives the folder its final name."""
+    """Write the manifest of files that are already on disk, and give the folder its final name."""
     manifest = {"format": FORMAT, **facts, "files": dict(files)}
     write_json(temporary / MANIFEST, {**manifest, "manifest_sha256": digest_of(manifest)})
     sync_folder(temporary)
@@ -99,7 +100,7 @@ def commit(temporary: Path, final: Path, facts: Mapping[str, Any], files: Mappin
 
 
 def quarantine(folder: StageFolder, step: int, why: Sequence[str], tell: Tell) -> None:
-    """Moves a checkpoint aside, under a name that is free; nothing of it is deleted."""
+    """Move a checkpoint aside, under an unused name; nothing is deleted."""
     folder.quarantine.mkdir(parents=True, exist_ok=True)
     source = folder.checkpoint(step)
     number = 1 + sum(1 for _ in folder.quarantine.glob(f"{source.name}*"))
@@ -120,7 +121,7 @@ def best_step(folder: StageFolder) -> int | None:
 
 
 def obsolete(steps: Sequence[int], *, keep_last: int, keep_every: int | None, best: int | None) -> list[int]:
-    """Steps that retention lets go: all but the newest `keep_last`, the multiples of `keep_every` and the best."""
+    """Steps that retention expires: all but the newest `keep_last`, the multiples of `keep_every` and the best."""
     kept = set(sorted(steps)[-keep_last:])
     if keep_every is not None:
         kept |= {step for step in steps if step % keep_every == 0}
@@ -128,7 +129,7 @@ def obsolete(steps: Sequence[int], *, keep_last: int, keep_every: int | None, be
 
 
 def delete(folder: StageFolder, steps: Iterable[int]) -> None:
-    """Deletes checkpoints; a name vanishes first, so that no torn folder is ever seen under it."""
+    """Delete checkpoints; rename first, so that no partial folder is ever seen under the name."""
     for step in steps:
         leaving = folder.checkpoints / f".{folder.checkpoint(step).name}.deleted"
         shutil.rmtree(leaving, ignore_errors=True)
@@ -138,7 +139,7 @@ def delete(folder: StageFolder, steps: Iterable[int]) -> None:
 
 
 def mend_interrupted(folder: StageFolder) -> None:
-    """Ends what a kill interrupted: an older checkpoint that was just being replaced comes back, the rest is removed."""
+    """Recover from an interrupted save: restore the checkpoint being replaced, delete partial ones."""
     for path in folder.checkpoints.glob(".step-*"):
         name = _NAME.match(path.name[1:])
         final = folder.checkpoint(int(name[1])) if name is not None else None
@@ -149,7 +150,8 @@ def mend_interrupted(folder: StageFolder) -> None:
 
 
 def _check_manifest(folder: Path) -> None:
-    """CheckpointError unless the manifest agrees with itself, with the folder's name and with the number of ranks."""
+    """Raise CheckpointError unless the manifest is consistent with itself, the folder's name and the number of
+    ranks."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {MANIFEST}; it was never finished")

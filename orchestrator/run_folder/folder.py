@@ -30,7 +30,7 @@ class StageFolder:
 
     @property
     def phases(self) -> Path:
-        """What the newest attempt is doing; overwritten all the time, and no part of the record."""
+        """Current phase of the newest attempt; overwritten continuously, not part of the record."""
         return self.root / "phases.json"
 
     @property
@@ -44,7 +44,7 @@ class StageFolder:
 
     @property
     def rollbacks(self) -> Path:
-        """Which data rollbacks took out, and how many there were."""
+        """The data that rollbacks removed, and their number."""
         return self.root / "rollbacks.json"
 
     @property
@@ -65,7 +65,7 @@ class StageFolder:
 
     @property
     def measured(self) -> Path:
-        """How fast the stage was, for the next plan."""
+        """Measured speed of the stage, for the next plan."""
         return self.root / MEASURED
 
     @property
@@ -80,12 +80,12 @@ class StageFolder:
 
     @property
     def proof(self) -> Path:
-        """What the re-opened artifact said."""
+        """Evaluation of the re-opened artifact."""
         return self.root / "proof.json"
 
     @property
     def samples(self) -> Path:
-        """The rows that each rank took at each step, one file a rank."""
+        """The rows that each rank used at each step, one file per rank."""
         return self.root / "samples"
 
     @property
@@ -95,12 +95,12 @@ class StageFolder:
 
     @property
     def reference(self) -> Path:
-        """Log-probabilities under the policy that the stage started from, one file a set of rows."""
+        """Log-probabilities under the policy that the stage started from, one file per set of rows."""
         return self.root / "reference"
 
     @property
     def rollouts(self) -> Path:
-        """The newest completions that a policy was trained on, whole."""
+        """The newest completions that a policy was trained on, in full."""
         return self.root / "rollouts"
 
     @property
@@ -115,12 +115,12 @@ class StageFolder:
 
     @property
     def jobs(self) -> Path:
-        """Every Slurm job that has worked on the stage, one id a line; the job's script appends to it."""
+        """Every Slurm job that has worked on the stage, one id per line; the job's script appends to it."""
         return self.logs / "jobs"
 
     @property
     def script(self) -> Path:
-        """The script of the job that prepares data; those of the stages lie in scripts/."""
+        """The script of the job that prepares data; the stages' scripts are in scripts/."""
         return self.root / "job.sbatch"
 
     @property
@@ -129,7 +129,7 @@ class StageFolder:
 
     @property
     def deepspeed(self) -> Path:
-        """The dict that DeepSpeed got."""
+        """The dict passed to DeepSpeed."""
         return self.root / "deepspeed.json"
 
     @property
@@ -141,7 +141,7 @@ class StageFolder:
         return self.attempts / f"{number}.json"
 
     def open_attempts(self) -> list[int]:
-        """Attempts that were begun and whose end is not on record."""
+        """Attempts that began but whose end is not on record."""
         begun = [path.name.removeprefix("attempt-") for path in self.logs.glob("attempt-*")]
         return sorted(int(number) for number in begun if number.isdigit() and not self.attempt(int(number)).exists())
 
@@ -177,17 +177,17 @@ class RunFolder:
 
     @property
     def location(self) -> Path:
-        """Where the folder was when a command last wrote into it; tells a copy from its original."""
+        """The folder's path when a command last wrote into it; distinguishes a copy from its original."""
         return self.root / "location.json"
 
     @property
     def lock(self) -> Path:
-        """Held while a command looks whether a stage runs, and starts it."""
+        """Lock held while a command checks whether a stage runs, and starts it."""
         return self.root / ".start.lock"
 
     @property
     def superseded(self) -> Path:
-        """Stages that were run anew, as they were."""
+        """Earlier versions of stages that were run again."""
         return self.root / "superseded"
 
     @property
@@ -199,7 +199,7 @@ class RunFolder:
 
 
 def read_result(folder: StageFolder) -> dict[str, Any]:
-    """result.json, with what it names of the stage's own files at the place where the folder is now."""
+    """result.json, with its paths to the stage's own files adapted to the folder's current path."""
     result = read_json(folder.result)
     own = {"curves": str(folder.curves)} if "curves" in result else {}
     return {**result, **own, "artifact": {**result["artifact"], "path": str(folder.artifact)}}

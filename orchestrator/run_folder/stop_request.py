@@ -1,4 +1,5 @@
-"""Requests to stop: a signal, a STOP file or a near end of the job set a flag; the ranks agree on it at a step boundary. No torch."""
+"""Requests to stop: a signal, a STOP file or the job's approaching end sets a flag; the ranks agree on it at a step
+boundary. Must not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ class StopRequest:
     """Owns the signal handlers of the process. A second signal changes nothing."""
 
     def __init__(self, stop_file: Path, *, deadline: float | None = None) -> None:
-        """`deadline`: seconds since 1970 from which on this rank wants to stop."""
+        """`deadline`: seconds since 1970 after which this rank requests a stop."""
         self._stop_file = stop_file
         self._deadline = deadline
         self._reason: str | None = None
@@ -32,7 +33,7 @@ class StopRequest:
         self._reason = self._reason or reason
 
     def reason(self) -> str | None:
-        """Why this rank wants to stop; None while it does not."""
+        """Why this rank requests a stop; None while it does not."""
         if self._reason is None and self._stop_file.exists():
             self._reason = "STOP file"
         if self._reason is None and self._deadline is not None and time.time() >= self._deadline:
@@ -41,6 +42,6 @@ class StopRequest:
 
 
 def job_deadline(environment: Mapping[str, str], *, lead_seconds: float) -> float | None:
-    """When to stop, so that `lead_seconds` are left to save; None where the job's end is not known."""
+    """When to stop so that `lead_seconds` remain to save; None if the job's end is unknown."""
     end = environment.get(JOB_END, "")
     return float(end) - lead_seconds if end.isdigit() else None

@@ -1,4 +1,5 @@
-"""What an earlier stage made, as its result.json tells, and whether a later stage can use it. Must not import torch."""
+"""The artifact of an earlier stage, from its result.json, and whether a later stage can use it. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ class Artifact:
     report: Mapping[str, Any] | None
     """A reward model's report on held-out pairs."""
     content: Mapping[str, str]
-    """Digests of what it was made from; empty where an older version made it."""
+    """Digests of its inputs; empty if an older version made it."""
 
     @property
     def is_reward(self) -> bool:
@@ -38,7 +39,7 @@ class Artifact:
 
 
 def read_artifact(run: RunFolder, stage: str) -> Artifact:
-    """The artifact of a stage; ConfigError where the stage is not done, or its artifact is not the one that was proven."""
+    """The artifact of a stage; ConfigError if the stage is not done, or its artifact is not the proven one."""
     file = run.stage(stage).result
     if not file.exists():
         raise ConfigError(f"{stage} is not done: there is no {file}; run the stages before this one first")
@@ -69,9 +70,9 @@ def read_artifact(run: RunFolder, stage: str) -> Artifact:
 def check_artifacts(
     config: RunConfig, name: str, artifacts: Mapping[str, Artifact], *, content: Mapping[str, str] | None = None
 ) -> None:
-    """ConfigError with a sentence for every artifact that does not fit the stage that wants to read it.
+    """Raise ConfigError with a sentence for every artifact that does not fit the stage that reads it.
 
-    `content` are the digests of what the stage itself will be made from, where its base is on this machine.
+    `content` are the digests of the stage's own inputs, if its base is on this machine.
     """
     problems = [problem for artifact in artifacts.values() for problem in _problems(config, artifact)]
     problems += [

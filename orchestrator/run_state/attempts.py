@@ -1,7 +1,7 @@
 """Closes an attempt and decides what comes next, from the run's files; exit codes alone never decide. No torch.
 
 `python -m orchestrator.run_state.attempts RUN_DIR STAGE --attempt K --exit-code N` prints one word on its last line:
-finished | requeue | retry | stop, and answers 0 | 75 | 1 | 93 (2 where the user has to mend something).
+finished | requeue | retry | stop, and answers 0 | 75 | 1 | 93 (2 if the user has to fix something).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from orchestrator.run_state.frozen import load_config
 State = Literal["finished", "stopped", "failed"]
 Word = Literal["finished", "requeue", "retry", "stop"]
 INTERRUPTED = 130
-"""What is reported of an attempt that a second Ctrl-C ended: a stop by its user, without a save."""
+"""Exit code of an attempt ended by a second Ctrl-C: a stop by its user, without a save."""
 MACHINE_LOST = 255
-"""What a script reports of an attempt whose end nobody saw: free, like a preemption."""
+"""Exit code that a script reports if nobody saw the attempt's end: costs no retry, like a preemption."""
 NEVER_RETRIED = (EXIT_USER, EXIT_DO_NOT_RESTART)
 
 
@@ -80,7 +80,7 @@ def read_attempts(folder: StageFolder) -> list[Attempt]:
 
 
 def readable_attempts(folder: StageFolder) -> tuple[list[Attempt], list[str]]:
-    """The closed attempts whose records can be read, and a sentence about each other one."""
+    """The closed attempts with readable records, and a sentence about each unreadable one."""
     attempts: list[Attempt] = []
     damaged: list[str] = []
     for file in sorted(folder.attempts.glob("*.json"), key=lambda file: (len(file.stem), file.stem)):
@@ -99,7 +99,7 @@ def next_attempt(folder: StageFolder) -> int:
 
 
 def write_fault(folder: StageFolder, attempt: int, rank: int, error: BaseException, step: int | None) -> None:
-    """A rank's own words about its death; the earliest of an attempt is the first cause."""
+    """A rank's own account of its failure; the earliest of an attempt is the first cause."""
     code = error.exit_code if isinstance(error, OrchestratorError) else EXIT_DEFECT
     why = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
     cause = Attempt(
@@ -109,7 +109,7 @@ def write_fault(folder: StageFolder, attempt: int, rank: int, error: BaseExcepti
 
 
 def close_attempt(folder: StageFolder, number: int, exit_code: int, *, outside_cause: str | None = None) -> Attempt:
-    """The attempt's record; written now, from the ranks' faults and the exit code, where the job could not."""
+    """The attempt's record; if the job could not write it, written now from the ranks' faults and the exit code."""
     if folder.attempt(number).exists():
         return _read(folder.attempt(number))
     if folder.result.exists():
@@ -117,7 +117,8 @@ def close_attempt(folder: StageFolder, number: int, exit_code: int, *, outside_c
             number=number, state="finished", why="nothing was left to do", host=socket.gethostname(), rank=None,
             exit_code=EXIT_DONE, step=None,
         )  # fmt: skip
-    elif exit_code == INTERRUPTED:  # before any fault: ranks that lose their peers to the interrupt blame the network
+    # before any fault: ranks that lose their peers to the interrupt report network errors
+    elif exit_code == INTERRUPTED:
         attempt = _interrupted(folder, number)
     else:
         attempt = _first_fault(folder, number) or _silent_death(folder, number, exit_code, outside_cause)
@@ -126,7 +127,7 @@ def close_attempt(folder: StageFolder, number: int, exit_code: int, *, outside_c
 
 
 def decide(folder: StageFolder, config: RunConfig, attempt: Attempt) -> Decision:
-    """What comes after a closed attempt."""
+    """The decision that follows a closed attempt."""
     if folder.result.exists():
         return Decision(word="finished", why="result.json is there", exit_code=EXIT_DONE)
     history = read_attempts(folder)
@@ -157,7 +158,7 @@ def _give_up(why: str) -> Decision:
 
 
 def _no_progress(history: list[Attempt]) -> bool:
-    """The last two attempts failed, and the later one got no further than the earlier one."""
+    """Whether the last two attempts failed and the later one got no further than the earlier one."""
     if len(history) < 2 or any(_is_free(entry) or entry.state == "finished" for entry in history[-2:]):
         return False
     return (history[-1].step or 0) <= (history[-2].step or 0)
@@ -171,7 +172,7 @@ def _first_fault(folder: StageFolder, number: int) -> Attempt | None:
 
 
 def _silent_death(folder: StageFolder, number: int, exit_code: int, outside_cause: str | None) -> Attempt:
-    """No rank could say anything: killed from outside, or out of memory."""
+    """No rank left a fault: killed from outside, or out of memory."""
     why = outside_cause or (
         f"the ranks ended with exit code {exit_code} without a word: killed from outside, or out of host memory "
         f"(see {folder.logs})"
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         decision = _judge(RunFolder(options.run_directory), options)
-    except OrchestratorError as error:  # no record can be read or written: a retry would meet the same
+    except OrchestratorError as error:  # no record can be read or written: a retry would fail the same way
         decision = Decision(word="stop", why="; ".join(error.problems), exit_code=error.exit_code)
     print(decision.why, file=sys.stderr)
     print(decision.word)

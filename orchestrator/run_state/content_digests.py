@@ -1,4 +1,4 @@
-"""Digests of the content that a stage is made from: base, tokenizer, template, data files and code. Must not import torch."""
+"""Digests of the inputs of a stage: base, tokenizer, template, data files and code. Must not import torch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from orchestrator.run_state.soup_members import manifests_elsewhere
 
 SAMPLES = 64
 SAMPLE_BYTES = 4096
-"""Weights are too large to be hashed at each start: both ends and so many places between them are read."""
+"""Weights are too large to be hashed at each start: both ends and this many samples between them are read."""
 SHARED = ("base", "tokenizer", "template")
-"""What a stage and those that it reads must have in common."""
+"""Digests that a stage and the stages it reads must share."""
 
 
 def content_digests(config: RunConfig, name: str, *, base_folder: Path) -> dict[str, str]:
-    """What decides a stage's result beside its settings, by name; `data` is missing where its files are not on this machine."""
+    """Digests of everything besides settings that decides a stage's result, by name; `data` is missing if its files are
+    not on this machine."""
     data, *others = data_sets_of(config.stages[name]).values()
     hashes = FileHashes(cache_folder(config.cluster.scratch) / "data")
     found = {
@@ -47,14 +48,14 @@ def content_digests(config: RunConfig, name: str, *, base_folder: Path) -> dict[
 
 
 def changed_content(config: RunConfig, run: RunFolder, name: str) -> list[str]:
-    """Which content of a finished stage is not what it was: a newer code alone makes nothing anew."""
+    """Inputs that changed since the stage finished. A code change alone does not invalidate it."""
     told: Mapping[str, str] = read_json(run.stage(name).result).get("digests", {})
     try:
         base_folder = local_folder(config.model, cache_folder(config.cluster.scratch))
         if base_folder is None or not told:
             return []
         now = content_digests(config, name, base_folder=base_folder)
-    except (DataError, ModelError):  # what is gone cannot have changed what was made of it
+    except (DataError, ModelError):  # a missing input cannot have changed the finished result
         return []
     members = [key for key in now if key.startswith("member ")]
     return [key for key in (*SHARED, "data", *members) if key in now and key in told and now[key] != told[key]]

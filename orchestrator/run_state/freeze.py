@@ -1,4 +1,4 @@
-"""Freezes a run's configuration in its folder, and lets no other one use that folder; must not import torch."""
+"""Freezes a run's configuration in its folder and refuses any other configuration there. Must not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.run_state.resume_rules import is_below
 
 
 def freeze(folder: RunFolder, record: Mapping[str, Any], *, may_differ: frozenset[str]) -> None:
-    """Writes run.json, or checks that the one there says the same.
+    """Write run.json, or check that the existing one is equal.
 
     Keys in `may_differ` (dotted, with everything below them) may change between attempts; every other difference
     raises RunFolderError with old and new value.
@@ -33,7 +33,7 @@ def freeze(folder: RunFolder, record: Mapping[str, Any], *, may_differ: frozense
 
 
 def refuse_differences(old: JsonValue, new: JsonValue, *, may_differ: frozenset[str], folder: Path) -> bool:
-    """Whether anything differs; RunFolderError with every difference that is not below a key of `may_differ`."""
+    """Whether anything differs; RunFolderError with every difference outside the keys in `may_differ`."""
     changed = differences(old, new)
     refused = {key: values for key, values in changed.items() if not is_below(key, may_differ)}
     if refused:
@@ -48,28 +48,28 @@ def refuse_differences(old: JsonValue, new: JsonValue, *, may_differ: frozenset[
 
 
 def inherited(folder: RunFolder) -> dict[str, JsonValue]:
-    """What run.json says beside the configuration and must keep: the run that this one was forked from."""
+    """Fields of run.json besides the configuration that must be kept: the run that this one was forked from."""
     record: JsonValue = read_json(folder.run) if folder.run.exists() else {}
     return {"parent": record["parent"]} if isinstance(record, dict) and "parent" in record else {}
 
 
 @contextmanager
 def all_or_nothing(folder: Path) -> Generator[None]:
-    """A block that writes into `folder`: where it fails, a folder that was not there before is not there after it."""
+    """Context that writes into `folder`: if it fails, a folder that it created is removed."""
     missing = [path for path in [folder, *folder.parents] if not path.exists()]
     try:
         yield
     except (OSError, OrchestratorError):
         if folder in missing:
             shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # a parent that another run uses by now is not empty, and stays
+        with suppress(OSError):  # a parent that another run has started to use is not empty, and stays
             for parent in missing[1:]:
                 parent.rmdir()
         raise
 
 
 def check_writable(folder: Path, *, advice: str = ELSEWHERE) -> None:
-    """RunFolderError where nothing can be written under `folder`, with the way out; leaves nothing behind."""
+    """Raise RunFolderError, with a remedy, if nothing can be written under `folder`; leaves nothing behind."""
     parent = existing_parent(folder)
     if not parent.is_dir():
         raise RunFolderError(f"{parent} is a file; output_dir must be a folder")
@@ -84,16 +84,17 @@ def check_writable(folder: Path, *, advice: str = ELSEWHERE) -> None:
 
 
 def refuse_inside_a_run(folder: Path) -> None:
-    """RunFolderError where a new run or study would lie inside a run, with which it would be moved, copied and deleted."""
+    """Raise RunFolderError if a new run or study would be inside a run, with which it would be moved, copied and
+    deleted."""
     if (folder / "run.json").exists():
-        return  # not new: whoever put it there may still go on with it
+        return  # not new: its owner may still resume it
     around = run_around(folder)
     if around is not None:
         raise RunFolderError(f"{folder} would lie inside the run {around}; set output_dir to a folder outside of it")
 
 
 def run_around(path: Path) -> Path | None:
-    """The run folder that a path lies in, links followed; a run.json of another program makes no run."""
+    """The run folder that contains a path, following links; another program's run.json does not count."""
     for parent in path.resolve().parents:
         with suppress(OSError, RunFolderError):
             if read_config(RunFolder(parent)):

@@ -1,7 +1,7 @@
-"""The frozen configuration of a run folder, read for the place where the folder is now; must not import torch.
+"""Reads the frozen configuration of a run folder, for the folder's current path. Must not import torch.
 
-`name` and `output_dir` in run.json say where the run was started. They never decide where its files are: a run may be
-moved, renamed, copied or mounted elsewhere, so the folder that was given takes their place here, and only here.
+`name` and `output_dir` in run.json record where the run was started. They never decide where its files are: a run may
+be moved, renamed, copied or mounted elsewhere, so the given folder replaces them here, and only here.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ CHOICES = {
     "tracking": "kind",
     "study": "kind",
 }
-"""Group -> the key whose value is the name of the group's file."""
+"""Group -> the key that names the group's file."""
 NO_DEFAULT = "model.preset"
-"""Facts of one model: the default preset's would be another model's."""
+"""Facts of one model; those of the default preset would belong to another model."""
 NESTED = 8
-"""Rounds of filling: a section that was missing may lack keys of its own."""
+"""Rounds of filling in defaults: a section that was missing may itself lack keys."""
 STAND_IN = "run"
-"""Name for validation only, where a folder's own name (blanks, umlauts) could not be typed as name=."""
+"""Name for validation only, if the folder's own name (blanks, umlauts) is not valid for `name=`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +52,18 @@ class Frozen:
     version: str
     """Of the tool that wrote it."""
     filled: Mapping[str, JsonValue]
-    """Keys that this version knows and run.json does not hold, with the defaults that apply."""
+    """Keys that this version has and run.json lacks, with the defaults that apply."""
     added: Mapping[str, JsonValue]
-    """These and all that were filled in before: what the run made earlier knew nothing of them."""
+    """These keys and all filled in before: earlier results of the run were made without them."""
 
 
 def load_config(run: RunFolder) -> RunConfig:
-    """The configuration of a run folder at the place where it is. RunFolderError where this version cannot read it."""
+    """The configuration of a run folder at its current path. RunFolderError if this version cannot read it."""
     return load_frozen(run).config
 
 
 def load_frozen(run: RunFolder) -> Frozen:
-    """The same, with what had to be added to it."""
+    """The configuration of a run folder, with the keys that had to be added."""
     record = _record(run)
     values, version = read_config(run), _version(run, record)
     folder = run.root.resolve()
@@ -82,13 +82,13 @@ def load_frozen(run: RunFolder) -> Frozen:
 
 
 def newer_version(run: RunFolder) -> str | None:
-    """The version that wrote run.json where it is newer than this one; None otherwise."""
+    """The version that wrote run.json if it is newer than this one; else None."""
     version = _version(run, _record(run))
     return version if _numbers(version) > _numbers(__version__) else None
 
 
 def refuse_newer(run: RunFolder) -> None:
-    """RunFolderError where a newer version wrote the run: its keys may be the same and mean something else by now."""
+    """Raise RunFolderError if a newer version wrote the run: equal keys may have a different meaning there."""
     version = newer_version(run)
     if version is not None:
         raise RunFolderError(
@@ -98,7 +98,7 @@ def refuse_newer(run: RunFolder) -> None:
 
 
 def warn_newer(run: RunFolder) -> None:
-    """For a verb that only reads a run: what it shows may be wrong, and nothing is lost by it."""
+    """Warning for a verb that only reads a run: its output may be wrong, but nothing is lost."""
     version = newer_version(run)
     if version is not None:
         print(
@@ -108,7 +108,7 @@ def warn_newer(run: RunFolder) -> None:
 
 
 def read_config(folder: RunFolder) -> JsonObject:
-    """The configuration as it stands in run.json, as plain values; RunFolderError where run.json is not ours."""
+    """The configuration in run.json as plain values; RunFolderError if run.json is not ours."""
     config = _record(folder).get("config")
     if not isinstance(config, dict):
         raise RunFolderError(f"{folder.run} is damaged: it holds no config")
@@ -116,7 +116,7 @@ def read_config(folder: RunFolder) -> JsonObject:
 
 
 def added_keys(run: RunFolder) -> frozenset[str]:
-    """Keys that were added to the configuration after the run began: what was made before knew nothing of them."""
+    """Keys that were added to the configuration after the run began; earlier results were made without them."""
     added = _record(run).get("added")
     return frozenset(added) if isinstance(added, dict) else frozenset()
 
@@ -134,7 +134,7 @@ def _record(run: RunFolder) -> JsonObject:
 
 def _version(run: RunFolder, record: JsonObject) -> str:
     """Of the tool that wrote run.json."""
-    version = record.get("orchestrator", "unknown")  # the first runs did not say
+    version = record.get("orchestrator", "unknown")  # the first runs did not record it
     if not isinstance(version, str):
         raise RunFolderError(
             f"{run.run} is damaged: orchestrator is {json.dumps(version)}, not a version such as 0.1.0"
@@ -143,7 +143,7 @@ def _version(run: RunFolder, record: JsonObject) -> str:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """`0.2.0` as (0, 2): what follows the numbers (.dev1, +local) never decides, and neither do zeros at the end."""
+    """`0.2.0` as (0, 2): suffixes (.dev1, +local) and trailing zeros are ignored."""
     found = re.match(r"\d+(?:\.\d+)*", version)
     numbers = [] if found is None else [int(number) for number in found[0].split(".")]
     while numbers and not numbers[-1]:
@@ -170,14 +170,14 @@ def _validated(run: RunFolder, values: JsonObject, version: str) -> tuple[RunCon
 
 
 def _unreadable(run: RunFolder, version: str, problems: list[str]) -> RunFolderError:
-    """Keys or values that this version does not have: most often a newer one wrote them."""
+    """Problems of keys or values that this version lacks: usually a newer one wrote them."""
     if version == __version__:
         return RunFolderError([f"{run.run} does not hold a configuration of version {version}", *problems])
     return RunFolderError(
         [
             f"{run.run} was written by version {version} of the orchestrator and cannot be read by this one, {__version__}; "
             f"use version {version} for this run",
-            *([] if _numbers(version) > _numbers(__version__) else problems),  # its new keys are no faults of their own
+            *([] if _numbers(version) > _numbers(__version__) else problems),  # its new keys are not separate faults
         ]
     )
 
@@ -196,7 +196,7 @@ def _default(run: RunFolder, version: str, defaults: Any, path: list[str]) -> Js
 
 
 def _defaults(values: JsonObject) -> JsonObject:
-    """conf/ composed with the choices of the run, and with the run's own values above it, so that `${seed}` is its seed."""
+    """conf/ composed with the run's choices and overlaid with its own values, so that `${seed}` is its seed."""
     from omegaconf import OmegaConf
 
     from orchestrator.composition.hydra_tree import as_sentences, compose_tree
@@ -216,21 +216,21 @@ def _defaults(values: JsonObject) -> JsonObject:
     try:
         with as_sentences([CONF]):
             tree = compose_tree([*words, *(f"+stage@stages.{name}={kind}" for name, kind in kinds.items())], [CONF])
-    except ConfigError:  # a choice that this version does not have: its own fault is told when the values are validated
+    except ConfigError:  # a choice that this version lacks: reported when the values are validated
         return {}
     merged = OmegaConf.merge(tree, OmegaConf.create(cast("Any", values)))
     return cast("JsonObject", OmegaConf.to_container(merged, resolve=True))
 
 
 def _at(tree: Any, path: list[str]) -> Any:
-    """KeyError or TypeError where nothing is there, or a list is on the way."""
+    """The value at a path; KeyError or TypeError if it is missing, or the path crosses a list."""
     for key in path:
         tree = tree[key]
     return tree
 
 
 def _with(tree: JsonObject, path: list[str], value: JsonValue) -> JsonObject:
-    """The same tree with one more leaf; nothing is changed in place."""
+    """The tree with one more leaf, as a copy."""
     key, *rest = path
-    below = tree.get(key)  # never a list: what stands in a list has no default
+    below = tree.get(key)  # never a list: list items have no default
     return {**tree, key: _with(below if isinstance(below, dict) else {}, rest, value) if rest else value}

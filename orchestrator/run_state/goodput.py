@@ -1,4 +1,5 @@
-"""How a stage's wall-clock was spent, from its record alone: what trained and counted, and what did not; must not import torch."""
+"""Breakdown of a stage's wall-clock time, from its record: productive training and everything else. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -12,25 +13,25 @@ from orchestrator.run_folder.folder import StageFolder
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSpent:
-    """Seconds of all attempts of a stage, from the start of the first to the last sign of the last."""
+    """Seconds over all attempts of a stage, from the start of the first to the last record of the last."""
 
     startup: float
     """From the start of a rank to its first step: imports, inputs, model, resume."""
     training: float
     """Optimizer steps that counted."""
     replayed: float
-    """Steps that were done again after a resume or a rollback, and going back."""
+    """Steps repeated after a resume or a rollback, and the rollbacks themselves."""
     evaluation: float
     saving: float
-    """Training stood still for it; what was written beside training is no loss."""
+    """Saves during which training was paused; background writing costs nothing."""
     rollout: float
-    """Making completions."""
+    """Generating completions."""
     proof: float
-    """Writing the artifact and proving it."""
+    """Writing and proving the artifact."""
     gaps: float
-    """Between the last sign of an attempt and the start of the next."""
+    """Between the last record of an attempt and the start of the next."""
     other: float
-    """What the record does not explain: logs, ledgers, steps that a killed attempt did not write down."""
+    """Time that the record does not explain: logs, ledgers, steps that a killed attempt did not record."""
     goodput: float
     """(training + rollouts of steps that counted) / wall-clock."""
 
@@ -53,7 +54,7 @@ class _Attempt:
 
 
 def time_spent(folder: StageFolder) -> TimeSpent | None:
-    """None where no attempt trained, or an older version wrote the record."""
+    """None if no attempt trained, or an older version wrote the record."""
     (events, _), (rows, _) = readable_rows(folder.events), readable_rows(folder.metrics)
     attempts = [_attempt(number, events, rows) for number in _started(events)]
     if not attempts:
@@ -93,7 +94,7 @@ def _attempt(number: int, events: Sequence[Row], rows: Sequence[Row]) -> _Attemp
 
 
 def _steps(rows: Sequence[Row]) -> tuple[float, float, float]:
-    """Seconds of steps that counted, of their rollouts, and of what was done again; the newest turn of a step counts."""
+    """Seconds of steps that counted, of their rollouts, and of repeated work; the newest execution of a step counts."""
     trained = [row for row in rows if number_of(row, "step_seconds") is not None]
     owner = {step: place for place, row in enumerate(trained) for step in _covered(row)}
     training, rollout, replayed = 0.0, 0.0, 0.0
@@ -109,7 +110,7 @@ def _steps(rows: Sequence[Row]) -> tuple[float, float, float]:
 
 
 def _covered(row: Row) -> range:
-    """The steps that a row of metrics tells of."""
+    """The steps that a row of metrics covers."""
     last = step_of(row)
     return range(last - int(number_of(row, "num_steps") or 1) + 1, last + 1)
 

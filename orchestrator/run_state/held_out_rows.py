@@ -1,4 +1,4 @@
-"""The held-out rows of a finished stage as they stand in their files: those of `eval.path`, or those split off from train. No torch."""
+"""Raw held-out rows of a finished stage: those of `eval.path`, or those split off from train. Must not import torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.run_folder.folder import RunFolder
 
 
 def held_out_examples(config: RunConfig, run: RunFolder, stage: str, count: int) -> Iterator[Example]:
-    """The first `count` held-out rows; ConfigError where there are none, or their files are not on this machine."""
+    """The first `count` held-out rows; ConfigError if there are none, or their files are not on this machine."""
     data = config.stages[stage].data
     source = held_out_source(data)
     if source is not None:
@@ -32,8 +32,8 @@ def held_out_examples(config: RunConfig, run: RunFolder, stage: str, count: int)
 
 
 def _split_off(data: DataConfig, run: RunFolder, stage: str, count: int) -> Iterator[Example]:
-    """The rows that preparing set apart, found by their numbers in the files of train."""
-    from orchestrator.data.prepared.folder import PreparedFolder  # maps arrays, which the login side needs here alone
+    """The rows that preparation held out, found by their numbers in the train files."""
+    from orchestrator.data.prepared.folder import PreparedFolder  # maps arrays, which the login side needs only here
 
     prepared = Path(str(read_json(run.stage(stage).prepared)["evaluation"]))
     if not prepared.is_dir():

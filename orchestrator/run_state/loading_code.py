@@ -1,4 +1,4 @@
-"""The lines of Python that load an artifact with transformers and PEFT alone; must not import torch."""
+"""Generates Python code that loads an artifact with only transformers and PEFT. Must not import torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _QUESTION = '[{"role": "user", "content": "What is the capital of France?"}]'
 
 
 def loading_lines(artifact: str, *, kind: str, base: str, folder: Path) -> list[str]:
-    """A script that loads an artifact and asks it something; `artifact` and `base` are the paths that it prints.
+    """A script that loads an artifact and prompts it; `artifact` and `base` are the paths to appear in it.
 
-    `folder` is where the artifact lies now: whether it has a chat template decides how the script makes a prompt.
+    `folder` is the artifact's current path: whether it has a chat template decides how the script builds a prompt.
     """
     if (folder / REFT_SETTINGS).is_file():
         return ["# PEFT has no LoReFT: `orchestrator generate RUN` opens this artifact"]
@@ -76,7 +76,7 @@ def _reward(artifact: str, base: str, *, is_adapter: bool, chats: bool) -> list[
 def _classifier(artifact: str, base: str, *, is_adapter: bool) -> list[str]:
     names = ["AutoModelForSequenceClassification", "AutoTokenizer"]
     load = [f"model = AutoModelForSequenceClassification.from_pretrained({_quoted(artifact)})"]
-    if is_adapter:  # the base's own settings know nothing of the classes
+    if is_adapter:  # the base's own config does not contain the classes
         names = ["AutoConfig", *names]
         load = [
             f"config = AutoConfig.from_pretrained({_quoted(artifact)})",

@@ -1,7 +1,8 @@
-"""Where a run folder is and where it was: the same place, moved, mounted elsewhere, or copied. Must not import torch.
+"""Detects whether a run folder was moved, mounted elsewhere or copied. Must not import torch.
 
-A copy has everything of its original on disk, but not its W&B run, its Slurm jobs and its running processes. What tells
-the two apart is `location.json`: path and inode of the folder, as the last command that wrote into it saw them.
+A copy has everything of its original on disk, but not its W&B run, its Slurm jobs and its running processes.
+`location.json` distinguishes the two: it has the folder's path and inode as seen by the last command that wrote into
+it.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from orchestrator.run_state.frozen import read_config
 
 Kind = Literal["new", "here", "moved", "mounted", "copied"]
 OF_ORIGINAL = "of-original"
-"""Suffix of records that a copy took from its original and must not go on with."""
+"""Suffix of records that a copy inherited and must not continue."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """How a run folder came to be where it is."""
+    """How a run folder came to its current path."""
 
     kind: Kind
     path: Path
-    """Where the folder is."""
+    """Current path of the folder."""
     recorded: Path | None
-    """Where it was when a command last wrote into it."""
+    """Its path when a command last wrote into it."""
 
     @property
     def is_copy(self) -> bool:
@@ -40,7 +41,7 @@ class Location:
 
 
 def locate(run: RunFolder) -> Location:
-    """Compares a run folder with its own record; reads only."""
+    """Compare a run folder with its own record; read-only."""
     path = run.root.resolve()
     recorded = _read(run)
     if recorded is None:
@@ -53,9 +54,9 @@ def locate(run: RunFolder) -> Location:
 
 
 def settle(run: RunFolder, stages: tuple[str, ...]) -> str | None:
-    """Makes the folder's record agree with where it is; what a person should know of that, or None.
+    """Update the folder's record to its current path; returns a notice for the user, or None.
 
-    A copy leaves the W&B runs and Slurm jobs of its original alone: their records get another name.
+    A copy leaves the W&B runs and Slurm jobs of its original alone: their records are renamed.
     """
     location = locate(run)
     if location.kind in ("here", "mounted"):
@@ -82,7 +83,7 @@ class _Recorded:
 
 
 def _read(run: RunFolder) -> _Recorded | None:
-    """None for a folder that an older version made, or whose record is torn: its frozen path speaks for it."""
+    """None for a folder of an older version, or with a torn record: its frozen path is used instead."""
     with suppress(RunFolderError, OSError):
         match read_json(run.location):
             case {"id": str(identity), "path": str(path), "inode": int(inode)}:
@@ -93,14 +94,15 @@ def _read(run: RunFolder) -> _Recorded | None:
 
 
 def _elsewhere(recorded: _Recorded, path: Path) -> Kind:
-    """The path is another one than recorded."""
+    """Compare a folder whose path differs from the recorded one."""
     if _is_same_folder(recorded.path, path):
         return "mounted"
     there = _read(RunFolder(recorded.path)) if recorded.path.is_dir() else None
     if there is not None and there.id == recorded.id:
-        return "copied"  # the original is still where it was
-    # A rename keeps the inode. Another one means a copy, or a move to another disk, which cannot be told from a copy whose
-    # original is out of sight: with a new W&B run nothing is lost, with the old one two runs could write into it.
+        return "copied"  # the original still exists at its old path
+    # A rename keeps the inode. Another one means a copy, or a move to another disk, which cannot be distinguished from
+    # a copy whose original is out of sight: with a new W&B run nothing is lost, with the old one two runs could write
+    # into it.
     return "moved" if path.stat().st_ino == recorded.inode else "copied"
 
 
@@ -122,14 +124,14 @@ def _frozen_path(run: RunFolder) -> Path | None:
 
 
 def _is_same_folder(one: Path, other: Path) -> bool:
-    """Through links and bind mounts too, which share device and inode."""
+    """Whether two paths are one folder, also through links and bind mounts, which share device and inode."""
     with suppress(OSError):
         return one.samefile(other)
     return False
 
 
 def _leave_to_original(files: StageFolder, location: Location) -> bool:
-    """Whether an unfinished stage had something that stays with the original."""
+    """Whether an unfinished stage had something that remains with the original."""
     if files.result.exists() or not files.root.is_dir():
         return False
     foreign = [path for path in (files.submission, files.jobs, files.wandb) if path.exists()]

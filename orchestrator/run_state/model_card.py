@@ -27,7 +27,7 @@ TRAINED_BY = {
     "soup": "a soup of several models",
 }
 MAIN_KEYS = ("optimizer", "schedule", "batch", "max_steps", "epochs")
-"""Keys of a training stage that a reader of the card wants to see."""
+"""Keys of a training stage that the card lists."""
 LICENCE = (
     "Not stated: add `license:` to the front matter above once you have checked the licences of the base model and of "
     "the training data, which both apply."
@@ -85,7 +85,7 @@ def artifact_card(
 
 
 def base_name(config: RunConfig) -> str:
-    """The base without the folders of the machine it lay on."""
+    """The base without this machine's folders."""
     return Path(config.model.base).name if looks_like_folder(config.model.base) else config.model.base
 
 
@@ -103,7 +103,7 @@ def _front(config: RunConfig, *, library: str, kind: str, is_adapter: bool) -> l
 
 
 def _loadable_base(config: RunConfig, result: Mapping[str, Any]) -> str:
-    """A hub id where the base is one; a folder of this machine otherwise."""
+    """A hub id if the base is one, else a folder of this machine."""
     preset = config.model.preset
     is_packaged = preset is not None and preset.base == config.model.base and preset.package is not None
     is_local = is_packaged or looks_like_folder(config.model.base)
@@ -127,7 +127,7 @@ def _main_keys(config: RunConfig, name: str) -> dict[str, Any]:
 
 
 def _results(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured on held-out rows, and the proof of the files."""
+    """Held-out metrics, and the proof of the files."""
     found: dict[str, Any] = {
         "held-out loss before": _number(result.get("eval_loss_before")),
         "held-out loss after": _number(result.get("eval_loss_after")),
@@ -147,14 +147,14 @@ def _results(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(facts: Mapping[str, Any]) -> list[str]:
-    """A two-column table of the facts that are known."""
+    """A two-column table of the known facts."""
     known = {name: value for name, value in facts.items() if value not in (None, "")}
     shown = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in known.items()}
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in shown.items())]
 
 
 def _source_name(config: RunConfig, name: str) -> str:
-    """The data set without the folders of the machine it lay on; a hub id as it is."""
+    """The data set without this machine's folders; a hub id unchanged."""
     path = config.stages[name].data.train.path.rstrip("/")
     return path.rsplit("/", 1)[-1] if looks_like_folder(path) else path
 

@@ -1,4 +1,5 @@
-"""A run folder that was moved while a process of this machine worked on it: the process goes on in the old place. No torch."""
+"""Detects a run folder that was moved while a process of this machine worked on it: the process keeps writing to the
+old path. Must not import torch."""
 
 from __future__ import annotations
 
@@ -17,20 +18,20 @@ from orchestrator.run_state.location import locate
 
 @dataclass(frozen=True, kw_only=True)
 class Away:
-    """A live attempt that was started in another folder and writes there."""
+    """A live attempt that was started at another path and writes there."""
 
     claim: Claim
     root: Path
-    """The run folder as the process knows it; it may be gone, or hold no more than what was written since the move."""
+    """The run folder as the process knows it; it may be gone, or contain only what was written since the move."""
     is_taken: bool
-    """Whether another run is in that place by now."""
+    """Whether another run is now at that path."""
 
 
 def away(run: RunFolder, stage: str) -> Away | None:
-    """The live attempt whose claim this folder holds, where it works on another one.
+    """The live attempt whose claim is in this folder but which works at another path.
 
-    None for a copy: its original holds the same claim, and the process is the original's. A move to another disk looks like
-    a copy, but leaves no original behind.
+    None for a copy: its original holds the same claim, and the process is the original's. A move to another disk looks
+    like a copy but leaves no original behind.
     """
     files = run.stage(stage)
     claim = open_claim(files.logs, files.attempts)
@@ -46,22 +47,22 @@ def away(run: RunFolder, stage: str) -> Away | None:
 
 
 def bring_back(old: Path, run: RunFolder) -> str:
-    """The command that brings what was written in the old place: only files that came after the move are there."""
+    """The command that fetches what was written at the old path, which only has files written after the move."""
     return f"cp -a {shlex.quote(f'{old}/.')} {shlex.quote(str(run.root))}"
 
 
 def refuse_left_behind(run: RunFolder, stages: Sequence[str]) -> None:
-    """RunFolderError where the old place of a moved run holds later work: going on from here would lose it silently."""
+    """Raise RunFolderError if the old path of a moved run has later work: resuming here would lose it silently."""
     problems = list(_left_behind(run, stages))
     if problems:
         raise RunFolderError(problems)
 
 
 def is_left_behind(run: RunFolder, stage: str) -> Path | None:
-    """The old place of a run folder, where a stage wrote there after the move."""
+    """The old path of a run folder, if a stage wrote there after the move."""
     old = locate(run).recorded
     if old is None or _is_same_file(old, run.root) or (old / run.run.name).exists() or not (old / stage).is_dir():
-        return None  # a folder with a run.json is a whole run, not the remains of this one
+        return None  # a folder with a run.json is a complete run, not the remains of this one
     return old
 
 

@@ -1,4 +1,5 @@
-"""What `load` gives: a model with its tokenizer. Must not import torch, so that the login side may name the type."""
+"""The return type of `load`: a model with its tokenizer. Must not import torch, so that the login side may name the
+type."""
 
 from __future__ import annotations
 
@@ -18,5 +19,5 @@ class OpenedModel:
     """With the chat template of training."""
     stage: str
     kind: str
-    """`model`, `adapter`, and the two with `reward_` or `classifier_` before them."""
+    """`model` or `adapter`, optionally prefixed with `reward_` or `classifier_`."""
     config: RunConfig

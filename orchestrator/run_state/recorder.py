@@ -1,4 +1,4 @@
-"""What a stage is given, and the record that it keeps: metrics, events, W&B, attempts."""
+"""The record that a stage keeps: metrics, events, W&B, attempts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orchestrator.run_state.user_callbacks import Callbacks
 
 
 class Record:
-    """Owns the record of an attempt on rank 0; on other ranks it takes rows and does nothing."""
+    """Owns the record of an attempt on rank 0; discards rows on other ranks."""
 
     def __init__(self, context: Context, *, rank: int) -> None:
         self._context = context
@@ -30,7 +30,7 @@ class Record:
         self.last_step = 0
         self.total_steps = 0
         self.rollbacks = 0
-        """Rows written after a rollback replay steps; they say so."""
+        """Number of rollbacks, written to rows because steps are replayed after one."""
         self._wandb: wandb.WandbProcess | None = None
         self._lock = threading.Lock()
         self._unwritten: list[tuple[RecordFile, dict[str, Any]]] = []
@@ -46,7 +46,7 @@ class Record:
         self._wandb = wandb.start(settings) if settings is not None else None
 
     def metrics(self, row: Mapping[str, Any]) -> None:
-        """Appends a row of metrics.jsonl and prints it."""
+        """Append a row to metrics.jsonl and print it."""
         self.last_step = int(row["step"])
         if self._is_main:
             full: Row = {"step": row["step"], "attempt": self._context.attempt, "time": time.time(), **row}
@@ -59,7 +59,7 @@ class Record:
                 self._callbacks.call("step" if "loss" in row else "evaluation", full)
 
     def event(self, event: str, **facts: Any) -> None:
-        """Appends to events.jsonl: start, train, save, stop, resume, skip, fault, trained, finish."""
+        """Append to events.jsonl: start, train, save, stop, resume, skip, fault, trained, finish."""
         if self._is_main:
             full = {"event": event, "attempt": self._context.attempt, "time": time.time(), **facts}
             self._append(self._events, full)
@@ -67,8 +67,8 @@ class Record:
                 self._callbacks.call(event, full)
 
     def _append(self, file: RecordFile, row: dict[str, Any]) -> None:
-        """Keeps rows that a full disk refuses, and writes them before the next one: the record stops no training."""
-        with self._lock:  # checkpoints tell their end from a thread of their own
+        """Keep rows that a full disk refuses, and write them before the next one: the record never stops training."""
+        with self._lock:  # checkpoints report their end from a separate thread
             self._unwritten.append((file, row))
             try:
                 while self._unwritten:
@@ -80,18 +80,18 @@ class Record:
                     warn(f"the record cannot be written ({error.strerror}); its rows wait in memory")
 
     def skipped_update(self, step: int, why: str, rows: list[int]) -> None:
-        """Tells that a step left the weights as they were."""
+        """Record that a step left the weights unchanged."""
         self.event("skip", step=step, why=why, rows=rows)
         self.say(f"warning: step {step} updated nothing: {why}; rows {rows}")
 
     def say(self, sentence: str) -> None:
-        """Tells the log."""
+        """Print to the log."""
         if self._is_main:
             self._context.phases.spoken()
             _print(sentence)
 
     def finish(self, summary: Mapping[str, Any], *, outcome: wandb.Outcome) -> str | None:
-        """Ends W&B in bounded time; the sentence that tells how to see its run."""
+        """End W&B in bounded time; return the sentence that says how to see its run."""
         if self._wandb is None:
             return None
         tracking = self._context.config.tracking
@@ -103,7 +103,7 @@ class Record:
         return told
 
     def close_attempt(self, state: State, why: str, *, exit_code: int) -> None:
-        """Writes attempts/K.json."""
+        """Write attempts/K.json."""
         if self._is_main:
             attempt = Attempt(
                 number=self._context.attempt,
@@ -139,7 +139,7 @@ def _wandb_settings(context: Context) -> wandb.WandbSettings | None:
 
 
 def _print(text: str) -> None:
-    """Tells the log; a log on a full disk stops no training."""
+    """Print to the log; a log on a full disk never stops training."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 

@@ -1,4 +1,4 @@
-"""What may change when a run goes on, what may not, and what a change of the ranks does to the micro-batches; must not import torch."""
+"""Which settings may change on a resume, and how a change of ranks affects the micro-batches. Must not import torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FREE = (
     "model.preset",
     "profile",
 )
-"""Keys that say where and how a run is computed, not what."""
+"""Keys that decide where and how a run is computed, not its result."""
 FREE_OF_A_STAGE = (
     "checkpoint",
     "faults",
@@ -39,14 +39,15 @@ FREE_OF_A_STAGE = (
 
 
 def may_differ(config: RunConfig) -> frozenset[str]:
-    """Dotted keys, with all below them, that may change between attempts: those that leave the result alone, and accepted ones."""
+    """Dotted keys, with all below them, that may change between attempts: those without effect on the result, and
+    accepted ones."""
     free = {f"stages.{name}.{key}" for name in config.stages for key in FREE_OF_A_STAGE}
     accepted = {key for stage in training_stages(config).values() for key in stage.checkpoint.accept_changes}
     return (frozenset(FREE) | free) - _decisive(config) | accepted
 
 
 def _decisive(config: RunConfig) -> frozenset[str]:
-    """Keys that are free but where early stopping judges by them, or the loss looks at the pairs of a micro-batch."""
+    """Keys that may change unless early stopping depends on them, or the loss compares the rows of a micro-batch."""
     stages = training_stages(config)
     judged = {
         f"stages.{name}.{key}"
@@ -72,7 +73,7 @@ def settings_that_matter(config: RunConfig, stage: str) -> dict[str, JsonValue]:
 def refuse_changes(
     old: Mapping[str, JsonValue], new: Mapping[str, JsonValue], *, stage: str, accepted: frozenset[str]
 ) -> list[str]:
-    """ConfigError with old and new value of every setting that changed; the accepted changes, told."""
+    """Raise ConfigError with old and new value of every changed setting; return the accepted changes as sentences."""
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     sentences = {key: f"{key}: {old.get(key)} in the checkpoint, {new.get(key)} now" for key in changed}
     refused = [key for key in changed if not is_below(key, accepted)]
@@ -83,10 +84,10 @@ def refuse_changes(
 
 
 def elsewhere(values: JsonObject, *, nodes: int, processes_per_node: int) -> tuple[JsonObject, list[str]]:
-    """The plain configuration of a run on another number of ranks, and what that does to the micro-batches.
+    """The plain configuration of a run on another number of ranks, and the resulting change of the micro-batches.
 
-    The global batch stays, so that order, schedule and result stay; where the micro-batch no longer divides a rank's share of it,
-    the largest smaller one is taken. ConfigError where the ranks cannot share the global batch.
+    The global batch is kept, and with it order, schedule and result; if the micro-batch no longer divides a rank's
+    share of it, the next smaller divisor is taken. ConfigError if the ranks cannot share the global batch.
     """
     cluster, stages = _object(values["cluster"]), _object(values["stages"])
     ranks = nodes * processes_per_node
@@ -123,6 +124,6 @@ def _whole(value: JsonValue) -> int:
 
 
 def is_below(key: str, roots: frozenset[str]) -> bool:
-    """Whether a dotted key is one of the roots or stands below one."""
+    """Whether a dotted key is one of the roots or below one."""
     parts = key.split(".")
     return any(".".join(parts[:depth]) in roots for depth in range(1, len(parts) + 1))

@@ -1,4 +1,4 @@
-"""Which finished stages would come out the same, and where the others go. Must not import torch."""
+"""Decides which finished stages are still valid, and moves the others aside. Must not import torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from orchestrator.run_state.resume_rules import settings_that_matter
 
 
 def stage_digest(config: RunConfig, name: str, inputs: Mapping[str, str]) -> str:
-    """What decides a stage's result: its settings with the base, and the digests of the artifacts that it reads."""
+    """The identity of a stage's result: its settings with the base, and the digests of the artifacts it reads."""
     settings: dict[str, JsonValue] = settings_that_matter(config, name)
     facts: dict[str, Any] = {"settings": settings, "inputs": dict(inputs)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def fresh_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
-    """The stages that are done and would come out the same: settings, base, data files and what they read are unchanged."""
+    """The finished stages that are still valid: settings, base, data files and the artifacts they read are
+    unchanged."""
     artifacts: dict[str, str] = {}
     origin = run.stage(PARENT).result
     if origin.exists():
@@ -42,7 +43,8 @@ def fresh_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
 
 
 def may_be_made_anew(config: RunConfig, run: RunFolder) -> frozenset[str]:
-    """Keys of stages whose change makes a pipeline run them again: those that are done, or have nothing to lose yet."""
+    """Keys of stages that may change because the pipeline then reruns them: finished ones, and those without progress
+    to lose."""
     if len(config.pipeline) < 2:
         return frozenset()
     stages = {name: run.stage(name) for name in config.stages}
@@ -54,7 +56,7 @@ def may_be_made_anew(config: RunConfig, run: RunFolder) -> frozenset[str]:
 
 
 def set_aside(run: RunFolder, names: Sequence[str]) -> list[str]:
-    """Moves the folders of stages that are run anew below superseded/; a sentence for each."""
+    """Move the folders of stages that are run again below superseded/; return a sentence for each."""
     told: list[str] = []
     for name in names:
         folder = run.stage(name).root

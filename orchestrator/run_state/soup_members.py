@@ -1,4 +1,4 @@
-"""What a soup or an interpolation is made of beside the artifact that it starts from, and whether it fits. Must not import torch."""
+"""The further members of a soup or an interpolation, and whether they fit together. Must not import torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Elsewhere:
 
 
 def read_member(member: str) -> Elsewhere:
-    """The finished stage of another run that a member names. ConfigError where there is none."""
+    """The finished stage of another run that a member names. ConfigError if there is none."""
     folder, stage = _place(member)
     if not (folder / "run.json").is_file():
         raise ConfigError(f"{member}: no run folder (run.json expected); give FOLDER, FOLDER:STAGE or stage:NAME")
@@ -46,13 +46,13 @@ def read_member(member: str) -> Elsewhere:
 
 
 def manifests_elsewhere(stage: Stage) -> list[Path]:
-    """The manifest of every member that another run made: what it was when the soup was cooked."""
+    """The manifest of every member from another run, as it was when the soup was built."""
     found = [read_member(member) for member in members_elsewhere(stage)]
     return [one.run.stage(one.stage).artifact / MANIFEST for one in found]
 
 
 def blend_problems(config: RunConfig) -> list[str]:
-    """What does not fit between the members of the soups of a resolved configuration; reads other runs' folders."""
+    """Incompatibilities between the members of a resolved configuration's soups; reads other runs' folders."""
     return [problem for name in config.pipeline if name in config.stages for problem in _member_problems(config, name)]
 
 
@@ -84,7 +84,7 @@ def _member_problems(config: RunConfig, name: str) -> Iterator[str]:
 
 
 def _place(member: str) -> tuple[Path, str]:
-    """(folder of the run, name of the stage, empty where none is given)."""
+    """(folder of the run, name of the stage or empty)."""
     if Path(member).is_dir():
         return Path(member), ""
     folder, _, stage = member.rpartition(":")

@@ -1,4 +1,4 @@
-"""What an attempt at a stage is given. Must not import torch."""
+"""The inputs of one attempt at a stage. Must not import torch."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ class Context:
     base_folder: Path
     """Local folder of the base model."""
     start: Start | None = None
-    """What is trained on where it is not the bare base."""
+    """The artifact to start from, unless it is the bare base."""
     train_data: Path
     evaluation_data: Path | None
     """Prepared data."""
     beside: Sequence[Start] = ()
-    """Further artifacts, which an interpolation or a soup blends with `start`."""
+    """Further artifacts that an interpolation or a soup blends with `start`."""
     sets: Mapping[str, Path] = field(default_factory=dict[str, Path])
     """Prepared data of the further sets that a stage scores, by name."""
     rewards: Mapping[str, Path] = field(default_factory=dict[str, Path])
     """Folders of the reward stages that this one reads, by the stage's name."""
     digest: str = ""
-    """Of all that decides the stage's result."""
+    """Digest of everything that decides the stage's result."""
     began: float = field(default_factory=time.time)
-    """When this process began: imports and the bringing of inputs count as start-up."""
+    """Start time of this process: imports and fetching inputs count as start-up."""
     phases: Phases = field(default_factory=Phases)
-    """Where this attempt says what it is doing."""
+    """Where this attempt reports its current phase."""
     input_digests: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of the artifacts that the stage reads, by stage."""
+    """Digests of the artifacts that the stage reads, by stage."""
     content_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     """Of base, tokenizer, template, data files and code."""
 

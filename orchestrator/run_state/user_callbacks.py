@@ -1,4 +1,4 @@
-"""A user's own callbacks: called on the first rank with every event and row of metrics. Must not know the loop."""
+"""A user's own callbacks: called on the first rank with every event and row of metrics. Must not depend on the loop."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ class Callbacks:
     def __init__(
         self, sources: Sequence[FunctionSource], *, ask_to_stop: Callable[[str], None], warn: Callable[[str], None]
     ) -> None:
-        """ConfigError where a function cannot be loaded: that is known before the first step, and then worth stopping for."""
+        """Load the functions; ConfigError if one cannot be loaded, since that shows before the first step and is worth
+        stopping for."""
         self._functions: dict[str, Callback] = {
             source.source: load_callback(source.source, source.options) for source in sources
         }
         self._ask_to_stop, self._warn = ask_to_stop, warn
 
     def call(self, event: str, values: Mapping[str, Any]) -> None:
-        """Pass an event on. A failing callback never stops training: it is a side record, like W&B."""
+        """Pass an event on. A failing callback never stops training: like W&B, it is not essential."""
         for name, function in list(self._functions.items()):
             try:
                 wants_stop = function(event, values)
@@ -32,5 +33,5 @@ class Callbacks:
                 del self._functions[name]
                 continue
             if wants_stop:
-                # Only a wish of this rank: the ranks agree on it at the next step boundary, and all save there.
+                # Only this rank's request: the ranks agree on it at the next step boundary, and all save there.
                 self._ask_to_stop(f"callback {name} asked for it at {event}")
