@@ -23,7 +23,8 @@ from orchestrator.config.tuning import (
 
 
 def count_adapter_parameters(model: Architecture, tuning: AdapterTuning) -> int:
-    """What is trained beside the base. In a mixture by the names of attention's layers alone, but for LoRA."""
+    """Parameters trained in addition to the base. In a mixture of experts only in attention's layers, except for
+    LoRA."""
     match tuning:
         case LoraTuning():
             return count_lora_parameters(model, tuning)
@@ -40,7 +41,7 @@ def count_adapter_parameters(model: Architecture, tuning: AdapterTuning) -> int:
 
 
 def count_sites(model: Architecture, tuning: LoreftTuning) -> int:
-    """Interventions: one a layer, or one each for the first and the last positions."""
+    """Interventions: one per layer, or one each for the first and the last positions."""
     layers = model.num_hidden_layers if tuning.layers == "all" else len(tuning.layers)
     ends = (tuning.first_positions > 0) + (tuning.last_positions > 0)
     return layers * (1 if tuning.share_weights else ends)
@@ -66,7 +67,7 @@ def _chosen(model: Architecture, targets: str | tuple[str, ...]) -> list[Linear]
 
 
 def low_rank(tuning: FullTuning | FreezeTuning | AdapterTuning) -> int:
-    """Width of the inner product of an adapter that is laid out as LoRA is; 0 for the others."""
+    """Inner rank of an adapter with LoRA's layout; 0 for the others."""
     match tuning:
         case LoraTuning() | VeraTuning():
             return tuning.rank
@@ -77,12 +78,12 @@ def low_rank(tuning: FullTuning | FreezeTuning | AdapterTuning) -> int:
 
 
 def virtual_tokens(tuning: FullTuning | FreezeTuning | AdapterTuning) -> int:
-    """Tokens before every row that are no tokens of a text."""
+    """Virtual tokens prepended to every row."""
     return tuning.virtual_tokens if isinstance(tuning, VIRTUAL_TOKEN_TUNINGS) else 0
 
 
 def shape_problems(model: Architecture, tuning: FullTuning | FreezeTuning | AdapterTuning) -> list[str]:
-    """What a method cannot do with a model of these facts, one sentence each."""
+    """Limits of a method with a model of these facts, one sentence each."""
     match tuning:
         case OftTuning():
             uneven = [linear for linear in _chosen(model, tuning.target_modules) if linear.inputs % tuning.block_size]
@@ -114,10 +115,10 @@ def _uneven_blocks(tuning: OftTuning, told: str, uneven: Iterable[Linear]) -> st
 
 
 def multiplied_per_token(model: Architecture, tuning: AdapterTuning) -> float:
-    """Matrix parameters that one token meets in the adapter, weighed as trained ones (6 FLOPs each with the backward pass).
+    """Matrix parameters of the adapter per token, weighted as trained ones (6 FLOPs each, including the backward pass).
 
-    VeRA's shared matrices get no gradient: 4 of 6. OFT rotates each input by blocks. Vectors, and what acts on few tokens,
-    are left out.
+    VeRA's shared matrices get no gradient: 4 of 6. OFT rotates each input by blocks. Vectors and what acts on few
+    tokens are omitted.
     """
     match tuning:
         case LoraTuning() | AdaloraTuning():
@@ -134,7 +135,7 @@ def multiplied_per_token(model: Architecture, tuning: AdapterTuning) -> float:
 
 
 def kept_numbers_per_token(model: Architecture, tuning: FullTuning | FreezeTuning | AdapterTuning) -> float:
-    """Numbers a token and layer that wait for the backward pass beside those of a frozen base and LoRA's own."""
+    """Numbers per token and layer kept for the backward pass, in addition to those of a frozen base and LoRA's own."""
     match tuning:
         case Ia3Tuning():
             return float(sum(_per_layer(tuning)(linear) for linear in _chosen(model, tuning.target_modules)) * 2)
@@ -153,8 +154,8 @@ def kept_numbers_per_token(model: Architecture, tuning: FullTuning | FreezeTunin
 def count_lora_parameters(model: Architecture, tuning: LoraTuning) -> int:
     """Sum of r (in + out) over the adapted layers (2106.09685); DoRA adds a magnitude for every output feature.
 
-    In a mixture `all-linear` means attention, router and the fused experts as PEFT adapts them: one adapter of rank 2 r for
-    gate and up of each expert, one of rank r for down. By name, attention alone can be chosen there.
+    In a mixture `all-linear` means attention, router and the fused experts as PEFT adapts them: one adapter of rank 2 r
+    for gate and up of each expert, one of rank r for down. By name, only attention can be selected there.
     """
     is_all = tuning.target_modules == "all-linear"
     known = [linear for linear in linear_layers(model) if linear.is_attention or not model.num_experts]
@@ -168,7 +169,7 @@ def count_lora_parameters(model: Architecture, tuning: LoraTuning) -> int:
 
 
 def _head_lora(model: Architecture, tuning: LoraTuning) -> int:
-    """An encoder's dense layer before the head is adapted with the others."""
+    """An encoder's dense layer before the head is adapted as well."""
     is_meant = tuning.target_modules == "all-linear" or "dense" in tuning.target_modules
     if not family_of(model).head_transform or not is_meant:
         return 0
@@ -176,7 +177,7 @@ def _head_lora(model: Architecture, tuning: LoraTuning) -> int:
 
 
 def adapter_problems(model: Architecture, tuning: FullTuning | FreezeTuning | AdapterTuning) -> list[str]:
-    """What PEFT cannot do with this model, one sentence each."""
+    """Limits of PEFT with this model, one sentence each."""
     if not isinstance(tuning, LoraTuning) or not model.num_experts or tuning.target_modules != "all-linear":
         return []
     faults = {"use_dora=true": tuning.use_dora, f"dropout={tuning.dropout}": tuning.dropout > 0}

@@ -1,4 +1,4 @@
-"""Finds a base model without torch: a local folder, a Python package, or the hub; says what is missing."""
+"""Finds a base model without torch: a local folder, a Python package, or the hub; reports what is missing."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Base:
     place: str
     """Folder, name of the distribution, or hub id."""
     architecture: Architecture | None
-    """None where it can be known only after a download."""
+    """None if it is only known after a download."""
 
 
 def find_base(model: ModelConfig) -> Base:
-    """Local folder, then the preset's package, then the hub. A folder that lacks something is refused here."""
+    """Try a local folder, then the preset's package, then the hub. An incomplete folder is refused."""
     if looks_like_folder(model.base):
         folder = Path(model.base).expanduser()
         problems = folder_problems(folder, model.base)
@@ -45,13 +45,13 @@ def find_base(model: ModelConfig) -> Base:
 
 
 def looks_like_folder(base: str) -> bool:
-    """A path that is there, or that is written as one."""
+    """Whether the text is an existing path, or written like one."""
     path = Path(base).expanduser()
     return path.exists() or base.startswith((".", "/", "~")) or base.count("/") > 1
 
 
 def folder_problems(folder: Path, given: str) -> list[str]:
-    """What a model folder lacks, one sentence each."""
+    """Missing parts of a model folder, one sentence each."""
     if not folder.is_dir():
         return [f"model.base: {given} is no folder; give a folder with config.json, weights and tokenizer, or a hub id"]
     problems: list[str] = []
@@ -86,7 +86,7 @@ def package_gguf(package: str) -> Path | None:
 
 
 def dequantised_folder(gguf: Path, cache: Path) -> Path:
-    """Where a GGUF file's weights lie, or will lie, as safetensors: named by the hash of the file, which the cache remembers."""
+    """Where a GGUF file's weights are, or will be, as safetensors: named by the hash of the file, which is cached."""
     hashes = FileHashes(cache / "data")
     digest = hashes.of(gguf)
     hashes.save()
@@ -94,7 +94,7 @@ def dequantised_folder(gguf: Path, cache: Path) -> Path:
 
 
 def local_folder(model: ModelConfig, cache: Path) -> Path | None:
-    """The folder of the base where it is on this machine already; None where it must be made or downloaded first."""
+    """The folder of the base if it is already on this machine; None if it must be converted or downloaded first."""
     base = find_base(model)
     if base.source == "folder":
         return Path(base.place)
@@ -109,7 +109,7 @@ def local_folder(model: ModelConfig, cache: Path) -> Path | None:
 
 
 def hub_is_offline() -> bool:
-    """Whether the user switched the hub off."""
+    """Whether the user disabled the hub."""
     return any(
         os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -128,7 +128,7 @@ def _shard_problems(folder: Path) -> list[str]:
 
 
 def _tensor_faults(file: Path) -> list[str]:
-    """What the header of a safetensors file says against its size; the tensors themselves are not read."""
+    """Check the header of a safetensors file against its size; the tensors themselves are not read."""
     size = file.stat().st_size
     with open(file, "rb") as content:
         start = content.read(8)
@@ -156,7 +156,7 @@ def _cached_architecture(model: ModelConfig) -> Architecture | None:
 
 
 def _snapshots(model: ModelConfig) -> list[Path]:
-    """Folders that earlier downloads left in the hub's cache; never asks the network."""
+    """Folders of earlier downloads in the hub's cache; never uses the network."""
     home = Path(
         os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub"
     )

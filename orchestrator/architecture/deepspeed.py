@@ -1,4 +1,4 @@
-"""The DeepSpeed dict, rendered from the configuration: its one source. Must not import torch or deepspeed."""
+"""Renders the DeepSpeed dict from the configuration, its only source. Must not import torch or deepspeed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NEVER = 1_000_000_000
 
 
 def deepspeed_dict(config: RunConfig, stage: TrainingStage) -> dict[str, JsonValue] | None:
-    """What DeepSpeed is told for a stage; None where the sharding is not DeepSpeed's."""
+    """The DeepSpeed dict of a stage; None if the sharding is not DeepSpeed's."""
     if not isinstance(config.sharding, ZeroSharding):
         return None
     return {
@@ -23,13 +23,13 @@ def deepspeed_dict(config: RunConfig, stage: TrainingStage) -> dict[str, JsonVal
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
         "zero_optimization": _zero_section(config.sharding),
         "zero_allow_untested_optimizer": True,  # 8-bit AdamW; plain AdamW is on DeepSpeed's list
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the host too, without a compiler
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also steps on the host, without needing a compiler
         "steps_per_print": NEVER,
     }
 
 
 def _zero_section(sharding: ZeroSharding) -> dict[str, JsonValue]:
-    sizes = sizes_of(sharding, None)  # the plan has settled them
+    sizes = sizes_of(sharding, None)  # settled by the plan
     section: dict[str, JsonValue] = {
         "stage": sharding.stage,
         "overlap_comm": sharding.overlap_communication,

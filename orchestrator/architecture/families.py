@@ -1,4 +1,4 @@
-"""How the layers of a family of models are built, by transformers' name of the architecture; must not import torch."""
+"""The layer layout of a family of models, by transformers' name of the architecture. Must not import torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Literal
 from orchestrator.config.model import Architecture
 
 HasBias = Literal["none", "config", "all", "qkv"]
-"""`config`: as attention_bias and feed_forward_bias of the model say; `qkv`: all but the output of attention."""
+"""`config`: as set by the model's attention_bias and feed_forward_bias; `qkv`: all but the output of attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What model_type alone says of a layer."""
+    """The layer layout as determined by model_type alone."""
 
     attention: tuple[str, ...]
     """q, k, v and output; or one fused matrix and the output."""
@@ -24,7 +24,7 @@ class Family:
     norm_vectors: Literal[1, 2]
     """1: scale (RMS norm); 2: scale and shift (layer norm)."""
     norms: int
-    """Norms of the hidden width in a layer."""
+    """Number of norms over the hidden width in a layer."""
     final_norm: bool
     query_key_norms: bool
     """RMS norms of one head's width over queries and keys."""
@@ -106,7 +106,7 @@ FAMILIES = {
 
 
 def family_of(model: Architecture) -> Family:
-    """The family; a model type that is not known is taken for a relative of Llama."""
+    """The family; an unknown model type is assumed to be built like Llama."""
     return FAMILIES[model.model_type] if model.model_type in FAMILIES else FAMILIES["llama"]
 
 

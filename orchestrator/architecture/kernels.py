@@ -1,4 +1,5 @@
-"""Which kernels compute attention and the loss head, and their names in words: the one source of the plan, the log and the ranks; no torch."""
+"""Selects and describes the kernels of attention and loss head: the one source for the plan, the log and the ranks.
+Must not import torch."""
 
 from __future__ import annotations
 
@@ -22,11 +23,13 @@ HeadKernel = Literal["torch", "liger"]
 DocumentsPath = Literal["varlen", "blocks", "one by one"]
 
 DOCUMENTS = "documents"
-"""transformers' name of the attention in which documents of a packed row never see each other (`training/attention.py`)."""
+"""transformers' name of the attention in which documents of a packed row never attend to each other
+(`training/attention.py`)."""
 BLOCK_TOKENS = 512
 """Documents up to this long are computed as blocks in 16 bits on a CPU; longer ones by the flash kernel, whose memory is linear."""
 VARLEN_SINCE = (2, 12)
-"""torch whose `varlen_attn` takes a scale, a window and grouped queries; 2.10 and 2.11 have one that lacks some of them."""
+"""First torch whose `varlen_attn` takes a scale, a window and grouped queries; that of 2.10 and 2.11 lacks some of
+them."""
 VARLEN_HEAD_DIM = 256
 """The flash kernel's widest head; widths are multiples of `VARLEN_HEAD_STEP`."""
 VARLEN_HEAD_STEP = 8
@@ -43,7 +46,7 @@ def attention_name(choice: str, *, packed: bool) -> str:
 def documents_path(
     device: str, *, is_half: bool, head_dims: tuple[int, int], has_dropout: bool = False
 ) -> DocumentsPath:
-    """How `documents` computes on a device; `head_dims` are those of keys and of values."""
+    """The implementation of `documents` on a device; `head_dims` are those of keys and of values."""
     if not is_half or has_dropout:
         return "one by one"
     if device == "cpu":
@@ -55,13 +58,14 @@ def documents_path(
 
 @lru_cache(maxsize=1)
 def has_varlen() -> bool:
-    """Whether the installed torch has the `varlen_attn` that is called."""
+    """Whether the installed torch has the required `varlen_attn`."""
     major, minor = version("torch").split(".")[:2]
     return (int(major), int(minor)) >= VARLEN_SINCE
 
 
 def attention_words(name: str, device: str, *, is_half: bool, head_dim: int | None, packed: bool) -> str:
-    """An attention in words: transformers' name and, where it is ours, what computes it; a `head_dim` of None is taken to fit."""
+    """Description of an attention: transformers' name and, for ours, the kernel; a `head_dim` of None is assumed to
+    fit."""
     where = f"({_DEVICE_WORDS[device]}, {16 if is_half else 32} bits)"
     if name == DOCUMENTS:
         width = VARLEN_HEAD_STEP if head_dim is None else head_dim
@@ -86,12 +90,13 @@ def liger_is_installed() -> bool:
 
 
 def triton_interprets() -> bool:
-    """Whether Triton runs its kernels in Python, on any device: its own switch, for tests."""
+    """Whether Triton interprets its kernels in Python, on any device: Triton's own switch, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def head_kernel(choice: HeadChoice, device: str, *, has_liger: bool) -> HeadKernel:
-    """What scores sums of log-probabilities on a device. `auto` takes Liger on a GPU alone; a named one also where Triton interprets."""
+    """The implementation of summed log-probabilities on a device. `auto` takes Liger only on a GPU; a named one also
+    where Triton interprets."""
     if choice == "torch" or not has_liger:
         return "torch"
     return "liger" if device == "cuda" or (choice == "liger" and triton_interprets()) else "torch"
@@ -103,18 +108,18 @@ def head_words(kernel: HeadKernel, device: str) -> str:
 
 
 def sums_logprobs(stage: TrainingStage) -> bool:
-    """Whether a stage's loss is a sum of log-probabilities and no more: what Liger's kernel computes."""
+    """Whether a stage's loss is only a sum of log-probabilities, which is what Liger's kernel computes."""
     return isinstance(stage, SftStage)
 
 
 def adapts_head(config: RunConfig) -> bool:
-    """Whether LoRA is put on the head, whose logits are then more than one product."""
+    """Whether LoRA adapts the head, whose logits are then more than one product."""
     tuning = config.tuning
     return isinstance(tuning, LoraTuning) and "lm_head" in tuning.target_modules
 
 
 def devices_of(cluster: ClusterConfig) -> tuple[Device, ...]:
-    """What a rank's device can be: both where only torch, on the machine itself, can tell."""
+    """Possible devices of a rank: both if only torch, on the machine itself, can decide."""
     if cluster.device != "auto":
         return (cluster.device,)
     match cluster.hardware.name:
@@ -129,7 +134,7 @@ def devices_of(cluster: ClusterConfig) -> tuple[Device, ...]:
 def attention_of_stage(
     config: RunConfig, stage: TrainingStage, model: Architecture | None, device: str, *, name: str | None = None
 ) -> str:
-    """The attention of a training stage on a device, in words; `name` is what a loaded model says that it has."""
+    """Description of a training stage's attention on a device; `name` is the one reported by a loaded model."""
     packed = stage.data.packing != "none"
     return attention_words(
         attention_name(config.model.attention, packed=packed) if name is None else name,
@@ -141,7 +146,7 @@ def attention_of_stage(
 
 
 def head_of_stage(config: RunConfig, stage: TrainingStage, device: str, *, has_liger: bool) -> str:
-    """The loss head of a training stage on a device, in words; of a model whose logits are its head's products."""
+    """Description of a training stage's loss head on a device, for a model whose logits are its head's products."""
     if isinstance(stage, RewardStage | ClassifyStage | SelfTrainingStage):
         return NO_HEAD
     choice: HeadChoice = config.model.loss_head if sums_logprobs(stage) and not adapts_head(config) else "torch"
@@ -151,7 +156,7 @@ def head_of_stage(config: RunConfig, stage: TrainingStage, device: str, *, has_l
 def kernel_fields(
     config: RunConfig, stage: TrainingStage, model: Architecture | None, *, has_liger: bool
 ) -> dict[str, str]:
-    """What the plan tells: of each device that a rank may have, the GPU first."""
+    """Kernel descriptions for the plan, for each possible device of a rank, the GPU first."""
     devices = devices_of(config.cluster)
     attentions = [attention_of_stage(config, stage, model, device) for device in devices]
     heads = [head_of_stage(config, stage, device, has_liger=has_liger) for device in devices]
@@ -159,7 +164,7 @@ def kernel_fields(
 
 
 def liger_problem(choice: HeadChoice, devices: tuple[str, ...], *, has_liger: bool) -> str | None:
-    """Why Liger, asked for by name, cannot run on any of these devices; None where it can."""
+    """Why Liger, requested by name, cannot run on any of these devices; None if it can."""
     if choice != "liger":
         return None
     if "cuda" not in devices and not triton_interprets():
@@ -173,9 +178,10 @@ def liger_problem(choice: HeadChoice, devices: tuple[str, ...], *, has_liger: bo
 
 
 def head_problems(config: RunConfig, *, has_liger: bool) -> list[str]:
-    """Why `model.loss_head` cannot be obeyed, as far as it is seen before the ranks start."""
+    """Why `model.loss_head` cannot be used, as far as is known before the ranks start."""
     choice = config.model.loss_head
-    has_liger = has_liger or config.launcher.python is not None  # another interpreter's packages are not seen from here
+    # another interpreter's packages are not visible from here
+    has_liger = has_liger or config.launcher.python is not None
     found = liger_problem(choice, devices_of(config.cluster), has_liger=has_liger)
     problems = [] if found is None else [found]
     stages = training_pipeline(config)

@@ -1,4 +1,4 @@
-"""Where a parameter stands in a model, by its name alone: its depth, what of it is trained, in which order; must not import torch."""
+"""Maps parameter names to depths, frozen or trained parts and unfreezing order. Must not import torch."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ def is_norm(name: str) -> bool:
 
 
 def is_embedding(name: str) -> bool:
-    """Token and position embeddings; also what stands beside them, such as BERT's norm of the embeddings."""
+    """Token and position embeddings, and what belongs to them, such as BERT's norm of the embeddings."""
     return layer_of(name) is None and _EMBEDDING.search(name) is not None
 
 
 def is_head(name: str) -> bool:
-    """What stands outside the layers and is neither embedding nor norm: the output head, a pooler, a new scalar head."""
+    """Parameters outside the layers that are neither embedding nor norm: the output head, a pooler, a new scalar
+    head."""
     return layer_of(name) is None and not is_embedding(name) and not is_norm(name)
 
 
@@ -52,7 +53,7 @@ def depth_of(name: str, num_layers: int) -> int:
 
 
 def places_of(names: Iterable[str]) -> list[str]:
-    """Where parameters stand, in words, each place once: layer 3, head, norm, embeddings."""
+    """Names of the parameters' locations without duplicates: layer 3, head, norm, embeddings."""
 
     def place(name: str) -> str:
         layer = layer_of(name)
@@ -64,16 +65,18 @@ def places_of(names: Iterable[str]) -> list[str]:
 
 
 def levels_of(trained: Iterable[str], num_layers: int) -> dict[str, int]:
-    """The order of gradual unfreezing (1801.06146, section 3.3): 0 for what stands highest of the trained, then downwards."""
+    """The order of gradual unfreezing (1801.06146, section 3.3): 0 for the topmost trained parameters, then
+    downwards."""
     depths = {name: depth_of(name, num_layers) for name in trained}
     order = sorted(set(depths.values()), reverse=True)
     return {name: order.index(depth) for name, depth in depths.items()}
 
 
 def rates_of(trained: Iterable[str], num_layers: int, layer_decay: float | None) -> dict[str, float]:
-    """Discriminative rates (1801.06146, section 3.1) as shares of the peak: each depth has the one above it x `layer_decay`.
+    """Discriminative rates (1801.06146, section 3.1) as shares of the peak: each depth has the one above it x
+    `layer_decay`.
 
-    What stands highest of the trained has the whole rate. ConfigError where no trained parameter stands in a layer.
+    The topmost trained depth has the full rate. ConfigError if no trained parameter is in a layer.
     """
     depths = {name: depth_of(name, num_layers) for name in trained}
     if layer_decay is None:
@@ -90,9 +93,10 @@ def rates_of(trained: Iterable[str], num_layers: int, layer_decay: float | None)
 def trained_names(
     names: Sequence[str], tuning: FreezeTuning, *, is_tied: bool, has_new_head: bool = False
 ) -> frozenset[str]:
-    """Which of a model's parameters `tuning=freeze` ever trains. A new head is trained whatever the switches say.
+    """Which of a model's parameters `tuning=freeze` ever trains. A new head is always trained.
 
-    ConfigError with what is there where layers, a switch or a pattern meet nothing, or nothing at all is trained.
+    ConfigError, listing the available names, if layers, a switch or a pattern match nothing, or nothing at all is
+    trained.
     """
     num_layers = count_layers(names)
     problems: list[str] = []
@@ -147,7 +151,7 @@ def kinds_of(names: Iterable[str]) -> list[str]:
 
 
 def parameter_sizes(model: Architecture) -> dict[str, int]:
-    """Sizes by name, as Llama names them; a family's own parameters without such a name stand with their like."""
+    """Parameter sizes under Llama's names; a family's own parameters are counted with the most similar one."""
     family, hidden, counts = family_of(model), model.hidden_size, count_parameters(model)
     norm = family.norm_vectors * hidden
     layer = {"input_layernorm.weight": family.norms * norm}
@@ -172,9 +176,9 @@ def parameter_sizes(model: Architecture) -> dict[str, int]:
 
 
 def _trained_sizes(model: Architecture, tuning: FreezeTuning, *, has_new_head: bool) -> dict[str, int]:
-    """Patterns that a family's own names alone could meet are left out of the count; a new head counts with one output."""
+    """Patterns that only match a family's own names are not counted; a new head counts with one output."""
     sizes = parameter_sizes(model)
-    if has_new_head:  # it stands in the place of the old one
+    if has_new_head:  # it replaces the old one
         sizes = {name: size for name, size in sizes.items() if not is_head(name)} | {"score.weight": model.hidden_size}
     met = tuple(pattern for pattern in tuning.also if any(fnmatchcase(name, pattern) for name in sizes))
     is_uncounted = (
@@ -190,12 +194,13 @@ def _trained_sizes(model: Architecture, tuning: FreezeTuning, *, has_new_head: b
 
 
 def count_freeze_parameters(model: Architecture, tuning: FreezeTuning, *, has_new_head: bool = False) -> int:
-    """Parameters that `tuning=freeze` ever trains; ConfigError where layers or switches meet nothing."""
+    """Parameters that `tuning=freeze` ever trains; ConfigError if layers or switches match nothing."""
     return sum(_trained_sizes(model, tuning, has_new_head=has_new_head).values())
 
 
 def lowest_trained_layer(model: Architecture, tuning: FreezeTuning, *, has_new_head: bool = False) -> int:
-    """Number of the lowest layer that the backward pass must reach; the number of layers where only the head is trained."""
+    """Number of the lowest layer that the backward pass must reach; the number of layers if only the head is
+    trained."""
     depths = [
         depth_of(name, model.num_hidden_layers) for name in _trained_sizes(model, tuning, has_new_head=has_new_head)
     ]

@@ -1,4 +1,4 @@
-"""Facts of a model from its config.json, and the parameter counts that follow from them; must not import torch."""
+"""Parameter counts from the facts of a model's config.json. Must not import torch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class ParameterCounts:
 
     total: int
     embedding: int
-    """Input embedding, and the head where it is not tied."""
+    """Input embedding, and the head if it is not tied."""
     layer: int
     """One decoder layer."""
     active: int
-    """Parameters that one token meets (fewer than `total` in a mixture of experts)."""
+    """Active parameters per token (fewer than `total` in a mixture of experts)."""
 
 
 def count_parameters(model: Architecture) -> ParameterCounts:
-    """Parameters of the causal model, or of the masked one where the family is an encoder."""
+    """Parameters of the causal model, or of the masked one for an encoder family."""
     family = family_of(model)
     linears = linear_layers(model)
     attention = sum(_size(linear) for linear in linears if linear.is_attention)
@@ -48,7 +48,7 @@ def _size(linear: Linear) -> int:
 
 
 def _embeddings(model: Architecture) -> int:
-    """Tables of tokens, positions and token types, and the head where it is not tied."""
+    """Tables of tokens, positions and token types, and the head if it is not tied."""
     tables = model.vocab_size * (1 if model.tie_word_embeddings else 2) + model.num_positions
     return (tables + family_of(model).token_types) * model.hidden_size
 

@@ -1,4 +1,4 @@
-"""A model's config.json as the architecture that forecasts calculate with. Must not import torch."""
+"""Reads a model's config.json into the facts that forecasts need. Must not import torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from orchestrator.config.model import Architecture
 from orchestrator.errors import ModelError
 
 TIED = ("gpt2", "bert", "gemma", "gemma2", "gemma3_text")
-"""Model types whose head is tied where config.json does not say."""
+"""Model types whose head is tied by default."""
 
 
 RELATIVES = {"roberta": "bert", "xlm-roberta": "bert", "camembert": "bert", "distilbert": "bert"}
-"""Encoders with BERT's layers, taken for BERT; their tables of token types differ by a row or two."""
+"""Encoders with BERT's layers, treated as BERT; their token-type tables differ by a row or two."""
 
 
 NOT_FORECAST = ("albert", "deberta", "deberta-v2", "electra", "modernbert", "xlnet")
@@ -24,11 +24,11 @@ NOT_FORECAST = ("albert", "deberta", "deberta-v2", "electra", "modernbert", "xln
 
 
 ENCODERS = ("bert",)
-"""Families in which a token sees those behind it: they classify, and do not generate."""
+"""Families with bidirectional attention: they classify and cannot generate."""
 
 
 def read_architecture(folder: Path) -> Architecture | None:
-    """The facts of a model folder; None where its config.json lacks what a decoder has, ModelError where a fact is absurd."""
+    """The facts of a model folder; None if its config.json lacks a decoder's facts, ModelError if a fact is absurd."""
     path = folder / "config.json"
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def read_architecture(folder: Path) -> Architecture | None:
 
 
 def _architecture(raw: dict[str, Any]) -> Architecture:
-    """transformers' names, with older ones beside them; KeyError where one is missing, or the layers are of an unknown kind."""
+    """Facts by transformers' names or older ones; KeyError if one is missing, or the layers are of an unknown kind."""
     if raw["model_type"] in NOT_FORECAST:
         raise KeyError("model_type")
     heads: int = _first(raw, "num_attention_heads", "n_head", "n_heads")
@@ -81,7 +81,7 @@ def _architecture(raw: dict[str, Any]) -> Architecture:
 
 
 def _first(raw: dict[str, Any], *names: str) -> Any:
-    """The value of the first name that is there."""
+    """The value of the first name present."""
     for name in names:
         if name in raw:
             return raw[name]
@@ -89,7 +89,7 @@ def _first(raw: dict[str, Any], *names: str) -> Any:
 
 
 def _inner(raw: dict[str, Any], hidden: int) -> int:
-    """GPT-2 leaves the inner width out: four times the hidden one."""
+    """Inner width of the feed-forward; GPT-2 omits it: four times the hidden one."""
     if raw["model_type"] != "gpt2":
         raise KeyError("intermediate_size")
     return 4 * hidden

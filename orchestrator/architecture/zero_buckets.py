@@ -1,4 +1,4 @@
-"""Sizes of ZeRO's buckets from the shape of the model, where the configuration leaves them open. Must not import torch."""
+"""Sizes of ZeRO's buckets from the shape of the model, unless configured. Must not import torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from orchestrator.config.run import RunConfig
 from orchestrator.config.sharding import ZeroSharding
 
 MOST_ELEMENTS = 200_000_000
-"""Of a bucket: 400 MB in 16 bits, twice where communication overlaps."""
+"""Elements of a bucket: 400 MB in 16 bits, doubled if communication overlaps."""
 LEAST_ELEMENTS = 1_000_000
 UNKNOWN_ELEMENTS = 50_000_000
-"""Where the model's shape is not known."""
+"""If the model's shape is unknown."""
 PERSISTENT_ELEMENTS = 100_000
 """DeepSpeed's own default: gathering less costs more than holding it."""
 
@@ -28,7 +28,8 @@ class ZeroSizes:
 
 
 def sizes_of(sharding: ZeroSharding, model: Architecture | None) -> ZeroSizes:
-    """What is configured; else one layer a bucket and one layer ahead, so that one is computed while the next one travels.
+    """The configured sizes; else one layer per bucket and one layer ahead, so that one is computed while the next is
+    transferred.
 
     Parameters below ten hidden sizes (norms, biases) stay gathered.
     """

@@ -1,4 +1,5 @@
-"""The search: Optuna chooses the values of each trial, which is a run like any other; goes on where it was killed. No torch."""
+"""The search: Optuna chooses the values of each trial, which is an ordinary run; resumes after a kill. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -46,9 +47,9 @@ if TYPE_CHECKING:
 
 STUDY = "search"
 WHY = "why"
-"""Under which Optuna keeps why a trial failed or was stopped."""
+"""Optuna's key for why a trial failed or was stopped."""
 NUMBERS_OF_A_SEED = 1_000_003
-"""More than a search has trials, so that no two seeds share the draws of a trial."""
+"""Larger than any number of trials, so that no two seeds share the draws of a trial."""
 SEEDS = 2**32
 
 
@@ -64,7 +65,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What the trials have in common."""
+    """Settings common to all trials."""
 
     words: tuple[str, ...]
     axes: tuple[Axis, ...]
@@ -76,9 +77,9 @@ class Search:
 
 
 Report = Callable[[int, float], bool]
-"""Takes the metric at a step; whether the trial is weak."""
+"""Report the metric at a step; returns whether the trial is weak."""
 Evaluate = Callable[[int, Mapping[str, str], Report], Outcome]
-"""Runs trial `number` with these values."""
+"""Run trial `number` with these values."""
 
 
 def trial_name(name: str, number: int) -> str:
@@ -86,13 +87,13 @@ def trial_name(name: str, number: int) -> str:
 
 
 def run_search(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
-    """Runs the trials that are left; the exit code."""
+    """Run the remaining trials; return the exit code."""
     study = config.study
     assert isinstance(study, SearchStudy)
     if find_spec("optuna") is None:
         raise ConfigError("study=optuna: Optuna is not installed; type pip install 'finetune-orchestrator[sweep]'")
     plain, axes = split_space(words)
-    listed: list[JsonValue] = json.loads(json.dumps([asdict(axis) for axis in axes]))  # as it is read again
+    listed: list[JsonValue] = json.loads(json.dumps([asdict(axis) for axis in axes]))  # as read back
     folder = freeze_study(as_resolved(config, _checked(plain, axes, plan_run)), {"axes": listed})
     search = Search(
         words=tuple(plain),
@@ -107,9 +108,9 @@ def run_search(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> in
 
 
 def run_trials(opened: optuna.Study, axes: Sequence[Axis], settings: SearchStudy, evaluate: Evaluate) -> int:
-    """Asks and tells until all trials have ended; EXIT_SAVED after one that was interrupted.
+    """Ask-and-tell until all trials have ended; EXIT_SAVED after an interrupted one.
 
-    ConfigError with every cause where more failed than may be passed over.
+    ConfigError with every cause if more failed than allowed.
     """
     from optuna.trial import TrialState
 
@@ -126,7 +127,7 @@ def run_trials(opened: optuna.Study, axes: Sequence[Axis], settings: SearchStudy
 
 
 def open_study(folder: StudyFolder, settings: SearchStudy) -> optuna.Study:
-    """The search as its journal has it, or a new one."""
+    """The search from its journal, or a new one."""
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalStorage
 
@@ -147,9 +148,10 @@ def open_study(folder: StudyFolder, settings: SearchStudy) -> optuna.Study:
 
 
 def next_trial(opened: optuna.Study, axes: Sequence[Axis], settings: SearchStudy) -> optuna.Trial | None:
-    """The trial that was interrupted, or a new one; None where all have ended. ConfigError where too many failed.
+    """The interrupted trial, or a new one; None if all have ended. ConfigError if too many failed.
 
-    The draws of a trial depend on the seed, its number and the results before it, not on how often the search was interrupted.
+    The draws of a trial depend on the seed, its number and the results before it, not on how often the search was
+    interrupted.
     """
     import optuna
     from optuna.trial import TrialState
@@ -163,7 +165,7 @@ def next_trial(opened: optuna.Study, axes: Sequence[Axis], settings: SearchStudy
     if begun is None and len(trials) >= settings.num_trials:
         return None
     opened.sampler = _sampler(settings, len(trials) if begun is None else begun.number)
-    # No public way leads back to a trial that was begun; what was drawn for it is not drawn again.
+    # Optuna has no public way to return to a started trial; its values are not drawn again.
     trial = opened.ask() if begun is None else optuna.Trial(opened, begun._trial_id)  # pyright: ignore[reportPrivateUsage]
     for axis in axes:
         _draw(trial, axis)
@@ -203,7 +205,7 @@ def search_report(folder: StudyFolder, record: Mapping[str, Any], study: SearchS
 
 
 def _checked(plain: Sequence[str], axes: Sequence[Axis], plan_run: PlanRun) -> RunConfig:
-    """The run of the first values; ConfigError with every problem of every choice and every end of the space."""
+    """The run with the first values; ConfigError with every problem of every choice and both ends of every range."""
     first = first_words(axes)
     corners = [first, *({**first, axis.key: text} for axis in axes for text in samples(axis)[1:])]
     runs, problems = plan_trials([[*plain, *words_of(corner)] for corner in corners], plan_run)
@@ -233,7 +235,8 @@ def _run_trial(search: Search, number: int, values: Mapping[str, str], report: R
 
 
 def outcome_of(standing: Standing, code: int, weak_at: Sequence[int]) -> Outcome:
-    """How a trial ended that was launched; `weak_at` are the steps at which it was weak. At its last step none is stopped."""
+    """The outcome of a launched trial; `weak_at` are the steps at which it was weak. None is stopped at its last
+    step."""
     if weak_at and not (standing.state == "finished" and weak_at[0] >= standing.steps):
         return Outcome(state="weak", why=f"worse than the median at step {weak_at[0]}")
     if code == EXIT_SAVED and standing.state != "finished":
@@ -246,7 +249,7 @@ def outcome_of(standing: Standing, code: int, weak_at: Sequence[int]) -> Outcome
 
 
 def _judge(search: Search, tail: Tail, report: Report, weak_at: list[int], stage: str) -> bool:
-    """Reports every new evaluation of the judged stage until one is weak; whether one was."""
+    """Report every new evaluation of the compared stage until one is weak; returns whether one was."""
     if search.study.pruning is None or stage != search.stage:
         return False
     for row in tail.poll():
@@ -258,7 +261,7 @@ def _judge(search: Search, tail: Tail, report: Report, weak_at: list[int], stage
 
 def _is_weak(trial: optuna.Trial, step: int, value: float) -> bool:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a value that was reported before the search was interrupted
+        warnings.simplefilter("ignore")  # a value reported before the search was interrupted
         trial.report(value, step)
     return bool(trial.should_prune())
 

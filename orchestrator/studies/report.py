@@ -1,4 +1,5 @@
-"""The report of a study from its folder: report.json, report.txt and, where matplotlib is installed, report.png. No torch."""
+"""The report of a study from its folder: report.json, report.txt and, if matplotlib is installed, report.png. Must not
+import torch."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ SOURCES = {"seeds.weights": "seed of new weights", "seeds.data": "seed of the da
 
 
 def write_report(folder: StudyFolder) -> str:
-    """Writes the files of the report; what it says, for a person. ConfigError where the folder holds no study."""
+    """Write the files of the report; return its text. ConfigError if the folder has no study."""
     if not folder.record.is_file():
         raise ConfigError(f"{folder.root} is no folder of a study: it holds no study.json; those of runs end in -study")
     record: dict[str, Any] = read_json(folder.record)
@@ -44,7 +45,8 @@ def write_report(folder: StudyFolder) -> str:
 
 
 def _seeds_report(folder: StudyFolder, record: dict[str, Any], study: SeedsStudy) -> dict[str, Any]:
-    """Luck is told of results that are comparable: at the end, or where weak trials were stopped, at the step of the judgement."""
+    """Variance is computed over comparable results: at the end or, if weak trials were stopped, at the step of the
+    comparison."""
     stage, step = str(record["stage"]), record["judged_at_step"]
     trials = _seed_trials(folder, record, study)
     finished = [(trial["name"], trial["value"]) for trial in trials if trial["value"] is not None]
@@ -96,7 +98,7 @@ def _state(standing: Standing, *, is_weak: bool) -> str:
 
 
 def _variance(trials: Sequence[dict[str, Any]], study: SeedsStudy, column: str) -> list[Source]:
-    """Empty until every cell has a number, and where there are fewer than two."""
+    """Empty until every cell has a number, and with fewer than two."""
     values = [trial[column] for trial in trials]
     width = len(study.data)
     if len(values) < 2 or any(value is None for value in values):
@@ -173,7 +175,7 @@ def _variance_table(report: dict[str, Any]) -> Table:
 
 
 def _picture(folder: StudyFolder, report: dict[str, Any]) -> list[str]:
-    """Draws what there is; the line that tells where, or how to get it."""
+    """Draw the available results; return the line that says where, or how to get the plot."""
     if not any(trial["value"] is not None for trial in report["trials"]):
         return []
     if find_spec("matplotlib") is None:
@@ -189,7 +191,7 @@ def _picture(folder: StudyFolder, report: dict[str, Any]) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    """A value of a trial; a number of many digits in five (report.json has them all)."""
+    """A value of a trial; long numbers are rounded to five digits (report.json has them all)."""
     try:
         return f"{float(text):.5g}" if len(text) > 9 else text
     except ValueError:

@@ -1,4 +1,5 @@
-"""Starts a study and tells of it: which one the words ask for, what it would do, its run and its report. Must not import torch."""
+"""Starts and describes a study: the one that the overrides ask for, its plan, its run and its report. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from orchestrator.studies.trials import study_folder
 
 
 def run_study(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
-    """Runs what is left of the study, and reports what there is; the exit code."""
+    """Run the rest of the study and report the results so far; return the exit code."""
     if isinstance(config.study, SeedsStudy) and is_sweep(words):
         raise ConfigError("study=seeds makes its own runs; leave out -m, and run it once for each other value")
     folder = study_folder(config)
     try:
         code = _run(words, config, plan_run)
-    except KeyboardInterrupt:  # between two trials, or before a trial's display was there; its job has been ended
+    except KeyboardInterrupt:  # between two trials, or before a trial's display existed; its job has been ended
         if not folder.record.exists():
             raise
         code = EXIT_SAVED
@@ -43,7 +44,7 @@ def _run(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
 
 
 def space_problems(words: Sequence[str]) -> list[str]:
-    """What is wrong with the space of a search, where the words ask for one."""
+    """Problems of the space of a search, if the overrides ask for one."""
     if "study=optuna" not in words:
         return []
     try:
@@ -54,7 +55,7 @@ def space_problems(words: Sequence[str]) -> list[str]:
 
 
 def outlook(config: RunConfig, planned: Plan) -> list[str]:
-    """What the study adds to the plan of one of its runs."""
+    """The study's additions to the plan of one of its runs."""
     study = config.study
     if isinstance(study, NoStudy):
         return []

@@ -1,4 +1,4 @@
-"""The space of a search, from the words of the command line that hold several values (Hydra's grammar); must not import optuna or torch."""
+"""The space of a search, from the overrides with several values (Hydra's grammar). Must not import optuna or torch."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ class Range:
     whole: bool
     """Whole numbers only."""
     log: bool
-    """Even in the logarithm."""
+    """Sampled on a logarithmic scale."""
     step: float | None
-    """Distance of the numbers that are allowed; None allows all."""
+    """Step between allowed numbers; None allows all."""
 
 
 Axis = Choices | Range
 
 
 def split_space(arguments: Sequence[str]) -> tuple[list[str], list[Axis]]:
-    """The words with one value, and an axis for each of the others; ConfigError with every word that is no axis."""
+    """The overrides with one value, and an axis for each of the others; ConfigError with every override that is no
+    axis."""
     plain: list[str] = []
     axes: list[Axis] = []
     problems: list[str] = []
@@ -72,14 +73,14 @@ def split_space(arguments: Sequence[str]) -> tuple[list[str], list[Axis]]:
 
 
 def samples(axis: Axis) -> list[str]:
-    """Values that must be allowed where the whole axis is to be: every choice, or both ends."""
+    """Values that must be valid for the whole axis to be: every choice, or both ends."""
     if isinstance(axis, Choices):
         return list(axis.options)
     return [text_of(axis, end) for end in (axis.low, axis.high)]
 
 
 def text_of(axis: Axis, value: float | str) -> str:
-    """A value of the axis as a word of the command line has it."""
+    """A value of the axis as an override spells it."""
     if isinstance(value, str):
         return value
     assert isinstance(axis, Range)
@@ -92,7 +93,7 @@ def first_words(axes: Sequence[Axis]) -> dict[str, str]:
 
 
 def axis_of(values: Mapping[str, Any]) -> Axis:
-    """The axis whose fields these are."""
+    """The axis with these fields."""
     return Choices(key=values["key"], options=tuple(values["options"])) if "options" in values else Range(**values)
 
 
@@ -101,7 +102,8 @@ def words_of(values: Mapping[str, str]) -> list[str]:
 
 
 def _sweep(word: str) -> Override | None:
-    """A word that holds several values; None for one that holds one, or is no override (told when it is composed)."""
+    """An override with several values; None for one with a single value, or no override (reported by the
+    composition)."""
     if word.startswith("-") or "=" not in word:
         return None
     try:

@@ -1,4 +1,5 @@
-"""The study of seeds: every seed of new weights with every seed of the data order, weak trials stopped on request. No torch."""
+"""The study of seeds: every seed of new weights with every seed of the data order, weak trials stopped on request. Must
+not import torch."""
 
 from __future__ import annotations
 
@@ -26,16 +27,16 @@ from orchestrator.studies.trials import (
 )
 
 PlanRun = Callable[[Sequence[str]], tuple[RunConfig, Plan]]
-"""Configuration and plan of words; ConfigError with every problem."""
+"""Configuration and plan of overrides; ConfigError with every problem."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What was asked at the common step."""
+    """The comparison of trials at the common step."""
 
     step: int
     kept: tuple[str, ...]
-    """Trials that go on, the best first."""
+    """Trials that continue, the best first."""
     weak: tuple[str, ...]
     """Trials that were stopped, the best first."""
 
@@ -49,14 +50,14 @@ class Grid:
     study: SeedsStudy
     runs: Mapping[str, tuple[RunConfig, Plan]]
     step: int | None
-    """Step at which they are judged; None where none is stopped."""
+    """Step at which they are compared; None if none is stopped."""
 
     def standing(self, name: str) -> Standing:
         return standing_of(self.folder.trial(name), self.stage, self.study.metric)
 
 
 def seed_trials(name: str, study: SeedsStudy) -> list[Trial]:
-    """One trial a cell, the seed of the data changing fastest."""
+    """One trial per cell, the data seed changing fastest."""
     return [
         Trial(
             name=f"{name}-weights_{weights}-data_{data}",
@@ -68,7 +69,7 @@ def seed_trials(name: str, study: SeedsStudy) -> list[Trial]:
 
 
 def judging_step(rule: WeakRule, steps: int | None, *, stage: str) -> int:
-    """The optimizer step at which all are judged; ConfigError where there is none before the end."""
+    """The optimizer step at which all are compared; ConfigError if there is none before the end."""
     if steps is None:
         raise ConfigError(
             f"study.stopping: the steps of {stage} are known only when its data is prepared; type stages.{stage}.max_steps=N"
@@ -80,13 +81,13 @@ def judging_step(rule: WeakRule, steps: int | None, *, stage: str) -> int:
 
 
 def judge(values: Mapping[str, float], *, step: int, keep: int, mode: str) -> Judged:
-    """The best `keep` trials by their value at the common step go on; of equal ones, those that were named first."""
+    """The best `keep` trials by their value at the common step continue; ties go to those named first."""
     order = best_first(list(values.items()), mode="min" if mode == "min" else "max")
     return Judged(step=step, kept=tuple(order[:keep]), weak=tuple(order[keep:]))
 
 
 def run_seeds(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
-    """Runs what is left of every trial; the exit code."""
+    """Run the rest of every trial; return the exit code."""
     grid = _grid(words, config, plan_run)
     if config.launcher.kind == "slurm":
         return execute_all([(as_trial(run), planned) for run, planned in grid.runs.values()])
@@ -107,7 +108,7 @@ def run_seeds(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int
 
 
 def _run_each(grid: Grid, names: Sequence[str]) -> int:
-    """Trains trials to their ends; one that fails does not keep the others from running, one that is interrupted does."""
+    """Train trials to their ends. A failed trial does not stop the others; an interrupt does."""
     failure = EXIT_DONE
     for name in names:
         code = _run(grid, name, pause_at_step=None)
@@ -118,7 +119,7 @@ def _run_each(grid: Grid, names: Sequence[str]) -> int:
 
 
 def judgement(study: SeedsStudy, standings: Mapping[str, Standing], *, step: int) -> Judged:
-    """The judgement that the evaluations at the common step give; a trial without one takes no part."""
+    """The comparison by the evaluations at the common step; a trial without one is excluded."""
     assert study.stopping is not None
     values = {name: one.values[step] for name, one in standings.items() if step in one.values}
     return judge(values, step=step, keep=study.stopping.keep, mode=study.mode)
@@ -165,7 +166,7 @@ def plan_trials(runs: Sequence[Sequence[str]], plan_run: PlanRun) -> tuple[list[
 
 
 def _to_the_judgement(grid: Grid, name: str) -> int:
-    """Trains a trial to the common step, unless it was there; EXIT_SAVED where it was interrupted before."""
+    """Train a trial to the common step, unless it has reached it; EXIT_SAVED if it was interrupted before."""
     assert grid.step is not None
     if grid.step in grid.standing(name).values:
         return EXIT_DONE

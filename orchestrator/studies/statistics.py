@@ -1,4 +1,4 @@
-"""What a handful of results tells: expected best of n, variance by source. Pure; must not import anything but the standard library."""
+"""Statistics of a few results: expected best of n, variance by source. Pure; standard library only."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Source:
     """Degrees of freedom."""
     sum_of_squares: float
     share: float
-    """Of the whole sum of squares; 0 where all results are equal."""
+    """Share of the total sum of squares; 0 if all results are equal."""
     mean_square: float | None
-    """None without a degree of freedom."""
+    """None without degrees of freedom."""
     f: float | None
-    """Mean square over that of the residual; None where the residual has none, or is 0."""
+    """Mean square divided by that of the residual; None if the residual has none, or it is 0."""
     deviation: float | None
-    """Standard deviation that the source alone gives a result; 0 where it would be that of a negative variance."""
+    """Standard deviation of a result due to this source alone; 0 if the estimated variance is negative."""
 
 
 def expected_best(values: Sequence[float], *, mode: Mode) -> list[float]:
@@ -43,10 +43,11 @@ def expected_best(values: Sequence[float], *, mode: Mode) -> list[float]:
 
 
 def two_way(table: Sequence[Sequence[float]], *, rows: str, columns: str) -> list[Source]:
-    """Analysis of variance of a whole table with one result a cell: rows, columns, and what they leave (two-way, no replication).
+    """Two-way analysis of variance without replication, of a complete table with one result per cell: rows, columns and
+    residual.
 
-    y_ij = m + r_i + c_j + e_ij; with one result a cell, e holds the interaction and the noise alike. The variance of r is
-    (MS_r - MS_e) / columns, that of c (MS_c - MS_e) / rows, that of e MS_e (random effects).
+    y_ij = m + r_i + c_j + e_ij; with one result per cell, e contains both interaction and noise. The variance of r
+    is (MS_r - MS_e) / columns, that of c (MS_c - MS_e) / rows, that of e MS_e (random effects).
     """
     height, width = len(table), len(table[0])
     whole = math.fsum(value for row in table for value in row) / (height * width)
@@ -77,7 +78,7 @@ def two_way(table: Sequence[Sequence[float]], *, rows: str, columns: str) -> lis
 
 @dataclass(frozen=True, kw_only=True)
 class _Rest:
-    """What a source is measured against."""
+    """The residual that a source is compared with."""
 
     total: float
     mean_square: float | None
@@ -101,7 +102,7 @@ def _source(name: str, squares: float, *, degrees: int, repeats: int, rest: _Res
 
 
 def standard_deviation(values: Sequence[float]) -> float | None:
-    """Of a sample (divided by n - 1); None of fewer than two values."""
+    """Sample standard deviation (divided by n - 1); None for fewer than two values."""
     if len(values) < 2:
         return None
     mean = math.fsum(values) / len(values)
@@ -109,6 +110,6 @@ def standard_deviation(values: Sequence[float]) -> float | None:
 
 
 def best_first(values: Sequence[tuple[str, float]], *, mode: Mode) -> list[str]:
-    """Names from the best value to the worst; equal values keep their order, and what is no number comes last."""
+    """Names from the best value to the worst; equal values keep their order, and non-numbers come last."""
     sign = 1.0 if mode == "min" else -1.0
     return [name for name, _ in sorted(values, key=lambda pair: math.inf if math.isnan(pair[1]) else sign * pair[1])]

@@ -1,4 +1,4 @@
-"""The trials of a study as their run folders tell them, and the files of a study; must not import torch."""
+"""The trials of a study, read from their run folders, and the files of a study. Must not import torch."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ BESIDE_METRICS = ("eval_seconds", "eval_trained_tokens")
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """The files of one study; its trials are runs of their own beside it."""
+    """The files of one study; its trials are separate runs next to it."""
 
     root: Path
 
     @property
     def record(self) -> Path:
-        """What the study is: frozen before its first trial."""
+        """Definition of the study, frozen before its first trial."""
         return self.root / "study.json"
 
     @property
@@ -51,7 +51,7 @@ class StudyFolder:
 
     @property
     def journal(self) -> Path:
-        """What Optuna knows of the search."""
+        """Optuna's journal of the search."""
         return self.root / "optuna.journal"
 
     def trial(self, name: str) -> RunFolder:
@@ -64,7 +64,7 @@ class Trial:
 
     name: str
     values: Mapping[str, str]
-    """What is its own, by key."""
+    """The values that distinguish the trial, by key."""
 
     @property
     def words(self) -> list[str]:
@@ -74,7 +74,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Where a trial is."""
+    """Status of a trial."""
 
     state: str
     """finished, stopped, failed, not ended."""
@@ -84,7 +84,7 @@ class Standing:
     value: float | None
     """The metric of the finished trial's artifact."""
     values: Mapping[int, float]
-    """The metric by step, from the evaluations on the way; without step 0."""
+    """The metric by step, from the intermediate evaluations; without step 0."""
 
 
 def studied(config: RunConfig) -> SeedsStudy | SearchStudy:
@@ -94,19 +94,19 @@ def studied(config: RunConfig) -> SeedsStudy | SearchStudy:
 
 
 def studied_stage(config: RunConfig) -> str:
-    """The stage that the study judges."""
+    """The stage that the study compares."""
     name = judged_stage(studied(config), training_pipeline(config))
     assert name is not None, "study_problems refuses it"
     return name
 
 
 def study_folder(config: RunConfig) -> StudyFolder:
-    """The folder of a study beside its trials."""
+    """The folder of a study, next to its trials."""
     return StudyFolder(Path(config.output_dir) / f"{config.name}-study")
 
 
 def as_trial(config: RunConfig, *, pause_at_step: int | None = None) -> RunConfig:
-    """The configuration of one trial: a run like any other, whose judged stage pauses where it is asked to."""
+    """The configuration of one trial: an ordinary run whose compared stage pauses at the requested step."""
     name = studied_stage(config)
     stage = config.stages[name]
     assert isinstance(stage, TrainingStage)
@@ -117,9 +117,9 @@ def as_trial(config: RunConfig, *, pause_at_step: int | None = None) -> RunConfi
 
 
 def standing_of(folder: RunFolder, stage: str, metric: str) -> Standing:
-    """What the files of a trial tell."""
+    """The status of a trial from its files."""
     files = folder.stage(stage)
-    rows = [row for row in read_rows(files.metrics) if "step" in row]  # a replayed step comes to the same values
+    rows = [row for row in read_rows(files.metrics) if "step" in row]  # a replayed step gives the same values
     found = {step_of(row): number_of(row, metric) for row in rows if "eval_loss" in row}
     values = {step: value for step, value in found.items() if value is not None and step}
     steps = max((step_of(row) for row in rows if "loss" in row), default=0)
@@ -134,11 +134,11 @@ def standing_of(folder: RunFolder, stage: str, metric: str) -> Standing:
 
 
 class WrongMetric(ConfigError):
-    """The evaluations do not write what the study asks for: no trial can be judged."""
+    """The evaluations do not write the study's metric: no trial can be compared."""
 
 
 def metric_watch(config: RunConfig) -> Callable[[str], bool]:
-    """Asks for no stop; WrongMetric after the first evaluation of the judged stage where that has no such metric."""
+    """Never requests a stop; WrongMetric after the first evaluation of the compared stage if it lacks the metric."""
     study, judged = studied(config), studied_stage(config)
     tail = Tail(run_of(config).stage(judged).metrics)
     looked: list[bool] = []
@@ -164,14 +164,14 @@ def _no_metric(metric: str, stage: str, row: Row) -> str:
 
 
 def finite(value: float | None) -> float | None:
-    """A number that JSON has a word for."""
+    """A number that JSON can represent."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def freeze_study(config: RunConfig, more: Mapping[str, JsonValue]) -> StudyFolder:
-    """Writes study.json, or checks that the one there asks for the same; lists of seeds and numbers of trials may change.
+    """Write study.json, or check that the existing one is equal; lists of seeds and numbers of trials may change.
 
-    `more` is what belongs to the study beside its configuration.
+    `more` are the study's facts besides its configuration.
     """
     folder, stage = study_folder(config), studied_stage(config)
     record: dict[str, Any] = {
@@ -185,7 +185,7 @@ def freeze_study(config: RunConfig, more: Mapping[str, JsonValue]) -> StudyFolde
     if folder.record.exists():
         old: dict[str, Any] = read_json(folder.record)
         allowed = (may_differ(config) - {"study", f"stages.{stage}.evaluate_every_steps"}) | MAY_GROW
-        if isinstance(config.study, SeedsStudy) and config.study.stopping is None:  # they decide nothing but the report
+        if isinstance(config.study, SeedsStudy) and config.study.stopping is None:  # they only affect the report
             allowed |= {"study.metric", "study.mode", f"stages.{stage}.evaluate_every_steps"}
         refuse_differences(_asked(old), _asked(record), may_differ=allowed, folder=folder.root)
     write_json(folder.record, record)
@@ -193,5 +193,5 @@ def freeze_study(config: RunConfig, more: Mapping[str, JsonValue]) -> StudyFolde
 
 
 def _asked(record: Mapping[str, Any]) -> dict[str, JsonValue]:
-    """What decides the trials: the configuration, and the space where there is one."""
+    """What defines the trials: the configuration, and the space if there is one."""
     return {**record["config"], "space": {axis["key"]: axis for axis in record.get("axes", [])}}
