@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_overrides(parser: VerbParser, *, multirun: bool = False) -> None:
-    """Overrides in Hydra's grammar, and what goes with them; read them with `overrides_of`."""
+    """Declare overrides in Hydra's grammar and their options; read them with `overrides_of`."""
     parser.takes = "overrides"
     parser.add_argument(
         "overrides",
@@ -32,7 +32,7 @@ def add_overrides(parser: VerbParser, *, multirun: bool = False) -> None:
 
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
-    """The overrides, with -m and --config-dir before them where they were given; ConfigError for two values of one key."""
+    """The overrides, preceded by -m and --config-dir if given; ConfigError for two values of one key."""
     from orchestrator.composition.overrides import two_values
 
     overrides: list[str] = arguments.overrides
@@ -46,18 +46,18 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def add_run_folder(parser: VerbParser) -> None:
-    """One run folder; read it with `run_folder_of`."""
+    """Declare one run folder; read it with `run_folder_of`."""
     parser.takes = "one run folder and nothing else"
     parser.add_argument("run", metavar="RUN_DIR", help="folder of a run: output_dir/name, or wherever it was moved")
 
 
 def run_folder_of(arguments: argparse.Namespace) -> RunFolder:
-    """The run folder, as it was given, absolute; ConfigError where it holds no run.json."""
+    """The given run folder, absolute; ConfigError if it has no run.json."""
     return open_run_folder(arguments.run)
 
 
 def open_run_folder(text: str) -> RunFolder:
-    """The run folder of a path that a person typed."""
+    """The run folder of a typed path."""
     from orchestrator.run_folder.folder import RunFolder
 
     folder = Path(text).expanduser()
@@ -67,7 +67,7 @@ def open_run_folder(text: str) -> RunFolder:
 
 
 def _why_no_run(folder: Path) -> str:
-    """What the folder is instead, and the run that may have been meant."""
+    """What the folder is instead, and the run that may have been intended."""
     above = next((parent for parent in folder.parents if (parent / "run.json").is_file()), None)
     if above is not None and str(above) != ".":
         return f"it is a part of the run {above}; type that"
@@ -83,7 +83,7 @@ def _why_no_run(folder: Path) -> str:
 
 
 def add_stage(parser: VerbParser, help: str) -> None:
-    """--stage; None where it is left out."""
+    """Declare --stage; None if omitted."""
     parser.add_argument("--stage", metavar="STAGE", help=help)
 
 
@@ -110,7 +110,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def add_format(parser: VerbParser) -> None:
-    """format=json among the overrides: for machines."""
+    """Declare format=json among the overrides, for machine-readable output."""
     parser.add_setting(
         "format", parse=one_of("json", "table"), default="table", help="json       for machines; table is for people"
     )

@@ -1,4 +1,4 @@
-"""`audit`: prove which rows a run took."""
+"""`audit`: prove which rows a run used."""
 
 from __future__ import annotations
 

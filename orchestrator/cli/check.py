@@ -1,4 +1,4 @@
-"""`check`: the whole look before a run."""
+"""`check`: the complete inspection before a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`complete`: candidates for the last word of an unfinished command line, one a line; what the completion scripts ask."""
+"""`complete`: candidates for the last word of an unfinished command line, one per line; called by the completion
+scripts."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def candidates(words: Sequence[str]) -> list[str]:
-    """What the last word may become, sorted; nothing where only the file system knows."""
+    """Completions of the last word, sorted; nothing if only the file system can complete it."""
     before, current = list(words[:-1]), words[-1] if words else ""
     verb = next((word for word in before if word in VERBS), None)
     if current.startswith("-"):
@@ -80,7 +81,8 @@ def _own_folder(before: Sequence[str]) -> list[Path]:
 
 
 def _keys(before: Sequence[str], roots: Sequence[Path], current: str) -> Iterable[str]:
-    """Keys of the experiment on the line, one part further than the current word; without one those of the defaults."""
+    """Keys of the experiment on the line, one part beyond the current word; without an experiment, those of the
+    defaults."""
     from omegaconf import OmegaConf
 
     from orchestrator.composition.experiment_file import open_sources
@@ -101,14 +103,14 @@ def _keys(before: Sequence[str], roots: Sequence[Path], current: str) -> Iterabl
 
 
 def _values(key: str) -> list[str]:
-    """The allowed values of a key that has a few."""
+    """The allowed values of a key, if they are few."""
     from orchestrator.composition.key_values import allowed_values
 
     return allowed_values(key)
 
 
 def _run_folders(current: str) -> list[str]:
-    """Run folders below runs/, or below the folder that is typed."""
+    """Run folders below runs/, or below the typed folder."""
     folder = Path(current if current.endswith("/") else str(Path(current).parent) if "/" in current else _RUNS)
     found = sorted(path.parent for path in folder.glob("*/run.json"))
     return _beginning(map(str, found), current)

@@ -8,8 +8,8 @@ from orchestrator.cli.arguments import one_of
 from orchestrator.cli.parser import VerbParser
 from orchestrator.errors import EXIT_DONE
 
-# The shells pass the words up to the cursor and take one candidate a line; `complete` below is the one place that knows them.
-# bash splits words at = and :, so that a candidate must lose what stands before the last of these.
+# The shells pass the words up to the cursor and read one candidate per line; only `complete` below knows the
+# candidates. bash splits words at = and :, so that a candidate must lose what stands before the last of these.
 BASH = """\
 _orchestrator() {
   local line=${COMP_LINE:0:COMP_POINT} current prefix

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from orchestrator.composition.provenance import Sourced
 
 COLUMN = 64
-"""Furthest column at which comments begin; longer lines push theirs to the right."""
+"""Rightmost column at which comments are aligned; longer lines push theirs to the right."""
 
 
 def configure(parser: VerbParser) -> None:
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _print_frozen(folders, [text for text in given if text not in folders], arguments)
     for text in given:
         if _may_be_folder(text) and any(Path(text).expanduser().glob("*/run.json")):
-            open_run_folder(text)  # refuses a folder of runs, and names one inside
+            open_run_folder(text)  # refuses a folder of runs, and names a run inside it
     from orchestrator.composition.provenance import experiment_alone, sourced
 
     directory = None if arguments.config_dir is None else Path(arguments.config_dir).expanduser()
@@ -48,12 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _may_be_folder(text: str) -> bool:
-    """Not for `~key`, which deletes a key: it would be looked up as the home of a user."""
+    """Not for `~key`, which deletes a key: it would be expanded as a user's home."""
     return bool(text) and "=" not in text and (not text.startswith("~") or text.startswith("~/"))
 
 
 def _is_part(text: str, directory: Path | None) -> bool:
-    """Whether an argument is a dotted key: the part that is wanted."""
+    """Whether an argument is a dotted key, which selects the part to print."""
     from orchestrator.composition.compose import roots_of
     from orchestrator.composition.experiment_file import is_experiment_file
     from orchestrator.composition.mistaken_arguments import bare_argument_problem
@@ -129,7 +129,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _yaml(tree: Mapping[str, Any], comments: Mapping[str, str]) -> list[str]:
-    """Lines of YAML, the source of each leaf behind it."""
+    """Lines of YAML, with the source of each leaf as a comment."""
     lines = list(_lines(tree, "", 0))
     widths = [len(text) for text, key in lines if key is not None and len(text) <= COLUMN]
     column = max(widths, default=0) + 2

@@ -1,4 +1,4 @@
-"""`doctor`: this machine, the versions and what works."""
+"""`doctor`: this machine, installed versions and a check of what works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`init`: writes a commented experiment file from flags or questions, and proves that it composes."""
+"""`init`: write a commented experiment file from flags or questions, and prove that it composes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def experiment_text(file: Path, answers: dict[str, object]) -> str:
-    """The file for the answers that were given; the defaults of the questions otherwise."""
+    """The file for the given answers, with defaults for the other questions."""
     values = {name: default for name, _, default, _ in QUESTIONS} | answers
     task, gpus = str(values["task"]), int(str(values["gpus"]))
     tuning, quantization, lr = METHODS[str(values["method"])]
@@ -104,7 +104,7 @@ def experiment_text(file: Path, answers: dict[str, object]) -> str:
         name=json.dumps("".join(sign if sign.isalnum() and sign.isascii() else "_" for sign in file.stem)),
         gpus=gpus,
         lr=lr,
-        global_size=-(-ROWS_A_STEP // gpus) * gpus,  # the processes share the rows evenly
+        global_size=-(-ROWS_A_STEP // gpus) * gpus,  # the processes split the rows evenly
     )
 
 
@@ -125,7 +125,7 @@ def _check_target(file: Path, text: str, *, replace: bool) -> None:
 
 
 def _ask(name: str, given: object) -> object:
-    """The answer to a question on the terminal, asked again until it can be used."""
+    """The answer to a question on the terminal, repeated until it is valid."""
     question, default, parse = next(entry[1:] for entry in QUESTIONS if entry[0] == name)
     while given is None:
         answer = input(f"{question} [{default}]: ").strip() or default
@@ -137,7 +137,7 @@ def _ask(name: str, given: object) -> object:
 
 
 def _check_composes(text: str) -> None:
-    """Refuses answers that no run could use, before anything is written."""
+    """Refuse answers that no run could use, before anything is written."""
     import tempfile
 
     from orchestrator.composition.compose import examine

@@ -24,7 +24,7 @@ from orchestrator.errors import (
 )
 
 _NEVER_VERBS = (".yaml", ".yml")
-"""Endings of an experiment file, which may stand where a verb may."""
+"""Suffixes of an experiment file, which is accepted in the position of a verb."""
 USAGE = """\
 {program} [VERB] [overrides | RUN_DIR] [options]
 Takes a pretrained language model to a fine-tuned, proven one.
@@ -43,7 +43,7 @@ Exit codes: 0 done or submitted; 2 a mistake in the input; 3 launch failed; 75 s
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command; the process's exit code."""
+    """Run one command; return the process's exit code."""
     try:
         return _dispatch(list(argv))
     except OrchestratorError as error:
@@ -90,7 +90,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def find_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The verb, wherever it stands, and the other words; None where no word is one."""
+    """The verb, at any position, and the other arguments; None if there is no verb."""
     bare = list(_bare_words(words))
     for position in bare:
         if words[position] in VERBS:
@@ -111,7 +111,7 @@ def find_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _bare_words(words: Sequence[str]) -> Iterator[int]:
-    """Positions of the words that are neither options, nor their values, nor overrides."""
+    """Positions of arguments that are neither options, nor their values, nor overrides."""
     position = 0
     while position < len(words) and words[position] != "--":
         word = words[position]
@@ -125,7 +125,7 @@ def _bare_words(words: Sequence[str]) -> Iterator[int]:
 
 
 def _takes_next(option: str) -> bool:
-    """Whether an option that stands before its verb has a value of its own behind it. Asks every verb; tests hold them alike."""
+    """Whether an option before its verb takes a separate value. Consults every verb; tests keep them consistent."""
     actions = [parser_of(verb).options.get(option) for verb in VERBS.values()]
     return any(action is not None and action.nargs != 0 for action in actions)
 

@@ -1,4 +1,5 @@
-"""argparse for one verb: options anywhere among the positionals, faults as sentences with the nearest option. No heavy imports."""
+"""argparse for one verb: options anywhere among the positionals, errors as sentences with the nearest option. No heavy
+imports."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _FAULT = re.compile(r"argument (?P<option>\S+): (?P<reason>.*)", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A `name=value` of the verb itself, which stands among the overrides, such as format=json."""
+    """A `name=value` of the verb itself, given among the overrides, such as format=json."""
 
     name: str
     parse: Callable[[str], object]
@@ -46,7 +47,7 @@ class VerbParser(argparse.ArgumentParser):
         self.add_argument(*HELP, action="store_true", help="show this help")
 
     def _add_action(self, action: argparse.Action) -> argparse.Action:
-        # Options declared through a group of arguments end here too.
+        # Options declared through an argument group also end up here.
         self.options |= dict.fromkeys(action.option_strings, action)
         if not action.option_strings:
             self.positionals.append(action)
@@ -57,7 +58,7 @@ class VerbParser(argparse.ArgumentParser):
         self.settings[name] = Setting(name=name, parse=parse, default=default, help=help)
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """The arguments; ConfigError with a sentence for what cannot be obeyed."""
+        """The parsed arguments; ConfigError with a sentence for what is invalid."""
         options, rest = self._split(words)
         found, rest = self._take_settings(rest)
         arguments = super().parse_args([*options, *(("--", *rest) if rest else ())])
@@ -66,7 +67,7 @@ class VerbParser(argparse.ArgumentParser):
         return arguments
 
     def asks_for_help(self, words: Sequence[str]) -> bool:
-        """Whether help is asked for, though the other arguments may be missing."""
+        """Whether help is requested, even if other arguments are missing."""
         before = list(words)[: list(words).index("--")] if "--" in words else words
         return any(word in HELP for word in before)
 
@@ -79,7 +80,7 @@ class VerbParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """argparse's complaints as our sentences."""
         fault = _FAULT.fullmatch(message)
-        if fault is None:  # a positional too many or too few
+        if fault is None:  # too many or too few positionals
             raise ConfigError(f"{self.verb.name} takes {self.takes}: {PROGRAM} {self.verb.examples[0]}")
         option, reason = fault["option"].split("/")[-1], fault["reason"]
         if reason.startswith("not allowed with argument "):
@@ -87,7 +88,7 @@ class VerbParser(argparse.ArgumentParser):
         raise ConfigError(f"{option} {reason}")
 
     def _split(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Options with their values, and the positionals, wherever they stand."""
+        """Options with their values, and the positionals, in any order."""
         options: list[str] = []
         rest: list[str] = []
         given: dict[str, str] = {}
@@ -109,12 +110,12 @@ class VerbParser(argparse.ArgumentParser):
                 if name in given:
                     raise ConfigError(f"{name} is given twice, {given[name]} and {value}: give it once")
                 given[name] = value
-                # Joined, a value may begin with a dash: --prompt "-5 degrees?"
+                # Joined with =, a value may begin with a dash: --prompt "-5 degrees?"
                 options.append(f"{name}={value}" if name.startswith("--") else f"{name}{value}")
         return options, rest
 
     def _option(self, word: str) -> tuple[argparse.Action, str | None]:
-        """The option of a word, and the value that is joined to it; ConfigError where this verb has none of the name."""
+        """The option of an argument, and the value joined to it; ConfigError if this verb has no such option."""
         name, equals, value = word.partition("=")
         if name in self.options:
             return self.options[name], value if equals else None
@@ -126,12 +127,12 @@ class VerbParser(argparse.ArgumentParser):
         raise ConfigError(self._no_option(name))
 
     def _meant(self, text: str) -> str:
-        """` --all` for the rest of `-mall`; nothing where no option is called so."""
+        """` --all` for the rest of `-mall`; nothing if there is no such option."""
         return f" --{text}" if f"--{text}" in self.options else ""
 
     def _no_option(self, name: str) -> str:
         sentence = f"{name}: {self.verb.name} has no such option"
-        long = {option.lstrip("-"): option for option in self.options}  # the dashes would make all names alike
+        long = {option.lstrip("-"): option for option in self.options}  # the dashes would make all names similar
         guess = nearest(name.lstrip("-"), long)
         if guess is not None:
             return f"{sentence}; did you mean {long[guess]}?"

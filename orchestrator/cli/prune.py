@@ -1,4 +1,4 @@
-"""`prune`: deletes what runs and the cache can do without."""
+"""`prune`: delete what runs and the cache no longer need."""
 
 from __future__ import annotations
 

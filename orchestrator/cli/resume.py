@@ -1,4 +1,4 @@
-"""`resume`: go on with an unfinished run."""
+"""`resume`: continue an unfinished run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rm`: deletes runs."""
+"""`rm`: delete runs."""
 
 from __future__ import annotations
 

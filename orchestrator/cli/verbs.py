@@ -28,7 +28,7 @@ class Verb:
     details: str = ""
     """More sentences for the verb's own help."""
     interrupted: str = ""
-    """After a Ctrl-C outside of a job: how to go on. Verbs that only look end silently, as `tail -f` does."""
+    """How to continue after a Ctrl-C outside a job. Read-only verbs end silently, like `tail -f`."""
 
     @property
     def module_name(self) -> str:
@@ -41,7 +41,7 @@ class Verb:
 GOES_ON = "interrupted; the same command goes on with what is left"
 START, LOOK, FOLDER, OTHER = "Train", "Before a run", "A run, from its folder", "Other"
 HIDDEN = ""
-"""Group of what only programs call; the help leaves it out."""
+"""Group of verbs that only programs call; omitted from the help."""
 GROUPS = (START, LOOK, FOLDER, OTHER)
 
 _TABLE = (

@@ -1,4 +1,4 @@
-"""`verify-resume`: prove that a killed run goes on to the same result."""
+"""`verify-resume`: prove that a killed run resumes to the same result."""
 
 from __future__ import annotations
 

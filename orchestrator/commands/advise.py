@@ -1,4 +1,4 @@
-"""`plan --advise`: what else would fit. Must not import torch."""
+"""`plan --advise`: other settings that would fit. Must not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from orchestrator.planning.settings_search import axes_of
 
 
 def print_advice(composed: Composed, config_directory: Path | None, *, as_json: bool) -> None:
-    """The settings that fit, the fastest first, and why the first is the first; as JSON all of them, with the nearest changes."""
+    """Print the settings that fit, the fastest first, and why the first wins; as JSON all of them, with the nearest
+    changes."""
     machine = this_machine(composed.config.cluster.environment)
     config = as_seen(resolve(composed.config, Path.cwd()), machine, config_directory, assumes_speed=True)
     base, data = gather(config)

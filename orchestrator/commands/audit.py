@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 def audit(run: RunFolder) -> int:
-    """Proves from the ledgers that every epoch took every row exactly once."""
+    """Prove from the ledgers that every epoch used every row exactly once."""
     config = load_config(run)
     codes = [_audit_stage(config, name, stage, run.stage(name)) for name, stage in _audited(config).items()]
     return max(codes, default=EXIT_DONE)
 
 
 def _audited(config: RunConfig) -> dict[str, TrainingStage]:
-    """The stages that take prepared rows in a fixed order."""
+    """The stages that read prepared rows in a fixed order."""
     stages = {name: stage for name, stage in training_stages(config).items() if not isinstance(stage, PolicyStage)}
     return {name: stages[name] for name in config.pipeline if name in stages}
 
 
 def _audited_sentence(found: Audit) -> str:
-    """The verdict, over no more than was trained."""
+    """The verdict, limited to what was trained."""
     if not found.is_exact:
         return "NOT exact"
     if not found.whole_epochs:

@@ -1,4 +1,4 @@
-"""The verbs that prove something: check and prepare before a run, audit after it, verify-resume. Must not import torch."""
+"""The verb check. Must not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def check(arguments: Sequence[str]) -> int:
-    """The whole look before the spend: configuration, base, every row, masks, one tiny backward. Writes no run folder."""
+    """Inspect everything before compute is spent: configuration, base, every row, masks, one tiny backward pass. Writes
+    no run folder."""
     config, _ = planned_run(arguments)
     validate_data(config)
     return run_preflight("check", config, {"HF_HUB_OFFLINE": "1"})

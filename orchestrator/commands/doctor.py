@@ -1,4 +1,5 @@
-"""Tells the machine, the versions and what works; probes heavy packages in child processes. Must not import torch."""
+"""The verb doctor: reports the machine, versions and what works; probes heavy packages in child processes. Must not
+import torch."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ OPTIONAL = ("gguf", "liger-kernel")
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """One thing that works or not, tried in a process of its own."""
+    """One feature that works or not, tried in a separate process."""
 
     name: str
     code: str
@@ -65,7 +66,7 @@ PROBES = (
 
 
 def report() -> int:
-    """Prints the report; 0 even where something optional is missing."""
+    """Print the report; 0 even if something optional is missing."""
     print(f"python        {sys.version.split()[0]} at {sys.executable}")
     print(f"machine       {platform.platform()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB")
     print(f"number type   {_number_type()}")
@@ -91,7 +92,7 @@ def report() -> int:
 
 
 def _number_type() -> str:
-    """What `model.dtype=auto` takes on this machine, and why."""
+    """What `model.dtype=auto` resolves to on this machine, and why."""
     machine = this_machine()
     device = machine.processor if machine.gpu is None else machine.gpu
     return (

@@ -17,7 +17,7 @@ from orchestrator.run_state.freeze import check_writable
 
 
 def export(folder: RunFolder, *, stage: str | None, to: str | None, max_kl: float | None) -> int:
-    """A folder that can be published: adapter merged, measured, with a card, opened again."""
+    """Write a folder ready to publish: adapter merged, measured, with a model card, re-opened."""
     stage = stage_of(folder, stage, "make a policy", ())
     if not folder.stage(stage).result.exists():
         raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")

@@ -20,7 +20,8 @@ def fork(
     step: int | None,
     until: Literal["describe", "write", "train"],
 ) -> int:
-    """A new run from the checkpoint or artifact of `parent`, which is only read; described, written, or trained at once."""
+    """Make a new run from the checkpoint or artifact of `parent`, which is only read: describe, write, or also train
+    it."""
     from orchestrator.housekeeping.fork import describe, plan_fork
     from orchestrator.housekeeping.fork_files import write_fork
 

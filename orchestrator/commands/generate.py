@@ -1,4 +1,4 @@
-"""The verbs that use what a run made: generate, export, report. Must not import torch."""
+"""The verb generate. Must not import torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ FOREGROUND = "orchestrator.metrics.foreground"
 
 
 GENERATING = ("--max-new-tokens", "--system", "--temperature", "--top-p", "--seed", "--output")
-"""Options of `generate` that mean nothing to a classifier."""
+"""Options of `generate` that do not apply to a classifier."""
 
 
 def generate(folder: RunFolder, *, stage: str | None, options: Mapping[str, str]) -> int:
-    """Answers of the tuned model next to those of its base; a classifier's classes. `options` go to the process that generates."""
+    """Answers of the tuned model next to those of its base; a classifier's classes. `options` are passed to the
+    generating process."""
     stage = stage_of(folder, stage, "make a policy or a classifier", CLASSIFIER_KINDS)
     if not folder.stage(stage).result.exists():
         raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")
@@ -32,7 +33,7 @@ def generate(folder: RunFolder, *, stage: str | None, options: Mapping[str, str]
 
 
 def _refuse_before_loading(folder: RunFolder, stage: str, options: Mapping[str, str]) -> None:
-    """What would only be found out after the model was loaded, which may take minutes."""
+    """Problems that would otherwise show only after loading the model, which may take minutes."""
     from orchestrator.config.run import makes_classifier
     from orchestrator.run_state.frozen import load_config
     from orchestrator.run_state.held_out_rows import held_out_examples

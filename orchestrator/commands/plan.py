@@ -19,11 +19,11 @@ from orchestrator.planning.records import Plan
 from orchestrator.planning.scaling import scaling_rows
 
 SHARED = (".batch: global_size", ".rollout.prompts:")
-"""Rules on sharing rows among ranks: the scaling table tells them row by row."""
+"""Rules on splitting rows among ranks, which the scaling table reports row by row."""
 
 
 def plan(arguments: Sequence[str], *, advise: bool, as_json: bool, everything: bool = False) -> int:
-    """Prints what would happen, or what else would fit, or a list of numbers of nodes side by side; writes nothing."""
+    """Print the plan, other settings that would fit, or a comparison of node counts; writes nothing."""
     if advise:
         from orchestrator.commands.advise import print_advice
 
@@ -54,7 +54,8 @@ def _tell_study(config: RunConfig, planned: Plan) -> None:
 
 
 def _scaling(arguments: Sequence[str], counts: Sequence[int], *, as_json: bool) -> int:
-    """Plans for several numbers of nodes, side by side; on paper, so no launcher has to be able to start them."""
+    """Plans for several numbers of nodes, side by side; arithmetic only, so no launcher has to be able to start
+    them."""
     words, config_directory = take_config_directory(arguments)
     composed = examine([*words, f"cluster.nodes={counts[0]}"], config_directory=config_directory)
     problems = [problem for problem in composed.problems if not any(rule in problem for rule in SHARED)]

@@ -1,4 +1,4 @@
-"""The verbs that start from a configuration: plan, render, run, resume. Must not import torch."""
+"""Composes and plans the runs that overrides ask for. Must not import torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def planned_of_words(arguments: Sequence[str], *, measures: bool = False) -> list[tuple[RunConfig, Plan]]:
-    """Every run that the words ask for; of a search, whose values are chosen on the way, one with the first of them."""
+    """Every run that the overrides ask for; of a search, whose values are chosen later, one with the first values."""
     if not is_sweep(arguments):
         return [planned_run(arguments, measures=measures)]
     is_study = not isinstance(first_config(arguments).study, NoStudy)
@@ -42,7 +42,8 @@ def planned_of_words(arguments: Sequence[str], *, measures: bool = False) -> lis
 
 
 def first_config(arguments: Sequence[str]) -> RunConfig:
-    """The configuration of the first run of a multirun; ConfigError with every problem, those of a search's space too."""
+    """The configuration of the first run of a multirun; ConfigError with every problem, including those of a search's
+    space."""
     words, config_directory = take_config_directory([word for word in arguments if word not in FLAGS])
     try:
         return composed_words(first_words(words), config_directory).config
@@ -54,9 +55,10 @@ def first_config(arguments: Sequence[str]) -> RunConfig:
 
 @busy(LOOKING)
 def planned_run(arguments: Sequence[str], *, measures: bool = False) -> tuple[RunConfig, Plan]:
-    """Configuration and plan; one error with every problem of words, keys, rules, base, data and scripts.
+    """Configuration and plan; one error with every problem of overrides, keys, rules, base, data and scripts.
 
-    `measures` lets the forecast time an unknown processor, which takes seconds; what starts a job does not wait for it.
+    `measures` lets the forecast time an unknown processor, which takes seconds; commands that start a job do not wait
+    for it.
     """
     return _planned_run(arguments, measures=measures)
 
@@ -86,7 +88,7 @@ def _planned_run(arguments: Sequence[str], *, measures: bool) -> tuple[RunConfig
 
 
 def composed_words(words: Sequence[str], config_directory: Path | None) -> Composed:
-    """The composed words; ConfigError with every problem."""
+    """The composed overrides; ConfigError with every problem."""
     composed = examine(words, config_directory=config_directory)
     if composed.problems:
         raise ConfigError(composed.problems)
@@ -116,7 +118,7 @@ def planned_runs(arguments: Sequence[str], *, measures: bool = False) -> list[tu
 
 
 def _script_problems(config: RunConfig) -> list[str]:
-    """What the launcher cannot put into its scripts, each sentence once."""
+    """Problems of the launcher's scripts, without duplicates."""
     problems: dict[str, None] = {}
     for stage in [name for name in config.pipeline if name in config.stages]:
         try:

@@ -1,4 +1,4 @@
-"""The programs that look at data with torch, in a process of their own."""
+"""Starts the programs that inspect data with torch, in a separate process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.run_folder.folder import StageFolder
 
 
 def run_preflight(verb: str, config: RunConfig, environment: dict[str, str]) -> int:
-    """Runs the torch side on the frozen configuration, in a process of its own."""
+    """Run the torch side on the frozen configuration, in a separate process."""
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
         file = Path(folder) / "run.json"
         file.write_text(json.dumps({"config": config.model_dump(mode="json")}), encoding="utf-8")
@@ -29,7 +29,7 @@ def run_preflight(verb: str, config: RunConfig, environment: dict[str, str]) -> 
 
 
 def rows_of_stage(config: RunConfig, name: str, stage: TrainingStage, files: StageFolder) -> Path:
-    """The rows of a stage: where they were, or where the same ones are in this machine's cache."""
+    """The prepared rows of a stage: at their recorded path, or the same ones in this machine's cache."""
     from orchestrator.data.prepared.meta import is_prepared
 
     recorded = Path(read_json(files.prepared)["train"])

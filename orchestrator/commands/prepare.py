@@ -16,7 +16,7 @@ from orchestrator.run_state.frozen import load_config
 
 
 def prepare(arguments: Sequence[str]) -> int:
-    """Tokenises and packs the data of every stage, here or in a Slurm job without GPUs; a run then only maps it."""
+    """Tokenise and pack the data of every stage, here or in a Slurm job without GPUs; a run then only maps it."""
     config, planned = planned_run(arguments)
     if config.launcher.kind == "slurm":
         freeze_run(config, planned, [render(config, stage) for stage in config.pipeline])

@@ -11,7 +11,7 @@ from orchestrator.execution.job_specs import render_scripts
 
 
 def render(arguments: Sequence[str]) -> int:
-    """Writes the scripts into the run folder and prints them; submits nothing."""
+    """Write the scripts into the run folder and print them; submit nothing."""
     from orchestrator.execution.run_pipeline import freeze_run
 
     for config, planned in planned_of_words(arguments):

@@ -8,7 +8,7 @@ from orchestrator.errors import EXIT_DONE
 
 
 def report(folder: Path) -> int:
-    """What a study has found so far, from its folder; writes the files of its report."""
+    """Report a study's results so far, from its folder; writes the files of the report."""
     from orchestrator.studies.report import write_report
     from orchestrator.studies.trials import StudyFolder
 

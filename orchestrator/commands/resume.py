@@ -22,7 +22,7 @@ from orchestrator.run_state.reuse import fresh_stages
 
 
 def resume(folder: RunFolder) -> int:
-    """Goes on with a run from its folder alone."""
+    """Continue a run from its folder alone."""
     from orchestrator.execution.run_pipeline import execute
 
     began = time.time()
@@ -32,7 +32,7 @@ def resume(folder: RunFolder) -> int:
     if problems:
         raise ConfigError(problems)
     done = fresh_stages(config, folder)
-    if len(done) == len(config.pipeline):  # neither data nor base nor a right to write is needed for that
+    if len(done) == len(config.pipeline):  # this needs neither data nor base nor write permission
         print("\n".join(f"{stage}: done already; its result is {folder.stage(stage).result}" for stage in done))
         return EXIT_DONE
     lost = lost_inputs(config, folder, [name for name in config.pipeline if name not in done])

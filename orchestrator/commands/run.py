@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: Sequence[str], *, part: Part) -> int:
-    """Checks, plans and launches; continues what is unfinished and skips what is done. With -m, one run each."""
+    """Check, plan and launch; continue unfinished stages and skip finished ones. With -m, one run per combination."""
     from orchestrator.execution.run_pipeline import WHOLE, execute, execute_all
 
     began = time.time()

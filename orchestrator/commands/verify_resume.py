@@ -18,7 +18,7 @@ from orchestrator.planning.plan import make_plan
 
 
 def verify_resume(arguments: Sequence[str], *, steps: int) -> int:
-    """Trains a few steps straight, and again with a kill in between, and compares every step and tensor."""
+    """Train a few steps uninterrupted, and again with a kill in between; compare every step and tensor."""
     config, _ = planned_run(arguments)
     validate_data(config)
     proof = prove_resume(config, steps=steps, start=_start, say=print)

@@ -71,7 +71,7 @@ def scoring_problems(field: str, stage: ScoringStage) -> list[str]:
 
 
 def _choice_problems(stage: ChoosingStage, shifts: Mapping[str, bool]) -> Iterator[str]:
-    """Problems of a selection that names unknown or missing sets."""
+    """Problems of a selection that needs sets and does not name them."""
     kinds = {shifts[name] for name in stage.choose_on if name in shifts}
     there = ", ".join(f"{name} ({'shift' if is_shift else 'no shift'})" for name, is_shift in shifts.items())
     if isinstance(stage, SoupStage) and stage.recipe == "greedy" and not kinds:

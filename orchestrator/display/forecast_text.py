@@ -1,4 +1,4 @@
-"""Time, cost and checkpoints of a plan in lines that a person reads; must not import torch."""
+"""Formats time, cost and checkpoints of a plan as text. Must not import torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def forecast_rows(stage: StagePlan) -> list[tuple[str, str]]:
 
 
 def finish_line(plan: Plan, now: datetime) -> str | None:
-    """When the whole pipeline would be done; None where a stage's time is unknown."""
+    """When the whole pipeline would finish; None if a stage's time is unknown."""
     times = [stage.time for stage in plan.stages if stage.global_size is not None]
     hours = [time.hours for time in times if time is not None and time.hours is not None]
     if not hours or len(hours) < len(times):
@@ -33,7 +33,7 @@ def finish_line(plan: Plan, now: datetime) -> str | None:
 
 
 def time_sentence(time: TimePlan) -> str:
-    """`10 min: start-up 8 min, then about 2 steps of 3.67 s at 559,262 tokens/s`; what is guessed says so."""
+    """`10 min: start-up 8 min, then about 2 steps of 3.67 s at 559,262 tokens/s`; guesses are marked."""
     if time.step_seconds is None:
         return "not forecast"
     speed = f"{seconds_words(time.step_seconds)} a step, {time.tokens_per_second:,.0f} tokens/s"
@@ -78,7 +78,7 @@ def cost_words(cost: CostPlan) -> str:
 
 
 def checkpoint_words(plan: CheckpointPlan) -> str:
-    """The interval as set, the best one, and what a failure costs."""
+    """The configured interval, the best one, and the cost of a failure."""
     every = "at the end only" if plan.every_steps is None else f"every {plan.every_steps} steps"
     size = f"{plan.bytes / 2**20:,.1f} MiB in {seconds_words(plan.save_seconds)}"
     if plan.recommended_every_steps is None or plan.lost_seconds_per_failure is None:

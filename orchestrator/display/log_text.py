@@ -1,4 +1,4 @@
-"""`logs` for a person: the training as its newest attempts logged it, without the result's JSON. Must not import torch."""
+"""The text of `logs`: the training output of the newest attempts, without the result's JSON. Must not import torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from orchestrator.run_folder.folder import PREPARATION, RunFolder, StageFolder
 
 LINES = 40
 FEWEST_LINES = 8
-"""Of each stage where several share the screen."""
+"""Lines per stage if several share the screen."""
 _BAR = re.compile(r"\d+%\|.*\|")
-"""What tqdm draws; of no use once it is over."""
+"""Progress bars of tqdm, useless once finished."""
 
 
 def show_logs(run: RunFolder, *, stage: str | None, node: int | None, lines: int | None, follow: bool) -> int:
-    """The last lines of the newest log of each stage (of `node`, 0 by default; 0 lines are all); with `follow` what is added."""
+    """The last lines of each stage's newest log (of `node`, 0 by default; 0 lines means all); with `follow`, also new
+    ones."""
     found = {
         name: file for name in _stages(run, stage) if (file := _newest_log(run.stage(name), node or 0)) is not None
     }
@@ -41,7 +42,8 @@ def show_logs(run: RunFolder, *, stage: str | None, node: int | None, lines: int
 
 
 def readable(lines: Iterable[str]) -> Iterator[str]:
-    """The lines of a log without the JSON that ends a stage (result.json has it) and without progress bars of libraries."""
+    """The lines of a log without the final JSON of a stage (it is in result.json) and without libraries' progress
+    bars."""
     held: list[str] | None = None
     for line in lines:
         text = line.rsplit("\r", 1)[-1]
@@ -93,7 +95,7 @@ def _stages(run: RunFolder, stage: str | None) -> Sequence[str]:
 
 
 def _newest_log(files: StageFolder, node: int) -> Path | None:
-    """The newest attempt's log; the job's own, where it has begun no attempt."""
+    """The newest attempt's log; the job's own log if no attempt has begun."""
     logs = sorted(files.logs.glob(f"node-{node}.attempt-*.log"), key=lambda file: int(file.stem.rsplit("-", 1)[1]))
     logs = logs or sorted(files.logs.glob("slurm-*.log"), key=lambda file: file.stat().st_mtime)
     return logs[-1] if logs else None
@@ -106,7 +108,7 @@ def _follow(run: RunFolder, file: Path) -> None:
 
 
 def _added_lines(run: RunFolder, file: Path) -> Iterator[str]:
-    """Whole lines that are added from now on, until every stage has ended."""
+    """Complete lines added from now on, until every stage has ended."""
     rest = ""
     with open(file, encoding="utf-8", errors="replace") as log:
         log.seek(0, 2)

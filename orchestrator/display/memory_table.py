@@ -1,4 +1,4 @@
-"""The memory forecast as a person reads it; must not import torch."""
+"""Formats the memory forecast as text. Must not import torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEGLIGIBLE_GIB = 0.005
 
 
 def memory_sentence(memory: MemoryForecast | None) -> str:
-    """The forecast in plain words: what one process needs, and whether it has it."""
+    """The forecast in plain English: the need of one process, and whether it fits."""
     if memory is None:
         return "known once the base is fetched"
     needs = f"{memory.expected:.1f} GiB expected ({memory.low:.1f} to {memory.high:.1f})"

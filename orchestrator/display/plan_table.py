@@ -1,4 +1,4 @@
-"""The plan as a person reads it: one screen, or everything; a table of several runs. Must not import torch."""
+"""Formats the plan as text: one screen, or everything; a table of several runs. Must not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.text.durations import duration_words, seconds_words
 from orchestrator.text.plurals import counted
 
 SCREEN_WIDTH = 100
-"""Characters of a line of a plan that goes to a file or another program."""
+"""Line width of a plan that is written to a file or a pipe."""
 UNKNOWN = "known once the data is prepared"
 METHODS = {"lora": "LoRA", "full": "all weights", "freeze": "some layers"}
 LAUNCHERS = {"local": "on this machine", "torchrun": "by torchrun", "slurm": "by Slurm"}
@@ -48,7 +48,7 @@ def print_plan(plan: Plan, config: RunConfig, *, everything: bool = False) -> No
 
 
 def print_plans(plans: Sequence[tuple[RunConfig, Plan]]) -> None:
-    """One line for each run of a sweep; what is alike in all of them is left to `plan` of one of them."""
+    """One line for each run of a sweep; `plan` of a single run shows what they have in common."""
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     table = Table(box=None, pad_edge=False, title=f"{counted(len(plans), 'run')}", title_justify="left")
     table.add_column("run", style="cyan", overflow="fold")
@@ -134,14 +134,14 @@ def _ranks(plan: Plan, config: RunConfig) -> str:
 
 
 def _stage_rows(stage: StagePlan) -> Rows:
-    """What decides whether somebody starts it."""
+    """The lines that decide whether a user starts the run."""
     rows: Rows = [("data", _data(stage))]
     if stage.global_size is not None:
         rows += [("batch", _batch(stage)), ("steps", _steps(stage))]
     rows += [("trains", _parameters(stage)), ("memory", memory_sentence(stage.memory))]
     if stage.time is not None:
         rows.append(("time", time_sentence(stage.time)))
-        # A measured or an assumed speed: the reader has to know which before the number is worth anything.
+        # The reader must know whether the speed was measured or assumed before the number means anything.
         rows.append(("estimate from", stage.time.basis))
     if stage.cost is not None and (stage.cost.dollars is not None or stage.world_size > 1):
         rows.append(("cost", cost_words(stage.cost)))
@@ -176,7 +176,7 @@ def _data(stage: StagePlan) -> str:
 
 
 def _batch(stage: StagePlan) -> str:
-    """The product behind the batch is shown where it has more than one factor."""
+    """The batch size, with its product if that has more than one factor."""
     passes = stage.accumulation_steps or 1
     what = "sequence" if stage.packing == "none" else "packed sequence"
     total = f"{counted(stage.global_size or 0, what)} a step"

@@ -1,4 +1,4 @@
-"""Plan and measurement next to each other. Must not import torch."""
+"""Formats plan and measurement next to each other. Must not import torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN_PARTS = (
 
 
 def measurement_view(found: Sequence[Comparison]) -> RenderableType:
-    """What was measured, with the plan's forecast in brackets where there is one, and where the time went."""
+    """Measurements, with the plan's forecast in brackets if there is one, and the breakdown of time."""
     table = Table(box=None, pad_edge=False, title="measured (and planned)", title_justify="left", title_style="bold")
     for name in ("run", "stage", "tokens/s", "a step", "memory, GiB", "of the peak FLOP/s"):
         if name != "of the peak FLOP/s" or any(one.measured.executed_mfu is not None for one in found):
@@ -45,7 +45,7 @@ def _with_plan(measured: str, planned: float | None, words: Callable[[float], st
 
 
 def spent_words(spent: TimeSpent) -> str:
-    """The parts of the wall-clock that make a percent or more, largest first."""
+    """The parts of at least one percent of the wall-clock time, largest first."""
     wall = spent.wall_seconds
     parts = sorted(((getattr(spent, name), name) for name in SHOWN_PARTS), reverse=True)
     shares = [f"{name} {seconds / wall:.0%}" for seconds, name in parts if wall and seconds / wall >= 0.01]

@@ -1,4 +1,4 @@
-"""Tables and sentences that a person reads; must not import torch."""
+"""Formats results as tables and sentences. Must not import torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from orchestrator.run_state.loading_code import loading_lines
 from orchestrator.text.durations import exact_words
 
 PIPED_WIDTH = 120
-"""Characters of a line of a table that goes to a file or another program."""
+"""Line width of a table that is written to a file or a pipe."""
 SHOWN_CLASSES = 20
-"""A larger confusion matrix is read in result.json."""
+"""Larger confusion matrices are only in result.json."""
 WIDEST_COLUMN = 12
 AXES = "true \\ predicted"
 SHOWN_SECONDS = 0.5
@@ -33,7 +33,7 @@ GROUPS = {
     phase.EVALUATION: "evaluations",
     phase.WRITING: "writing",
 }
-"""Phases by the words of the line of times; others keep their name."""
+"""Phase -> its label in the line of times; others keep their name."""
 
 
 def warn_lines(plan: Plan) -> None:
@@ -44,7 +44,8 @@ def warn_lines(plan: Plan) -> None:
 
 
 def print_result(folder: StageFolder, config: RunConfig, *, wall_seconds: float) -> None:
-    """What a finished stage made, how good it is, where the `wall_seconds` since the command went, and how to use it."""
+    """Summary of a finished stage: artifact, quality, breakdown of the `wall_seconds` since the command, and how to use
+    it."""
     result = read_result(folder)
     is_trained = "eval_loss_before" in result
     rows = [*(_trained_rows(result) if is_trained else _told(result)), ("time", time_line(result, wall_seconds))]
@@ -75,7 +76,7 @@ def _trained_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def time_line(result: dict[str, Any], wall_seconds: float) -> str:
-    """`96 s in all: start 10 s, load 5 s, ...`; what is left of the command's time went before a rank began."""
+    """`96 s in all: start 10 s, load 5 s, ...`; the rest of the command's time passed before a rank began."""
     known: dict[str, float] = result["phase_seconds"]
     parts = {"start": max(0.0, wall_seconds - sum(known.values()))}
     for name, seconds in known.items():
@@ -86,7 +87,7 @@ def time_line(result: dict[str, Any], wall_seconds: float) -> str:
 
 
 def _held_out(kind: str, before: float | None, after: float | None) -> tuple[str, str]:
-    """A policy is judged by its reward, which the record holds as a negative loss."""
+    """The reward of a policy, which the record has as a negative loss."""
     if kind == "grpo":
         before, after = (None if value is None else -value for value in (before, after))
         return "held-out reward", f"{_number(before)} before, {_number(after)} after"
@@ -94,7 +95,7 @@ def _held_out(kind: str, before: float | None, after: float | None) -> tuple[str
 
 
 def _worse(kind: str, before: float | None, after: float | None) -> list[tuple[str, str]]:
-    """A stage that did harm says so: a proven artifact is what was trained, which need not be better than its start."""
+    """Say so if a stage did harm: a proven artifact is what was trained, not necessarily better than its start."""
     if before is None or after is None or not after > before:
         return []
     change = "reward fell" if kind == "grpo" else "loss rose"
@@ -107,12 +108,12 @@ def _worse(kind: str, before: float | None, after: float | None) -> list[tuple[s
 
 
 def _speed(tokens_per_second: float | None) -> str:
-    """None where the attempts that trained left no record."""
+    """None if the attempts that trained left no record."""
     return "unknown" if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s (median of the steps)"
 
 
 def _told(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """What an evaluation or a merge found."""
+    """Results of an evaluation or a merge."""
     made = (result["artifact"]["kind"].replace("_", " "), result["artifact"]["path"])
     match result["kind"]:
         case "evaluate" if "scores" not in result:  # of a classifier
@@ -133,7 +134,7 @@ def _told(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _told_set(name: str, told: dict[str, Any]) -> tuple[str, str]:
-    """What a classifier did on one set."""
+    """Results of a classifier on one set."""
     numbers = [f"{key} {value:.4f}" for key, value in told.items() if isinstance(value, float)]
     return name + (" (shift)" if told["shift"] else ""), f"{told['rows']} rows: {', '.join(numbers)}"
 
@@ -155,7 +156,8 @@ def _judged(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[str]:
-    """A confusion matrix with names on both axes; long names are cut in the head, where columns would get too wide."""
+    """A confusion matrix with names on both axes; long names are truncated in the header, where columns would get too
+    wide."""
     left = max(len(AXES), *map(len, names))
     heads = [name if len(name) <= WIDEST_COLUMN else name[: WIDEST_COLUMN - 1] + "~" for name in names]
     widths = [max(5, len(head)) for head in heads]
@@ -168,7 +170,7 @@ def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[str]:
 
 
 def _loading(result: dict[str, dict[str, str]], folder: Path) -> list[str]:
-    """Not indented: these lines are made to be pasted."""
+    """Not indented, so that the lines can be pasted."""
     artifact, base = result["artifact"], result["base"]
     return loading_lines(str(folder), kind=artifact["kind"], base=base["folder"], folder=folder)
 

@@ -1,4 +1,4 @@
-"""The comparison of runs as tables that fit the terminal; must not import torch."""
+"""Formats the comparison of runs as tables that fit the terminal. Must not import torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from orchestrator.text.durations import seconds_words
 SHOWN_KEYS = 30
 WIDEST_VALUE = 28
 MOST_COLUMNS = 3
-"""Runs that stand beside each other; more of them become rows, where that fits."""
+"""Upper limit of runs shown as columns; more become rows, if that fits."""
 GAP = 2
 
 Rows = dict[str, list[str]]
@@ -35,7 +35,7 @@ Rows = dict[str, list[str]]
 
 
 def show_comparison(folders: Sequence[Path], *, as_json: bool) -> int:
-    """Prints the comparison of the runs in some folders."""
+    """Print the comparison of the runs in the given folders."""
     runs = runs_to_compare(folders)
     for run in runs:
         warn_newer(run)
@@ -49,7 +49,7 @@ def show_comparison(folders: Sequence[Path], *, as_json: bool) -> int:
 
 
 def comparison_view(found: RunComparison, console: Console) -> RenderableType:
-    """Keys that differ, then what each stage gave, then why losses may not be compared."""
+    """Keys that differ, then each stage's results, then why losses are not comparable."""
     labels = [run.label for run in found.runs]
     parts: list[RenderableType] = []
     keys = _key_rows(found)
@@ -78,7 +78,7 @@ def _key_rows(found: RunComparison) -> Rows:
 
 
 def _fact_rows(facts: Sequence[StageFacts]) -> Rows:
-    """The rows in which at least one run has something to say."""
+    """The rows with a value in at least one run."""
     measures = list(dict.fromkeys(name for one in facts for name in (*one.before, *one.after, *one.best)))
     makers: Mapping[str, Callable[[StageFacts], str]] = {
         "state": lambda one: one.state,
@@ -108,7 +108,7 @@ def _measure(name: str, when: str) -> Callable[[StageFacts], str]:
 
 
 def _reasons(name: str, runs: Sequence[ComparedRun]) -> list[RenderableType]:
-    """Why a stage did not end well, wrapped: a reason is too long for a cell."""
+    """Why a stage failed, wrapped, because a reason is too long for a cell."""
     return [
         Text(f"{run.label}: {run.stages[name].state}: {run.stages[name].why}", style="dim")
         for run in runs
@@ -117,7 +117,7 @@ def _reasons(name: str, runs: Sequence[ComparedRun]) -> list[RenderableType]:
 
 
 def _tables(title: str, labels: Sequence[str], rows: Rows, width: int) -> list[RenderableType]:
-    """A run a column, in blocks as wide as the terminal; a run a row where there are many and they fit so."""
+    """One column per run, in blocks as wide as the terminal; one row per run if there are many and they fit."""
     facts = list(rows)
     if len(labels) > MOST_COLUMNS and _natural_width([["run", *facts], *_transposed(labels, rows)]) <= width:
         return [_table(title, ["run", *facts], _transposed(labels, rows))]
@@ -130,7 +130,7 @@ def _tables(title: str, labels: Sequence[str], rows: Rows, width: int) -> list[R
 
 
 def _blocks(labels: Sequence[str], rows: Rows, width: int) -> list[int]:
-    """Where blocks of runs begin, and the end of the last: as many beside each other as the terminal has room for."""
+    """Start indices of blocks of runs, and the end of the last: as many side by side as the terminal has room for."""
     first = max(map(len, rows))
     borders, used = [0], first
     for number, label in enumerate(labels):
@@ -162,5 +162,5 @@ def _table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> 
 
 
 def _short(text: str) -> str:
-    """A long value by its end: of paths it is the end that differs."""
+    """The end of a long value, because paths differ at the end."""
     return text if len(text) <= WIDEST_VALUE else f"…{text[1 - WIDEST_VALUE :]}"

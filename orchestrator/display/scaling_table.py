@@ -1,4 +1,4 @@
-"""Plans for several numbers of nodes as a table. Must not import torch."""
+"""Formats plans for several numbers of nodes as a table. Must not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.text.durations import duration_words, seconds_words
 
 
 def scaling_table(rows: Sequence[ScalingRow], title: str) -> Table:
-    """The rows of one stage for a person."""
+    """The table of one stage."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     names = ("nodes", "devices", "batch", "step", "tokens/s", "efficiency", "time", "device h", "$", "goodput")
     for name in names:

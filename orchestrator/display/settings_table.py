@@ -1,4 +1,4 @@
-"""Settings that were found or chosen, as a table with reasons. Must not import torch."""
+"""Formats found or chosen settings as a table with reasons. Must not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SHOWN = 8
 
 
 def explanation(advice: Advice) -> list[str]:
-    """Why the first option is first, against the best of those that differ in one thing."""
+    """Why the first option is first, compared with the best of those that differ in one setting."""
     best = advice.best
     assert best is not None
     told = [f"the fastest that fits: {' '.join(best.words())}"]

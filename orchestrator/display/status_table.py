@@ -1,4 +1,5 @@
-"""`status` for a person: a table that fits the terminal, reasons below it, plan and measurement. Must not import torch."""
+"""The text of `status`: a table that fits the terminal, reasons below it, plan and measurement. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ Cell = Callable[[StageStatus], str]
 
 
 def show_status(folder: Path, *, watch: bool, extra: Sequence[str] = (), as_json: bool = False) -> int:
-    """A run, or every run of a folder; with `watch` a live table until all have ended. `extra` are further columns."""
+    """A run, or every run of a folder; with `watch`, a live table until all have ended. `extra` are further columns."""
     runs = find_runs(folder)
     if not runs:
         raise ConfigError(f"{folder} holds no run: neither run.json nor NAME/run.json is there")
@@ -68,7 +69,8 @@ def show_status(folder: Path, *, watch: bool, extra: Sequence[str] = (), as_json
 def status_view(
     statuses: Sequence[StageStatus], extra: Mapping[str, Cell] | None = None, *, width: int = 80
 ) -> RenderableType:
-    """The table, further columns in a second one where they do not fit; a state's reason stands below, where it has room."""
+    """The table, with further columns in a second one if they do not fit; a state's reason goes below, where it has
+    room."""
     cells = {name: [make(status) for status in statuses] for name, make in {**_columns(), **(extra or {})}.items()}
     shown = {name: column for name, column in cells.items() if any(column)}
     fits = sum(GAP + max(map(len, [name, *column])) for name, column in shown.items()) - GAP <= width
@@ -93,7 +95,7 @@ def _table(columns: Mapping[str, Sequence[str]]) -> Table:
 
 
 def _columns() -> dict[str, Cell]:
-    """The usual columns; one that is empty in every row is left out."""
+    """The usual columns without those that are empty in every row."""
     return {
         "run": lambda status: status.run,
         "stage": lambda status: status.stage,
@@ -117,7 +119,8 @@ def _columns() -> dict[str, Cell]:
 def _extra_columns(
     wanted: Sequence[str], runs: Sequence[RunFolder], statuses: Sequence[StageStatus]
 ) -> dict[str, Cell]:
-    """A column of metrics.jsonl, or a key of the configuration (whole, or from its stage on); ConfigError where no run has it."""
+    """A column of metrics.jsonl, or a key of the configuration (whole, or from its stage on); ConfigError if no run has
+    it."""
     keys = {run.root: flatten(cast("JsonValue", read_config(run))) for run in runs} if wanted else {}
     columns: dict[str, Cell] = {}
     problems: list[str] = []

@@ -16,11 +16,11 @@ GENTLE_SECONDS = 60.0
 
 
 def cancel(run: RunFolder, config: RunConfig) -> int:
-    """Asks every unfinished stage to save and end; after a minute Slurm ends what is left, and that is checked."""
+    """Ask every unfinished stage to save and end; after a minute Slurm ends the rest, which is verified."""
     unfinished = [name for name in config.pipeline if not run.stage(name).result.exists()]
     elsewhere = {name: found for name in unfinished if (found := away(run, name)) is not None}
     location = locate(run)
-    if location.is_copy and not elsewhere:  # jobs and processes on record here are the original's
+    if location.is_copy and not elsewhere:  # jobs and processes on record here belong to the original
         print(f"nothing to cancel: {run.root} is a copy of {location.recorded}, and nothing runs here")
         return EXIT_DONE
     for name in unfinished:
@@ -38,7 +38,7 @@ def cancel(run: RunFolder, config: RunConfig) -> int:
 
 
 def _cancel_moved(run: RunFolder, name: str, found: Away) -> None:
-    """Asks where the process looks, which is the place that it was started in."""
+    """Write the request where the process looks for it: at the path it was started with."""
     process, old = found.claim.process, found.root
     if found.is_taken:
         raise RunFolderError(

@@ -29,11 +29,11 @@ from orchestrator.run_state.moved import away
 
 POLL_SECONDS = 0.05
 LISTEN_SECONDS = 25.0
-"""Guards show life every 10 s."""
+"""Guards send a sign of life every 10 s."""
 CHOICE = "l: leave it running (Enter)   s: save and end it   w: keep watching\n? "
 
 Watch = Callable[[str], bool]
-"""Asked again and again while a stage, given by its name, runs here: whether to have it save and end."""
+"""Polled with the stage's name while it runs here: whether it is to save and end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,27 +44,27 @@ class StageJob:
     spec: JobSpec
     script: Script
     steps: int
-    """As planned, for the bar."""
+    """Planned steps, for the progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Followed:
-    """A stage that runs on this machine, as one command sees it."""
+    """One command's view of a stage that runs on this machine."""
 
     job: StageJob
     files: StageFolder
     running: Launch | Joined
     watch: Watch
     since: float
-    """When it was launched; 0 for one that was joined."""
+    """Launch time; 0 for a joined one."""
     began: float
-    """When the command was given."""
+    """Start time of the command."""
     is_interrupted: bool = False
-    """Whether Ctrl-C came while the job was being started."""
+    """Whether Ctrl-C arrived while the job was being started."""
 
 
 def live_claim(spec: JobSpec, run: RunFolder) -> Claim | None:
-    """The attempt at a stage that runs on this machine. What a copy took over from its original is not its own."""
+    """The attempt at a stage that runs on this machine. Attempts that a copy inherited do not count."""
     claim = _open_claim(spec)
     is_alive = claim is not None and claim.is_of_this_machine and claim.is_alive
     if not is_alive or (locate(run).is_copy and away(run, spec.stage) is None):
@@ -73,7 +73,7 @@ def live_claim(spec: JobSpec, run: RunFolder) -> Claim | None:
 
 
 def run_stage(config: RunConfig, run: RunFolder, job: StageJob, *, watch: Watch, began: float) -> int:
-    """Starts the stage, or joins its running attempt, and shows it until it ends; the exit code."""
+    """Start the stage, or join its running attempt, and show it until it ends; return the exit code."""
     files = run.stage(job.name)
     while True:
         launched = time.time()
@@ -100,20 +100,21 @@ def run_stage(config: RunConfig, run: RunFolder, job: StageJob, *, watch: Watch,
 
 @contextmanager
 def start_lock(run: RunFolder) -> Generator[None]:
-    """One command at a time looks whether a stage runs and starts it; the kernel ends the lock with its process."""
+    """Lock that lets one command at a time check whether a stage runs and start it; the kernel releases it with the
+    process."""
     with open(run.lock, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"another command is starting {run.root}: waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: the script's own claim still lets one start only
+        except OSError:  # a file system without locks: the script's own claim still admits only one
             pass
         yield
 
 
 def _start_or_join(run: RunFolder, job: StageJob) -> tuple[Launch | Joined | None, bool]:
-    """(job, whether Ctrl-C came meanwhile); no job where another command has finished the stage."""
+    """(job, whether Ctrl-C arrived meanwhile); no job if another command has finished the stage."""
     files, spec = run.stage(job.name), job.spec
     with start_lock(run):
         if files.result.exists():
@@ -132,7 +133,7 @@ def _start_or_join(run: RunFolder, job: StageJob) -> tuple[Launch | Joined | Non
         try:
             while running.is_running() and running.attempt is None:
                 time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:  # the job is there and must not be forgotten: whoever follows it asks it to end
+        except KeyboardInterrupt:  # the job exists and must not be forgotten: the caller follows it and asks it to end
             return running, True
         return running, False
 
@@ -142,11 +143,11 @@ def _open_claim(spec: JobSpec) -> Claim | None:
 
 
 def _refuse_moved_away(run: RunFolder, stage: str) -> None:
-    """Ranks write to the path that they were started with, wherever the folder is now."""
+    """Ranks write to the path they were started with, even if the folder has moved."""
     found = away(run, stage)
     if found is None:
         return
-    # Once the process has made its old folder again, `mv` would put the run inside of it.
+    # Once the process has recreated its old folder, `mv` would put the run inside it.
     back = "" if found.root.exists() else f"move it back with `mv {run.root} {found.root}`, or "
     raise RunFolderError(
         f"{stage}: process {found.claim.process} (attempt {found.claim.attempt}) still works in {found.root}, from where the run "
@@ -155,7 +156,7 @@ def _refuse_moved_away(run: RunFolder, stage: str) -> None:
 
 
 def _refuse_other_machine(spec: JobSpec) -> None:
-    """An attempt that another machine, which shares this folder, works on can be told from its files alone."""
+    """An attempt on another machine that shares this folder is only visible through its files."""
     claim = _open_claim(spec)
     if claim is None or claim.job or claim.is_of_this_machine:
         return
@@ -179,7 +180,7 @@ def _refuse_other_machine(spec: JobSpec) -> None:
 
 
 def _follow(stage: Followed) -> Outcome | None:
-    """How the attempt ended; None where it goes on without this command."""
+    """How the attempt ended; None if it continues without this command."""
     running, interrupts, is_pending = stage.running, 0, stage.is_interrupted
     is_running = _watched(running, lambda: stage.watch(stage.job.name))
     while True:
@@ -201,7 +202,7 @@ def _follow(stage: Followed) -> Outcome | None:
                 running.stop()
             elif interrupts > 1:
                 _end(stage, INTERRUPTED, None)
-        except BrokenPipeError:  # `run | head`: what is shown never decides whether a job goes on
+        except BrokenPipeError:  # `run | head`: the display never decides whether a job continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             print(f"{stage.job.name}: nobody reads this command's output; the job goes on without it", file=sys.stderr)
             return None
@@ -217,7 +218,8 @@ def _follow(stage: Followed) -> Outcome | None:
 
 
 def _show(stage: Followed, is_running: Callable[[], bool]) -> None:
-    from orchestrator.metrics.display import show_progress, view_of_stage  # it draws: imported while the job starts
+    # used for drawing: imported while the job starts
+    from orchestrator.metrics.display import show_progress, view_of_stage
 
     files = stage.files
     while stage.running.is_running():
@@ -234,7 +236,7 @@ def _show(stage: Followed, is_running: Callable[[], bool]) -> None:
 
 
 def ask(name: str, what_it_is: str) -> str:
-    """What to do with a job that this command did not start: l, s or w. Nobody to ask leaves it alone."""
+    """What to do with a job that this command did not start: l, s or w. Without a terminal it is left alone."""
     choice = ""
     if sys.stdin.isatty() and sys.stdout.isatty():
         print(f"\n{name} {what_it_is}")
@@ -250,7 +252,7 @@ def ask(name: str, what_it_is: str) -> str:
 
 
 def _end(stage: Followed, code: int, why: str | None) -> None:
-    """Kills the attempt and puts on record who did it, which nobody else could tell."""
+    """Kill the attempt and record the cause, which nobody else would know."""
     with suppress(KeyboardInterrupt):  # a third one changes nothing
         attempt = stage.running.attempt
         stage.running.kill()
@@ -259,7 +261,7 @@ def _end(stage: Followed, code: int, why: str | None) -> None:
 
 
 def _watched(running: Launch | Joined, is_enough: Callable[[], bool]) -> Callable[[], bool]:
-    """Whether it runs; asks it once to save and end where it is enough."""
+    """Whether it runs; asks it once to save and end if `is_enough` says so."""
     asked: list[bool] = []
 
     def is_running() -> bool:
@@ -272,7 +274,7 @@ def _watched(running: Launch | Joined, is_enough: Callable[[], bool]) -> Callabl
 
 
 def _after(config: RunConfig, files: StageFolder, stage: str, outcome: Outcome) -> int:
-    """Tells how the attempt ended, from its record."""
+    """Report how the attempt ended, from its record."""
     if files.result.exists():
         return EXIT_DONE
     code, cause = outcome.exit_code, None if outcome.cause is None else str(outcome.cause)
@@ -290,7 +292,7 @@ def _after(config: RunConfig, files: StageFolder, stage: str, outcome: Outcome) 
 
 
 def tell_failure(stage: str, why: str, cause: str | None, logs: str) -> None:
-    """On stderr: why, the first cause where it says more, and where the log is."""
+    """Report on stderr: the reason, the first cause if it adds something, and the path of the log."""
     print(f"error: {stage}: {why}", file=sys.stderr)
     if cause is not None and cause not in why:
         print(f"error: first cause: {cause}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""From a run's configuration to JobSpecs and scripts: what the launchers are asked to run. Must not import torch."""
+"""Turns a run's configuration into JobSpecs and scripts for the launchers. Must not import torch."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def preparation_spec(config: RunConfig) -> JobSpec:
 
 
 def secrets_file(run_directory: Path) -> Path:
-    """Where keys and tokens wait for a Slurm job, readable by the user alone: outside of the run folder."""
+    """Where keys and tokens wait for a Slurm job: outside the run folder, readable only by the user."""
     name = hashlib.sha256(str(run_directory).encode()).hexdigest()[:16]
     return cache_folder() / "secrets" / f"{name}.sh"
 
@@ -87,7 +87,7 @@ def render(config: RunConfig, stage: str) -> Script:
 
 
 def render_scripts(config: RunConfig) -> list[Script]:
-    """The script of every stage, and what starts it on every node over ssh where torchrun has several. Pure."""
+    """The script of every stage, and the helper that starts it over ssh if torchrun has several nodes. Pure."""
     scripts = [render(config, stage) for stage in config.pipeline]
     if config.launcher.kind == "torchrun" and config.cluster.nodes > 1:
         scripts += [torchrun.render_launch_all(job_spec(config, stage)) for stage in config.pipeline]

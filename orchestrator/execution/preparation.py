@@ -1,4 +1,4 @@
-"""Whether the data of a run still has to be prepared, and whether that is work for a Slurm job; must not import torch."""
+"""Whether the data of a run still has to be prepared, and whether a Slurm job should do it. Must not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def needs_job(config: RunConfig, stages: Iterable[str]) -> bool:
 
 
 def is_prepared(config: RunConfig, stage: str) -> bool:
-    """Whether the rows of a stage lie prepared in the cache that its job will use."""
+    """Whether the rows of a stage are already prepared in the cache that its job will use."""
     cache = cache_folder(config.cluster.scratch)
     folder = local_folder(config.model, cache)
     if folder is None:

@@ -1,4 +1,5 @@
-"""Proves for a user's own configuration that a killed run goes on to the same result: one run straight, one killed. Must not import torch."""
+"""Proves for a user's own configuration that a killed run resumes to the same result: one uninterrupted run, one
+killed. Must not import torch."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from orchestrator.metrics.jsonl import Row, attempt_of, last_attempt_rows, read_
 from orchestrator.run_folder.folder import RunFolder, StageFolder
 
 COLUMNS = ("loss", "grad_norm", "lr", "rows_digest")
-"""Of a training row: what must come out again, to the last digit."""
+"""Columns of a training row that must be reproduced to the last digit."""
 POLL_SECONDS = 0.05
 FEWEST_STEPS = 4
 
@@ -34,7 +35,7 @@ class Running(Protocol):
 
 
 Start = Callable[[RunConfig, str], AbstractContextManager[Running]]
-"""start(config, stage): freezes the run and launches the stage."""
+"""start(config, stage): freeze the run and launch the stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,26 +48,26 @@ class StepPair:
 
     @property
     def differences(self) -> list[str]:
-        """Columns with another value in the run that was killed."""
+        """Columns whose value differs in the killed run."""
         return [key for key in COLUMNS if self.straight.get(key) != self.resumed.get(key)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What came out."""
+    """Result of the proof."""
 
     stage: str
     went_on_from: int
-    """Step of the checkpoint that the killed run was taken up from."""
+    """Step of the checkpoint that the killed run resumed from."""
     steps: tuple[StepPair, ...]
     tensors: int
     """Tensors of the artifact."""
     first_difference: str | None
-    """None where both runs are equal in every step and every byte of the artifact."""
+    """None if both runs are equal in every step and every byte of the artifact."""
 
 
 def small_runs(config: RunConfig, *, steps: int) -> tuple[RunConfig, RunConfig]:
-    """The configuration at `steps` optimizer steps of its first stage, twice, in folders of their own beside its runs."""
+    """The configuration at `steps` optimizer steps of its first stage, twice, in separate folders next to its runs."""
     if steps < FEWEST_STEPS:
         raise ConfigError(f"steps={steps}: at least {FEWEST_STEPS}, so that something is left after the kill")
     if config.launcher.kind == "slurm":
@@ -94,7 +95,7 @@ def small_runs(config: RunConfig, *, steps: int) -> tuple[RunConfig, RunConfig]:
 
 
 def verify_resume(config: RunConfig, *, steps: int, start: Start, say: Callable[[str], None]) -> Proof:
-    """Trains both small runs and compares them. LaunchFailed where one ends without a result."""
+    """Train both small runs and compare them. LaunchFailed if one ends without a result."""
     straight, killed = small_runs(config, steps=steps)
     stage = straight.pipeline[0]
     for run in (straight, killed):
@@ -180,7 +181,7 @@ def _until_killed(config: RunConfig, stage: str, start: Start) -> None:
 
 
 def _phase_lines(folder: StageFolder, stage: str) -> PhaseLines:
-    """What the stage that is about to start will say of its phases."""
+    """The future phases file of the stage that is about to start."""
     view = view_of_stage(
         stage,
         metrics_file=folder.metrics,

@@ -1,4 +1,5 @@
-"""Carries a plan out: freezes the run folder, then starts its stages here or hands them to Slurm. Must not import torch."""
+"""Executes a plan: freezes the run folder, then starts its stages here or submits them to Slurm. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -62,12 +63,12 @@ PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Which stages of a pipeline are wanted."""
+    """The selected stages of a pipeline."""
 
     only: str | None = None
-    """This one and nothing else."""
+    """Only this stage."""
     anew_from: str | None = None
-    """This one anew, with all that depend on it."""
+    """Run this stage again, with all that depend on it."""
 
 
 WHOLE = Part()
@@ -82,7 +83,8 @@ def execute(
     watch: Watch = lambda _stage: False,
     began: float | None = None,
 ) -> int:
-    """`began` is when the command was given, from where its time counts; now where nothing is known. `preparations` are the Slurm jobs, by what they prepare, that other runs of a multirun have submitted."""
+    """`began` is the start time of the command, for its displayed duration; now if unknown. `preparations` are the
+    Slurm jobs, by what they prepare, that other runs of a multirun have submitted."""
     started = began = time.time() if began is None else began
     folder = RunFolder(run_directory_of(config))
     if folder.run.exists():
@@ -95,7 +97,7 @@ def execute(
         for stage in unfinished
     ]
     running = [job.name for job in jobs if live_claim(job.spec, folder) is not None]
-    if running:  # joined as it is: nothing under its feet is written anew
+    if running:  # joined unchanged: no file of a running stage is rewritten
         _refuse_changes(config, folder, running, anew)
     else:
         refuse_left_behind(folder, unfinished)
@@ -113,7 +115,7 @@ def execute(
         from orchestrator.execution.slurm_submission import submit
 
         live = submit(config, unfinished, preparations) if unfinished else {}
-        if not live or preparations is not None:  # of many runs none is followed: the next ones have to be submitted
+        if not live or preparations is not None:  # with many runs none is followed: the next ones have to be submitted
             return EXIT_DONE
         return join_jobs(config, folder, jobs, began=began)
     for job in jobs:
@@ -122,7 +124,7 @@ def execute(
             return code
         ended = time.time()
         print_result(folder.stage(job.name), config, wall_seconds=ended - began)
-        began = ended  # looking at the inputs counts for the first stage, which could not start before
+        began = ended  # inspecting the inputs counts towards the first stage, which could not start earlier
     if len(unfinished) > 1:
         print(f"\nall {len(unfinished)} stages took {duration_words((time.time() - started) / 3600)}")
     return EXIT_DONE
@@ -157,7 +159,7 @@ def _to_do(config: RunConfig, folder: RunFolder, part: Part) -> tuple[list[str],
 
 
 def _refuse_changed_content(config: RunConfig, folder: RunFolder, changed: set[str]) -> None:
-    """A run of a single stage is done: other rows or another base are another run."""
+    """Refuse changed inputs of a finished single-stage run: other rows or another base make another run."""
     for name in changed:
         contents = changed_content(config, folder, name)
         if contents:
@@ -168,7 +170,7 @@ def _refuse_changed_content(config: RunConfig, folder: RunFolder, changed: set[s
 
 
 def execute_all(runs: Sequence[tuple[RunConfig, Plan]]) -> int:
-    """Each run in turn; one that fails does not keep the others from running, one that is interrupted does."""
+    """Run each in turn. A failed run does not stop the sweep; an interrupt does."""
     if runs[0][0].launcher.array:
         return _submit_arrays(runs)
     codes: dict[str, int] = {}
@@ -195,7 +197,7 @@ def _submit_arrays(runs: Sequence[tuple[RunConfig, Plan]]) -> int:
 
 
 def _refuse_elsewhere(config: RunConfig, script: Script) -> None:
-    """What this machine alone cannot run is refused before anything is written."""
+    """Refuse what this machine alone cannot run, before anything is written."""
     if config.cluster.nodes > 1 and config.launcher.kind != "slurm":
         raise ConfigError(
             f"cluster.nodes={config.cluster.nodes}: this machine is one node; type render, and start {script.path} on "
@@ -204,7 +206,7 @@ def _refuse_elsewhere(config: RunConfig, script: Script) -> None:
 
 
 def _refuse_changes(config: RunConfig, folder: RunFolder, running: Sequence[str], anew: Sequence[str]) -> None:
-    """A stage that runs can be joined, not changed."""
+    """A running stage can be joined, not changed."""
     moved = [name for name in anew if name in running]
     if moved:
         raise ConfigError(
@@ -223,9 +225,10 @@ def _refuse_changes(config: RunConfig, folder: RunFolder, running: Sequence[str]
 
 
 def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> None:
-    """Writes all that a run needs before it starts; a new run folder comes whole or not at all.
+    """Write everything a run needs before it starts; a new run folder appears complete or not at all.
 
-    The plan of the same configuration stays as it was: what is measured since must not be compared with itself.
+    An existing plan of the same configuration is kept: later measurements must not be compared with a plan made from
+    them.
     """
     folder = RunFolder(run_directory_of(config))
     refuse_inside_a_run(folder.root)
@@ -267,7 +270,7 @@ def _write_script(script: Script) -> None:
 
 
 def _environment() -> dict[str, JsonValue]:
-    """Versions and machine of the login side; no variables, which may hold secrets."""
+    """Versions and machine of the login side; no environment variables, which may contain secrets."""
     installed = {name: _version(name) for name in PACKAGES}
     return {
         "orchestrator": __version__,

@@ -1,4 +1,4 @@
-"""Joins the stages of a run that Slurm has already: their queue, then their progress, to their end. Must not import torch."""
+"""Follows the stages of a run that Slurm already has: queue, progress, end. Must not import torch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from slurm.query import JobFacts, query
 from slurm.states import UNKNOWN
 
 ASK_SECONDS = 10.0
-"""Between two questions about a job; a controller serves thousands of people."""
+"""Seconds between two queries about a job; a controller serves thousands of users."""
 DRAW_SECONDS = 0.25
 
 
 def join_jobs(config: RunConfig, run: RunFolder, stages: Sequence[StageJob], *, began: float) -> int:
-    """Follows stages that are with Slurm, in their order; without a terminal tells where they are and leaves them alone."""
+    """Follow stages that Slurm has, in order; without a terminal, print their state and leave them alone."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return _tell(run, stages)
     for stage in stages:
@@ -49,7 +49,8 @@ class _Joined:
 
 
 class JobWatch:
-    """Slurm's newest answer about a stage, asked for in the background: a controller that hangs must not freeze a display."""
+    """Slurm's newest answer about a stage, queried in the background: a hanging controller must not freeze the
+    display."""
 
     def __init__(self, files: StageFolder) -> None:
         self._files = files
@@ -60,19 +61,19 @@ class JobWatch:
         self._thread.start()
 
     def close(self) -> None:
-        """No further question; one that is on its way is not waited for."""
+        """Stop querying, without waiting for a pending query."""
         self._ended.set()
 
     @property
     def phase(self) -> str:
-        """As of a state, or `done` where the stage has its result, which no answer of Slurm outweighs."""
+        """The phase of the state, or `done` if the stage has its result, which overrides any answer from Slurm."""
         if self._files.result.exists():
             return "done"
         return "unknown" if self.facts is None else self.facts.state.phase
 
     def _ask(self) -> None:
         while not self._ended.is_set():
-            self.facts = _facts(self._files)  # read again each time: a job may have chained a successor
+            self.facts = _facts(self._files)  # reread each time: a job may have chained a successor
             self._ended.wait(ASK_SECONDS)
 
 
@@ -82,7 +83,7 @@ def _facts(files: StageFolder) -> JobFacts:
 
 
 def sentence_of(stage: str, facts: JobFacts) -> str:
-    """Job, state and reason on one line; no guess where Slurm gives no answer."""
+    """Job, state and reason on one line; no guess if Slurm gives no answer."""
     if facts.state.phase == "unknown":
         return (
             f"{stage}: nothing is known of job {facts.job_id}: Slurm gives no answer about it, which is not a failure"
@@ -92,7 +93,7 @@ def sentence_of(stage: str, facts: JobFacts) -> str:
 
 
 def _tell(run: RunFolder, stages: Sequence[StageJob]) -> int:
-    """0 as for a submission, 75 where it could not be learnt whether any job is there."""
+    """0 as for a submission, 75 if it is unknown whether any job exists."""
     every = [_facts(run.stage(stage.name)) for stage in stages]
     is_running = any(facts.state.phase == "running" for facts in every)
     progress = {status.stage: status for status in stage_statuses([run])} if is_running else {}
@@ -122,7 +123,7 @@ def _follow(joined: _Joined) -> int:
 
 
 def _shown(joined: _Joined, watch: JobWatch) -> int:
-    """Queue and progress in turn, for a preempted job goes back to its queue."""
+    """Show queue and progress in turn, because a preempted job returns to the queue."""
     while True:
         if watch.phase in ("waiting", "unknown"):
             _show_queue(joined, watch)
@@ -152,7 +153,8 @@ def _show_queue(joined: _Joined, watch: JobWatch) -> None:
 
 
 def _show_running(joined: _Joined, watch: JobWatch) -> None:
-    """Until the job is known to have left its nodes: no answer meanwhile changes nothing, the files go on telling."""
+    """Show progress until the job is known to have left its nodes; missing answers are ignored, since the files show
+    its progress."""
     from orchestrator.metrics.display import show_progress, view_of_stage
 
     files = joined.files
@@ -169,7 +171,7 @@ def _show_running(joined: _Joined, watch: JobWatch) -> None:
 
 
 def _ended(joined: _Joined, facts: JobFacts) -> int:
-    """A job that ended without a result, told from the record of its attempt; from Slurm where it left none."""
+    """Report a job that ended without a result, from its attempt's record, or from Slurm if there is none."""
     name, attempts = joined.stage.name, read_attempts(joined.files)
     told = sentence_of(name, facts)
     if not attempts or joined.files.open_attempts():
@@ -186,7 +188,7 @@ def _ended(joined: _Joined, facts: JobFacts) -> int:
 def _save_and_end(joined: _Joined) -> int:
     from orchestrator.execution.cancel import cancel
 
-    with suppress(KeyboardInterrupt):  # a second one leaves the rest to Slurm: the request is with the job already
+    with suppress(KeyboardInterrupt):  # a second Ctrl-C leaves the rest to Slurm: the job already has the request
         cancel(joined.run, joined.config)
     print(f"{joined.stage.name}: the same command goes on from its last checkpoint")
     return EXIT_SAVED

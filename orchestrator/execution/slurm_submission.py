@@ -1,4 +1,4 @@
-"""Hands the unfinished stages of a run to Slurm as a chain, once; must not import torch."""
+"""Submits the unfinished stages of a run to Slurm as a chain, once. Must not import torch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from slurm.query import query
 
 
 def submit(config: RunConfig, unfinished: Sequence[str], preparations: dict[str, str] | None = None) -> dict[str, str]:
-    """Submits each stage that has no live job; each starts when the one before it succeeded. The live ones: stage -> job.
+    """Submit each stage without a live job, to start when the previous one has succeeded; return the live jobs: stage
+    -> job.
 
-    `preparations` (what is prepared -> job) is shared by the runs of a multirun, and grows.
+    `preparations` (prepared data -> job) is shared by the runs of a multirun and extended here.
     """
     run = RunFolder(run_directory_of(config))
     live = {stage: job for stage in unfinished if (job := live_job(run.stage(stage))) is not None}
@@ -42,7 +43,7 @@ def submit(config: RunConfig, unfinished: Sequence[str], preparations: dict[str,
 
 
 def submit_arrays(configs: Sequence[RunConfig]) -> int:
-    """Submits the runs of a multirun as one job array a stage, after the jobs that prepare their data."""
+    """Submit the runs of a multirun as one job array per stage, after the jobs that prepare their data."""
     pipeline = configs[0].pipeline
     for config in configs:
         problem = _array_problem(config, pipeline)
@@ -94,13 +95,14 @@ def _array_problem(config: RunConfig, pipeline: Sequence[str]) -> str | None:
 
 
 def _is_under_way(config: RunConfig) -> bool:
-    """Whether nothing is left to submit: the run is finished, or a stage of it is with Slurm."""
+    """Whether nothing is left to submit: the run is finished, or Slurm has one of its stages."""
     stages = [RunFolder(run_directory_of(config)).stage(name) for name in config.pipeline]
     return stages[-1].result.exists() or any(live_job(stage) is not None for stage in stages)
 
 
 def _preparation_job(config: RunConfig, stages: Sequence[str], preparations: dict[str, str]) -> str | None:
-    """The job that the first stage has to wait for: a live one, one of an earlier run, or a new one; None where none is needed."""
+    """The job that the first stage has to wait for: a live one, one of an earlier run, or a new one; None if none is
+    needed."""
     run = RunFolder(run_directory_of(config))
     wanted = json.dumps(
         [
@@ -120,7 +122,7 @@ def _preparation_job(config: RunConfig, stages: Sequence[str], preparations: dic
 
 
 def submit_preparation(config: RunConfig) -> int:
-    """Submits the job that prepares the data of every stage; a run submitted meanwhile waits for it."""
+    """Submit the job that prepares the data of every stage; runs submitted meanwhile wait for it."""
     run = RunFolder(run_directory_of(config))
     job = live_job(run.stage(PREPARATION))
     if job is not None:
@@ -132,7 +134,7 @@ def submit_preparation(config: RunConfig) -> int:
 
 
 def live_job(folder: StageFolder) -> str | None:
-    """The stage's newest job where Slurm still has it waiting or running, or gives no answer about it."""
+    """The stage's newest job if it is pending or running in Slurm, or Slurm gives no answer about it."""
     jobs = jobs_of(folder)
     if not jobs:
         return None
@@ -156,7 +158,8 @@ def _record(run: RunFolder, stage: Stage, job: str) -> None:
 
 
 def _token(config: RunConfig, run: RunFolder, name: str) -> str:
-    """The token of a submission is on disk before Slurm is asked: a killed client finds its job again."""
+    """The token of a submission, written to disk before Slurm is called, so that a killed client finds its job
+    again."""
     file = run.stage(name).submission
     pending: dict[str, str | None] = read_json(file) if file.exists() else {}
     token = pending.get("token")

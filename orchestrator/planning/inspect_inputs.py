@@ -104,7 +104,8 @@ def _templated(config: RunConfig, name: str, look: SourceFacts) -> str | None:
 
 
 def _has_template(config: RunConfig, data: DataConfig) -> bool:
-    """By the tokenizer's files; by the name of the base until these are on this machine."""
+    """Whether there is a chat template: by the tokenizer's files, or by the base's name until these are on this
+    machine."""
     folder = local_folder(config.model, cache_folder(config.cluster.scratch))
     if folder is not None:
         return has_template(data, folder)

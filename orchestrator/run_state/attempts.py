@@ -172,7 +172,7 @@ def _first_fault(folder: StageFolder, number: int) -> Attempt | None:
 
 
 def _silent_death(folder: StageFolder, number: int, exit_code: int, outside_cause: str | None) -> Attempt:
-    """No rank left a fault: killed from outside, or out of memory."""
+    """The record of an attempt without a rank's fault: killed from outside, or out of memory."""
     why = outside_cause or (
         f"the ranks ended with exit code {exit_code} without a word: killed from outside, or out of host memory "
         f"(see {folder.logs})"

@@ -98,7 +98,7 @@ def refuse_newer(run: RunFolder) -> None:
 
 
 def warn_newer(run: RunFolder) -> None:
-    """Warning for a verb that only reads a run: its output may be wrong, but nothing is lost."""
+    """Warn, in a verb that only reads a run, that its output may be wrong; nothing is lost."""
     version = newer_version(run)
     if version is not None:
         print(

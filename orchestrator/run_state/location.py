@@ -94,7 +94,7 @@ def _read(run: RunFolder) -> _Recorded | None:
 
 
 def _elsewhere(recorded: _Recorded, path: Path) -> Kind:
-    """Compare a folder whose path differs from the recorded one."""
+    """The kind of a folder whose path differs from the recorded one."""
     if _is_same_folder(recorded.path, path):
         return "mounted"
     there = _read(RunFolder(recorded.path)) if recorded.path.is_dir() else None
