@@ -25,7 +25,7 @@ Polynomial = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Moments that can be a peak; bytes beside parameters and gradients."""
+    """Moments that can be a peak; bytes in addition to parameters and gradients."""
 
     kept: Polynomial
     """What waits for backward when the logits are made, with the logits."""

@@ -1,7 +1,8 @@
-"""Bytes that the ranks exchange in an optimizer step, and their time; must not import torch.
+"""Bytes exchanged by the ranks in an optimizer step, and their time. Must not import torch.
 
-Ring collectives (1910.02054, section 7): all-gather and reduce-scatter of S bytes move S (n - 1) / n through every rank, an
-all-reduce twice that. Between nodes the rings share the node's network cards, so the slower of link and network decides.
+Ring collectives (1910.02054, section 7): all-gather and reduce-scatter of S bytes move S (n - 1) / n through every
+rank, an all-reduce twice that. Between nodes the rings share the node's network cards, so the slower of link and
+network decides.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def exchanged_bytes(model: Architecture, config: RunConfig, *, micro_batches: in
 
 
 def exchange_seconds(config: RunConfig, exchanged: float) -> float | None:
-    """Time of the exchange, nothing hidden; None where a bandwidth is unknown."""
+    """Time of the exchange without overlap; None if a bandwidth is unknown."""
     if config.world_size == 1:
         return 0.0
     cluster = config.cluster
@@ -45,7 +46,7 @@ def exchange_seconds(config: RunConfig, exchanged: float) -> float | None:
 
 
 def offload_seconds(model: Architecture, config: RunConfig, *, micro_batches: int) -> float | None:
-    """Time of what goes to the host and back, and of Adam there; None where the bandwidth is unknown."""
+    """Time of transfers to the host and back, and of Adam there; None if the bandwidth is unknown."""
     sharding, host = config.sharding, config.cluster.hardware.host_gbytes_per_second
     moved, adam = 0.0, 0.0
     trained, width = trainable_parameters(model, config) / config.world_size, _width(config)
@@ -61,7 +62,7 @@ def offload_seconds(model: Architecture, config: RunConfig, *, micro_batches: in
 
 
 def gathering_passes(model: Architecture, config: RunConfig) -> float:
-    """Times that a micro-batch walks through the weights: forward, backward, and the recomputation."""
+    """Passes of a micro-batch over the weights: forward, backward, and recomputation."""
     return 2 + config.model.recomputed_layers(model.num_hidden_layers) / model.num_hidden_layers
 
 

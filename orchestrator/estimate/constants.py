@@ -1,4 +1,4 @@
-"""Figures of the memory forecast that no arithmetic gives, each with its source; must not import torch."""
+"""Empirical figures of the memory forecast, each with its source. Must not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """What is certain to be taken, what is likely, and what may be."""
+    """Certain, likely and possible use."""
 
     low: float
     expected: float
@@ -20,8 +20,8 @@ CONTEXT_BYTES = Range(low=0.5 * GIB, expected=0.6 * GIB, high=0.9 * GIB)
 """CUDA context and kernels of torch and cuBLAS; the allocator does not see it. Measured by others: 0.5-0.9 GiB."""
 
 CPU_PROCESS_BYTES = Range(low=0.3 * GIB, expected=0.5 * GIB, high=0.8 * GIB)
-"""Of a rank that computes on the processor: the interpreter with torch, transformers and PEFT, 0.4 GiB resident before the first
-tensor (measured), and what kernels and allocator keep besides."""
+"""Overhead of a rank on the processor: the interpreter with torch, transformers and PEFT, 0.4 GiB resident before the
+first tensor (measured), plus what kernels and allocator keep."""
 
 COMMUNICATION_BYTES = Range(low=0.5 * GIB, expected=1.0 * GIB, high=2.0 * GIB)
 """NCCL's channels and buffers where there is more than one rank; the allocator does not see them. Measured by others: 1-2 GiB."""
@@ -31,7 +31,8 @@ SLACK_SHARE = Range(low=0.0, expected=0.04, high=0.12)
 reserved and do not fit the next request. An assumption until it is measured on a device."""
 
 TRAINED_SHARE = Range(low=0.25, expected=1.0, high=1.0)
-"""Trained tokens of a batch; the data, not the plan, decides. Their logits are copied in fp32 by the loss."""
+"""Share of trained tokens in a batch; the data, not the plan, decides it. Their logits are copied in fp32 by the
+loss."""
 
 HOST_PROCESS_BYTES = Range(low=1.5 * GIB, expected=3.0 * GIB, high=6.0 * GIB)
 """A rank's interpreter with torch, transformers and CUDA's libraries."""

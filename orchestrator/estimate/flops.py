@@ -19,7 +19,7 @@ from orchestrator.config.tuning import ADAPTER_TUNINGS, FreezeTuning, PromptTuni
 
 @dataclass(frozen=True, kw_only=True)
 class Matrices:
-    """Matrix parameters that one token meets."""
+    """Active matrix parameters per token."""
 
     layers: int
     """With the norms, which are next to nothing."""
@@ -31,7 +31,7 @@ class Matrices:
 
 
 def matrices_of(model: Architecture) -> Matrices:
-    """Of a mixture only the experts that a token meets are counted."""
+    """In a mixture of experts only a token's active experts are counted."""
     untied = 0 if model.tie_word_embeddings else 1
     head = model.vocab_size * model.hidden_size
     return Matrices(layers=count_parameters(model).active - head - untied * head, head=head)
@@ -64,7 +64,7 @@ def _computed(model: Architecture, config: RunConfig) -> Matrices:
 
 
 def _freeze_flops(model: Architecture, tuning: FreezeTuning, attention: float, *, has_new_head: bool) -> float:
-    """2N + F forward; backward 2N + 2F through what stands above the lowest trained layer, 2 N_trained for the weights.
+    """2N + F forward; backward 2N + 2F through everything above the lowest trained layer, 2 N_trained for the weights.
 
     Gradual unfreezing makes gradients for all that is ever trained from the first step.
     """
@@ -76,7 +76,7 @@ def _freeze_flops(model: Architecture, tuning: FreezeTuning, attention: float, *
 
 
 def executed_flops_per_token(model: Architecture, config: RunConfig, *, length: float) -> float:
-    """FLOPs that the device really does for one token: the forward pass of recomputed layers twice.
+    """FLOPs that the device executes for one token: the forward pass of recomputed layers twice.
 
     Then full fine-tuning takes 8N + 4F and LoRA 6N + 4F + 8 N_lora; the head is not recomputed.
     """
@@ -89,6 +89,6 @@ def executed_flops_per_token(model: Architecture, config: RunConfig, *, length: 
 
 
 def forward_flops_per_token(model: Architecture, config: RunConfig, *, length: float) -> float:
-    """FLOPs of one token that is only scored: 2N + F, and the adapter."""
+    """FLOPs of one token that is only scored: 2N + F, plus the adapter."""
     adapter = multiplied_per_token(model, config.tuning) if isinstance(config.tuning, ADAPTER_TUNINGS) else 0
     return 2.0 * (_computed(model, config).total + adapter) + attention_flops(model, length=length)

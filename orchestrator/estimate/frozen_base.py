@@ -12,7 +12,7 @@ from orchestrator.estimate.model_states import NF4_BYTES, trainable_parameters
 def frozen_bytes(
     model: Architecture, config: RunConfig, *, per_linear: float | None = None, per_embedding: float | None = None
 ) -> float:
-    """Bytes of the frozen base at its real width (or at the given widths); 0 where everything is trained."""
+    """Bytes of the frozen base at its real width (or at the given widths); 0 if everything is trained."""
     if isinstance(config.tuning, FreezeTuning):
         frozen = count_parameters(model).total - trainable_parameters(model, config)
         return frozen * (2.0 if config.model.dtype == "bfloat16" else 4.0)

@@ -1,4 +1,4 @@
-"""Memory of generating and scoring: KV cache, prefill, the models that stand beside the policy; must not import torch."""
+"""Memory of generating and scoring: KV cache, prefill, the models next to the policy. Must not import torch."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def rollout_parts(model: Architecture, config: RunConfig, stage: PolicyStage) ->
 
 
 def reference_bytes(model: Architecture, config: RunConfig, stage: TrainingStage) -> float:
-    """Models beside the policy: a reference under full fine-tuning (LoRA needs at most a second adapter), reward models.
+    """Models next to the policy: a reference under full fine-tuning (LoRA needs at most a second adapter), reward
+    models.
 
-    A reward model is taken to be as large as the base.
+    A reward model is assumed to be as large as the base.
     """
     if not isinstance(stage, PolicyStage):
         return 0.0
@@ -51,7 +52,7 @@ def reference_bytes(model: Architecture, config: RunConfig, stage: TrainingStage
 def scoring_phases(
     model: Architecture, config: RunConfig, stage: ScoringStage | MergeStage, *, is_cautious: bool
 ) -> list[Phase]:
-    """A stage without an optimizer: one process, whole weights. Cautious: the merged model, too, is there in fp32."""
+    """A stage without an optimizer: one process, whole weights. Conservative: the merged model is also held in fp32."""
     alone = config.model_copy(
         update={"cluster": config.cluster.model_copy(update={"nodes": 1, "processes_per_node": 1})}
     )
@@ -96,7 +97,7 @@ def scoring_phases(
 
 
 def _blended_bytes(config: RunConfig, stage: ScoringStage, *, whole: float, adapter: float) -> Parts:
-    """What an interpolation or a soup keeps of its ingredients in the host's memory; the model that is scored is one of them more."""
+    """Host memory for the ingredients of an interpolation or a soup, plus one more for the scored model."""
     if isinstance(stage, InterpolateStage):
         return {"ingredients": 2.0 * adapter if config.tuning.is_adapter else 2.0 * whole}
     if isinstance(stage, SoupStage):

@@ -1,4 +1,4 @@
-"""Time of making completions for a policy stage: decoding is bound by memory bandwidth; must not import torch."""
+"""Time of generating a policy stage's completions: decoding is bound by memory bandwidth. Must not import torch."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def _cache_bytes_per_token(model: Architecture) -> float:
 
 
 def _scoring_passes(config: RunConfig, stage: PolicyStage) -> int:
-    """Forward passes over each completion beside the training: the old policy, the reference, and every reward model."""
+    """Forward passes over each completion besides training: the old policy, the reference, and every reward model."""
     models = sum(source.source.startswith(("stage:", "model:")) for source in stage.rewards)
     return 1 + (1 if stage.kl_coefficient else 0) + models
 
 
 def _gathering_seconds(model: Architecture, config: RunConfig) -> float:
-    """Under ZeRO-3 the weights are gathered whole once a rollout."""
+    """Under ZeRO-3 the full weights are gathered once per rollout."""
     if not config.sharding.shards_parameters:
         return 0.0
     return exchange_seconds(config, _weight_bytes(model, config)) or 0.0

@@ -47,13 +47,13 @@ from orchestrator.estimate.sharding_buffers import (
 
 MEMORY = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
 UNITS_GIB = {"K": 2.0**-20, "": 2.0**-10, "M": 2.0**-10, "G": 1.0, "T": 1024.0}
-"""Slurm counts in MiB where no unit stands."""
+"""Slurm counts in MiB if there is no unit."""
 Level = Literal["low", "expected", "high"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """How the loss meets the vocabulary."""
+    """How the loss computes logits over the vocabulary."""
 
     logits: Logits = "chunked"
 
@@ -91,7 +91,7 @@ def memory_forecast(
 
 
 def node_memory_gib(config: RunConfig) -> float | None:
-    """Host memory of a node that the job may use: what the node has, or less where Slurm is asked for less."""
+    """Host memory of a node that the job may use: the node's, or less if less is requested from Slurm."""
     found = MEMORY.fullmatch((config.cluster.memory or "").strip())
     asked = float(found["number"]) * UNITS_GIB[found["unit"].upper()] if found is not None else 0.0
     known = [amount for amount in (config.cluster.node_memory_gib, asked) if amount]
@@ -126,7 +126,7 @@ def _states(model: Architecture, config: RunConfig, stage: Stage) -> StateMemory
 
 
 def _phases(model: Architecture, config: RunConfig, stage: Stage, loss: Loss, level: Level) -> list[Phase]:
-    """The phases at one level, with what the allocator does not see."""
+    """The phases at one level, including what the allocator does not see."""
     if isinstance(stage, ScoringStage | MergeStage):
         phases, world = scoring_phases(model, config, stage, is_cautious=level == "high"), 1
     else:
@@ -218,9 +218,9 @@ def _gathered_to_save(model: Architecture, config: RunConfig) -> float:
 def _early_gradients(
     model: Architecture, config: RunConfig, stage: TrainingStage, states: StateMemory
 ) -> tuple[float, float]:
-    """Gradients that are there in forward, and when backward has passed the last layer.
+    """Gradients held during forward, and once backward has passed the last layer.
 
-    All of them where micro-batches before left theirs; of the first micro-batch those of the head and one layer.
+    All of them after earlier micro-batches; in the first micro-batch those of the head and one layer.
     """
     if accumulation_steps(config, stage) > 1 or config.sharding.is_deepspeed:
         return states.gradients, states.gradients
@@ -229,7 +229,7 @@ def _early_gradients(
 
 
 def _activations(peak: float, kept: float) -> Parts:
-    """A peak as what waits for backward, and what comes and goes."""
+    """A peak, split into what is kept for backward and what is temporary."""
     return {"activations": min(kept, peak), "temporaries": max(0.0, peak - kept)}
 
 
@@ -240,7 +240,7 @@ def _loading_bytes(model: Architecture, config: RunConfig) -> float:
 
 
 def _saved_bytes(model: Architecture, config: RunConfig, stage: TrainingStage) -> Parts:
-    """A rank's share of a checkpoint, copied to be written beside training; rank 0 gathers the artifact in fp32."""
+    """A rank's share of a checkpoint, copied to be written in the background; rank 0 gathers the artifact in fp32."""
     trained = trainable_parameters(model, config)
     states = optimizer_bytes(config, stage) + (0.0 if config.sharding.is_deepspeed else 4.0)
     shards = shards_of(config).optimizer if config.sharding.is_deepspeed else config.world_size

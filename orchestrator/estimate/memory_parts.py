@@ -14,9 +14,9 @@ class Phase:
 
     name: str
     static: Parts
-    """What lies still between the phases."""
+    """What persists between the phases."""
     changing: Parts
-    """What comes and goes within a step, which leaves holes in the allocator's blocks."""
+    """What is allocated and freed within a step, which fragments the allocator's blocks."""
     host: Parts
 
     @property

@@ -1,4 +1,4 @@
-"""What the forecast tells: bytes by phase and part, in GiB; must not import torch."""
+"""Records of the forecast: memory by phase and part, in GiB. Must not import torch."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class MemoryForecast(Section):
     host: float
     """Of one rank, in the phase that needs most."""
     memory_gib: float | None
-    """What the device has; null where unknown."""
+    """The device's memory; null if unknown."""
     node_gib: float
     """All ranks of a node in the host's memory, in the phase that needs most."""
     node_memory_gib: float | None
-    """What a node's host has for the job; null where unknown, and then not judged."""
+    """Host memory of a node available to the job; null if unknown, and then not checked."""
     verdict: Verdict | None
     """The worse of device and host."""
 
@@ -55,7 +55,7 @@ HOST_UNCERTAINTY = 0.15
 
 
 def worse_of(device: Verdict | None, host: Verdict | None) -> Verdict | None:
-    """The verdict of a rank: none where the device's memory is unknown."""
+    """The verdict of a rank; none if the device's memory is unknown."""
     order: list[Verdict] = ["FIT", "TIGHT", "NO"]
     return device if device is None or host is None else max(device, host, key=order.index)
 

@@ -150,5 +150,5 @@ def _weights(model: Architecture, config: RunConfig, trained: int, shards: int) 
 
 
 def _offloaded(config: RunConfig) -> tuple[bool, bool]:
-    """Whether optimizer and parameters lie in the host's memory."""
+    """Whether optimizer and parameters are in the host's memory."""
     return config.sharding.offloads_optimizer, config.sharding.offloads_parameters

@@ -1,4 +1,4 @@
-"""How long the rows of a stage are: read from prepared data, or guessed from the size of its files; must not import torch."""
+"""Row lengths of a stage: read from prepared data, or guessed from the size of its files. Must not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from orchestrator.data.prepared.statistics import PreparedFacts
 
 BYTES_PER_TOKEN = 4.0
-"""Of English text under today's tokenizers; JSON around it makes the guess a little too high."""
+"""Bytes per token of English text under current tokenizers; surrounding JSON makes the guess a little too high."""
 PACKED_SHARE = 0.98
 """Share of a packed row that is real, where nothing was packed yet (docs/data.md)."""
 
@@ -28,7 +28,7 @@ class RowShape:
 
 
 def shape_of(facts: PreparedFacts, *, micro_size: int, grouped: bool) -> RowShape:
-    """From prepared lengths. Rows of a micro-batch are padded to its longest, unless like lengths stand together."""
+    """From prepared lengths. Rows of a micro-batch are padded to its longest, unless batches group similar lengths."""
     tokens = facts.tokens / facts.rows
     padding = 1.0 if grouped else expected_longest(facts.row_lengths, micro_size) / _mean(facts.row_lengths)
     squares = sum(length * length for length in facts.document_lengths)

@@ -1,4 +1,5 @@
-"""What DeepSpeed and DDP hold beside the states: buckets, gathered parameters, small ones that stay; must not import torch."""
+"""Memory of DeepSpeed and DDP besides the states: buckets, gathered parameters, small unsharded ones. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def bucket_bytes(model: Architecture, config: RunConfig) -> float:
 def gathered_bytes(model: Architecture, config: RunConfig, *, least: bool = False) -> float:
     """Whole parameters on a rank under ZeRO-3: DeepSpeed keeps what it meets again within a thousand million elements.
 
-    `least`: only the largest layer and the next one are there.
+    `least`: only the largest layer and the next one are gathered.
     """
     if not isinstance(config.sharding, ZeroSharding) or not config.sharding.shards_parameters:
         return 0.0
@@ -46,7 +47,7 @@ def gathered_bytes(model: Architecture, config: RunConfig, *, least: bool = Fals
 
 
 def persistent_bytes(model: Architecture, config: RunConfig) -> float:
-    """Parameters too small to be sharded away: under ZeRO-3 they also stay whole on every rank."""
+    """Parameters too small to shard: under ZeRO-3 they also stay whole on every rank."""
     if not isinstance(config.sharding, ZeroSharding) or not config.sharding.shards_parameters:
         return 0.0
     limit, rank = sizes_of(config.sharding, model).persistence, low_rank(config.tuning)

@@ -1,4 +1,4 @@
-"""The forecast of a training stage: time, cost, checkpoints; an estimate that says its basis. Must not import torch."""
+"""The forecast of a training stage: time, cost, checkpoints; an estimate with its basis. Must not import torch."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ WITHOUT_REFERENCE = ("orpo", "simpo")
 
 
 class TimePlan(Section):
-    """How long a stage will take; an estimate, None where what it needs is unknown."""
+    """Estimated duration of a stage; None if its inputs are unknown."""
 
     steps: int | None
-    """Steps reckoned with: those of the plan, or a guess from the size of the files where packing decides."""
+    """Assumed steps: those of the plan, or a guess from the size of the files if packing decides."""
     steps_are_guessed: bool
     step_seconds: float | None
     compute_seconds: float | None
     """Of a step, like the next three."""
     communication_seconds: float | None
-    """What does not hide behind computing."""
+    """Communication that does not overlap with computation."""
     optimizer_seconds: float | None
     rollout_seconds: float | None
     tokens_per_second_per_device: float | None
@@ -52,29 +52,29 @@ class TimePlan(Section):
 
 
 class CheckpointPlan(Section):
-    """How often to save, and what failures and saves leave of the time."""
+    """How often to save, and the share of productive time given failures and saves."""
 
     every_steps: int | None
     """As set; None saves at the end only."""
     recommended_every_steps: int | None
-    """The interval that leaves the most work; None where no failure is reckoned with."""
+    """The interval with the highest goodput; None if no failures are assumed."""
     bytes: int
     """Of one checkpoint, all ranks."""
     save_seconds: float
     pause_seconds: float
-    """How long training stands still for a save."""
+    """How long a save pauses training."""
     hours_between_failures: float | None
     """Of the whole job."""
     lost_seconds_per_failure: float | None
     goodput: float
-    """Share of the time after start-up that is work which counts, as set."""
+    """Productive share of the time after start-up, at the configured interval."""
     best_goodput: float
     """The same at the recommended interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What the forecast of a stage starts from."""
+    """Inputs of a stage's forecast."""
 
     model: Architecture
     shape: RowShape
@@ -111,7 +111,7 @@ def forecast(
 
 
 def checkpoint_plan(config: RunConfig, stage: TrainingStage, known: Known, *, step_seconds: float) -> CheckpointPlan:
-    """The interval as set, beside the best one."""
+    """The configured interval, next to the best one."""
     size = bytes_of_one(trainable_parameters(known.model, config), stage.optimizer)
     failures = _failures(config, stage, known, size)
     every = stage.checkpoint.every_steps
@@ -148,7 +148,7 @@ def _failures(config: RunConfig, stage: TrainingStage, known: Known, size: int) 
 
 
 def with_completions(shape: RowShape, stage: TrainingStage) -> RowShape:
-    """A policy stage trains on prompts with completions; each is reckoned with at its greatest length."""
+    """A policy stage trains on prompts with completions; each is assumed to have its maximum length."""
     if not isinstance(stage, PolicyStage):
         return shape
     new = stage.rollout.max_new_tokens

@@ -1,4 +1,5 @@
-"""Expected time of an optimizer step, and tokens a second: an estimate with its basis in words; must not import torch."""
+"""Expected time of an optimizer step, and tokens per second: an estimate with a description of its basis. Must not
+import torch."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ class Rate:
     """Measured time of rollouts for one optimizer step."""
     basis: str
     slowdown: float | None = None
-    """Time of an emulated number type over that of float32; None where nothing compared them."""
+    """Time of an emulated number type relative to float32; None if nothing compared them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,13 @@ class StepTime:
     """Seconds of one optimizer step, by part."""
 
     compute: float
-    """Matrix operations, or reading the weights where that takes longer; dequantisation."""
+    """Matrix operations, or reading the weights if that takes longer; dequantisation."""
     exposed_communication: float
-    """What does not hide behind computing."""
+    """Communication that does not overlap with computation."""
     optimizer: float
     """Update and offload."""
     rollout: float
-    """Making completions, spread over the steps that learn from them."""
+    """Generating completions, spread over the steps that train on them."""
 
     @property
     def total(self) -> float:
@@ -59,7 +60,7 @@ class StepTime:
 
 
 def table_rate(config: RunConfig) -> Rate | None:
-    """The rate that the hardware table promises; None where it is unknown."""
+    """The rate from the hardware table; None if it is unknown."""
     hardware = config.cluster.hardware
     is_quantized = config.quantization.is_4bit
     method = "full" if not config.tuning.is_adapter else "qlora" if is_quantized else "lora"
@@ -70,7 +71,7 @@ def table_rate(config: RunConfig) -> Rate | None:
         return None
     if config.model.dtype == "float32" and config.cluster.device == "cuda":
         return None
-    if _emulates(config):  # a table's rate would promise a minute where it takes an hour
+    if _emulates(config):  # a table's rate would promise a minute for what takes an hour
         return None
     return Rate(
         flops_per_second=hardware.peak_tflops * 1e12 * achieved,
@@ -81,7 +82,7 @@ def table_rate(config: RunConfig) -> Rate | None:
 
 
 def why_no_rate(config: RunConfig) -> str:
-    """What to do where neither table nor measurement has a rate."""
+    """What to do if neither table nor measurement has a rate."""
     if _emulates(config):
         return "bfloat16 is emulated here, at a small part of any table's rate: type model.dtype=auto"
     if config.cluster.hardware.peak_tflops is None:
@@ -100,7 +101,7 @@ def _emulates(config: RunConfig) -> bool:
 def step_time(
     model: Architecture, config: RunConfig, stage: TrainingStage, *, shape: RowShape, rate: Rate
 ) -> StepTime | None:
-    """Seconds of an optimizer step of one rank; None where a bandwidth that matters is unknown."""
+    """Seconds of an optimizer step of one rank; None if a required bandwidth is unknown."""
     micro_batches = accumulation_steps(config, stage)
     executed = executed_flops_per_token(model, config, length=shape.attended)
     rows = stage.batch.global_size / config.world_size
@@ -135,7 +136,8 @@ def _rollout(model: Architecture, config: RunConfig, stage: TrainingStage, shape
 
 
 def _overlap(config: RunConfig) -> float:
-    """Share of the compute time behind which communication hides: under none and zero1 that of the last micro-batch alone."""
+    """Share of the compute time that overlaps with communication: under none and zero1 only that of the last
+    micro-batch."""
     return config.cluster.communication_overlap if config.sharding.overlaps_communication else 0.0
 
 
@@ -155,6 +157,6 @@ def _update_seconds(model: Architecture, config: RunConfig) -> float:
 
 
 def _memory_seconds(config: RunConfig, traffic_bytes: float) -> float:
-    """0 where the bandwidth is unknown: it seldom decides."""
+    """0 if the bandwidth is unknown: it rarely matters."""
     bandwidth = config.cluster.hardware.memory_gbytes_per_second
     return 0.0 if bandwidth is None else traffic_bytes / (bandwidth * 1e9)

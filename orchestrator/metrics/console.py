@@ -1,4 +1,4 @@
-"""The rows of a run as lines that a person reads; must not import torch."""
+"""Formats the rows of a run as log lines. Must not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.metrics.jsonl import Row, number_of, step_of
 
 _NUM_TIMED_STEPS = 50
 _KERNELS = {"attention": "attention", "head": "loss head"}
-"""Events whose one fact is a sentence."""
+"""Events whose only fact is a sentence."""
 _SHOWN_ELSEWHERE = ("event", "time", "step", "attempt", "message", "began")
 """Keys of events that are shown in another form, or are for programs: `began` is a time since 1970."""
 
@@ -38,7 +38,7 @@ def line(row: Row, total_steps: int) -> str:
         ("tokens_per_second", ",.0f", " tokens/s"),
         ("memory_gib", ".1f", " GiB"),
     ]
-    # A policy is judged by its reward; the record holds minus the reward as its loss, which tells a person nothing.
+    # A policy is measured by its reward; the record has minus the reward as its loss, which would not help a reader.
     left_out = ("eval_loss",) if "eval_reward" in row else ()
     numbers_shown = [shown(key, number_of(row, key), form, unit) for key, form, unit in numbers if key not in left_out]
     return "  ".join([where, *filter(None, numbers_shown)])
@@ -46,10 +46,10 @@ def line(row: Row, total_steps: int) -> str:
 
 @dataclass
 class Progressed:
-    """What the bar shows, gathered from the rows so far."""
+    """State of the progress bar, gathered from the rows so far."""
 
     total_steps: int = 0
-    """As the plan has it; the stage itself knows better where rows are packed or left out."""
+    """As planned; the stage itself knows better if rows are packed or dropped."""
     step: int = 0
     loss: float | None = None
     eval_loss: float | None = None
@@ -58,7 +58,7 @@ class Progressed:
     step_seconds: deque[float] = field(default_factory=lambda: deque[float](maxlen=_NUM_TIMED_STEPS))
 
     def take(self, row: Row) -> None:
-        """Take in one row. A replayed step moves the bar back, because that work is done again."""
+        """Take in one row. A replayed step moves the bar back, because that work is repeated."""
         if "loss" in row and "step" in row:
             self.step = step_of(row)
         steps = number_of(row, "steps")

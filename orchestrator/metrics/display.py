@@ -1,7 +1,7 @@
 """A running stage on a screen: a live line on a terminal, plain lines elsewhere; from the run's files alone; no torch.
 
-The display belongs to the process that a person started. It only reads what the job writes, so it can neither slow nor stop
-the job, and it works the same for a job on another machine with a shared disk.
+The display belongs to the user's own process. It only reads what the job writes, so it can neither slow nor stop the
+job, and it works equally for a job on another machine with a shared disk.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from orchestrator.metrics.phases import (
 
 _POLL_SECONDS = 0.25
 _WIDE = 110
-"""Columns of a terminal from which the bar is long; below, the numbers need the room."""
+"""Terminal width from which the bar is long; below it, the numbers need the space."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageView:
-    """What to follow of one stage. Rows before the offsets are the past: they move the bar, and are not shown again."""
+    """What to follow of one stage. Rows before the offsets only move the bar and are not shown again."""
 
     stage: str
     metrics_file: Path
@@ -49,9 +49,9 @@ class StageView:
     metrics_offset: int
     events_offset: int
     since: float
-    """Phases of a process that began earlier belong to an attempt that is over; 0 where a running one is joined."""
+    """Phases of processes that began before this belong to a finished attempt; 0 if a running one is joined."""
     began: float
-    """When the command was given: its clock starts here."""
+    """Start time of the command, from which its clock counts."""
 
 
 def view_of_stage(
@@ -92,7 +92,7 @@ def show_progress(view: StageView, is_running: Callable[[], bool], *, console: C
             _print(console, sentence)
 
     def say(row: Row) -> None:
-        draw()  # a phase is named before what came of it
+        draw()  # a phase is announced before its results
         lines.spoken()
         _print(console, line(row, seen.total_steps))
 
@@ -100,7 +100,8 @@ def show_progress(view: StageView, is_running: Callable[[], bool], *, console: C
 
 
 class PhaseLines:
-    """The phases of a stage as plain lines: each when it begins, and again where it is long and nothing else is said."""
+    """The phases of a stage as plain lines: each when it begins, and again if it is long and nothing else is
+    printed."""
 
     def __init__(self, view: StageView) -> None:
         self._view = view
@@ -130,18 +131,18 @@ class PhaseLines:
 
 
 def current_report(view: StageView) -> Report | None:
-    """What the attempt in view says of itself; None before it says anything."""
+    """The phases file of the followed attempt; None before it exists."""
     report = read_report(view.phases_file)
     return None if report is None or report.began < view.since else report
 
 
 def phase_at_work(view: StageView, report: Report | None) -> Phase | None:
-    """None between phases; before a rank has written anything its processes are starting."""
+    """The current phase; None between phases. Before a rank has written anything, its processes are starting."""
     return Phase(name=STARTING, began=view.since or view.began) if report is None else report.now
 
 
 def left_seconds(seen: Progressed, report: Report | None, now: float) -> float | None:
-    """An estimate of all that is left, evaluation and proof included; None where nothing is known of the speed.
+    """Estimate of the remaining time, including evaluation and proof; None if the speed is unknown.
 
     The last evaluation should take as long as the first one, and the proof imports and loads once more.
     """
@@ -184,7 +185,7 @@ def _show_live(view: StageView, is_running: Callable[[], bool], console: Console
 
         draw()
         _follow(view, is_running, say, seen=seen, draw=draw)
-        is_over = True  # what stays on the screen is how far the stage came, not the phase that happened to be last
+        is_over = True  # the screen keeps the stage's progress, not the phase that happened to be last
         draw()
 
 
@@ -199,7 +200,7 @@ def _draw(progress: Progress, task: TaskID, view: StageView, seen: Progressed, *
         done, total, unit = phase.done or 0, phase.total, phase.unit
     left = None if is_over else left_seconds(seen, report, now)
     clock = duration(now - view.began)
-    # An estimate that has run out is left away: "ETA 00:00" beside work that goes on would be a lie.
+    # An expired estimate is omitted: "ETA 00:00" during ongoing work would be wrong.
     clock += f"  ETA {duration(left)}" if left is not None and left >= 1 else ""
     progress.update(
         task,
@@ -214,7 +215,7 @@ def _draw(progress: Progress, task: TaskID, view: StageView, seen: Progressed, *
 
 
 def _numbers(seen: Progressed, width: int) -> str:
-    """The newest numbers, the most telling first; as many as a narrow terminal has room for."""
+    """The newest numbers, the most informative first; as many as a narrow terminal has room for."""
     numbers = [
         shown("loss", seen.loss, ".4f", ""),
         shown("tokens_per_second", seen.tokens_per_second, ",.0f", " tokens/s"),

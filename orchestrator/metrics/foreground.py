@@ -1,6 +1,7 @@
-"""Runs a program of this package in the foreground: `python -m orchestrator.metrics.foreground MODULE ARGUMENTS`. No torch at the top.
+"""Runs a program of this package in the foreground: `python -m orchestrator.metrics.foreground MODULE ARGUMENTS`. No
+torch at the top.
 
-Importing torch and transformers takes seconds. They are imported while somebody already sees what is going on.
+Importing torch and transformers takes seconds, so they are imported while the display is already running.
 """
 
 from __future__ import annotations

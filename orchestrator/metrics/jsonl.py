@@ -1,6 +1,6 @@
-"""The record of a run: append-only files of JSON lines, and their readers; must not import anything but the standard library.
+"""The record of a run: append-only files of JSON lines, and their readers. Standard library only.
 
-One object a line. JSON has no word for a number that is not finite, so NaN and the infinities are written as the strings
+One object per line. JSON cannot represent non-finite numbers, so NaN and the infinities are written as the strings
 "NaN", "Infinity" and "-Infinity", and every reader here turns exactly these strings back into numbers.
 """
 
@@ -24,9 +24,10 @@ _TAIL_BYTES = 1 << 16
 
 
 class RecordFile:
-    """The one writer of a record. A row is one `os.write` of a whole line to a file in append mode, so a reader sees it at once.
+    """The one writer of a record. A row is one `os.write` of a whole line to a file in append mode, so a reader sees it
+    at once.
 
-    A file has one writer at a time. The torn line that a killed writer left is mended when the next one opens the file.
+    A file has one writer at a time. A torn line left by a killed writer is repaired when the next one opens the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,10 +62,10 @@ class RecordFile:
 
 
 class Tail:
-    """A reader that gives the rows which are new since it last looked.
+    """A reader that returns the rows added since its last call.
 
-    Lines that are not whole yet wait for the next look. A whole line that is no object is passed over: a follower shows
-    what it can, and `read_rows` is there to name the line. A file that is not there yet has no rows.
+    Incomplete lines wait for the next call. A complete line that is no object is skipped: a follower shows what it can,
+    and `read_rows` names the line. A missing file has no rows.
     """
 
     def __init__(self, path: Path, *, from_offset: int = 0) -> None:
@@ -86,7 +87,8 @@ class Tail:
 
 
 def follow(path: Path, *, from_offset: int = 0, stop: Callable[[], bool], poll_seconds: float = 0.2) -> Iterator[Row]:
-    """The rows of a growing file, waiting for more until `stop()`; what was whole before `stop()` turned true is still given."""
+    """The rows of a growing file, waiting for more until `stop()`; rows completed before `stop()` turned true are still
+    returned."""
     tail = Tail(path, from_offset=from_offset)
     while True:
         stopping = stop()
@@ -97,9 +99,9 @@ def follow(path: Path, *, from_offset: int = 0, stop: Callable[[], bool], poll_s
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a record; a missing file has none, and a torn last line is left out.
+    """All rows of a record; a missing file has none, and a torn last line is omitted.
 
-    Raises RunFolderError that names the line where any other line is no JSON object.
+    Raises RunFolderError naming the line if any other line is no JSON object.
     """
     rows, damaged = readable_rows(path)
     if damaged:
@@ -108,7 +110,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def readable_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """The rows that can be read, and a sentence about each other line; as `read_rows`, for what only shows a run."""
+    """The rows that can be read, and a sentence about each other line; like `read_rows`, for commands that only show a
+    run."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -125,7 +128,7 @@ def readable_rows(path: Path) -> tuple[list[Row], list[str]]:
 
 
 def last_attempt_rows(rows: Iterable[Row]) -> list[Row]:
-    """The rows that count, by step: for each step those of its last turn (its training and its evaluation row)."""
+    """The rows that count, by step: for each step those of its last execution (its training and its evaluation row)."""
     by_step: dict[int, list[Row]] = {}
     for row in rows:
         if "step" not in row:
@@ -146,7 +149,7 @@ def step_of(row: Row) -> int:
 
 
 def attempt_of(row: Row) -> int:
-    """The attempt that wrote the row; 0 where it does not say."""
+    """The attempt that wrote the row; 0 if not recorded."""
     attempt = row.get("attempt", 0)
     assert isinstance(attempt, int), row
     return attempt
@@ -179,7 +182,7 @@ def decode(line: bytes) -> Row | None:
 
 
 def _turn(row: Row) -> tuple[int, int]:
-    """Attempt, and rollbacks within the run: a later turn replays steps."""
+    """Attempt, and rollbacks within the run, which order repeated executions of a step."""
     rollbacks = row.get("rollbacks", 0)
     assert isinstance(rollbacks, int), row
     return attempt_of(row), rollbacks
@@ -218,7 +221,7 @@ def _mend_last_line(descriptor: int) -> None:
 
 
 def _last_line(descriptor: int, size: int) -> bytes:
-    """What stands after the last line feed of the file."""
+    """The bytes after the last line feed of the file."""
     tail = b""
     while len(tail) < size and b"\n" not in tail:
         length = min(_TAIL_BYTES, size - len(tail))

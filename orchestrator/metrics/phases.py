@@ -1,7 +1,7 @@
-"""What a process is doing and how far it has come, for the people who wait for it; must not import torch.
+"""The current phase of a process and its progress, for waiting users. Must not import torch.
 
-A rank keeps a small file up to date, which any display on any machine can follow, and writes lines into its log. A command
-that works in the foreground shows one live line on a terminal, or a few plain lines elsewhere.
+A rank keeps a small file up to date, which any display on any machine can follow, and writes lines into its log. A
+command that works in the foreground shows one live line on a terminal, or a few plain lines elsewhere.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Phase:
     done: int | None = None
     total: int | None = None
     unit: str = ""
-    """What `done` and `total` count; empty where only a clock can be shown."""
+    """Unit of `done` and `total`; empty if only a clock can be shown."""
 
     def sentence(self, now: float) -> str:
         """`first evaluation, 32 of 58 rows, 12 s`."""
@@ -78,36 +78,37 @@ class Report:
     began: float
     now: Phase | None = None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
-    """By name, in the order in which they first began; what a nested phase took belongs to that phase alone."""
+    """Seconds by name, in the order in which the phases first began; a nested phase's time counts only for itself."""
 
 
 def read_report(path: Path) -> Report | None:
-    """None where no process has written one yet."""
+    """The content of the file; None if no process has written one yet."""
     try:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
         now = None if raw["now"] is None else Phase(**raw["now"])
         return Report(attempt=raw["attempt"], began=raw["began"], now=now, seconds=raw["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # a display shows what it can; the record of a run is elsewhere
+        return None  # a display shows what it can; it is not the record of the run
 
 
 def is_due(silent_seconds: float, phase_seconds: float) -> bool:
-    """Whether a plain log should hear of a phase again: after 5, 10, 20, 40 seconds, then once a minute."""
+    """Whether to repeat a phase in a plain log: after 5, 10, 20, 40 seconds, then once a minute."""
     # A share of the phase's own age doubles the pauses, so a phase of an hour costs a log some 65 lines.
     return silent_seconds >= min(LONGEST_SILENCE_SECONDS, max(FIRST_BEAT_SECONDS, phase_seconds / 2))
 
 
 class Drawn(Protocol):
-    """Where a phase is shown while it goes on."""
+    """Where a phase is shown while it lasts."""
 
     def draw(self, phase: Phase, now: float) -> None: ...
     def clear(self) -> None: ...
 
 
 class Phases:
-    """Owns the account of one process. On ranks other than the first it has neither file nor voice.
+    """Owns the phases of one process. On ranks other than the first it writes and prints nothing.
 
-    A thread writes and speaks: loops over rows only set a number, and a phase that never calls back still has its clock.
+    A thread writes and prints: loops over rows only set a number, and a phase that never calls back still has its
+    clock.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class Phases:
 
     @classmethod
     def joined(cls, file: Path) -> Phases:
-        """The account of a process that has handed over its phase, for the process that works on it."""
+        """The phases of a process that has handed over its phase, for the process that continues it."""
         found = read_report(file)
         phases = cls(file if found else None)
         if found is not None:
@@ -145,7 +146,7 @@ class Phases:
         return self._report.began
 
     def begin(self, name: str, *, total: int | None = None, unit: str = "") -> None:
-        """End the phase at work and all around it, and begin another."""
+        """End the current phase and all enclosing ones, and begin another."""
         with self._lock:
             self._close()
             self._outer.clear()
@@ -153,7 +154,7 @@ class Phases:
 
     @contextlib.contextmanager
     def during(self, name: str, *, total: int | None = None, unit: str = "") -> Generator[None]:
-        """A phase inside the one at work, which goes on afterwards; its seconds are not counted twice."""
+        """A phase nested in the current one, which continues afterwards; its seconds are not counted twice."""
         with self._lock:
             outer = self._report.now
             self._close()
@@ -171,7 +172,8 @@ class Phases:
 
     @contextlib.contextmanager
     def handed_over(self, name: str) -> Generator[None]:
-        """A phase that another process works on: it writes into the file, and this one only speaks of what it reads there."""
+        """A phase that another process works on: it writes into the file, and this one only prints what it reads
+        there."""
         with self.during(name, unit=ROWS):
             self._is_handed_over = True
             try:
@@ -180,11 +182,11 @@ class Phases:
                 self._is_handed_over = False
 
     def is_at(self, name: str) -> bool:
-        """Whether this is the phase at work."""
+        """Whether this is the current phase."""
         return self._report.now is not None and self._report.now.name == name
 
     def advance(self, done: int, total: int | None = None, *, unit: str = ROWS) -> None:
-        """How far the phase at work is. Cheap; nothing happens where that phase counts something else."""
+        """Set the current phase's progress. Cheap; no effect if that phase counts something else."""
         with self._lock:
             now = self._report.now
             if now is None or now.unit != unit:
@@ -195,7 +197,7 @@ class Phases:
             self._is_dirty = True
 
     def end(self) -> dict[str, float]:
-        """End the phase at work; the seconds of all phases."""
+        """End the current phase; return the seconds of all phases."""
         with self._lock:
             self._close()
             self._outer.clear()
@@ -203,14 +205,14 @@ class Phases:
         return self.seconds()
 
     def seconds(self) -> dict[str, float]:
-        """Of every phase, the one at work included."""
+        """Seconds of every phase, including the current one."""
         now, known = self._report.now, dict(self._report.seconds)
         if now is not None:
             known[now.name] = known.get(now.name, 0.0) + time.time() - self._since
         return {name: round(value, 2) for name, value in known.items()}
 
     def above(self, say: Callable[[str], None]) -> Callable[[str], None]:
-        """The same voice, before which the line on the screen is taken away."""
+        """The same output, clearing the live line first."""
 
         def said(sentence: str) -> None:
             with self._lock:
@@ -221,7 +223,7 @@ class Phases:
         return said
 
     def spoken(self) -> None:
-        """The log has just heard something else, and can wait for the next sign of life."""
+        """Note that the log has just printed something else, which delays the next sign of life."""
         self._spoke = time.time()
 
     def close(self) -> None:
@@ -237,7 +239,7 @@ class Phases:
         self._now(phase)
         self._report.seconds.setdefault(phase.name, 0.0)
         self._write()
-        if self._say is not None and is_new:  # rollouts and saves come again and again; their own rows tell of them
+        if self._say is not None and is_new:  # rollouts and saves recur; their own rows report them
             self._say(phase.name)
         self.spoken()
         self._start()
@@ -277,7 +279,7 @@ class Phases:
             self.spoken()
 
     def _write(self) -> None:
-        """Replace the file. It is not synced and may fail: a display is no reason to slow or stop a job."""
+        """Replace the file, without fsync and ignoring failures: a display must not slow or stop a job."""
         self._is_dirty = False
         if self._file is None:
             return

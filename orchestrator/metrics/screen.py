@@ -1,4 +1,4 @@
-"""The one line in which a command in the foreground shows what it is doing; must not import torch."""
+"""The live status line of a foreground command. Must not import torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TextIO
 from orchestrator.metrics.phases import Phase, Phases, is_due
 
 SHOWN_AFTER_SECONDS = 1.5
-"""Shorter work says nothing: a line that comes and goes at once only unsettles."""
+"""Shorter work shows nothing: a line that flashes up is only distracting."""
 MARK = "... "
-"""Begins every plain line, so that readers of stderr can tell them from faults."""
+"""Prefix of every plain line, so that readers of stderr can distinguish them from errors."""
 _CLEAR = "\r\x1b[2K"
 _BAR_CHARACTERS = 20
 
@@ -21,7 +21,7 @@ _BAR_CHARACTERS = 20
 class Screen:
     """Owns one line of a stream: rewritten in place on a terminal, a few plain lines elsewhere.
 
-    It is written to stderr, so that what a command answers stays clean in a pipe.
+    It is written to stderr, so that a command's output stays clean in a pipe.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -31,7 +31,7 @@ class Screen:
         self._said: tuple[str, float] | None = None
 
     def draw(self, phase: Phase, now: float) -> None:
-        """Show a phase that has been going on for a while."""
+        """Show a phase that has lasted for a while."""
         age = now - phase.began
         if age < SHOWN_AFTER_SECONDS:
             return
@@ -44,20 +44,20 @@ class Screen:
             self._said = (phase.name, now)
 
     def clear(self) -> None:
-        """Take the line away, before anything else is printed."""
+        """Clear the line, before anything else is printed."""
         if self._is_drawn:
             self._write(_CLEAR)
             self._is_drawn = False
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a reader that went away is no reason to stop the work
+        with contextlib.suppress(OSError, ValueError):  # a closed reader is no reason to stop the work
             self._stream.write(text)
             self._stream.flush()
 
 
 @contextlib.contextmanager
 def busy(name: str, *, unit: str = "") -> Generator[Phases]:
-    """Show on stderr, for as long as the block runs, that this is being done."""
+    """Show this activity on stderr while the block runs."""
     phases = Phases(screen=Screen(sys.stderr))
     try:
         with phases.during(name, unit=unit):

@@ -1,8 +1,8 @@
-"""W&B as a projection of metrics.jsonl, from the worker's side; must not import torch nor the W&B SDK.
+"""W&B as a projection of metrics.jsonl, from the worker's side; must not import torch or the W&B SDK.
 
-Three processes share the work, so that a slow, hanging or dead W&B can neither stop nor slow training:
-the worker appends rows to metrics.jsonl and knows one pipe; the supervisor (`python -m orchestrator.metrics.wandb`, in a
-session of its own) outlives signals, hears the end of the worker, and replaces a sender that fails; the sender alone imports
+Three processes share the work, so that a slow, hanging or dead W&B can neither stop nor slow training: the worker
+appends rows to metrics.jsonl and knows one pipe; the supervisor (`python -m orchestrator.metrics.wandb`, in a session
+of its own) outlives signals, hears the end of the worker, and replaces a sender that fails; the sender alone imports
 the SDK, follows metrics.jsonl and sends each step once. Because the file is the record, a lost sender loses nothing.
 """
 
@@ -63,7 +63,7 @@ def run_id(directory: Path) -> str:
 def start(settings: WandbSettings) -> WandbProcess | None:
     """Start the projection in the background and return at once; only on rank 0.
 
-    None where W&B is disabled, or cannot be started, which is said and is no reason to stop training.
+    None if W&B is disabled or fails to start; the failure is logged and training continues.
     """
     if resolve_mode(settings.mode) == "disabled":
         return None
@@ -80,7 +80,8 @@ def start(settings: WandbSettings) -> WandbProcess | None:
 
 
 def finish(run: WandbProcess, summary: Mapping[str, JsonValue], *, outcome: Outcome, timeout_seconds: float) -> str:
-    """Let W&B take the last rows and end the run; back within about `timeout_seconds`, with the sentence how to see it.
+    """Let W&B take the last rows and end the run; returns within about `timeout_seconds`, with the sentence that says
+    how to see it.
 
     Call it on every way out of the worker, also after a failure; rows appended before the call are sent. Never raises.
     """

@@ -1,4 +1,4 @@
-"""What the three processes of W&B share: settings, state, the words on the pipe. Must not import torch nor the SDK."""
+"""What the three W&B processes share: settings, state, messages on the pipe. Must not import torch or the SDK."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pydantic import JsonValue, TypeAdapter
 from orchestrator.files.atomic import read_json, write_json
 
 Outcome = Literal["finished", "stopped", "failed"]
-"""How an attempt ended: done, saved and wants to go on, or broken."""
+"""How an attempt ended: done, saved to be resumed, or failed."""
 
 
 TIMED_OUT = 3
-"""What the supervisor answers where the time was too short."""
+"""The supervisor's exit code if the time was too short."""
 
 
 MODULE = "orchestrator.metrics.wandb"
@@ -40,36 +40,38 @@ _STANDARD_ERROR = 2
 
 @dataclass(frozen=True, kw_only=True)
 class WandbSettings:
-    """What one stage tells W&B; kept as a file in `directory`, so nothing in it may be secret."""
+    """Settings of one stage's W&B run; kept as a file in `directory`, so nothing in it may be secret."""
 
     project: str
     entity: str | None
     """Team or user; null is the default entity of the key."""
     mode: Literal["auto", "online", "offline", "disabled"]
-    """`auto` obeys WANDB_MODE and else goes online; without a key or a network every mode ends offline, and says so."""
+    """`auto` follows WANDB_MODE, else goes online; without a key or a network every mode falls back to offline, and
+    says so."""
     name: str
     """Name of the run in the UI."""
     group: str
     job_type: str
     config: Mapping[str, JsonValue]
-    """Shown beside the run; without secrets."""
+    """Shown with the run; no secrets."""
     metrics_file: str
     """The record that is followed."""
     samples_file: str
-    """Completions that become tables; it need not be there."""
+    """Completions to send as tables; may be missing."""
     profile_folder: str
-    """Traces of `profile=true`, sent as files at the end; it need not be there."""
+    """Traces of `profile=true`, sent as files at the end; may be missing."""
     directory: str
     """Folder of the SDK's files and of ours; one for each stage; must be called `wandb`, as the SDK calls its own."""
     init_timeout_seconds: float
     """How long the server may take to answer at the start before the attempt goes offline."""
     finish_timeout_seconds: float
-    """How long the end may take where nobody asked for it, because the worker died."""
+    """Timeout of the end if the worker died without requesting it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WandbState:
-    """What is known of the run at W&B, kept over all attempts in `directory`. The worker makes it, then only senders write it."""
+    """State of the W&B run, kept in `directory` over all attempts. The worker creates it, then only senders write
+    it."""
 
     run_id: str
     mode: Literal["online", "offline"] | None = None
@@ -84,18 +86,18 @@ class WandbState:
     closed_folders: tuple[str, ...] = ()
     """Names of the offline folders that were closed in order."""
     is_open: bool = False
-    """A sender is at work, or was killed at it."""
+    """A sender is working, or was killed while working."""
     server_uncertain: bool = False
-    """An online attempt has not ended in order: only the server knows what it has."""
+    """An online attempt has not ended cleanly: only the server knows what it has."""
     outcome: Outcome = "failed"
     """How the last attempt ended, as far as it could say."""
     summary: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
-    """What it said at its end."""
+    """Its final message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """What the worker says at the end, or the supervisor in its place where the worker died (`orderly` is false)."""
+    """The worker's final message, or the supervisor's on its behalf if the worker died (`orderly` is false)."""
 
     outcome: Outcome
     summary: Mapping[str, JsonValue]
@@ -127,7 +129,7 @@ def resolve_mode(mode: str) -> str:
 
 
 def spawn(module: str, *arguments: str, own_session: bool) -> subprocess.Popen[bytes]:
-    """Start one of our modules with a pipe to it, from the same sources, whatever the working folder holds."""
+    """Start one of our modules with a pipe to it, from the same sources, independent of the working folder."""
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     root = str(Path(__file__).resolve().parents[3])
     if root not in site.getsitepackages():
@@ -139,7 +141,7 @@ def spawn(module: str, *arguments: str, own_session: bool) -> subprocess.Popen[b
 
 
 def send(pipe: IO[bytes] | None, ending: Ending) -> None:
-    """Say the end through the pipe and close it; a reader that is gone is no fault."""
+    """Send the ending through the pipe and close it; a vanished reader is no error."""
     assert pipe is not None
     if pipe.closed:
         return

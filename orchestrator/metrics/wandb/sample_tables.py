@@ -1,4 +1,4 @@
-"""Completions of samples.jsonl as W&B tables, each at the step that made them; must not import torch."""
+"""Completions of samples.jsonl as W&B tables, each at its step. Must not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Samples:
     waiting: dict[int, list[Row]] = field(default_factory=dict[int, list[Row]])
 
     def take(self, step: int) -> dict[str, Any]:
-        """The table of a step as a part of its row; nothing where it has none. The newest attempt at the step counts."""
+        """The table of a step as part of its row; empty if there is none. The newest attempt at the step counts."""
         for row in self.tail.poll():
             if "step" in row:
                 self.waiting.setdefault(step_of(row), []).append(row)

@@ -1,10 +1,13 @@
-"""The only process that imports the W&B SDK: follows metrics.jsonl and gives every step to W&B once; must not import torch.
+"""The only process that imports the W&B SDK: follows metrics.jsonl and gives every step to W&B once; must not import
+torch.
 
-What was found about going on with a run (SDK 0.31), and is built on here:
-- Online with `resume="allow"` the server says how far it is (`starting_step`), and the SDK drops smaller steps. What was only
-  handed to the SDK is lost when this process is killed, so the server is asked and no file of ours is believed.
-- Offline the SDK cannot resume. Each attempt gets a folder with the steps that no folder closed before holds; `wandb sync`
-  on the folder above sends them in order. A folder that was not closed in order makes `wandb sync` fail: it is written anew.
+Observed behaviour of resuming a run (SDK 0.31) that this module relies on:
+- Online with `resume="allow"` the server says how far it is (`starting_step`), and the SDK drops smaller steps. What
+  was only handed to the SDK is lost when this process is killed, so the server is queried instead of trusting a file of
+  ours.
+- Offline the SDK cannot resume. Each attempt gets a folder with the steps that no folder closed before holds; `wandb
+  sync` on the folder above sends them in order. A folder that was not closed cleanly makes `wandb sync` fail: it is
+  written again.
 - `wandb sync` of an online attempt sends twice what had arrived already; `send_now` does not.
 """
 
@@ -52,7 +55,8 @@ class CannotOpenError(Exception):
 
 
 def main(argv: list[str]) -> None:
-    """`SETTINGS MODE WORKER_PID`: send until the supervisor says the end. Leaves at once, because the SDK's own exit may hang."""
+    """`SETTINGS MODE WORKER_PID`: send until the supervisor signals the end. Exits immediately, because the SDK's own
+    exit may hang."""
     settings = load_settings(Path(argv[0]))
     mode: Mode = "online" if argv[1] == "online" else "offline"
     try:
@@ -74,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 
 def send_now(settings: WandbSettings) -> int:
-    """Send what the server lacks of a run that is not running any more; 0 when it has everything."""
+    """Send what the server lacks of a run that is no longer running; 0 when it has everything."""
     try:
         session = open_session(settings, "online", worker_pid=None)
     except CannotOpenError as error:
@@ -90,8 +94,8 @@ def send_now(settings: WandbSettings) -> int:
 def pump(session: Session, tail: Tail, next_end: Callable[[], Ending | None]) -> Ending:
     """Send rows as they come, until the end. Rows of the newest step wait until it is complete.
 
-    A step is complete when a later one begins, or at an orderly end. Where the worker died its last step is kept back: the
-    next attempt sends it, with the evaluation that may belong to it.
+    A step is complete when a later one begins, or at an orderly end. If the worker died, its last step is held back:
+    the next attempt sends it, with the evaluation that may belong to it.
     """
     waiting: list[Row] = []
     while True:
@@ -115,7 +119,7 @@ class Session:
     state_written: float = 0.0
 
     def send(self, rows: list[Row], *, hold_newest: bool) -> list[Row]:
-        """Log each step once, all its rows as one; give back the rows that must wait."""
+        """Log each step once, merging its rows; return the rows that must wait."""
         by_step: dict[int, Row] = {}
         rows = [row for row in last_attempt_rows(rows) if step_of(row) >= self.next_step]
         for row in rows:
@@ -132,7 +136,7 @@ class Session:
         return [row for row in rows if step_of(row) == held]
 
     def _show_samples(self, step: int) -> None:
-        """Adds the table of a step to its row; a server that takes no tables loses no step for it."""
+        """Add the table of a step to its row; a step is sent even if the server refuses tables."""
         table = self.samples.take(step)
         if not table:
             return
@@ -142,7 +146,7 @@ class Session:
             say(f"the table of step {step} was not taken: {_first_line(error)}")
 
     def _send_profile(self) -> None:
-        """Traces and breakdowns as files of the run; one that is not taken loses nothing else."""
+        """Send traces and breakdowns as files of the run; a refused one does not affect the others."""
         for file in sorted(self.profile_folder.glob("*")):
             try:
                 self.run.save(str(file), str(self.profile_folder.parent), "now")  # pyright: ignore[reportUnknownMemberType]
@@ -249,7 +253,8 @@ def why_no_key(sdk: wandb.Settings) -> str | None:
 
 
 def drop_torn_folders(directory: Path, state: WandbState) -> WandbState:
-    """Remove the offline folders that were not closed in order; their steps are written anew. One that a person synced counts as safe."""
+    """Remove the offline folders that were not closed cleanly; their steps are written again. One that a person synced
+    counts as safe."""
     for folder in directory.glob(f"offline-run-*-{state.run_id}"):
         if folder.name in state.closed_folders:
             continue
@@ -268,7 +273,7 @@ def mark_as_synced(directory: Path, state: WandbState) -> None:
 
 
 def _next_end(settings: WandbSettings) -> Ending | None:
-    """What the supervisor says; a failure where it is gone without a word."""
+    """The supervisor's message; a failure if it vanished silently."""
     ready, _, _ = select.select([sys.stdin], [], [], _POLL_SECONDS)
     if not ready:
         return None

@@ -1,4 +1,5 @@
-"""The process between worker and W&B: outlives signals, hears the worker's end, replaces a sender that fails; imports no torch, no SDK."""
+"""The process between worker and W&B: survives signals, notices the worker's end, replaces a failing sender. Must not
+import torch or the SDK."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 
 
 def main(argv: list[str]) -> int:
-    """`SETTINGS PARENT_PID` supervises a run; `SETTINGS` alone sends now what W&B lacks of a run that is not running."""
+    """`SETTINGS PARENT_PID` supervises a run; `SETTINGS` alone sends what W&B lacks of a run that is not running."""
     settings_file = Path(argv[0])
     settings = load_settings(settings_file)
     if len(argv) == 1:
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
 
 
 class _Supervisor:
-    """Owns the sender of the moment."""
+    """Owns the current sender."""
 
     def __init__(self, settings_file: Path, settings: WandbSettings, parent_pid: int) -> None:
         self._settings_file = settings_file
@@ -139,7 +140,7 @@ class _Sender:
 
 
 def _worker_end(settings: WandbSettings, parent_pid: int) -> Ending | None:
-    """What the worker said at its end; a failure where it is gone without a word; None while it lives."""
+    """The worker's final message; a failure if it vanished silently; None while it lives."""
     ready, _, _ = select.select([sys.stdin], [], [], _POLL_SECONDS)
     if ready:
         line = sys.stdin.readline()
