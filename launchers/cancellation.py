@@ -24,8 +24,8 @@ def cancel_jobs(
 ) -> dict[str, JobFacts]:
     """Let running stages save for `gentle_seconds`, end what is left, and return how every job ended.
 
-    The jobs are those that the stages' logs tell of and `also` (the caller's own record, pending ones among them).
-    Raises LaunchError where Slurm gives no answer or a job would not go.
+    The jobs are those in the stages' logs and `also` (the caller's own record, including pending ones).
+    Raises LaunchError if Slurm gives no answer or a job does not end.
     """
     try:
         alive = _alive(specs, also, run=run)
@@ -65,7 +65,7 @@ def _job_ids(specs: Sequence[JobSpec], also: Sequence[str]) -> list[str]:
 
 
 def _alive(specs: Sequence[JobSpec], also: Sequence[str], *, run: Run) -> dict[str, JobFacts]:
-    """Jobs that wait or run; read anew each time, because a job may have chained a successor meanwhile."""
+    """Pending or running jobs; reread each time, because a job may have chained a successor meanwhile."""
     facts = query(_job_ids(specs, also), run=run)
     return {job_id: fact for job_id, fact in facts.items() if fact.state.phase in {"waiting", "running"}}
 
@@ -75,7 +75,7 @@ def _running(facts: dict[str, JobFacts]) -> list[str]:
 
 
 def _ask_gently(specs: Sequence[JobSpec], alive: dict[str, JobFacts], *, run: Run) -> None:
-    """The word in the stop file tells the job's script that nobody wants another attempt."""
+    """Write the stop file, whose content tells the job's script not to start another attempt."""
     running = set(_running(alive))
     for spec in specs:
         if running & set(read_jobs(spec.log_directory)):

@@ -1,7 +1,7 @@
 """What ended an attempt first, read from the state folder that the guards leave in the logs; pure reading.
 
-`python -m launchers.causes LOG_DIRECTORY ATTEMPT` prints the exit code (empty where there was none) and the sentence;
-where no guard lived long enough to see anything, the last error in the logs is the sentence.
+`python -m launchers.causes LOG_DIRECTORY ATTEMPT` prints the exit code (empty if there was none) and the sentence; if
+no guard lived long enough to see anything, the sentence is the last error in the logs.
 """
 
 import json
@@ -29,7 +29,7 @@ class Cause:
 
     @property
     def shell_exit_code(self) -> int | None:
-        """The exit code as a shell tells it: 128 + N for signal N."""
+        """The exit code as a shell reports it: 128 + N for signal N."""
         if self.signal is not None and self.signal in signals.Signals.__members__:
             return 128 + signals.Signals[self.signal]
         return self.exit_code
@@ -42,7 +42,7 @@ class Cause:
 
 
 def read_first_cause(log_directory: str | Path, attempt: int) -> Cause | None:
-    """The first cause of the attempt, or None where no guard saw a death (or the file is not readable)."""
+    """The first cause of the attempt, or None if no guard saw a death (or the file is not readable)."""
     path = Path(log_directory) / f"attempt-{attempt}" / FAILURE_FILE
     try:
         content: object = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,5 @@
-"""Who works on an attempt, from the claim that its script left: alive here, begun on another machine, or gone; reads only."""
+"""Who works on an attempt, from the claim that its script left: alive here, begun on another machine, or gone.
+Read-only."""
 
 import os
 import socket
@@ -17,11 +18,11 @@ class Claim:
     attempt: int
     host: str
     process: int
-    """Of the script; ranks and guards are below it."""
+    """Process id of the script, the parent of ranks and guards."""
     job: str
-    """Slurm's id; empty outside of Slurm."""
+    """Slurm's job id; empty outside Slurm."""
     identity: str
-    """Boot, start time and namespace of the process, which tell it from a later one with its number."""
+    """Boot, start time and namespace of the process, which distinguish it from a later process with the same id."""
     folder: Path
 
     @property
@@ -36,14 +37,14 @@ class Claim:
 
     @property
     def script(self) -> Path | None:
-        """The script that the process runs, where /proc tells; None where it has ended."""
+        """The script that the process runs, from /proc; None if it has ended."""
         with suppress(OSError):
             words = Path(f"/proc/{self.process}/cmdline").read_bytes().split(b"\0")
             return Path(os.fsdecode(words[1])) if len(words) > 1 else None
         return None
 
     def beats(self) -> str:
-        """What the guards wrote last; it changes every few seconds while they live."""
+        """The guards' latest heartbeat; it changes every few seconds while they live."""
         files = sorted(self.folder.glob("node-*.alive"))
         texts: list[str] = []
         for file in files:
@@ -53,7 +54,7 @@ class Claim:
 
 
 def open_claim(log_directory: str | Path, attempts_directory: str | Path) -> Claim | None:
-    """The claim of the newest attempt, or None where that attempt has ended, or nothing was begun."""
+    """The claim of the newest attempt, or None if that attempt has ended, or none has begun."""
     numbers = [path.name.removeprefix("attempt-") for path in Path(log_directory).glob("attempt-*")]
     newest = max((int(number) for number in numbers if number.isdigit()), default=0)
     if not newest or (Path(attempts_directory) / f"{newest}.json").exists():

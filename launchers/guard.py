@@ -1,8 +1,9 @@
-"""Runs beside every rank (standard library only): names the first death and ends the others.
+"""Runs as the parent of every rank (standard library only): records the first death and ends the others.
 
-`python -m launchers.guard --state DIR --stop-file F --nodes N --node I [--watch] -- ARGV` starts ARGV as its child. The first
-guard whose child dies writes DIR/failure.json; the others see it and end theirs. A TERM without a failure on record is
-a preemption: it becomes the stop file, so that the ranks save. Guards beat, so that a frozen or lost node is named.
+`python -m launchers.guard --state DIR --stop-file F --nodes N --node I [--watch] -- ARGV` starts ARGV as its child. The
+first guard whose child dies writes DIR/failure.json; the others see it and end theirs. A TERM without a failure on
+record is a preemption: it becomes the stop file, so that the ranks save. Guards send heartbeats, so that a frozen or
+lost node is identified.
 """
 
 import argparse
@@ -28,7 +29,7 @@ SAVED_EXIT_CODE = 75
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a guard needs to know; `watch`: look for failures on other nodes, not only when told to end."""
+    """Settings of a guard; `watch`: look for failures on other nodes, not only on a signal to end."""
 
     state: Path
     stop_file: Path
@@ -42,12 +43,12 @@ class Settings:
 
 @dataclass
 class Clock:
-    """When what was last done, in seconds of the monotonic clock."""
+    """Time of the last action of each kind, in seconds of the monotonic clock."""
 
     watched: float
     beat: float
     trusted: float
-    """Silence of others counts from here: the start, or the moment after this process itself was frozen."""
+    """Start of the others' silence: this guard's start, or the moment it was itself unfrozen."""
 
 
 def main() -> int:
@@ -140,11 +141,12 @@ def _watch(child: subprocess.Popen[bytes], settings: Settings, told_to_end: Sequ
 
 
 def _beat_and_listen(settings: Settings, clock: Clock) -> bool:
-    """Show life and listen: node 0 to all nodes, the others to node 0. False: a later attempt has taken over."""
+    """Send a heartbeat and check for others': node 0 for all nodes, the others for node 0. False: a later attempt has
+    taken over."""
     now, every = time.monotonic(), min(MAX_BEAT_SECONDS, settings.silence_seconds / 4)
     if now - clock.beat < every:
         return True
-    if clock.beat and now - clock.beat > 3 * every:  # this process was frozen: what it knows of others is old
+    if clock.beat and now - clock.beat > 3 * every:  # this process was frozen: its knowledge of others is stale
         clock.trusted = now
         if _is_superseded(settings.state):
             return False
@@ -206,14 +208,14 @@ def _end(child: subprocess.Popen[bytes], grace_seconds: float) -> int:
 
 
 def _end_group() -> None:
-    """End what the dead child left behind (data loading processes), where this guard leads the group."""
+    """End what the dead child left behind (data loading processes), if this guard leads the group."""
     if os.getpgrp() == os.getpid():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.killpg(os.getpgrp(), signal.SIGTERM)
 
 
 def _touch_stop_file(path: Path) -> None:
-    """Whole or not at all where the file system has links: the ranks read why they should stop."""
+    """Write all or nothing if the file system has links: the ranks read why they should stop."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):  # there already, or no disk: the worker has its own handler
         temporary.write_text("signal TERM\n", encoding="utf-8")

@@ -26,7 +26,7 @@ class Outcome:
     attempt: int | None
     cause: Cause | None
     last_words: str
-    """The last line the script itself said; the ranks' output is in the log files."""
+    """The last line the script itself printed; the ranks' output is in the log files."""
 
 
 class Launch:
@@ -90,7 +90,7 @@ class Launch:
 
 
 class Joined:
-    """A script that another command started on this machine; it goes on when this process ends."""
+    """A script that another command started on this machine; it continues when this process ends."""
 
     def __init__(self, claim: Claim, spec: JobSpec) -> None:
         self._claim = claim
@@ -125,7 +125,7 @@ class Joined:
 
 
 def launch(script: Script, spec: JobSpec) -> Launch:
-    """Write the script, start it in the foreground of nobody, return at once. Raises LaunchError."""
+    """Write the script, start it in the background, return immediately. Raises LaunchError."""
     log = Path(spec.log_directory) / LAUNCH_LOG
     try:
         path = write(script)
@@ -146,7 +146,7 @@ def launch(script: Script, spec: JobSpec) -> Launch:
 
 
 def follow(running: Launch, *, tick: Callable[[], None], every_seconds: float = 0.5) -> Outcome:
-    """Wait for the end and call `tick` meanwhile; the first Ctrl-C saves and ends, the second kills."""
+    """Wait for the end, calling `tick` meanwhile; the first Ctrl-C saves and ends, the second kills."""
     interrupts = 0
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The parts that every script shares, as shell text: quoted values, exports, the site's setup; pure."""
+"""The parts shared by all scripts, as shell text: quoted values, exports, the site's setup; pure."""
 
 import shlex
 import zlib
@@ -10,7 +10,7 @@ _HERE = Path(__file__).parent
 
 
 def read_part(name: str) -> str:
-    """A shell file that ships beside this module, without the line end."""
+    """A shell file that ships with this module, without the final line feed."""
     return (_HERE / name).read_text(encoding="utf-8").rstrip("\n")
 
 
@@ -19,7 +19,7 @@ def describe_size(spec: JobSpec) -> str:
 
 
 def common_values(spec: JobSpec) -> dict[str, str]:
-    """What the templates of all launchers ask for."""
+    """Template values common to all launchers."""
     return {
         "name": shlex.quote(spec.name),
         "nodes": str(spec.nodes),
@@ -41,7 +41,7 @@ def common_values(spec: JobSpec) -> dict[str, str]:
 
 
 def port_seed(spec: JobSpec) -> int:
-    """Where the search for a port begins: another place for each stage of each run."""
+    """First port to try, different for each stage of each run."""
     return zlib.crc32(spec.stage_directory.encode("utf-8", "surrogateescape")) % 100_000
 
 

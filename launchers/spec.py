@@ -1,4 +1,4 @@
-"""What a launcher is asked to run, and the script it makes of it; imports nothing of ours and never torch."""
+"""The job description that a launcher gets, and the script it renders; imports nothing of ours and never torch."""
 
 import os
 import re
@@ -19,12 +19,12 @@ class LaunchError(Exception):
 
 
 class InvalidValueError(LaunchError, ValueError):
-    """A value that cannot stand in a script: what was given and what is allowed, one sentence a problem."""
+    """A value that a script cannot contain: what was given and what is allowed, one sentence per problem."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings:
-    """The site's facts. None, "" and () mean "not set"; every real default stands in conf/cluster."""
+    """The site's facts. None, "" and () mean "not set"; every real default is in conf/cluster."""
 
     partition: str | None = None
     account: str | None = None
@@ -34,15 +34,15 @@ class ClusterSettings:
     gpu_request: GpuRequest = "none"
     gpu_type: str | None = None
     cpus_per_task: int | None = None
-    """CPUs of one Slurm task: one task a node, so all ranks of the node share them."""
+    """CPUs of one Slurm task: there is one task per node, so all ranks of the node share them."""
     memory: str | None = None
     """Memory of one node, for example 480G; 0 asks for the whole node."""
     time_limit: str | None = None
     """Slurm's form: minutes, H:MM:SS or D-HH:MM:SS."""
     setup_lines: tuple[str, ...] = ()
-    """Shell lines of the site (module load ...), taken as they are."""
+    """Shell lines of the site (module load ...), used verbatim."""
     container_command: tuple[str, ...] = ()
-    """Argv put before the task only, for example (apptainer, exec, --nv, image.sif)."""
+    """Argv put in front of the task only, for example (apptainer, exec, --nv, image.sif)."""
     interface: str | None = None
     """Name of the network interface for gloo and NCCL."""
     exclude: tuple[str, ...] = ()
@@ -95,7 +95,7 @@ class Script:
 
 
 def check(spec: JobSpec) -> None:
-    """Raise InvalidValueError with every value that no script may hold."""
+    """Raise InvalidValueError with every value that a script must not contain."""
     problems = [
         *_name_problems("name", spec.name),
         *_name_problems("stage", spec.stage),
@@ -110,7 +110,7 @@ def check(spec: JobSpec) -> None:
 
 
 def write(script: Script) -> Path:
-    """Write the script atomically with its mode; a script that is already there unchanged is left alone."""
+    """Write the script atomically with its mode; an existing identical script is left alone."""
     path = Path(script.path)
     content = script.text.encode("utf-8", "surrogateescape")
     if path.is_file() and path.read_bytes() == content:

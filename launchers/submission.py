@@ -17,7 +17,7 @@ JOBS_FILE = "jobs"
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage ready to be submitted; the token is kept by the caller *before* submitting, one a submission."""
+    """A stage ready to be submitted; the caller stores the token *before* submitting, one per submission."""
 
     spec: JobSpec
     script: Script
@@ -72,7 +72,7 @@ def submit_arrays(
     after_success_of: str | None = None,
     run: Run = run_command,
 ) -> tuple[str, ...]:
-    """Submit arrays one behind the other: each task waits for the same task of the array before. Raises LaunchError."""
+    """Submit arrays in sequence: each task waits for the same task of the previous array. Raises LaunchError."""
     try:
         for array in arrays:
             for spec, script in zip(array.specs, array.scripts, strict=True):

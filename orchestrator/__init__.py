@@ -20,7 +20,8 @@ def __getattr__(name: str) -> object:
 
 
 def _refuse_foreign_packages() -> None:
-    """ImportError where another project's `launchers` or `slurm` would be imported in place of ours; jobs would meet it too."""
+    """Raise ImportError if another project's `launchers` or `slurm` would be imported instead of ours, as it would be
+    in jobs."""
     problems = import_module("orchestrator.installation.foreign_packages").foreign_packages()
     if problems:
         raise ImportError("\n".join(problems))

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 COLLECTED_EVERY = 50_000
-"""New objects between two looks for garbage: a command makes many thousands at its start, and hardly any garbage."""
+"""Allocations between two garbage collections: a command makes many thousands at its start, and hardly any garbage."""
 
 
 def _forget_working_folder() -> None:
-    """`python -m` puts the working folder first on the path; a user's own conf/ or slurm/ there must not be imported."""
+    """Remove the working folder that `python -m` puts first on the path: a user's own conf/ or slurm/ there must not be
+    imported."""
     root = Path(__file__).resolve().parent.parent
     if sys.path and Path(sys.path[0] or ".").resolve() == Path.cwd():
         sys.path[0] = str(root)

@@ -1,4 +1,4 @@
-"""The exception family that users see, and the exit codes; must not import torch or anything heavy."""
+"""The exceptions that users see, and the exit codes. Must not import torch or anything heavy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ EXIT_USER = 2
 EXIT_LAUNCH_FAILED = 3
 EXIT_SAVED = 75
 EXIT_INTERRUPTED = 130
-"""Ctrl-C on what had nothing to save, as the shell counts signals."""
+"""Ctrl-C with nothing to save, by the shell's convention for signals."""
 EXIT_DO_NOT_RESTART = 93
 
 
 class OrchestratorError(Exception):
-    """A fault that is told in sentences, without a traceback. `exit_code` is what the process answers."""
+    """A fault reported in sentences, without a traceback. `exit_code` is that of the process."""
 
     exit_code = EXIT_USER
 
@@ -26,7 +26,7 @@ class OrchestratorError(Exception):
 
 
 class ConfigError(OrchestratorError):
-    """The configuration says something that cannot be obeyed."""
+    """The configuration is invalid."""
 
 
 class DataError(OrchestratorError):
@@ -48,13 +48,13 @@ class LaunchFailed(OrchestratorError):
 
 
 class TrainingFailed(OrchestratorError):
-    """Training came to a state that must not be called good; a restart would not mend it."""
+    """Training reached an invalid state that a restart would not fix."""
 
     exit_code = EXIT_DO_NOT_RESTART
 
 
 class CheckpointError(OrchestratorError):
-    """A checkpoint or an artifact did not stand the proof."""
+    """A checkpoint or an artifact failed its verification."""
 
     exit_code = EXIT_DO_NOT_RESTART
 

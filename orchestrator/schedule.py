@@ -12,7 +12,8 @@ ROUNDING = 1e-9
 
 
 def total_steps(*, max_steps: int | None, epochs: float | None, steps_per_epoch: int) -> int:
-    """Optimizer steps of a stage: `max_steps`, as in other trainers also where `epochs` are given; else the epochs' steps, rounded up."""
+    """Optimizer steps of a stage: `max_steps`, as in other trainers even if `epochs` is given; else the epochs' steps,
+    rounded up."""
     if max_steps is not None:
         return max_steps
     assert epochs is not None, "the configuration's rules ask for one of them"
@@ -30,7 +31,7 @@ def rollout_steps(stage: PolicyStage) -> int:
 
 
 def rollout_steps_per_epoch(stage: PolicyStage, rows: int) -> int:
-    """Optimizer steps in which every prompt is met once; the last rollout is filled up from the next epoch."""
+    """Optimizer steps in which every prompt is used once; the last rollout is filled up from the next epoch."""
     return math.ceil(rows / stage.rollout.prompts) * rollout_steps(stage)
 
 
@@ -45,7 +46,7 @@ def level_opens_at(level: int, *, every_steps: float) -> int:
 
 
 def warmup_steps(schedule: ScheduleConfig, steps: int) -> int:
-    """Steps in which the rate rises, rounded up (slanted_triangular: down)."""
+    """Steps with a rising learning rate, rounded up (slanted_triangular: down)."""
     if schedule.name == "slanted_triangular":
         return math.floor(schedule.warmup_ratio * steps)
     return math.ceil(schedule.warmup_ratio * steps)

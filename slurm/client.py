@@ -1,4 +1,5 @@
-"""Submit, find and cancel jobs through Slurm's programs; never twice, never for ever. Imports nothing of ours."""
+"""Submit, find and cancel jobs through Slurm's programs; never twice, and never blocking forever. Imports nothing of
+ours."""
 
 import os
 import re
@@ -12,10 +13,10 @@ _TOKEN = re.compile(r"[A-Za-z0-9_.:-]{8,200}\Z")
 
 
 def check_submission(script_path: str, *, run: Run = run_command) -> None:
-    """Ask Slurm whether it would take the script (sbatch --test-only). Raises SlurmError with Slurm's words."""
+    """Ask Slurm whether it would take the script (sbatch --test-only). Raises SlurmError with Slurm's message."""
     answer = run(["sbatch", "--test-only", script_path], _CALL_SECONDS)
     if answer.exit_code == 0 or gave_no_answer(answer):
-        return  # no answer: the submission itself waits and looks before it tries again
+        return  # no answer: the submission itself waits and looks the job up before it retries
     raise SlurmError(f"Slurm would refuse {script_path}: {_refusal(answer)}")
 
 

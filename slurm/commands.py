@@ -19,7 +19,7 @@ _NO_ANSWER = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """What a program said; `exit_code` None: it gave no answer within the time."""
+    """Output of a program; `exit_code` is None if it gave no answer in time."""
 
     exit_code: int | None
     output: str
@@ -31,7 +31,7 @@ Run = Callable[[Sequence[str], float], Answer]
 
 
 class SlurmError(Exception):
-    """Slurm refused, or cannot be asked; one sentence with its own words."""
+    """Slurm refused, or cannot be queried; one sentence with its own message."""
 
 
 class NoAnswerError(SlurmError):
@@ -39,7 +39,7 @@ class NoAnswerError(SlurmError):
 
 
 def run_command(argv: Sequence[str], seconds: float) -> Answer:
-    """Run a client program of Slurm in a clean environment. Raises SlurmError where the program is missing."""
+    """Run a client program of Slurm in a clean environment. Raises SlurmError if the program is missing."""
     try:
         done = subprocess.run(
             list(argv),

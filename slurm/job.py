@@ -42,7 +42,7 @@ class InvalidJobError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What the #SBATCH lines say; every value is what Slurm is to see, unquoted."""
+    """Contents of the #SBATCH lines; every value as Slurm is to see it, unquoted."""
 
     name: str
     output: str
@@ -101,7 +101,7 @@ def render_header(header: Header) -> str:
 
 
 def find_problems(header: Header) -> list[str]:
-    """Every value of the header that Slurm would misread, refuse too late, or take in silence."""
+    """Every value of the header that Slurm would misread, refuse too late, or silently accept."""
     return [
         *_text_problems(header),
         *_word_problems(header),
@@ -126,7 +126,7 @@ def parse_time_limit(text: str) -> int | None:
 
 
 def quote(value: str) -> str:
-    """A value for a #SBATCH line: bare where plain, else in double quotes as sbatch's own reader takes them."""
+    """A value for a #SBATCH line: bare if plain, else in double quotes as sbatch's own reader takes them."""
     if _WORD.match(value):
         return value
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')

@@ -1,4 +1,4 @@
-"""What Slurm knows of jobs, from squeue, sacct, scontrol and the completion file; any of them may be missing."""
+"""Slurm's facts about jobs, from squeue, sacct, scontrol and the completion file; any of them may be missing."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -18,12 +18,12 @@ _SACCT_FIELDS = "JobIDRaw,JobID,State,ExitCode,Elapsed,NodeList"
 
 @dataclass(frozen=True, kw_only=True)
 class JobFacts:
-    """One job as Slurm tells it; empty texts where the source does not say."""
+    """One job as reported by Slurm; empty texts for what the source lacks."""
 
     job_id: str
     state: State
     reason: str = ""
-    """Why it waits or ended, in Slurm's word."""
+    """Why it waits or ended, as Slurm's reason code."""
     elapsed: str = ""
     time_limit: str = ""
     starts: str = ""
@@ -35,7 +35,7 @@ class JobFacts:
 
     @property
     def sentence(self) -> str:
-        """The state in words, and why it waits or failed where Slurm says so."""
+        """The state in plain English, and why it waits or failed if Slurm says so."""
         if self.exit_code == "0:53":
             return f"{self.state.sentence}: {explain_reason('JobLaunchFailure')}"
         tells_more = self.state.phase == "waiting" or (self.state.phase == "ended" and not self.state.succeeded)
@@ -45,7 +45,7 @@ class JobFacts:
 
 
 def query(job_ids: Iterable[str], *, run: Run = run_command) -> dict[str, JobFacts]:
-    """The facts of every job asked for, with one squeue call; UNKNOWN where nobody answers. Never raises."""
+    """The facts of every job asked for, with one squeue call; UNKNOWN if nothing answers. Never raises."""
     wanted = list(dict.fromkeys(job_ids))
     if not wanted:
         return {}
@@ -58,9 +58,9 @@ def query(job_ids: Iterable[str], *, run: Run = run_command) -> dict[str, JobFac
         try:
             facts |= source(missing, run)
         except NoAnswerError:
-            silent = True  # asking the controller in other words would take as long again
+            silent = True  # asking the controller in another way would take as long again
         except SlurmError:
-            continue  # this source is not here; the next one may be
+            continue  # this source is missing; the next one may not be
     return {job_id: facts.get(job_id, JobFacts(job_id=job_id, state=UNKNOWN)) for job_id in wanted}
 
 

@@ -1,4 +1,4 @@
-"""Slurm's job states and reasons in words; UNKNOWN is a state of its own. Pure, imports nothing of ours."""
+"""Slurm's job states and reasons in plain English; UNKNOWN is a separate state. Pure, imports nothing of ours."""
 
 import re
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ _REASONS = {
 
 
 def parse_state(text: str) -> State:
-    """The state in squeue's, sacct's or scontrol's words: tolerates `CANCELLED by 1000`, short names, lists."""
+    """Parse a state as printed by squeue, sacct or scontrol: tolerates `CANCELLED by 1000`, short names, lists."""
     words = [word for word in re.split(r"[^A-Za-z_]+", text.strip()) if word]
     if not words:
         return UNKNOWN
@@ -103,7 +103,7 @@ def parse_state(text: str) -> State:
 
 
 def explain_reason(reason: str) -> str:
-    """Why a job waits, in a sentence; a reason that is not in the table is passed on as it is."""
+    """Why a job waits, in a sentence; an unlisted reason is passed through unchanged."""
     bare = reason.strip().strip("()")
     if bare in {"", "None", "null"}:
         return "Slurm has not said yet why it waits"

@@ -1,4 +1,4 @@
-"""Fill a script template: `@{name}` becomes a value, once; shell dollars stay what they are."""
+"""Fill a script template: `@{name}` becomes a value, once; shell dollars are left unchanged."""
 
 import re
 from collections.abc import Mapping
@@ -7,6 +7,6 @@ _PLACE = re.compile(r"@\{(\w+)\}")
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with every place filled; places and values must match one to one."""
+    """The template with every placeholder filled; placeholders and values must match one to one."""
     assert set(_PLACE.findall(template)) == set(values), set(_PLACE.findall(template)) ^ set(values)
     return _PLACE.sub(lambda place: values[place[1]], template)

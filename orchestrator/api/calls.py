@@ -51,15 +51,15 @@ class StageResult:
     steps: int | None
     """Optimizer steps; None, like the losses, for a stage that trains nothing."""
     loss_before: float | None
-    """Mean held-out loss in nats a trained token, before the first step."""
+    """Mean held-out loss in nats per trained token, before the first step."""
     loss_after: float | None
     proven_loss: float | None
-    """Loss of the artifact, opened again in a fresh process."""
+    """Loss of the artifact, re-opened in a fresh process."""
     record: Mapping[str, Any]
-    """result.json, whole."""
+    """The whole content of result.json."""
 
     def metrics(self) -> list[Row]:
-        """Rows of metrics.jsonl in the order of their steps; of a step that was replayed, the last."""
+        """Rows of metrics.jsonl in step order; of a replayed step, the last."""
         return last_attempt_rows(read_rows(StageFolder(self.folder).metrics))
 
 
@@ -69,7 +69,8 @@ class RunResult:
 
     folder: Path
     outcome: Literal["finished", "saved", "submitted"]
-    """`saved`: interrupted or asked to stop, `resume(folder)` goes on; `submitted`: Slurm has it, ask `status(folder)`."""
+    """`saved`: interrupted or asked to stop, continue with `resume(folder)`; `submitted`: Slurm has it, query
+    `status(folder)`."""
     stages: Mapping[str, StageResult]
     """Finished stages by name, in the order of the pipeline."""
 
@@ -81,14 +82,14 @@ def compose(*overrides: Override, config_directory: Folder | None = None) -> Run
 
 
 def plan(*overrides: Override, config_directory: Folder | None = None) -> Plan:
-    """What `run` would do: data, steps, memory, time. Nothing is written."""
+    """What `run` would do: data, steps, memory, time. Writes nothing."""
     return planned_run(_words(overrides, config_directory=config_directory))[1]
 
 
 def run(*overrides: Override, config_directory: Folder | None = None) -> RunResult:
-    """Check, plan, launch and wait, with progress on standard output; go on with an unfinished run, skip what is done.
+    """Check, plan, launch and wait, with progress on standard output; continue an unfinished run, skip finished stages.
 
-    Raises ConfigError before anything starts, LaunchFailed or TrainingFailed where a stage ends without a result.
+    Raises ConfigError before anything starts, LaunchFailed or TrainingFailed if a stage ends without a result.
     """
     from orchestrator.execution.run_pipeline import WHOLE
 
@@ -102,7 +103,7 @@ def run(*overrides: Override, config_directory: Folder | None = None) -> RunResu
 
 
 def resume(folder: Folder) -> RunResult:
-    """Go on with a run from its folder, wherever it lies; raises as `run` does."""
+    """Continue a run from its folder, even if moved; raises like `run`."""
     found = _run_folder(folder)
     return _ended(found, resume_run(found))
 
@@ -117,11 +118,12 @@ def status(folder: Folder) -> list[StageStatus]:
 
 
 def load(folder: Folder, *, stage: str | None = None) -> OpenedModel:
-    """Model and tokenizer of a finished run (its last stage that made a model), on the device where a run would train.
+    """Model and tokenizer of a finished run (of its last stage that yields a model), on the device that a run would
+    train on.
 
-    Imports torch and transformers. ConfigError where the stage is not finished or made no model.
+    Imports torch and transformers. ConfigError if the stage is not finished or yields no model.
     """
-    opened = import_module("orchestrator.evaluation.open_model")  # torch enters here and nowhere before
+    opened = import_module("orchestrator.evaluation.open_model")  # torch is imported here and nowhere earlier
     return opened.open_run(_run_folder(folder), stage)
 
 
@@ -145,7 +147,7 @@ def _words(overrides: Sequence[object], *, config_directory: Folder | None) -> l
 
 
 def _hydra_text(value: object) -> str:
-    """A Python value in Hydra's grammar, quoted so that it comes out as it went in."""
+    """A Python value in Hydra's grammar, quoted so that it round-trips."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     match value:

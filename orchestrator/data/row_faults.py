@@ -1,4 +1,4 @@
-"""What can be wrong with training data, by code, and how it is told; must not import torch."""
+"""Possible faults of training data, by code, and their report. Must not import torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MENDS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One row that must not be trained on: where it stands, and what is there against what is expected."""
+    """One row that must not be trained on: its location, and what was found and expected."""
 
     code: str
     where: str
@@ -66,7 +66,7 @@ class FaultList:
         self.counts.update(counts)
 
     def raise_if_any(self) -> None:
-        """Raises DataError that tells all of them."""
+        """Raise DataError with all of them."""
         if self.counts:
             raise DataError(told(self.kept, self.counts))
 

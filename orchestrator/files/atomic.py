@@ -1,4 +1,4 @@
-"""Files that come whole or not at all, and are on disk when the call returns. Must not import torch."""
+"""Files that appear complete or not at all, and are on disk when the call returns. Must not import torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ELSEWHERE = "set output_dir to a folder of yours"
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; RunFolderError with the path where it is missing or torn."""
+    """The content of a JSON file; RunFolderError with the path if it is missing or torn."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -34,12 +34,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: JsonValue | Mapping[str, Any]) -> None:
-    """Writes atomically and durably."""
+    """Write atomically and durably."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
-    """Writes beside the final name, fsyncs, renames: a reader sees the old or the new text, never half."""
+    """Write to a temporary name, fsync, rename: a reader sees the old or the new text, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside a folder durable."""
+    """Make renames inside a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,7 +65,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def os_sentence(path: Path, error: OSError, *, advice: str = ELSEWHERE) -> str:
-    """Why a file cannot be written, and the way out."""
+    """Why a file cannot be written, and the remedy."""
     if error.errno in NO_SPACE:
         free = shutil.disk_usage(existing_parent(path)).free
         return (
@@ -77,7 +77,7 @@ def os_sentence(path: Path, error: OSError, *, advice: str = ELSEWHERE) -> str:
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that is there."""
+    """The path itself, or its nearest existing ancestor."""
     return next(parent for parent in [path, *path.parents] if parent.exists())
 
 
@@ -87,7 +87,7 @@ def free_bytes(path: Path) -> int:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Renames a finished folder to its final name; an older one there is removed only after it was moved aside."""
+    """Rename a finished folder to its final name; an older one there is moved aside before it is removed."""
     aside = final.with_name(f".{final.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():

@@ -1,4 +1,4 @@
-"""Where things are kept between runs: dequantised models and prepared data. Must not import torch."""
+"""The cache between runs: dequantised models and prepared data. Must not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cache_folder(scratch: str | None = None) -> Path:
 
 
 def compiled_folder() -> Path:
-    """Where compiled extensions of one Python environment are kept: two environments that share a folder would compile anew in turns."""
+    """Folder of one Python environment's compiled extensions: two environments sharing it would recompile in turns."""
     name = hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "orchestrator" / "torch_extensions" / name
@@ -28,7 +28,7 @@ def compiled_folder() -> Path:
 
 @contextmanager
 def locked(path: Path) -> Generator[None]:
-    """One process at a time; the lock ends with the process that holds it."""
+    """Lock for one process at a time, released when its holder ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

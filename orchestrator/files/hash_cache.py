@@ -1,4 +1,4 @@
-"""SHA-256 digests of files, kept as long as size and time of change stay the same. Must not import torch."""
+"""SHA-256 digests of files, cached while size and time of change stay the same. Must not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import cast
 from orchestrator.errors import DataError
 
 RACY_NANOSECONDS = 2_000_000_000
-"""A file changed so shortly before it was hashed could change again without a new time stamp: its hash is not kept."""
+"""A file changed this shortly before hashing could change again without a new time stamp, so its hash is not cached."""
 
 
 class FileHashes:
@@ -32,7 +32,7 @@ class FileHashes:
         return cast("dict[str, str]", value) if isinstance(value, dict) else {}
 
     def of(self, path: Path) -> str:
-        """The sha256 of a file's bytes. Raises DataError where it cannot be read."""
+        """The sha256 of a file's bytes. Raises DataError if it cannot be read."""
         try:
             state = path.stat()
             name = f"{path}|{state.st_size}|{state.st_mtime_ns}|{state.st_ino}"
@@ -49,7 +49,7 @@ class FileHashes:
         return digest
 
     def save(self) -> None:
-        """Writes what is new, atomically; a cache that cannot be written only costs time."""
+        """Write new entries atomically; an unwritable cache only costs time."""
         if not self._is_new:
             return
         temporary = self._path.with_name(f"hashes.{os.getpid()}.tmp")

@@ -22,7 +22,7 @@ def file_digest(path: Path) -> str:
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Fsyncs every file of a folder and writes size and sha256 of each, with `facts`, as its last file."""
+    """Fsync every file of a folder and write size and sha256 of each, with `facts`, as its last file."""
     files = {str(file.relative_to(folder)): file for file in _files(folder)}
     entries = {name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for name, file in files.items()}
     for file in files.values():

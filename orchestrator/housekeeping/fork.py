@@ -1,4 +1,4 @@
-"""What a fork of a run is made of, and what it may not change; `fork_files` writes it. Must not import torch."""
+"""The inputs of a fork, and what it may not change; `fork_files` writes it. Must not import torch."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from orchestrator.run_state.resume_rules import is_below, settings_that_matter
 
 Source = Literal["checkpoint", "artifact"]
 SAME_PROBE = ("optimizer", "schedule", "max_steps", "epochs", "batch")
-"""Keys of a stage that leave the loss of given weights on the probe's rows as it is."""
+"""Keys of a stage that do not affect the loss of given weights on the probe's rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """What a fork will be made of; nothing is written yet."""
+    """The inputs of a fork; nothing is written yet."""
 
     parent: RunFolder
     stage: str
     source: Source
     config: RunConfig
     changes: Mapping[str, tuple[JsonValue, JsonValue]]
-    """Key -> value of the parent, value of the fork; name and output_dir left out."""
+    """Key -> value of the parent, value of the fork; without name and output_dir."""
     checkpoint: checkpoints.Found | None
     notes: tuple[str, ...]
 
@@ -50,9 +50,9 @@ class Fork:
 def plan_fork(
     parent: RunFolder, words: Sequence[str], *, stage: str | None, source: Source | None, step: int | None
 ) -> Fork:
-    """Checks everything that can be known before the first byte is copied; ConfigError with every problem."""
+    """Check everything that can be known before the first byte is copied; ConfigError with every problem."""
     refuse_newer(parent)
-    old = load_frozen(parent).values  # with the parent's place of today, and defaults for keys that it was older than
+    old = load_frozen(parent).values  # with the parent's current path, and defaults for keys newer than it
     values = changed_values(old, words)
     if values.get("name") == old.get("name"):
         raise ConfigError("fork: the new run needs a name of its own, such as name=second")
@@ -89,7 +89,7 @@ def plan_fork(
 
 
 def describe(fork: Fork) -> list[str]:
-    """What a person should know before the fork trains."""
+    """Notices for the user before the fork trains."""
     lines = [f"fork of {fork.parent.root}, stage {fork.stage}, into {fork.folder.root}"]
     if fork.checkpoint is not None:
         lines.append(
@@ -104,7 +104,7 @@ def describe(fork: Fork) -> list[str]:
 
 
 def _stage(config: RunConfig, parent: RunFolder, chosen: str | None) -> str:
-    """The stage asked for; else the first one that was interrupted, else the last that trained to its end."""
+    """The requested stage; else the first one that was interrupted, else the last that trained to its end."""
     trains = [name for name in config.pipeline if isinstance(config.stages[name], TrainingStage)]
     if chosen is not None and chosen not in trains:
         raise ConfigError(f"--stage {chosen}: the stages that train are {', '.join(trains) or 'none'}")
@@ -138,7 +138,7 @@ def _checkpoint(files: StageFolder, step: int | None) -> checkpoints.Found:
 
 
 def proven_digest(files: StageFolder) -> str | None:
-    """The digest of a finished stage's artifact, wherever its run lies; None where it is not the proven one."""
+    """The digest of a finished stage's artifact, independent of its run's path; None if it is not the proven one."""
     if not files.result.exists() or not (files.artifact / MANIFEST).is_file():
         return None
     digest = file_digest(files.artifact / MANIFEST)
@@ -208,7 +208,7 @@ def _accepting(
     name: str,
     changes: Mapping[str, tuple[JsonValue, JsonValue]],
 ) -> tuple[RunConfig, list[str]]:
-    """The fork's configuration with every changed setting in `accept_changes`, which is how a resume lets one through."""
+    """The fork's configuration with every changed setting in `accept_changes`, which is how a resume accepts one."""
     stage = config.stages[name]
     assert isinstance(stage, TrainingStage)
     old, new = found.state["settings"], settings_that_matter(config, name)

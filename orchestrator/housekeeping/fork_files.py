@@ -1,4 +1,4 @@
-"""Writes the folder of a fork: copies of what it starts from, proven as copies. Must not import torch."""
+"""Writes the folder of a fork: verified copies of what it starts from. Must not import torch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from orchestrator.run_state.frozen import load_frozen
 from orchestrator.run_state.reuse import fresh_stages
 
 LEFT_BEHIND = ("checkpoints", "quarantine", "logs", "wandb", "samples", "profile", "rollouts", "attempts")
-"""Of earlier stages: what says how they were trained, not what they made."""
+"""Files copied from earlier stages: how they were trained, not what they produced."""
 
 
 def write_fork(fork: Fork) -> None:
-    """The whole run folder under a name that is only given to a complete one."""
+    """Write the whole run folder; only a complete one gets its final name."""
     final = fork.folder.root
     if final.exists():
         raise ConfigError(f"{final} is there already; choose another name=")
@@ -62,7 +62,7 @@ def _fill(fork: Fork, staging: RunFolder) -> None:
 
 
 def _origin(fork: Fork) -> dict[str, Any]:
-    """Where the fork comes from, by digest: the parent may move or vanish."""
+    """The fork's origin, by digest, because the parent may move or vanish."""
     if fork.checkpoint is not None:
         digest = fork.checkpoint.manifest["manifest_sha256"]
     else:
@@ -97,7 +97,7 @@ def _own(files: StageFolder, final: StageFolder) -> None:
 
 
 def _copy_checkpoints(fork: Fork, target: StageFolder) -> None:
-    """The checkpoint, and the best one before it where early stopping may go back to that; each is proven as a copy."""
+    """Copy the checkpoint, and the earlier best one if early stopping may return to it; each copy is verified."""
     assert fork.checkpoint is not None
     source, step = fork.parent.stage(fork.stage), fork.checkpoint.step
     best = fork.checkpoint.state["progress"]["stopping"]["best_step"]

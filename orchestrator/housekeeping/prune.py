@@ -1,4 +1,4 @@
-"""What a run and the cache can do without, each with its size and the reason; `removal` deletes it. Must not import torch."""
+"""Finds what runs and the cache no longer need, each with its size and the reason. Must not import torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_state.frozen import newer_version, read_config
 
 RECENT_SECONDS = 3600.0
-"""Younger entries of the cache may belong to a run that is just starting."""
+"""Younger cache entries are kept: they may belong to a run that is just starting."""
 INTERRUPTED = (".partial", ".deleted")
 """Endings of checkpoints that a kill left half-written or half-deleted; `.old` ones may be the only good copy."""
 
@@ -40,7 +40,8 @@ class Dispensable:
 
 
 def prune(folders: Sequence[Path], *, yes: bool, dry_run: bool) -> int:
-    """Lists what can go, asks, deletes. The cache is judged only by folders of runs: a single run does not know who else uses it."""
+    """List what can go, ask, delete. The cache is pruned only for folders of runs: a single run does not know who else
+    uses it."""
     runs, whole = _runs_of(folders)
     skipped, found = of_runs(runs)
     if whole:
@@ -77,10 +78,10 @@ def _runs_of(folders: Sequence[Path]) -> tuple[list[RunFolder], bool]:
 
 
 def of_runs(runs: Sequence[RunFolder]) -> tuple[list[str], list[Dispensable]]:
-    """Sentences about runs that are left alone, and what the others can do without."""
+    """Sentences about runs that are left alone, and what the others no longer need."""
     skipped = {run.root: f"a link to {run.root.resolve()}; give that folder" for run in runs if run.root.is_symlink()}
     versions = {run.root: newer_version(run) for run in runs if run.root not in skipped}
-    # A newer version may keep what this one would take for dispensable.
+    # A newer version may need what this one considers dispensable.
     skipped |= {
         root: f"version {version} of the orchestrator wrote it; prune it with that one"
         for root, version in versions.items()
@@ -97,7 +98,7 @@ def of_runs(runs: Sequence[RunFolder]) -> tuple[list[str], list[Dispensable]]:
 
 
 def dispensable(run: RunFolder) -> list[Dispensable]:
-    """What a run that is not running can do without; never an artifact in use, never the checkpoint that a resume would take."""
+    """What an inactive run no longer needs; never an artifact in use, never the checkpoint that a resume would take."""
     flat = flatten(read_config(run))
     found: list[Dispensable] = []
     for name in pipeline_of(run):
@@ -132,10 +133,10 @@ def _checkpoints(files: StageFolder, name: str, flat: dict[str, JsonValue]) -> I
 
 
 def _obsolete(files: StageFolder, steps: Sequence[int], *, keep_last: int, keep_every: int | None) -> list[int]:
-    """Steps that retention lets go and that are older than the newest proven one: the others may be needed to go on."""
+    """Steps that retention expires and that are older than the newest valid one; the others may be needed to resume."""
     try:
         best = checkpoints.best_step(files)
-    except (OrchestratorError, KeyError, TypeError):  # a damaged manifest: which one is best is unknown
+    except (OrchestratorError, KeyError, TypeError):  # a damaged manifest: the best step is unknown
         return []
     gone = checkpoints.obsolete(steps, keep_last=keep_last, keep_every=keep_every, best=best)
     proven = checkpoints.look(files)[0] if gone else None
@@ -143,7 +144,7 @@ def _obsolete(files: StageFolder, steps: Sequence[int], *, keep_last: int, keep_
 
 
 def _is_intact(files: StageFolder) -> bool:
-    """Whether the artifact is the proven one: else the checkpoints are what is left of the training."""
+    """Whether the artifact is the proven one; if not, the checkpoints are all that is left of the training."""
     try:
         return file_digest(files.artifact / MANIFEST) == read_json(files.result)["artifact"]["manifest_sha256"]
     except (OSError, OrchestratorError, KeyError, TypeError):
@@ -151,7 +152,7 @@ def _is_intact(files: StageFolder) -> bool:
 
 
 def unused_cache(runs: Sequence[RunFolder], cache: Path) -> list[Dispensable]:
-    """Prepared data and dequantised bases that none of the runs refers to; both are made again where they are needed."""
+    """Prepared data and dequantised bases that none of the runs refers to; both are recreated when needed."""
     used = set(_used(runs))
     prepared = [path for path in _old(cache / "data") if is_prepared(path) or path.name.startswith(".building-")]
     models = [path for path in _old(cache / "models") if (path / "config.json").is_file()]
@@ -171,7 +172,7 @@ def _old(folder: Path) -> list[Path]:
 
 
 def _used(runs: Iterable[RunFolder]) -> Iterator[str]:
-    """Names of the cache's folders that the runs refer to: a cache that was moved keeps them."""
+    """Names of the cache's folders that the runs refer to, which survive a move of the cache."""
     for run in runs:
         for name in pipeline_of(run):
             for file in (run.stage(name).prepared, run.stage(name).result):
@@ -198,7 +199,7 @@ def _entry(path: Path, why: str) -> Dispensable:
 
 
 def _is_inside(path: Path, root: Path) -> bool:
-    """No link leads out: neither the entry itself nor a folder above it."""
+    """Whether no link leads out: neither the entry itself nor a folder above it."""
     return not path.is_symlink() and path.resolve().is_relative_to(root.resolve())
 
 

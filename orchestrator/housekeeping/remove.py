@@ -1,4 +1,4 @@
-"""Deletes folders of ours and nothing else: sizes, questions, links that are never followed. Must not import torch."""
+"""Deletes only our own folders: sizes, questions, links that are never followed. Must not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.run_state.freeze import read_config
 from orchestrator.run_state.location import OF_ORIGINAL
 
 ALIVE = ("running", "waiting", "unknown")
-"""States in which a job may still write; unknown is no permission."""
+"""States in which a job may still write; an unknown state is also protected."""
 OURS = (
     "run.json",
     "plan.json",
@@ -34,14 +34,15 @@ STUDY = "study.json"
 _STAGE = StageFolder(Path("stage"))
 OURS_OF_A_STAGE = {
     _STAGE.curves.with_suffix(".png").name,
-    # Every name that rundir knows, so that a new one needs no entry here.
+    # Every name that the run folder defines, so that a new one needs no entry here.
     *(name.fget(_STAGE).name for name in vars(StageFolder).values() if isinstance(name, property) and name.fget),
 }
 OURS_OF_A_STUDY = (STUDY, "report.json", "report.txt", "report.png", "optuna.journal")
 
 
 def remove_runs(folders: Sequence[Path], *, yes: bool) -> int:
-    """Deletes whole run and study folders after a question; ConfigError where one of them is no such folder, or runs."""
+    """Delete whole run and study folders after a question; ConfigError if one of them is no such folder, or is
+    running."""
     chosen = list(dict.fromkeys(folder.absolute() for folder in folders))
     problems = [problem for folder in chosen for problem in refusals(folder)]
     if problems:
@@ -90,7 +91,7 @@ def refusals(folder: Path) -> Iterator[str]:
 
 
 def _foreign(folder: Path, known: Container[str], runs: Sequence[Path]) -> Iterator[str]:
-    """A sentence where visible entries of a folder have other names than ours; folders of `runs` have their own."""
+    """A sentence if visible entries of a folder have names other than ours; the folders in `runs` have their own."""
     if folder.is_symlink() or not folder.is_dir():
         return
     own = {path for run in runs for path in (run, *run.parents)}
@@ -118,7 +119,7 @@ def _no_run(folder: Path) -> Iterator[str]:
 
 
 def ask(question: str, *, yes: bool) -> None:
-    """Goes on where a person agrees; ConfigError where nobody can be asked, or the answer is no."""
+    """Continue if the user agrees; ConfigError if nobody can be asked, or the answer is no."""
     if yes:
         return
     if not sys.stdin.isatty():
@@ -128,7 +129,7 @@ def ask(question: str, *, yes: bool) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Deletes a folder or file; its name vanishes first, so that nothing ever reads a half of it. Links are not followed."""
+    """Delete a folder or file; it is renamed first, so that nothing ever reads half of it. Links are not followed."""
     leaving = folder.with_name(f".{folder.name}.deleted-{os.getpid()}")
     try:
         folder.rename(leaving)
@@ -141,7 +142,7 @@ def delete_folder(folder: Path) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; what links point to is not counted."""
+    """Bytes of a file, or of all files below a folder; targets of links are not counted."""
     if path.is_symlink() or not path.is_dir():
         return path.lstat().st_size
     total = 0

@@ -1,4 +1,5 @@
-"""Refuse to start where another project's `launchers` or `slurm` would be imported in place of ours. Standard library only."""
+"""Refuse to start where another project's `launchers` or `slurm` would be imported instead of ours. Standard library
+only."""
 
 from __future__ import annotations
 

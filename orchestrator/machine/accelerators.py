@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 QUERIES = ("compute_cap,name", "gpu_bus_id,name")
-"""The second is for drivers that do not know `compute_cap` yet: the number of the bus is no capability, the name remains."""
+"""Queries; the second is for drivers without `compute_cap`: the bus number is no capability, and the name remains."""
 QUERY_SECONDS = 10
-"""A driver that does not answer within this time is no reason to keep a plan waiting."""
+"""Timeout of the driver's answer, so that it cannot delay a plan."""
 KFD = Path("/dev/kfd")
-"""AMD's compute device; there where ROCm's driver is."""
+"""AMD's compute device, present with ROCm's driver."""
 BFLOAT16_SINCE = (8, 0)
 """Compute capability of the first NVIDIA GPUs with bfloat16 matrix units (Ampere)."""
 
@@ -27,11 +27,12 @@ class Gpu:
 
     name: str
     capability: tuple[int, int] | None
-    """NVIDIA's compute capability; None where it is unknown, or the GPU is AMD's."""
+    """NVIDIA's compute capability; None if it is unknown, or the GPU is AMD's."""
 
     @property
     def has_native_bfloat16(self) -> bool:
-        """An unknown one is taken to: NVIDIA's have had it since 2020, and AMD's that ROCm still supports have it."""
+        """Whether bfloat16 is native; assumed for unknown GPUs: NVIDIA's have had it since 2020, and AMD's that ROCm
+        still supports have it."""
         return self.capability is None or self.capability >= BFLOAT16_SINCE
 
     def bfloat16_reason(self) -> str:
@@ -49,7 +50,7 @@ class Gpu:
 
 @lru_cache(maxsize=1)
 def oldest_gpu() -> Gpu | None:
-    """The visible GPU with the lowest compute capability, since a run uses all of them; None where torch will see none."""
+    """The visible GPU with the lowest compute capability, since a run uses all of them; None if torch will see none."""
     built_for = torch_build()
     if built_for == "hip" and KFD.exists():
         return Gpu(name="the AMD GPU", capability=None)
@@ -61,7 +62,8 @@ def oldest_gpu() -> Gpu | None:
 
 
 def torch_build() -> str:
-    """`cuda`, `hip` or `cpu`: what the installed torch was built for, by its version file; `unknown` where there is none."""
+    """`cuda`, `hip` or `cpu`: what the installed torch was built for, by its version file; `unknown` if there is
+    none."""
     found = find_spec("torch")  # of a top-level package: finds the file, runs nothing of it
     if found is None or found.origin is None:
         return "unknown"

@@ -30,14 +30,14 @@ class NumberType:
     is_auto: bool
     reason: str
     warning: str | None = None
-    """Why this type is a poor one on the device at hand."""
+    """Why this type is a poor choice on the present device."""
 
 
 AS_CONFIGURED = NumberType(name="float32", is_auto=False, reason="as configured")
 
 
 def settle(config: RunConfig, machine: Machine, *, is_auto: bool) -> NumberType:
-    """The type of a composed configuration; a run folder that is there keeps the one that it began with."""
+    """The type of a composed configuration; an existing run folder keeps its original type."""
     frozen = _frozen(RunFolder(Path(config.output_dir).expanduser() / config.name)) if is_auto else None
     if frozen is not None:
         return settled_before(config, machine, *frozen)
@@ -56,14 +56,15 @@ def settle_folder(config: RunConfig, folder: RunFolder, machine: Machine) -> Num
 
 
 def settled_before(config: RunConfig, machine: Machine, name: Name, reason: str | None) -> NumberType:
-    """A frozen type; it stays, since another one would change the result, and where it was for another device that is reported."""
+    """A frozen type is kept, since another one would change the result; a note says so if it was chosen for another
+    device."""
     best, why = choose(config, machine)
     kept = NumberType(name=name, is_auto=reason is not None, reason=reason or "as the run folder has it")
     return kept if name == best else replace(kept, warning=moved_sentence(name, kept.reason, best, why))
 
 
 def moved_sentence(name: str, reason: str, best: str, why: str) -> str:
-    """Why a run that began on another kind of device keeps its type."""
+    """Why a run begun on another kind of device keeps its type."""
     return (
         f"model.dtype stays {name}, chosen where the run began ({reason}); on this device auto would choose {best}: {why}. "
         "A run keeps its type, since another one changes the result; start a run with another name= to use it"
@@ -71,7 +72,7 @@ def moved_sentence(name: str, reason: str, best: str, why: str) -> str:
 
 
 def explicit(config: RunConfig, machine: Machine) -> NumberType:
-    """A type that the user typed is obeyed; a warning where the device emulates it."""
+    """A typed value is used; with a warning if the device emulates it."""
     name = config.model.dtype
     best, why = choose(config, machine)
     is_emulated = name == "bfloat16" and best == "float32"
@@ -89,7 +90,7 @@ def factor_words(slowdown: float) -> str:
 
 
 def with_slowdown(number_type: NumberType, slowdowns: Iterable[float | None]) -> NumberType:
-    """The warning with the largest measured factor; as it was where nothing measured one."""
+    """The warning with the largest measured factor; unchanged if nothing measured one."""
     known = [slowdown for slowdown in slowdowns if slowdown is not None]
     if number_type.warning is None or not known:
         return number_type
@@ -97,7 +98,7 @@ def with_slowdown(number_type: NumberType, slowdowns: Iterable[float | None]) ->
 
 
 def choose(config: RunConfig, machine: Machine) -> tuple[Name, str]:
-    """bfloat16 where the device of the ranks computes it natively, else float32; with the reason."""
+    """bfloat16 if the ranks' device computes it natively, else float32; with the reason."""
     cluster, device = config.cluster, device_of(config, machine)
     known = cluster.hardware.native_bfloat16
     if known is not None:
@@ -117,7 +118,7 @@ def choose(config: RunConfig, machine: Machine) -> tuple[Name, str]:
 
 
 def dtype_problem(value: object) -> str | None:
-    """Why a value of `model.dtype` cannot be obeyed; None where it can."""
+    """Why a value of `model.dtype` cannot be used; None if it can."""
     if value in CHOICES:
         return None
     typed = str(value).lower()
@@ -128,13 +129,13 @@ def dtype_problem(value: object) -> str | None:
 
 
 def frozen_reason(record: Any) -> str | None:
-    """The reason in a run.json; None where the type was typed, or an older version wrote the file."""
+    """The reason in a run.json; None if the type was typed, or an older version wrote the file."""
     chosen = record.get("auto", {}) if isinstance(record, dict) else {}  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return chosen.get(KEY) if isinstance(chosen, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _frozen(folder: RunFolder) -> tuple[Name, str | None] | None:
-    """(type, reason) of a run folder; None where there is no run yet, or none that can be read: freezing will tell."""
+    """(type, reason) of a run folder; None if there is no run yet, or an unreadable one, which freezing will report."""
     try:
         record: Any = read_json(folder.run)
         name: Name = record["config"]["model"]["dtype"]

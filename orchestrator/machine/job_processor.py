@@ -1,4 +1,4 @@
-"""What a speed measured on a processor holds for: the processor, its limits and the threads; must not import torch."""
+"""Conditions of a speed measured on a processor: the processor, its limits and the threads. Must not import torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from orchestrator.machine.processor import Processor
 
 
 class ProcessorKey(Section):
-    """Two measurements compare where all of this is equal."""
+    """Two measurements are comparable if all of these are equal."""
 
     name: str
     onednn_limit: str
     aten_limit: str
     threads: str
-    """`OMP_NUM_THREADS`, or the number of cores where torch chooses."""
+    """`OMP_NUM_THREADS`, or the number of cores if torch chooses."""
 
 
 def processor_key(processor: Processor, environment: Mapping[str, str]) -> ProcessorKey:
-    """The key of a rank that runs in `environment` on this machine; plan and rank must reckon alike, so torch is not asked."""
+    """The key of a rank that runs in `environment` on this machine; plan and rank must compute the same key, so torch
+    is not asked."""
     return ProcessorKey(
         name=processor.name,
         onednn_limit=processor.onednn_limit,
@@ -31,7 +32,7 @@ def processor_key(processor: Processor, environment: Mapping[str, str]) -> Proce
 
 
 def job_environment(config: RunConfig) -> dict[str, str]:
-    """The variables that a rank will have; several ranks share the cores as the scripts let them (launchers/shell.py)."""
+    """The environment of a rank; several ranks share the cores as in the scripts (launchers/shell.py)."""
     environment = {**os.environ, **config.cluster.environment}
     ranks = config.cluster.processes_per_node
     if ranks > 1 and "OMP_NUM_THREADS" not in environment:

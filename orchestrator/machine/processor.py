@@ -22,7 +22,7 @@ class Processor:
     name: str
     flags: frozenset[str]
     onednn_limit: str
-    """ONEDNN_MAX_CPU_ISA, in lower case as oneDNN reads it; empty where nothing is limited."""
+    """ONEDNN_MAX_CPU_ISA, in lower case as oneDNN reads it; empty if there is no limit."""
     aten_limit: str
     """ATEN_CPU_CAPABILITY: limits torch's own kernels, which multiply no large matrices."""
 
@@ -40,7 +40,7 @@ class Processor:
         return [flag for flag in NATIVE_FLAGS if flag in self.flags]
 
     def bfloat16_reason(self) -> str:
-        """Why bfloat16 is native here, or is not."""
+        """Why bfloat16 is or is not native here."""
         if not self.native_flags:
             return f"{self.name} has no bfloat16 instructions"
         if not self.has_native_bfloat16:
@@ -49,10 +49,10 @@ class Processor:
 
 
 def this_processor(environment: Mapping[str, str] | None = None, cpuinfo: Path = CPUINFO) -> Processor:
-    """The processor of this machine, under the limits that the environment sets; without flags where /proc is missing."""
+    """The processor of this machine, under the limits that the environment sets; without flags if /proc is missing."""
     environment = os.environ if environment is None else environment
     facts = _first_core(cpuinfo)
-    # x86 calls its list `flags`, Arm `Features`; Arm names its cores by number, so the architecture has to do
+    # x86 calls its list `flags`, Arm `Features`; Arm names its cores by number, so the architecture has to suffice
     flags = facts.get("flags") or facts.get("Features") or ""
     return Processor(
         name=facts.get("model name") or platform.processor() or platform.machine() or "this processor",
@@ -63,7 +63,7 @@ def this_processor(environment: Mapping[str, str] | None = None, cpuinfo: Path =
 
 
 def _first_core(cpuinfo: Path) -> dict[str, str]:
-    """The facts of the first core; all cores of a machine that runs one job are taken to be alike."""
+    """The facts of the first core; all cores of one machine are assumed equal."""
     try:
         first, _, _ = cpuinfo.read_text(encoding="utf-8", errors="replace").partition("\n\n")
     except OSError:

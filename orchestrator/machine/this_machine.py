@@ -15,24 +15,25 @@ from orchestrator.machine.processor import Processor, this_processor
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What this machine computes with; `gpu` is None where torch will see none."""
+    """This machine's compute devices; `gpu` is None if torch will see none."""
 
     processor: Processor
     gpu: Gpu | None
 
 
 def this_machine(environment: Mapping[str, str] | None = None) -> Machine:
-    """What this machine computes with, under the variables that the cluster's profile sets for the ranks besides the shell's own."""
+    """This machine's compute devices, under the shell's variables and those that the cluster profile sets for the
+    ranks."""
     return Machine(processor=this_processor({**os.environ, **(environment or {})}), gpu=oldest_gpu())
 
 
 def is_here(config: RunConfig) -> bool:
-    """Whether the ranks run on this machine, as far as the configuration says."""
+    """Whether the ranks run on this machine, according to the configuration."""
     return config.launcher.kind != "slurm" and config.cluster.nodes == 1
 
 
 def device_of(config: RunConfig, machine: Machine) -> Literal["cpu", "cuda"]:
-    """The device of a rank; under Slurm a GPU is what was asked for, whatever this machine has."""
+    """The device of a rank; under Slurm that of the request, independent of this machine."""
     cluster = config.cluster
     if cluster.device != "auto":
         return cluster.device
@@ -46,9 +47,9 @@ def device_of(config: RunConfig, machine: Machine) -> Literal["cpu", "cuda"]:
 
 
 def with_device(config: RunConfig, machine: Machine) -> RunConfig:
-    """For the arithmetic of a plan: the configuration with its device in the place of `auto`.
+    """The configuration with `auto` replaced by the device, for the arithmetic of a plan.
 
-    Never frozen: the folder may go on where the device is another.
+    Never frozen: the run may resume on another device.
     """
     cluster = config.cluster.model_copy(update={"device": device_of(config, machine)})
     return config.model_copy(update={"cluster": cluster})

@@ -1,4 +1,4 @@
-"""What a reward is asked about, and the rewards that come with the orchestrator; must not import torch."""
+"""The sample that a reward scores, and the built-in rewards. Must not import torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from orchestrator.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion that a model wrote, and what is known of it."""
+    """One completion of a model, and its context."""
 
     prompt: str
     completion: str
     tokens: int
-    """Tokens of the completion, the end-of-turn token among them."""
+    """Number of tokens of the completion, including the end-of-turn token."""
     is_finished: bool
     """Whether the model produced an end-of-turn token, rather than being cut at the limit."""
     row: Mapping[str, Any]
@@ -30,7 +30,7 @@ Reward: TypeAlias = Callable[[Sample], float]
 
 
 def exact_match(*, field: str = "answer", ignore_case: bool = False, ignore_outer_blanks: bool = True) -> Reward:
-    """1 where the whole completion is the row's `field`, else 0."""
+    """1 if the whole completion equals the row's `field`, else 0."""
 
     def comparable(text: str) -> str:
         text = text.strip() if ignore_outer_blanks else text
@@ -43,9 +43,9 @@ def exact_match(*, field: str = "answer", ignore_case: bool = False, ignore_oute
 
 
 def numeric_answer(*, field: str = "answer") -> Reward:
-    """1 where the completion's final number equals the one in the row's `field`, else 0, as GSM8K is scored.
+    """1 if the completion's final number equals the one in the row's `field`, else 0, as GSM8K is scored.
 
-    Both are the number at the last `####`, or the last number where no `####` has one. Commas between thousands,
+    Both are the number at the last `####`, or the last number if no `####` has one. Commas between thousands,
     currency signs and a trailing dot are ignored; 18 equals 18.00; fractions, powers and exponents are not numbers.
     """
 
@@ -60,9 +60,9 @@ def numeric_answer(*, field: str = "answer") -> Reward:
 
 
 def regex_format(*, pattern: str, is_full_match: bool = True) -> Reward:
-    """1 where the completion matches `pattern` (all of it, or where not `is_full_match` any part), else 0.
+    """1 if the completion matches `pattern` (all of it, or any part unless `is_full_match`), else 0.
 
-    The pattern is Python's; `.` leaves out line ends unless it begins with (?s).
+    The pattern is Python's; `.` does not match line ends unless the pattern begins with (?s).
     """
     try:
         compiled = re.compile(pattern)
@@ -92,9 +92,9 @@ def length_penalty(*, target_tokens: int, maximum_tokens: int) -> Reward:
 
 
 def repetition_penalty(*, ngram_words: int = 3) -> Reward:
-    """Minus the share of the completion's n-grams that stood before in it, in (-1, 0]; 0 where it has fewer words.
+    """Minus the share of the completion's n-grams that repeat an earlier one, in (-1, 0]; 0 if it has too few words.
 
-    Words are what stands between blanks, whatever their case; n is `ngram_words`.
+    Words are separated by whitespace and compared without case; n is `ngram_words`.
     """
     if ngram_words < 1:
         raise ConfigError(f"repetition_penalty: ngram_words is {ngram_words}; allowed is 1 or more, such as 3")

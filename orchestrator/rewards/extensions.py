@@ -1,4 +1,5 @@
-"""Metrics and callbacks that users bring as `FILE.py:function`: checked without running them, and loaded. Must not import torch."""
+"""User metrics and callbacks given as `FILE.py:function`: checked without running them, and loaded. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from orchestrator.rewards.python_file import Form, error_text, load_function
 METRIC = Form(what="metric", inputs=(("samples",),))
 CALLBACK = Form(what="callback", inputs=(("event", "values"),))
 STOP = "stop"
-"""What a callback returns to have the stage save and end."""
+"""Return value of a callback that makes the stage save and end."""
 
 Metric: TypeAlias = Callable[[Sequence[Sample]], Mapping[str, float]]
 Callback: TypeAlias = Callable[[str, Mapping[str, Any]], bool]
@@ -22,7 +23,7 @@ Callback: TypeAlias = Callable[[str, Mapping[str, Any]], bool]
 
 
 def load_metric(name: str, options: Mapping[str, Any]) -> Metric:
-    """Numbers by column name; ConfigError where the function fails or returns anything but finite numbers."""
+    """Numbers by column name; ConfigError if the function fails or returns anything but finite numbers."""
     found = load_function(name, options, METRIC)
     short = name.rpartition(":")[2]
 
@@ -38,7 +39,7 @@ def load_metric(name: str, options: Mapping[str, Any]) -> Metric:
 
 
 def load_callback(name: str, options: Mapping[str, Any]) -> Callback:
-    """Calls the user's function; ConfigError where it fails, or returns anything but None and "stop"."""
+    """Call the user's function; ConfigError if it fails, or returns anything but None or "stop"."""
     found = load_function(name, options, CALLBACK)
 
     def callback(event: str, values: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""A reward's name and options -> the function; `problems_of` runs no user code; must not import torch."""
+"""Loads a reward by name and options; `problems_of` runs no user code. Must not import torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ REWARD = Form(what="reward", inputs=(("sample",), ("prompt", "completion", "row"
 
 
 def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
-    """The reward that `name` says: a built-in, `path/to/file.py:function` or `reasoning_gym:data_set`.
+    """The reward called `name`: a built-in, `path/to/file.py:function` or `reasoning_gym:data_set`.
 
-    Raises ConfigError with all problems; the reward itself raises one where the function fails on a sample or
-    returns something that is not a finite number.
+    Raises ConfigError with all problems; the reward itself raises one if the function fails on a sample or returns
+    anything but a finite number.
     """
     problems = problems_of(name, options)
     if problems:
@@ -36,7 +36,7 @@ def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
 
 
 def problems_of(name: str, options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a reward's name and options, in sentences; a user's file is parsed and not executed."""
+    """Problems of a reward's name and options, in sentences; a user's file is parsed, not executed."""
     if name.startswith(_GYM):
         return _gym_problems(name, options)
     if name in BUILT_INS:
@@ -74,7 +74,7 @@ def _gym_problems(name: str, options: Mapping[str, Any]) -> list[str]:
 
 
 def _gym_reward(name: str) -> Reward:
-    """The package's own score of what stands in the last <answer> tags, or of the whole completion without them."""
+    """The package's own score of the text in the last <answer> tags, or of the whole completion without them."""
     try:
         score = import_module("reasoning_gym").get_score_answer_fn(name.removeprefix(_GYM))
     except Exception as error:
@@ -100,7 +100,7 @@ def _user_reward(name: str, options: Mapping[str, Any]) -> Reward:
 
 
 def _checked(name: str, function: Reward, *, path: Path | None = None) -> Reward:
-    """The function with its faults told: what it raised or returned, and on which sample."""
+    """Wrap the function so that faults are reported: what it raised or returned, and on which sample."""
 
     def reward(sample: Sample) -> float:
         where = f"on completion {sample.completion[:80]!r} to prompt {sample.prompt[:80]!r}"
@@ -118,7 +118,7 @@ def _checked(name: str, function: Reward, *, path: Path | None = None) -> Reward
 
 
 def _is_numpy_bool(value: object) -> bool:
-    """numpy's truth values count as numbers here; numpy itself is slow to import, and the plan comes through this module."""
+    """numpy's truth values count as numbers here; numpy itself is slow to import, and the plan imports this module."""
     return type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
 
 

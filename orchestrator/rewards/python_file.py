@@ -1,4 +1,5 @@
-"""A user's function, named `FILE.py:function`: found, checked without running the file, and loaded; must not import torch."""
+"""Finds, checks (without running the file) and loads a user's function, named `FILE.py:function`. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ from orchestrator.errors import ConfigError, nearest
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What a user's function is for, and the parameters that it takes."""
+    """Purpose of a user's function, and the parameters it takes."""
 
     what: str
     """The noun of error messages: reward, metric, callback."""
     inputs: tuple[tuple[str, ...], ...]
-    """Alternatives; each is passed by name, so that no order of parameters is wrong."""
+    """Alternative signatures; parameters are passed by name, so their order does not matter."""
 
     @property
     def sentence(self) -> str:
@@ -36,7 +37,7 @@ class Loaded:
 
     function: Callable[..., Any]
     inputs: tuple[str, ...]
-    """The alternative of the form that its signature takes."""
+    """The alternative that its signature matches."""
     path: Path
 
 
@@ -47,12 +48,12 @@ class _Source:
     functions: tuple[str, ...]
     """Names of the functions that it defines."""
     bound: Mapping[str, inspect.Signature | None]
-    """Names that may be a function; None where only running the file tells the signature."""
+    """Names that may be a function; None if the signature is only known by running the file."""
     has_star_import: bool
 
 
 def file_problems(name: str, options: Mapping[str, Any], form: Form) -> list[str]:
-    """What is wrong with `FILE.py:function` and its options, in sentences; the file is parsed and not executed."""
+    """Problems of `FILE.py:function` and its options, in sentences; the file is parsed, not executed."""
     try:
         source, function = _source_and_function(name, form)
     except ConfigError as error:
@@ -67,7 +68,7 @@ def file_problems(name: str, options: Mapping[str, Any], form: Form) -> list[str
 
 
 def load_function(name: str, options: Mapping[str, Any], form: Form) -> Loaded:
-    """Run the file and bind the options; ConfigError where there is no such function, or it takes other parameters."""
+    """Run the file and bind the options; ConfigError if there is no such function, or it takes other parameters."""
     source, function_name = _source_and_function(name, form)
     value = vars(_executed(source)).get(function_name)
     if not callable(value) or inspect.isclass(value) or inspect.iscoroutinefunction(value):
@@ -89,7 +90,8 @@ def no_option(name: str, option: str, allowed: Mapping[str, Any]) -> str:
 
 
 def error_text(error: BaseException, path: Path | None = None) -> str:
-    """The error's words and kind (but for our own sentences), and the line of the user's file it came through."""
+    """The error's message and type (except for our own sentences), and the line of the user's file that it came
+    through."""
     if path is None and isinstance(error, ValueError):
         return str(error)
     lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(path)]
@@ -97,7 +99,7 @@ def error_text(error: BaseException, path: Path | None = None) -> str:
 
 
 def _source_and_function(name: str, form: Form) -> tuple[_Source, str]:
-    """The file read and parsed, and the function's name or ""; raises ConfigError where it is not Python."""
+    """The file read and parsed, and the function's name or ""; raises ConfigError if it is not Python."""
     written, function = name, ""
     if not name.endswith(".py"):
         written, _, function = name.rpartition(":")
@@ -181,7 +183,7 @@ def _inputs_of(signature: inspect.Signature, form: Form) -> tuple[str, ...] | No
 
 
 def _executed(source: _Source) -> ModuleType:
-    """The file as a module; no byte code is written beside it."""
+    """The file as a module, without writing byte code next to it."""
     module = ModuleType(f"orchestrator_user_{source.path.stem}")
     module.__file__ = str(source.path)
     sys.modules[module.__name__] = module

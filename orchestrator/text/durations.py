@@ -1,4 +1,4 @@
-"""Times in words: estimates, measurements, seconds. Must not import anything of ours."""
+"""Formats durations: estimates, measurements, seconds. Must not import anything of ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def duration_words(hours: float) -> str:
 
 
 def exact_words(seconds: float) -> str:
-    """A time that was measured: `4.2 s`, `48 s`, `4 min 31 s`, `2 h 5 min`."""
+    """A measured time: `4.2 s`, `48 s`, `4 min 31 s`, `2 h 5 min`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""What a row of any format becomes, and how a faulty one is told; must not import torch."""
+"""The examples that rows of any format become, and the report of a faulty row. Must not import torch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Reading:
 
 
 class RowProblem(Exception):
-    """One row cannot be used: `field` of it is `found` where `expected` should stand; `code` names the fault."""
+    """One row cannot be used: its `field` is `found` instead of `expected`; `code` names the fault."""
 
     def __init__(self, field: str, found: str, expected: str, *, code: str = "wrong_type") -> None:
         self.field, self.found, self.expected, self.code = field, found, expected, code

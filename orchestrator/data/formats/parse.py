@@ -230,7 +230,7 @@ def _plain_text(row: Row) -> Example:
 def _prompts(row: Row) -> Example:
     prompt = row.get("prompt")
     extra = json.dumps({key: item for key, item in row.items() if key not in ("prompt", "tools")}, ensure_ascii=False)
-    if "prompt" not in row and row.get("instruction") is not None:  # alpaca rows, which stand as their own reference
+    if "prompt" not in row and row.get("instruction") is not None:  # alpaca rows, which are their own reference
         return Example((Prompt(_alpaca_prompt(row), None, ""),), extra=extra)
     if isinstance(prompt, str):
         return Example((Prompt(None, None, text_of(row, "prompt")),), extra=extra)

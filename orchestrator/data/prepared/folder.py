@@ -54,7 +54,7 @@ class PreparedFolder:
 
     @cached_property
     def unit_hashes(self) -> npt.NDArray[np.uint64]:
-        """A hash of every unit's words, for finding rows that stand in two sets."""
+        """A hash of every unit's words, for finding rows that occur in two sets."""
         return self._map("unit_hashes")
 
     @cached_property

@@ -28,7 +28,7 @@ class Statistics:
     units: int
     """Rows that are used; one that a mixture repeats counts every time."""
     duplicates: int
-    """Kept rows that stand earlier word by word (not used where `deduplicate` is on)."""
+    """Kept rows that repeat an earlier one verbatim (unused if `deduplicate` is on)."""
     documents: int
     """Texts that are used: one for a row, two for a preference."""
     rows: int

@@ -71,7 +71,7 @@ def _data_start(content: mmap.mmap, path: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedFacts:
-    """What the cache tells of prepared train rows; the lengths are an even sample of at most some thousands."""
+    """Statistics of prepared train rows from the cache; the lengths are an even sample of at most a few thousand."""
 
     rows: int
     """Trainable ones: packed rows where packing is on."""

@@ -117,7 +117,7 @@ def _suffix(path: Path) -> str:
 
 
 def _is_about(path: Path) -> bool:
-    """Whether a file only describes a data set (what the `datasets` library writes beside its rows)."""
+    """Whether a file only describes a data set (as the `datasets` library writes next to its rows)."""
     return (
         path.name in ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
         or path.name[0] == "."

@@ -1,4 +1,4 @@
-"""Rows out of JSONL, JSON, CSV, Parquet and Arrow files, each with its place; must not import torch or datasets."""
+"""Rows out of JSONL, JSON, CSV, Parquet and Arrow files, each with its location. Must not import torch or datasets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NO_BLANK = re.compile(r"[^ \t\r\n]")
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """What stands in place of a row that could not be read: what was found, what was expected."""
+    """Replaces a row that could not be read: what was found, what was expected."""
 
     found: str
     expected: str
@@ -151,7 +151,7 @@ def _rows_with_lines(text: str) -> Iterator[tuple[int, object]]:
 
 
 def _after_blanks(text: str, start: int) -> int:
-    """The place of the next character that is no JSON white space."""
+    """Index of the next character that is not JSON whitespace."""
     found = _NO_BLANK.search(text, start)
     assert found is not None, "the text is valid JSON"
     return found.start()
