@@ -9,7 +9,7 @@ from orchestrator.cli.parser import VerbParser
 from orchestrator.errors import EXIT_DONE
 
 # The shells pass the words up to the cursor and read one candidate per line; only `complete` below knows the
-# candidates. bash splits words at = and :, so that a candidate must lose what stands before the last of these.
+# candidates. bash splits words at = and :, so a candidate must drop everything up to the last of these.
 BASH = """\
 _orchestrator() {
   local line=${COMP_LINE:0:COMP_POINT} current prefix

@@ -168,12 +168,12 @@ def _ends_with(key: str, ending: str) -> bool:
 
 
 def _closest(key: str, candidates: Sequence[str]) -> str | None:
-    """The candidate most like the whole key; the first of those alike, so that the first stage of a pipeline wins."""
+    """The candidate most similar to the whole key; ties go to the first, so that the first stage of a pipeline wins."""
     return max(candidates, key=lambda known: _ratio(key, known), default=None)
 
 
 def _similar(key: str, keys: Sequence[str]) -> str | None:
-    """The key whose last part is most like the given one's; among equals the one that is most alike as a whole."""
+    """The key whose last part is most similar to the given one's; ties go to the most similar whole key."""
     last = key.rpartition(".")[2]
     scored = [((_ratio(last, known.rpartition(".")[2]), _ratio(key, known)), known) for known in keys]
     best = max(scored, key=lambda pair: pair[0], default=None)

@@ -1,4 +1,5 @@
-"""How many optimizer steps one pass over prepared rows takes: the one answer of plan, `check` and training. Must not import torch."""
+"""Optimizer steps of one pass over prepared rows: the one definition for plan, `check` and training. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -25,13 +26,13 @@ class Epoch:
 
 
 def epoch_of(stage: TrainingStage, rows: int, lengths: Callable[[], Indices], *, seed: int) -> Epoch:
-    """The epoch of a stage over `rows` trainable rows; `lengths` are read where a token budget decides, and only there."""
+    """The epoch of a stage over `rows` trainable rows; `lengths` are read only if a token budget decides."""
     size = stage.batch.global_size
     if isinstance(stage, PolicyStage):  # rows are prompts; the last rollout is filled up from the next epoch
         return Epoch(steps=rollout_steps_per_epoch(stage, rows), fillers=0)
     if stage.data.tokens_per_batch is None:
         return Epoch(steps=steps_per_epoch(rows, size), fillers=-rows % size)
-    from orchestrator.data.order import TokenBudgetOrder  # numpy, which a plan does without where it can
+    from orchestrator.data.order import TokenBudgetOrder  # imports numpy, which a plan avoids if possible
 
     order = TokenBudgetOrder(lengths(), size, seed, tokens_per_batch=stage.data.tokens_per_batch)
     return Epoch(steps=order.steps_per_epoch, fillers=order.fillers)

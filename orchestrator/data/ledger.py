@@ -1,4 +1,5 @@
-"""The record of the rows that every rank took at every step, and the proof that an epoch took each exactly once; no torch."""
+"""The record of the rows that every rank used at every step, and the proof that an epoch used each exactly once. Must
+not import torch."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ SHOWN_PROBLEMS = 20
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What one rank took at one step."""
+    """The rows that one rank used at one step."""
 
     step: int
     attempt: int
@@ -35,7 +36,7 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         is_torn = _ends_within_a_line(path)
         self._file: IO[str] = path.open("a", encoding="utf-8")
-        if is_torn:  # this rank was killed while it wrote: what follows must not be joined to the rest of that line
+        if is_torn:  # this rank was killed while writing: new lines must not be appended to the torn one
             self._file.write("\n")
         self._attempt, self._rank, self._world_size = attempt, rank, world_size
 
@@ -63,7 +64,7 @@ def ledger_path(folder: Path, rank: int) -> Path:
 
 
 def read_ledgers(folder: Path) -> Iterator[Taken]:
-    """Every whole line of every rank's file; a torn last line (the rank was killed while writing) is passed over."""
+    """Every whole line of every rank's file; a torn last line (the rank was killed while writing) is skipped."""
     for path in sorted(folder.glob("rank-*.jsonl")):
         for line in path.read_bytes().split(b"\n"):
             try:
@@ -77,7 +78,7 @@ def read_ledgers(folder: Path) -> Iterator[Taken]:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What the ledgers prove."""
+    """Result of the proof."""
 
     steps: int
     whole_epochs: int
@@ -86,17 +87,17 @@ class Audit:
     attempts: tuple[int, ...]
     world_sizes: tuple[int, ...]
     replayed_steps: int
-    """Steps that more than one attempt took; the last one counts."""
+    """Steps that more than one attempt executed; the last one counts."""
     problems: tuple[str, ...]
 
     @property
     def is_exact(self) -> bool:
-        """Whether every row was taken exactly once in every whole epoch, and at most once in the last."""
+        """Whether every row was used exactly once in every complete epoch, and at most once in the last."""
         return not self.problems
 
 
 def counted_steps(taken: Iterable[Taken]) -> dict[int, list[Taken]]:
-    """Step -> what its ranks took, in the last attempt that reached it."""
+    """Step -> the rows of its ranks, in the last attempt that reached it."""
     steps: dict[int, list[Taken]] = {}
     for entry in taken:
         known = steps.get(entry.step)
@@ -110,9 +111,9 @@ def counted_steps(taken: Iterable[Taken]) -> dict[int, list[Taken]]:
 def audit(
     folder: Path, rows: PreparedFolder, *, steps_per_epoch: int, skipped_steps: frozenset[int] = frozenset()
 ) -> Audit:
-    """Proves from the ranks' ledgers that every epoch takes every row once, across restarts and world sizes.
+    """Prove from the ranks' ledgers that every epoch uses every row once, across restarts and world sizes.
 
-    `skipped_steps` (from 1) were left out on purpose and are named elsewhere.
+    `skipped_steps` (from 1) were omitted on purpose and are reported elsewhere.
     """
     entries = list(read_ledgers(folder))
     steps = counted_steps(entries)

@@ -16,7 +16,8 @@ Indices = npt.NDArray[np.int64]
 FILLER = -1
 """Index of a row without trained tokens, which fills the last batch of an epoch."""
 WINDOW_BATCHES = 64
-"""Rows are sorted by length within windows of so many batches: enough for like lengths, few enough to stay random."""
+"""Rows are sorted by length within windows of this many batches: enough for similar lengths, few enough to stay
+random."""
 
 
 class Order(Protocol):
@@ -73,7 +74,7 @@ class BatchOrder:
         return step_index // self.steps_per_epoch
 
     def global_batch(self, step_index: int) -> Indices:
-        """The `global_size` row indices of step `step_index` (from 0); -1 where the last batch of an epoch is filled."""
+        """The `global_size` row indices of step `step_index` (from 0); -1 for fillers of an epoch's last batch."""
         epoch, batch = divmod(step_index, self.steps_per_epoch)
         order = self._epoch_order(epoch)
         return order[batch * self.global_size : (batch + 1) * self.global_size]
@@ -96,7 +97,8 @@ class BatchOrder:
 
 
 class TokenBudgetOrder:
-    """Batches of rows of like length whose padded size is at most `tokens_per_batch`; a step takes `global_size` of them.
+    """Batches of rows of similar length whose padded size is at most `tokens_per_batch`; a step takes `global_size` of
+    them.
 
     The batches are made once from the seed; each epoch shuffles them, so that every epoch has the same number of steps.
     """
@@ -114,11 +116,11 @@ class TokenBudgetOrder:
         return step_index // self.steps_per_epoch
 
     def global_batch(self, step_index: int) -> Indices:
-        """The row indices of all batches of a step; -1 for a batch that only fills."""
+        """The row indices of all batches of a step; -1 for a filler batch."""
         return np.concatenate(self._step(step_index))
 
     def micro_batches(self, step_index: int, *, rank: int, world_size: int, micro_size: int) -> list[Indices]:
-        """Batch m * world_size + rank of the step, for every m; each is a micro-batch of its own (`micro_size` is 1)."""
+        """Batch m * world_size + rank of the step, for every m; each is one micro-batch (`micro_size` is 1)."""
         assert micro_size == 1, "with tokens_per_batch a micro-batch is one batch of the budget"
         batches = self._step(step_index)
         batches += [np.array([FILLER])] * (-len(batches) % world_size)
@@ -140,7 +142,7 @@ class TokenBudgetOrder:
 
 
 def rank_slices(batch: Indices, *, rank: int, world_size: int, micro_size: int) -> list[Indices]:
-    """Slices of a global batch for one rank; a batch that does not divide is filled with -1 at its end."""
+    """Slices of a global batch for one rank; a batch that does not divide evenly is padded with -1."""
     per_round = world_size * micro_size
     short = -len(batch) % per_round
     whole = np.concatenate([batch, np.full(short, FILLER, dtype=np.int64)]) if short else batch
@@ -167,7 +169,7 @@ def _sorted_in_windows(order: Indices, lengths: Indices, window: int) -> Indices
 
 
 def _grouped(order: Indices, lengths: Indices, global_size: int, seed: int, epoch: int) -> Indices:
-    """Sorts by length within windows, then shuffles the whole batches; a short last batch stays last."""
+    """Sort by length within windows, then shuffle the full batches; a short last batch stays last."""
     ordered = _sorted_in_windows(order, lengths, WINDOW_BATCHES * global_size)
     whole = len(ordered) // global_size
     batches = ordered[: whole * global_size].reshape(whole, global_size)

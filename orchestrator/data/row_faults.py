@@ -45,7 +45,7 @@ class Fault:
 
 @dataclass(slots=True)
 class FaultList:
-    """Faults as they are found: all are counted, the first of every code are kept."""
+    """Collects faults: all are counted, the first of every code are kept."""
 
     kept: list[Fault] = field(default_factory=list[Fault])
     counts: Counter[str] = field(default_factory=Counter[str])
@@ -56,7 +56,7 @@ class FaultList:
             self.kept.append(fault)
 
     def extend(self, faults: Iterable[Fault], counts: Mapping[str, int]) -> None:
-        """Takes over another list's faults, in their order."""
+        """Append another list's faults, in their order."""
         before = dict(self.counts)
         room = {code: SHOWN_FAULTS - before.get(code, 0) for code in counts}
         for fault in faults:
@@ -72,7 +72,7 @@ class FaultList:
 
 
 def told(faults: Sequence[Fault], counts: Mapping[str, int]) -> list[str]:
-    """Sentences: the first faults, how many more there are, and how each kind is mended."""
+    """Sentences: the first faults, how many more there are, and how to fix each kind."""
     sentences = [str(fault) for fault in faults[:SHOWN_FAULTS]]
     total = sum(counts.values())
     if total > len(sentences):

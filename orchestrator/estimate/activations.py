@@ -1,4 +1,4 @@
-"""Bytes that a forward and a backward pass take beside weights, gradients and states; must not import torch."""
+"""Bytes that a forward and a backward pass take besides weights, gradients and states. Must not import torch."""
 
 from __future__ import annotations
 

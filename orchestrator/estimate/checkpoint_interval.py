@@ -16,7 +16,7 @@ class Failures:
     """What a save costs and what a failure costs, in seconds."""
 
     pause: float
-    """Ts: how long training stands still for a save."""
+    """Ts: how long a save pauses training."""
     writing: float
     """Tw: how long after the pause the save counts; 0 where training waits for it."""
     restart: float

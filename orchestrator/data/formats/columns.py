@@ -1,4 +1,5 @@
-"""The columns of a file against the fields of a format: names that others use, and the mapping to type; must not import torch."""
+"""Maps the columns of a file to the fields of a format: common names, and the mapping to type. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ NEEDED: Mapping[DataFormat, tuple[str, ...]] = {
     "text": ("text",),
     "prompts": ("prompt",),
 }
-"""Fields by which a format is detected; the first format that fits wins, the most special first."""
+"""Fields by which a format is detected; the first match wins, the most specific format first."""
 OPTIONAL: Mapping[DataFormat, tuple[str, ...]] = {
     "preference": ("prompt", "instruction", "input", "system", "margin", "tools"),
     "feedback": ("tools",),
@@ -42,10 +43,10 @@ KINDS: Mapping[DataFormat, str] = {
     "classification": "class",
     "prompts": "prompt",
 }
-"""What the rows of a format are to a stage."""
+"""The kind of rows that a format provides to a stage."""
 
-# Names in public data sets, the usual first. A pair of them is never taken without a word: which column is learnt, and whether it
-# goes through the chat template, is the user's to say; the refusal holds the mapping to paste.
+# Names in public data sets, the most common first. A pair of them is never mapped silently: which column is trained on,
+# and whether it goes through the chat template, is the user's decision; the refusal contains the mapping to paste.
 PROMPTS = (
     "instruction",
     "question",
@@ -103,8 +104,8 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str], data_format: DataFormat | None) -> dict[str, Any]:
     """The row with every mapped column under its field.
 
-    A mapped column does not count a second time, under its own name, as an optional field: with {instruction: input} there is
-    no `input` left, and with {instruction: prompt} a preference has no plain prompt.
+    A mapped column no longer counts under its own name as an optional field: with {instruction: input} there is no
+    `input` left, and with {instruction: prompt} a preference has no plain prompt.
     """
     fields = dict(row)
     spare = OPTIONAL[data_format] if data_format is not None else ()
@@ -127,7 +128,7 @@ def detect(row: object, columns: Mapping[str, str] | None = None) -> DataFormat 
 
 
 def past_template(row: Mapping[str, Any], columns: Mapping[str, str], data_format: DataFormat) -> dict[str, str] | None:
-    """Of rows whose prompt is plain text, which goes past the chat template: the mapping with which it goes through it."""
+    """For rows whose plain-text prompt bypasses the chat template: the mapping that renders it with the template."""
     column = columns.get("prompt", "prompt")
     if data_format not in ("prompt_completion", "preference", "prompts") or "instruction" in columns:
         return None
@@ -139,22 +140,22 @@ def past_template(row: Mapping[str, Any], columns: Mapping[str, str], data_forma
 
 
 def mapping_problem(data_format: DataFormat, columns: Mapping[str, str], row: Mapping[str, Any]) -> str | None:
-    """Why a mapping cannot be obeyed: a field that the format has not, or a column that the file has not."""
+    """Why a mapping is invalid: a field that the format lacks, or a column that the file lacks."""
     known = (*NEEDED[data_format], *OPTIONAL[data_format])
     for field, column in columns.items():
         if column not in row:
             return f"{field}: {column}: the file has no such column; {_hint(column, list(map(str, row)))}"
         if (
             field not in known and data_format != "prompts"
-        ):  # the rest of a prompt's row is its reference, under any name
+        ):  # all other columns of a prompt's row are its reference, under any name
             return f"{field}: format {data_format} has no such field; {_hint(field, known)}"
     return None
 
 
 def suggested(names: Sequence[str], kind: str) -> dict[str, str] | None:
-    """The mapping that makes rows of a kind (`text`, `pair`, ...) out of these columns; None where no pair is known.
+    """The mapping that makes rows of a kind (`text`, `pair`, ...) from these columns; None if no pair is known.
 
-    Fields that bear their own name already are left out.
+    Fields whose column already has the right name are omitted.
     """
     found = _fields(names, kind)
     return None if found is None else {field: column for field, column in found.items() if field != column}
@@ -195,7 +196,7 @@ def _context(names: Sequence[str], prompt: str) -> dict[str, str]:
 
 
 def _first(names: Sequence[str], known: Sequence[str]) -> str | None:
-    """The column whose name, in any case, is the earliest of the known ones."""
+    """The column whose name, ignoring case, comes first among the known ones."""
     lowered = {name.lower(): name for name in reversed(names)}
     return next((lowered[name] for name in known if name in lowered), None)
 

@@ -1,4 +1,4 @@
-"""Conversations: roles, contents, tool calls, and what each message says of being trained; must not import torch."""
+"""Conversations: roles, contents, tool calls, and each message's `train` mark. Must not import torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAREGPT_ROLES = {
 
 
 def tools_of(row: Row) -> tuple[dict[str, Any], ...] | None:
-    """The tools that a row offers, as JSON schemas; also where the file holds them as JSON text."""
+    """The tools that a row offers, as JSON schemas; the file may contain them as JSON text."""
     value = row.get("tools")
     if isinstance(value, str) and value.strip():
         try:
@@ -41,7 +41,7 @@ def tools_of(row: Row) -> tuple[dict[str, Any], ...] | None:
 
 
 def _tool_calls(value: object, name: str) -> list[dict[str, Any]]:
-    """Calls in the shape that templates read: `arguments` as an object, also where the file holds OpenAI's JSON text."""
+    """Calls in the shape that templates read: `arguments` as an object, parsed if the file has OpenAI's JSON text."""
     if not isinstance(value, list):
         raise RowProblem(name, kind_of(value), "a list of calls")
     calls: list[dict[str, Any]] = []
@@ -67,7 +67,7 @@ def _tool_calls(value: object, name: str) -> list[dict[str, Any]]:
 
 
 def _message(value: object, name: str) -> tuple[Message, bool | None]:
-    """A checked message and its `train` mark (None where nothing is said)."""
+    """A checked message and its `train` mark (None if absent)."""
     if not isinstance(value, dict):
         raise RowProblem(name, kind_of(value), "an object with role and content")
     row = cast("dict[str, Any]", value)
@@ -97,7 +97,7 @@ def _message(value: object, name: str) -> tuple[Message, bool | None]:
 
 
 def conversation(value: object, name: str) -> tuple[tuple[Message, ...], tuple[bool | None, ...]]:
-    """Checked messages, and what each says of being trained."""
+    """Checked messages and their `train` marks."""
     if not isinstance(value, list):
         raise RowProblem(name, kind_of(value), "a list of messages")
     if not value:
@@ -109,7 +109,7 @@ def conversation(value: object, name: str) -> tuple[tuple[Message, ...], tuple[b
 def chat_of(
     messages: tuple[Message, ...], marks: tuple[bool | None, ...], tools: tuple[dict[str, Any], ...] | None
 ) -> Chat:
-    """A conversation whose answers are learnt, but for those marked `train: false`."""
+    """A conversation whose answers are trained on, except those marked `train: false`."""
     trained = tuple(m["role"] == "assistant" and mark is not False for m, mark in zip(messages, marks, strict=True))
     return Chat(messages, tools, trained)
 

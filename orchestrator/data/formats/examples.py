@@ -14,7 +14,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation that goes through the chat template; `trained[i]` says whether message i is learnt."""
+    """A conversation rendered by the chat template; `trained[i]` says whether message i is trained on."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None
@@ -23,7 +23,7 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Text that goes past the chat template: `completion` is learnt, `prompt` is not."""
+    """Text that bypasses the chat template: `completion` is trained on, `prompt` is not."""
 
     prompt: str
     completion: str
@@ -31,7 +31,7 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt to generate from; nothing is learnt of it directly."""
+    """A prompt to generate from, not trained on directly."""
 
     messages: tuple[Message, ...] | None
     tools: tuple[dict[str, Any], ...] | None
@@ -40,7 +40,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """One text or two, of which a class or a number is learnt; encoded as the tokenizer itself encodes them."""
+    """One text or two with a class or a number to predict; encoded as the tokenizer itself encodes them."""
 
     text: str
     pair: str | None
@@ -48,18 +48,18 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of a file: one document, or two (chosen, rejected), with what comes along."""
+    """One row of a file: one document, or two (chosen, rejected), with its extra fields."""
 
     documents: tuple[Chat | Plain | Prompt | Labelled, ...]
     value: float | None = None
     """Margin of a preference, label (0 or 1) of a feedback, number of a classification."""
     extra: str | None = None
-    """JSON of what a reward needs of the row (reference answers); of a classification, its label, and the true one."""
+    """JSON of the fields that a reward needs (reference answers); for a classification, its label and the true one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """How the rows of a source are understood: their format, its columns, and what a row without a label is."""
+    """How the rows of a source are read: format, columns, and the treatment of rows without a label."""
 
     format: DataFormat
     columns: Mapping[str, str]
@@ -76,7 +76,7 @@ class RowProblem(Exception):
 
 
 def kind_of(value: object) -> str:
-    """A value's type in the words of a user."""
+    """A value's type in a user's terms."""
     if value is None:
         return "is null"
     if isinstance(value, bool):

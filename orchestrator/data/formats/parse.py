@@ -1,4 +1,5 @@
-"""Rows of a file -> examples of one shape: detection, checks and meaning of the formats; must not import torch."""
+"""Turns rows of a file into examples of one shape: detection, checks and semantics of the formats. Must not import
+torch."""
 
 from __future__ import annotations
 
@@ -40,9 +41,9 @@ EXPECTED_FIELDS: dict[DataFormat, str] = {
 def parse_row(
     row: object, data_format: DataFormat, columns: Mapping[str, str], *, labels: Reading | None = None
 ) -> Example:
-    """The example that a row says; raises RowProblem with the field, what is there and what is expected.
+    """The example of a row; raises RowProblem with the field, what was found and what was expected.
 
-    `labels` says what a row without a label is; None refuses it.
+    `labels` is the treatment of a row without a label; None refuses it.
     """
     if not isinstance(row, dict):
         raise RowProblem("row", kind_of(row), "an object")
@@ -112,7 +113,7 @@ def _answered(row: Row, prompt: object, field: str) -> Chat | Plain:
 
 
 def _continued(before: tuple[Message, ...], row: Row, field: str) -> Chat:
-    """A conversation of which only the messages of `field` are learnt."""
+    """A conversation of which only the messages of `field` are trained on."""
     value = [{"role": "assistant", "content": row[field]}] if isinstance(row.get(field), str) else row.get(field)
     after, marks = conversation(value, field)
     chat = chat_of((*before, *after), (False,) * len(before) + marks, tools_of(row))
@@ -138,7 +139,7 @@ def _preference(row: Row) -> Example:
 
 
 def _implicit_prompt(row: Row) -> tuple[Chat | Plain, Chat | Plain]:
-    """Chosen and rejected hold the prompt themselves: their common beginning is the prompt."""
+    """Chosen and rejected include the prompt, which is their common prefix."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         shared = _common_text(chosen, rejected)
@@ -164,7 +165,7 @@ def _implicit_prompt(row: Row) -> tuple[Chat | Plain, Chat | Plain]:
 
 
 def _common_text(first: str, second: str) -> int:
-    """Length of the common beginning, moved back to the end of a word so that no word is cut."""
+    """Length of the common prefix, moved back to a word end so that no word is cut."""
     limit = min(len(first), len(second))
     shared = next((i for i in range(limit) if first[i] != second[i]), limit)
     while shared and not first[shared - 1].isspace():

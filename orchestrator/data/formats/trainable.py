@@ -1,4 +1,4 @@
-"""Which rows a stage can train on, and what to type where it cannot; must not import torch."""
+"""Which rows a stage can train on, and what to type otherwise. Must not import torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT_OF: dict[str, DataFormat] = {
     "class": "classification",
     "prompt": "prompts",
 }
-"""The format that is named where a stage needs rows of a kind."""
+"""The format to suggest if a stage needs rows of a kind."""
 
 
 def wanted_kind(stage: Section) -> str | None:
@@ -39,7 +39,7 @@ def wanted_kind(stage: Section) -> str | None:
 
 
 def format_problem(stage: Section, data_format: DataFormat | None, row: Row | None, *, field: str) -> str | None:
-    """Why the rows of a source train nothing in a stage, or the wrong thing, with what to type; None where they are right."""
+    """Why the rows of a source are useless or wrong for a stage, with what to type; None if they fit."""
     wanted = wanted_kind(stage)
     if wanted is None or data_format is None or KINDS[data_format] == wanted:
         return None
@@ -60,7 +60,7 @@ def _name(stage: Section) -> str:
 
 
 def _untrained(data_format: DataFormat, row: Row | None, *, field: str) -> tuple[str, str]:
-    """Why such rows are not for supervised fine-tuning, and what to type."""
+    """Why such rows do not suit supervised fine-tuning, and what to type."""
     row = row or {}
     names = list(map(str, row))
     match data_format:
@@ -89,7 +89,7 @@ def _untrained(data_format: DataFormat, row: Row | None, *, field: str) -> tuple
 
 
 def _chosen(row: Row) -> dict[str, str]:
-    """Conversations carry their prompt with them; of texts, the prompt has a column of its own, or there is none."""
+    """Conversations include their prompt; of texts, the prompt has its own column, or there is none."""
     if isinstance(row.get("chosen"), list):
         return {"messages": "chosen"}
     if "instruction" in row:

@@ -1,4 +1,4 @@
-"""A folder of prepared rows: memory-mapped arrays and what is known of them; numpy only."""
+"""A folder of prepared rows: memory-mapped arrays and their facts; numpy only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PreparedFolder:
 
     @cached_property
     def tokens(self) -> npt.NDArray[Any]:
-        """Every document's token ids, end to end."""
+        """Every document's token ids, concatenated."""
         return self._map("tokens")
 
     @cached_property
@@ -59,12 +59,12 @@ class PreparedFolder:
 
     @cached_property
     def unit_values(self) -> npt.NDArray[np.float32]:
-        """Margin, label or class number of every unit; NaN where there is none."""
+        """Margin, label or class number of every unit; NaN if there is none."""
         return self._map("unit_values")
 
     @cached_property
     def unit_cut_trained(self) -> npt.NDArray[np.int32]:
-        """Learnt tokens that every unit lost to `max_length`."""
+        """Trained tokens that every unit lost to `max_length`."""
         return self._map("unit_cut_trained")
 
     @cached_property
@@ -115,7 +115,7 @@ class PreparedFolder:
         return self.tokens[span].astype(np.int64)
 
     def extra(self, unit: int) -> str | None:
-        """JSON of what came along with a unit's row (reference answers), or None."""
+        """JSON of the extra fields of a unit's row (reference answers), or None."""
         path = self.folder / "extras.jsonl"
         if not path.is_file():
             return None

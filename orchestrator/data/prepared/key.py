@@ -1,4 +1,4 @@
-"""What decides prepared rows, as a readable key and its digest; must not import torch."""
+"""The key of prepared rows: everything that decides them, readable, and its digest. Must not import torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.errors import DataError
 from orchestrator.files.hash_cache import FileHashes
 
 CLASSIFICATION_VERSION = 1
-"""As DATA_VERSION, for rows of format classification alone."""
+"""Like DATA_VERSION, only for rows of format classification."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def prepared_key(
 
 
 def _reading(source: SourceConfig, data_format: DataFormat) -> list[Any]:
-    """What decides how rows of a format are understood."""
+    """What decides how rows of a format are read."""
     columns = dict(sorted(source.columns.items()))
     if data_format != "classification":
         return [columns]
@@ -71,7 +71,7 @@ def _reading(source: SourceConfig, data_format: DataFormat) -> list[Any]:
 
 
 def changed_components(cache: Path, key: PreparedKey) -> tuple[str, ...] | None:
-    """What differs from the most similar set in the cache, as `name: there -> here`; None where the cache is empty."""
+    """Differences from the most similar set in the cache, as `name: there -> here`; None if the cache is empty."""
     nearest: tuple[str, ...] | None = None
     for path in cache.glob(f"*/{META}"):
         try:
@@ -108,7 +108,7 @@ def tokenizer_digest(folder: Path, hashes: FileHashes) -> str:
 
 
 def template_digest(config: DataConfig, folder: Path) -> str:
-    """sha256 of the chat template in use. Raises DataError where a configured one is no file."""
+    """sha256 of the chat template in use. Raises DataError if a configured one is no file."""
     if config.chat_template is not None:
         path = Path(config.chat_template).expanduser()
         if not path.is_file():
@@ -121,7 +121,7 @@ def template_digest(config: DataConfig, folder: Path) -> str:
 
 
 def has_template(config: DataConfig, folder: Path) -> bool:
-    """Whether conversations are rendered by a template of the tokenizer's own, or a configured one."""
+    """Whether conversations are rendered by the tokenizer's own template or a configured one."""
     files = any((folder / name).is_file() for name in TEMPLATE_FILES)
     return config.chat_template is not None or files or bool(_tokenizer_config(folder).get("chat_template"))
 

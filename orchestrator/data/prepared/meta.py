@@ -1,4 +1,5 @@
-"""What is known of a folder of prepared rows, from its small file of facts; must not import torch or numpy: the plan reads it."""
+"""Facts of a folder of prepared rows, from its small metadata file. Must not import torch or numpy, because the plan
+reads it."""
 
 from __future__ import annotations
 
@@ -21,18 +22,18 @@ Kind = Literal["text", "pair", "feedback", "class", "prompt"]
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What preparing counted."""
+    """Counts made by the preparation."""
 
     source_rows: int
     """Rows of the files, before anything was dropped or drawn."""
     units: int
-    """Rows that are used; one that a mixture repeats counts every time."""
+    """Used rows; one that a mixture repeats counts every time."""
     duplicates: int
     """Kept rows that repeat an earlier one verbatim (unused if `deduplicate` is on)."""
     documents: int
-    """Texts that are used: one for a row, two for a preference."""
+    """Used texts: one per row, two for a preference."""
     rows: int
-    """Trainable rows: packed ones where packing is on."""
+    """Trainable rows: packed ones with packing."""
     tokens: int
     trained_tokens: int
     """Targets after the causal shift."""
@@ -40,13 +41,13 @@ class Statistics:
     """Used rows that lost tokens to `max_length`."""
     truncated_tokens: int
     rows_losing_trained_tokens: int
-    """Rows that lost learnt tokens, those dropped for it included."""
+    """Rows that lost trained tokens, including those dropped for it."""
     dropped: Mapping[str, int]
-    """Rows that are not used, by reason."""
+    """Unused rows, by reason."""
     longest_tokens: int
     """Tokens of the longest trainable row."""
     packing_efficiency: float
-    """Real tokens / (rows x capacity) where rows are packed; else real tokens / (rows x longest)."""
+    """Real tokens / (rows x capacity) if rows are packed; else real tokens / (rows x longest)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Meta:
     classes: tuple[str, ...]
     """Names of the classes, by their number; empty where there are none."""
     file_rows: tuple[int, ...]
-    """Rows of every file, in order: row ids count on over the files."""
+    """Rows of every file, in order; row ids run consecutively over the files."""
     statistics: Statistics
 
     def to_json(self) -> str:
@@ -80,7 +81,7 @@ class Meta:
 
 
 def read_meta(folder: Path) -> Meta:
-    """The facts of a prepared folder. Raises DataError where it is not one."""
+    """The facts of a prepared folder. Raises DataError if it is not one."""
     try:
         return Meta.from_json((folder / META).read_text())
     except (OSError, ValueError, TypeError, KeyError) as error:

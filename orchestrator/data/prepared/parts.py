@@ -1,4 +1,5 @@
-"""The sets of rows that a data configuration asks for, with their files, formats and keys; reads no row but the first; no torch."""
+"""The sets of rows that a data configuration asks for, with their files, formats and keys; reads only the first row.
+Must not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from orchestrator.errors import DataError
 from orchestrator.files.hash_cache import FileHashes
 
 Fetch = Callable[[SourceConfig, str], tuple[Path, ...]]
-"""(source, field) -> its files, downloaded where they were not here."""
+"""(source, field) -> its files, downloaded if missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Part:
 def plan_parts(
     config: DataConfig, *, tokenizer_folder: Path, cache: Path, seed: int, fetch: Fetch | None = None
 ) -> tuple[Part, ...]:
-    """Train, and evaluation where it has files of its own. Raises DataError where a source is not there."""
+    """Train, and evaluation if it has its own files. Raises DataError if a source is missing."""
     hashes = FileHashes(cache)
     splits = splits_train(config)
     train = _part("train", (config.train, *config.mix), config, tokenizer_folder, seed, hashes, fetch, splits=splits)
@@ -60,7 +61,7 @@ def plan_parts(
 def find_prepared(
     config: DataConfig, *, tokenizer_folder: Path, cache: Path, seed: int
 ) -> tuple[Path, Path | None] | None:
-    """The folders of train and evaluation where both are prepared already; None where something is missing. Reads no row.
+    """The folders of train and evaluation if both are already prepared, else None. Reads no row.
 
     `cache` is the tool's cache folder. With them the plan knows rows and steps exactly, and rows need no reading again.
     """

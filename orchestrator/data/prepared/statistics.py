@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from orchestrator.data.order import Indices
 
 SAMPLE = 4096
-"""Lengths that are looked at; the plan's means are then known to about 1 %."""
+"""Size of the sample of lengths, which gives the plan's means to about 1 %."""
 
 
 def prepared_facts(folder: Path, evaluation: Path | None, *, stage: TrainingStage, seed: int) -> PreparedFacts:
-    """What a stage's prepared rows make of its plan. Raises DataError where the folder is damaged."""
+    """Facts of a stage's prepared rows for its plan. Raises DataError if the folder is damaged."""
     statistics = read_meta(folder).statistics
     epoch = epoch_of(stage, statistics.rows, lambda: _lengths(folder), seed=seed)
     return PreparedFacts(
@@ -43,7 +43,7 @@ def _lengths(folder: Path) -> Indices:
 
 
 def _sample(path: Path, *, differences: bool = False) -> tuple[int, ...]:
-    """Evenly spaced numbers of a one-dimensional int64 .npy file, or what each of them adds to the one before."""
+    """Evenly spaced numbers of a one-dimensional int64 .npy file, or their differences from the preceding number."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             numbers = memoryview(content)[_data_start(content, path) :].cast("q")
@@ -57,7 +57,7 @@ def _sample(path: Path, *, differences: bool = False) -> tuple[int, ...]:
 
 
 def _data_start(content: mmap.mmap, path: Path) -> int:
-    """Where the numbers begin: magic, version, length of the header in two bytes (version 1) or four, header."""
+    """Offset of the first number: magic, version, length of the header in two bytes (version 1) or four, header."""
     if content[:6] != b"\x93NUMPY":
         raise DataError(f"{path} is no .npy file")
     size = 2 if content[6] == 1 else 4
@@ -74,7 +74,7 @@ class PreparedFacts:
     """Statistics of prepared train rows from the cache; the lengths are an even sample of at most a few thousand."""
 
     rows: int
-    """Trainable ones: packed rows where packing is on."""
+    """Trainable rows: packed ones with packing."""
     units: int
     """Source rows that are used."""
     tokens: int

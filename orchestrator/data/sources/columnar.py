@@ -1,4 +1,4 @@
-"""Rows out of Parquet and Arrow files; the only module that touches pyarrow, which it imports when a file needs it."""
+"""Reads rows of Parquet and Arrow files; the only module that uses pyarrow, imported when a file needs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BATCH_ROWS = 1024
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """(row number from 1, row) of a Parquet file. Raises DataError where it is broken."""
+    """(row number from 1, row) of a Parquet file. Raises DataError if it is broken."""
     arrow: Any = import_module("pyarrow")
     parquet: Any = import_module("pyarrow.parquet")
     try:
@@ -24,7 +24,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def parquet_count(path: Path) -> int:
-    """Rows of a Parquet file by its footer. Raises DataError where it is broken."""
+    """Rows of a Parquet file by its footer. Raises DataError if it is broken."""
     arrow: Any = import_module("pyarrow")
     parquet: Any = import_module("pyarrow.parquet")
     try:
@@ -34,7 +34,7 @@ def parquet_count(path: Path) -> int:
 
 
 def arrow_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """(row number from 1, row) of an Arrow file. Raises DataError where it is broken."""
+    """(row number from 1, row) of an Arrow file. Raises DataError if it is broken."""
     arrow: Any = import_module("pyarrow")
     try:
         with arrow.memory_map(str(path)) as source:

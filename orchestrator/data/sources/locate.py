@@ -1,4 +1,4 @@
-"""Where the rows of a data set are, what is there, and whether every row can be used; must not import torch or datasets."""
+"""Locates the files of a data set. Must not import torch or datasets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
 def held_out_source(config: DataConfig) -> SourceConfig | None:
-    """The files of the evaluation, or None where it is `none` or a split of train."""
+    """The files of the evaluation, or None if it is `none` or a split of train."""
     held_out = config.eval
     path = held_out.path
     if path == "auto" and config.train.path in DEMONSTRATIONS and not config.mix:
@@ -38,7 +38,7 @@ def held_out_source(config: DataConfig) -> SourceConfig | None:
 
 
 def splits_train(config: DataConfig) -> bool:
-    """Whether the evaluation rows are taken out of train."""
+    """Whether the evaluation rows are split off from train."""
     return config.eval.path == "auto" and held_out_source(config) is None
 
 
@@ -86,7 +86,7 @@ def hub_files(folder: Path, source: SourceConfig, *, field: str) -> tuple[Path, 
 
 
 def _folder_files(folder: Path, split: str | None, *, field: str) -> tuple[Path, ...]:
-    """Data files below a folder; of one split where it is named, or of `train` where the names speak of splits."""
+    """Data files below a folder; of the named split, or of `train` if file names mention splits."""
     found = sorted(p for p in folder.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES and not _is_about(p))
     if not found:
         raise DataError(f"{field}.path={folder} holds no data file ({', '.join(SUFFIXES)}, also .gz)")

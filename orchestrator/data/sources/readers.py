@@ -1,4 +1,5 @@
-"""Rows out of JSONL, JSON, CSV, Parquet and Arrow files, each with its location. Must not import torch or datasets."""
+"""Reads rows of JSONL, JSON, CSV, Parquet and Arrow files, each with its location. Must not import torch or
+datasets."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class Unreadable:
 
 
 def file_kind(path: Path) -> FileKind | None:
-    """The kind of a file by its name, `.gz` aside; a `.json` file that holds a line per row counts as jsonl."""
+    """The kind of a file by its name, ignoring `.gz`; a `.json` file with one row per line counts as jsonl."""
     name = path.name.removesuffix(".gz")
     kind = SUFFIXES.get(Path(name).suffix.lower())
     if kind == "json":
@@ -60,7 +61,7 @@ def _is_one_object(path: Path) -> bool:
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed where its name ends in .gz."""
+    """The file's bytes, decompressed if its name ends in .gz."""
     return cast("IO[bytes]", gzip.open(path, "rb")) if path.name.endswith(".gz") else path.open("rb")
 
 
@@ -125,13 +126,13 @@ def _json(path: Path) -> Iterator[tuple[int, object]]:
     if not isinstance(value, list):
         raise DataError(f"{path} holds a single value, a list of rows expected")
     placed = list(_rows_with_lines(content.decode(json.detect_encoding(content))))
-    # A file on one line has no line that says where a row is: its rows are counted, below zero (see `position`).
+    # In a file on one line, line numbers do not locate a row: its rows are numbered below zero (see `position`).
     has_lines = len({line for line, _ in placed}) == len(placed) > 1
     yield from ((line if has_lines else -number, row) for number, (line, row) in enumerate(placed, start=1))
 
 
 def _rows_with_lines(text: str) -> Iterator[tuple[int, object]]:
-    """(line, row) of the list in a valid JSON file: the file's own, or the one that its object holds."""
+    """(line, row) of the list in a valid JSON file: the file's own, or the one inside its object."""
     decoder = json.JSONDecoder()
     here = _after_blanks(text, 0)
     while text[here] != "[":  # within the object: past a key, and past a value that is no list
@@ -186,7 +187,7 @@ def _text(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def count_rows(path: Path, kind: FileKind) -> int:
-    """Rows of a file, without parsing where its kind allows; lines of blanks alone do not count."""
+    """Number of rows of a file, without parsing if its kind allows; blank lines do not count."""
     if kind in ("jsonl", "txt"):
         return _count_lines(path)
     if kind == "parquet":

@@ -1,4 +1,4 @@
-"""What is in the files of a source: their format, and every row that cannot be used. Must not import torch."""
+"""Validates the files of a source: their format, and every unusable row. Must not import torch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from orchestrator.data.sources.readers import Unreadable, count_rows, position, 
 from orchestrator.errors import DataError
 
 DROPPED = {"equal_pair": "dropped_equal_pairs", "unlabelled_dropped": "dropped_unlabelled"}
-"""Problems of a row that leave it out -> their names in the counts."""
+"""Problems for which a row is skipped -> their names in the counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """What a quick look says of a data set; `rows` is None for a hub id that is not on this machine."""
+    """Facts from a quick inspection of a data set; `rows` is None for a hub id that is not on this machine."""
 
     files: tuple[Path, ...]
     format: DataFormat | None
     rows: int | None
     bytes: int
     first: Row | None
-    """The first row that is an object; None where there is none."""
+    """The first row that is an object; None if there is none."""
 
 
 def inspect(source: SourceConfig, *, field: str, wanted: str | None = None) -> SourceFacts:
@@ -52,7 +52,7 @@ def inspect(source: SourceConfig, *, field: str, wanted: str | None = None) -> S
 
 
 def _refuse_mapping(source: SourceConfig, data_format: DataFormat, row: Row, *, field: str, wanted: str | None) -> None:
-    """DataError where the mapping cannot be obeyed, or the columns of a typed format bear other, well-known names."""
+    """Raise DataError if the mapping is invalid, or the columns of a typed format have other, well-known names."""
     problem = mapping_problem(data_format, source.columns, row)
     if problem is not None:
         raise DataError(f"{field}.columns: {problem}")
@@ -86,7 +86,7 @@ def source_rows(files: tuple[Path, ...]) -> Iterator[tuple[Path, int, object]]:
 def settle_format(
     source: SourceConfig, files: tuple[Path, ...], *, field: str, wanted: str | None = None
 ) -> DataFormat:
-    """The format said by the configuration, or the one detected from the first readable row. Raises DataError."""
+    """The configured format, or the one detected from the first readable row. Raises DataError."""
     if source.format != "auto":
         return source.format
     row = _first_object(files)
@@ -98,7 +98,7 @@ def settle_format(
     names = sorted(map(str, row))
     known = "; ".join(f"{name} ({fields})" for name, fields in EXPECTED_FIELDS.items())
     mapping = suggested(names, wanted or "text")
-    # instruction and output go through the chat template, which an instruct model needs; prompt and completion go past it
+    # instruction and output use the chat template, which an instruct model needs; prompt and completion bypass it
     advice = (
         f"Map them with {field}.columns='{{instruction: COLUMN, output: COLUMN}}'"
         if mapping is None
@@ -116,7 +116,7 @@ def _first_object(files: tuple[Path, ...]) -> Row | None:
 
 
 def validate_rows(source: SourceConfig, *, field: str = "data.train") -> int:
-    """Reads every row and returns their number; raises DataError with the first problems and their count."""
+    """Read every row and return their number; raise DataError with the first problems and their count."""
     files = locate(source, field=field)
     if files is None:
         raise DataError(f"{field}.path={source.path} is not on this machine: `prepare` fetches a hub data set")
@@ -135,7 +135,7 @@ def validate_rows(source: SourceConfig, *, field: str = "data.train") -> int:
 
 
 def reading_of(source: SourceConfig, data_format: DataFormat) -> Reading:
-    """How the rows of a source are understood."""
+    """How the rows of a source are read."""
     return Reading(format=data_format, columns=source.columns, unlabelled=source.unlabelled, no_label=source.no_label)
 
 
