@@ -1,5 +1,6 @@
 """Who works on an attempt, from the claim that its script left: alive here, begun on another machine, or gone.
-Read-only."""
+Read-only.
+"""
 
 import os
 import socket

@@ -142,7 +142,8 @@ def _watch(child: subprocess.Popen[bytes], settings: Settings, told_to_end: Sequ
 
 def _beat_and_listen(settings: Settings, clock: Clock) -> bool:
     """Send a heartbeat and check for others': node 0 for all nodes, the others for node 0. False: a later attempt has
-    taken over."""
+    taken over.
+    """
     now, every = time.monotonic(), min(MAX_BEAT_SECONDS, settings.silence_seconds / 4)
     if now - clock.beat < every:
         return True

@@ -21,7 +21,8 @@ def __getattr__(name: str) -> object:
 
 def _refuse_foreign_packages() -> None:
     """Raise ImportError if another project's `launchers` or `slurm` would be imported instead of ours, as it would be
-    in jobs."""
+    in jobs.
+    """
     problems = import_module("orchestrator.installation.foreign_packages").foreign_packages()
     if problems:
         raise ImportError("\n".join(problems))

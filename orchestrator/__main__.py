@@ -12,7 +12,8 @@ COLLECTED_EVERY = 50_000
 
 def _forget_working_folder() -> None:
     """Remove the working folder that `python -m` puts first on the path: a user's own conf/ or slurm/ there must not be
-    imported."""
+    imported.
+    """
     root = Path(__file__).resolve().parent.parent
     if sys.path and Path(sys.path[0] or ".").resolve() == Path.cwd():
         sys.path[0] = str(root)

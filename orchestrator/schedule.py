@@ -13,7 +13,8 @@ ROUNDING = 1e-9
 
 def total_steps(*, max_steps: int | None, epochs: float | None, steps_per_epoch: int) -> int:
     """Optimizer steps of a stage: `max_steps`, as in other trainers even if `epochs` is given; else the epochs' steps,
-    rounded up."""
+    rounded up.
+    """
     if max_steps is not None:
         return max_steps
     assert epochs is not None, "the configuration's rules ask for one of them"

@@ -24,7 +24,8 @@ from orchestrator.config.tuning import (
 
 def count_adapter_parameters(model: Architecture, tuning: AdapterTuning) -> int:
     """Parameters trained in addition to the base. In a mixture of experts only in attention's layers, except for
-    LoRA."""
+    LoRA.
+    """
     match tuning:
         case LoraTuning():
             return count_lora_parameters(model, tuning)

@@ -1,5 +1,6 @@
 """Selects and describes the kernels of attention and loss head: the one source for the plan, the log and the ranks.
-Must not import torch."""
+Must not import torch.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def has_varlen() -> bool:
 
 def attention_words(name: str, device: str, *, is_half: bool, head_dim: int | None, packed: bool) -> str:
     """Description of an attention: transformers' name and, for ours, the kernel; a `head_dim` of None is assumed to
-    fit."""
+    fit.
+    """
     where = f"({_DEVICE_WORDS[device]}, {16 if is_half else 32} bits)"
     if name == DOCUMENTS:
         width = VARLEN_HEAD_STEP if head_dim is None else head_dim
@@ -96,7 +98,8 @@ def triton_interprets() -> bool:
 
 def head_kernel(choice: HeadChoice, device: str, *, has_liger: bool) -> HeadKernel:
     """The implementation of summed log-probabilities on a device. `auto` takes Liger only on a GPU; a named one also
-    where Triton interprets."""
+    where Triton interprets.
+    """
     if choice == "torch" or not has_liger:
         return "torch"
     return "liger" if device == "cuda" or (choice == "liger" and triton_interprets()) else "torch"

@@ -36,7 +36,8 @@ def is_embedding(name: str) -> bool:
 
 def is_head(name: str) -> bool:
     """Parameters outside the layers that are neither embedding nor norm: the output head, a pooler, a new scalar
-    head."""
+    head.
+    """
     return layer_of(name) is None and not is_embedding(name) and not is_norm(name)
 
 
@@ -66,7 +67,8 @@ def places_of(names: Iterable[str]) -> list[str]:
 
 def levels_of(trained: Iterable[str], num_layers: int) -> dict[str, int]:
     """The order of gradual unfreezing (1801.06146, section 3.3): 0 for the topmost trained parameters, then
-    downwards."""
+    downwards.
+    """
     depths = {name: depth_of(name, num_layers) for name in trained}
     order = sorted(set(depths.values()), reverse=True)
     return {name: order.index(depth) for name, depth in depths.items()}
@@ -200,7 +202,8 @@ def count_freeze_parameters(model: Architecture, tuning: FreezeTuning, *, has_ne
 
 def lowest_trained_layer(model: Architecture, tuning: FreezeTuning, *, has_new_head: bool = False) -> int:
     """Number of the lowest layer that the backward pass must reach; the number of layers if only the head is
-    trained."""
+    trained.
+    """
     depths = [
         depth_of(name, model.num_hidden_layers) for name in _trained_sizes(model, tuning, has_new_head=has_new_head)
     ]

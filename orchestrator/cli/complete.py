@@ -1,5 +1,6 @@
 """`complete`: candidates for the last word of an unfinished command line, one per line; called by the completion
-scripts."""
+scripts.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ def _own_folder(before: Sequence[str]) -> list[Path]:
 
 def _keys(before: Sequence[str], roots: Sequence[Path], current: str) -> Iterable[str]:
     """Keys of the experiment on the line, one part beyond the current word; without an experiment, those of the
-    defaults."""
+    defaults.
+    """
     from omegaconf import OmegaConf
 
     from orchestrator.composition.experiment_file import open_sources

@@ -1,5 +1,6 @@
 """argparse for one verb: options anywhere among the positionals, errors as sentences with the nearest option. No heavy
-imports."""
+imports.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from orchestrator.planning.settings_search import axes_of
 
 def print_advice(composed: Composed, config_directory: Path | None, *, as_json: bool) -> None:
     """Print the settings that fit, the fastest first, and why the first wins; as JSON all of them, with the nearest
-    changes."""
+    changes.
+    """
     machine = this_machine(composed.config.cluster.environment)
     config = as_seen(resolve(composed.config, Path.cwd()), machine, config_directory, assumes_speed=True)
     base, data = gather(config)

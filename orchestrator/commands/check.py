@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def check(arguments: Sequence[str]) -> int:
     """Inspect everything before compute is spent: configuration, base, every row, masks, one tiny backward pass. Writes
-    no run folder."""
+    no run folder.
+    """
     config, _ = planned_run(arguments)
     validate_data(config)
     return run_preflight("check", config, {"HF_HUB_OFFLINE": "1"})

@@ -21,7 +21,8 @@ def fork(
     until: Literal["describe", "write", "train"],
 ) -> int:
     """Make a new run from the checkpoint or artifact of `parent`, which is only read: describe, write, or also train
-    it."""
+    it.
+    """
     from orchestrator.housekeeping.fork import describe, plan_fork
     from orchestrator.housekeeping.fork_files import write_fork
 

@@ -22,7 +22,8 @@ GENERATING = ("--max-new-tokens", "--system", "--temperature", "--top-p", "--see
 
 def generate(folder: RunFolder, *, stage: str | None, options: Mapping[str, str]) -> int:
     """Answers of the tuned model next to those of its base; a classifier's classes. `options` are passed to the
-    generating process."""
+    generating process.
+    """
     stage = stage_of(folder, stage, "make a policy or a classifier", CLASSIFIER_KINDS)
     if not folder.stage(stage).result.exists():
         raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")

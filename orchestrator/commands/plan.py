@@ -55,7 +55,8 @@ def _tell_study(config: RunConfig, planned: Plan) -> None:
 
 def _scaling(arguments: Sequence[str], counts: Sequence[int], *, as_json: bool) -> int:
     """Plans for several numbers of nodes, side by side; arithmetic only, so no launcher has to be able to start
-    them."""
+    them.
+    """
     words, config_directory = take_config_directory(arguments)
     composed = examine([*words, f"cluster.nodes={counts[0]}"], config_directory=config_directory)
     problems = [problem for problem in composed.problems if not any(rule in problem for rule in SHARED)]

@@ -43,7 +43,8 @@ def planned_of_words(arguments: Sequence[str], *, measures: bool = False) -> lis
 
 def first_config(arguments: Sequence[str]) -> RunConfig:
     """The configuration of the first run of a multirun; ConfigError with every problem, including those of a search's
-    space."""
+    space.
+    """
     words, config_directory = take_config_directory([word for word in arguments if word not in FLAGS])
     try:
         return composed_words(first_words(words), config_directory).config

@@ -8,7 +8,8 @@ from orchestrator.run_folder.folder import RunFolder
 
 def stage_of(folder: RunFolder, chosen: str | None, what: str, more: tuple[str, ...]) -> str:
     """The requested stage, or the last one that yields a policy; `more` kinds are also allowed, `what` describes
-    them."""
+    them.
+    """
     from orchestrator.config.run import POLICY_KINDS, made_kind
     from orchestrator.run_state.frozen import load_config, warn_newer
 

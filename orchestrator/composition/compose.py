@@ -1,5 +1,6 @@
 """Composes the configuration once, on the login side; reports every fault with its file and line. Must not import
-torch."""
+torch.
+"""
 
 from __future__ import annotations
 
@@ -239,7 +240,8 @@ def _places(choices: Sequence[str], values: Sequence[Override], sources: Sources
 
 def origins_of(found: Tree, sources: Sources) -> Origins:
     """Sources of the values. Files are searched only if one of the user's takes part, because it costs a second
-    composition."""
+    composition.
+    """
     find = None if len(sources.roots) == 1 else cache(lambda: _places(found.choices, (), sources))
     return Origins(typed=tuple(override.key for override in found.values), find_places=find)
 

@@ -23,7 +23,8 @@ from orchestrator.errors import ConfigError
 
 def changed_values(values: dict[str, JsonValue], words: Sequence[str]) -> dict[str, JsonValue]:
     """The configuration with the overrides applied; ConfigError with every problem. Groups whose files need no others
-    may be chosen."""
+    may be chosen.
+    """
     tree = copy.deepcopy(values)
     known = dotted_keys(tree)
     problems = two_values(words)

@@ -11,13 +11,15 @@ from orchestrator.composition.key_reference import MAP_NAMES, Key
 
 def matching(keys: Sequence[Key], pattern: str) -> list[Key]:
     """Keys whose name contains the text or matches the glob; the name of a stage, as other verbs print it, counts as
-    STAGE."""
+    STAGE.
+    """
     return _matching(keys, pattern) or _matching(keys, _with_placeholders(pattern))
 
 
 def _with_placeholders(pattern: str) -> str:
     """A configuration's own key as the reference spells it: `stages.sft.data.mix.1.path` ->
-    `stages.STAGE.data.mix.0.path`."""
+    `stages.STAGE.data.mix.0.path`.
+    """
     parts = pattern.split(".")
     for place, (above, part) in enumerate(pairwise(parts), start=1):
         if part.isdecimal():

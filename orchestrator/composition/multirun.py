@@ -43,7 +43,8 @@ def combinations(arguments: Sequence[str], *, name: str) -> list[list[str]]:
 
 def first_words(arguments: Sequence[str]) -> list[str]:
     """The overrides of one run, with the first value (of an interval, its lower end) of each override that has
-    several."""
+    several.
+    """
     return [_first(word) for word in arguments if word not in FLAGS]
 
 
@@ -60,7 +61,8 @@ def _first(word: str) -> str:
 
 def _values(word: str) -> list[str] | None:
     """`key=a,b` as [key=a, key=b]; None for an override with one value, and for an argument that is no override
-    (reported later)."""
+    (reported later).
+    """
     override = _parse(word)
     if override is None or not override.is_sweep_override():
         return None

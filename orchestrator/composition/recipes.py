@@ -77,7 +77,8 @@ def take_recipes(tree: DictConfig, origins: Origins) -> dict[str, str]:
 
 def fit(config: RunConfig, origins: Origins) -> tuple[RunConfig, tuple[str, ...]]:
     """The configuration with the presets' lengths and batch sizes adapted to typed values, and a note for every
-    change."""
+    change.
+    """
     notes: list[str] = []
     stages = dict(config.stages)
     for name, stage in training_pipeline(config).items():
@@ -99,7 +100,8 @@ def _leaves(recipe: DictConfig, prefix: str = "") -> dict[str, object]:
 
 def _target(tree: DictConfig, stage: str, key: str) -> str | None:
     """The key that a recipe's key sets, in its stage or below the run's `tuning`; None if the chosen alternative does
-    not have it."""
+    not have it.
+    """
     packing = OmegaConf.select(tree, f"stages.{stage}.data.packing", default="none")
     if key == "data.group_by_length" and packing != "none":
         return None  # packed rows have one length
@@ -183,7 +185,8 @@ def _batch_note(stage: TrainingStage, key: str, fitted: BatchConfig, *, ranks: i
 
 def _fitted(batch: BatchConfig, *, ranks: int, is_open: Mapping[str, bool]) -> BatchConfig:
     """The first batch sizes that fit, of those that may change; unchanged if none fits, so that the rules refuse
-    them."""
+    them.
+    """
     size, micro = batch.global_size, batch.micro_size
     if size % (micro * ranks) == 0:
         return batch
@@ -197,7 +200,8 @@ def _fitted(batch: BatchConfig, *, ranks: int, is_open: Mapping[str, bool]) -> B
 
 def _fitted_prompts(stage: PolicyStage, batch: BatchConfig, *, ranks: int) -> int:
     """The smallest number of prompts, at least the preset's, that the ranks can share and whose completions fill whole
-    global batches."""
+    global batches.
+    """
     rollout = stage.rollout
     if rollout.prompts % ranks == 0 and batch.global_size == stage.batch.global_size:
         return rollout.prompts  # what does not fit then was typed, and is refused

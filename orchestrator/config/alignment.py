@@ -85,7 +85,8 @@ class RolloutConfig(Section):
 
 class PolicyLimits(Section):
     """Limits on the policy's health. Exceeding one for `patience` rollouts in a row fails the stage; its best
-    checkpoint is kept."""
+    checkpoint is kept.
+    """
 
     patience: PositiveInt
     """Consecutive rollouts."""

@@ -21,7 +21,8 @@ class ClassifyStage(TrainingStage):
 
 class SelfTrainingStage(TrainingStage):
     """COSINE (2010.07835): continue training a classifier on its own soft labels, over weakly labelled and unlabelled
-    rows."""
+    rows.
+    """
 
     kind: Literal["self_training"]
     period: PositiveInt

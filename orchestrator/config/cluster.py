@@ -27,7 +27,8 @@ class PrepareJob(Section):
 
 class Achieved(Section):
     """Share of the peak that the executed operations reach, excluding communication and dequantisation; null if
-    unknown."""
+    unknown.
+    """
 
     full: Fraction | None
     """With gradients for every weight."""

@@ -97,7 +97,8 @@ def _with_tuples(values: dict[str, object]) -> dict[str, object]:
 
 class EvaluateStage(ScoringStage):
     """Scores an artifact and its base on several sets: loss, accuracy and exact match of the answers, rewards,
-    forgetting."""
+    forgetting.
+    """
 
     kind: Literal["evaluate"]
     rewards: tuple[RewardSource, ...]

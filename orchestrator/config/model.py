@@ -89,7 +89,7 @@ class Nf4Quantization(Section):
 
     scheme: Literal["nf4"]
     double_quantization: bool
-    """Quantise the block constants too: 0.5 -> 0.127 bit a parameter."""
+    """Quantise the block constants too: 0.5 -> 0.127 bits per parameter."""
 
     @property
     def is_4bit(self) -> bool:

@@ -87,7 +87,8 @@ def members_elsewhere(stage: Stage) -> tuple[str, ...]:
 
 def grows_rank(config: RunConfig, name: str) -> bool:
     """Whether a stage yields an adapter of a higher rank than `tuning.rank`: ranks add up when low-rank products are
-    summed."""
+    summed.
+    """
     stage = config.stages[name]
     if not isinstance(config.for_stage(name).tuning, LoraTuning):
         return False

@@ -90,7 +90,8 @@ def _function_problems(name: str, stage: TrainingStage) -> Iterator[str]:
 
 def _blend_problems(config: RunConfig, name: str, before: tuple[str, ...]) -> Iterator[str]:
     """Problems of a soup's ingredients: not an earlier stage, too few, or not trainable; their tunings are in
-    `rules.py`."""
+    `rules.py`.
+    """
     stage, field = config.stages[name], f"stages.{name}"
     of_classifiers = isinstance(stage, InterpolateStage) and makes_classifier(config, name)
     for beside in stages_beside(stage):

@@ -47,7 +47,8 @@ RESERVED_STAGE_NAMES = ("prepare", "scripts", "superseded", "export", PARENT)
 
 class Seeds(Section):
     """Two sources of variance, kept apart (2002.06305), and the choice of rows, which must be equal for the two to be
-    compared."""
+    compared.
+    """
 
     weights: NaturalInt
     """Seed of newly initialised weights (adapters, heads) and of dropout."""
@@ -85,15 +86,16 @@ class RunConfig(Section):
         return self.cluster.nodes * self.cluster.processes_per_node
 
     def for_stage(self, name: str) -> RunConfig:
-        """The configuration as a stage sees it: `tuning` is the stage's own where it has one; a stage that trains nothing has
-        that of the stage that it starts from.
+        """The configuration as a stage sees it: `tuning` is the stage's own if it has one; a stage that trains nothing
+        inherits that of the stage it starts from.
         """
         return self.model_copy(update={"tuning": _tuning_of(self, name)})
 
 
 def _tuning_of(config: RunConfig, name: str) -> Tuning:
     """Follow `start_from` to a stage that trains; fall back to the run's tuning if there is none (or if stages wrongly
-    form a cycle)."""
+    form a cycle).
+    """
     seen: set[str] = set()
     while name not in seen:
         seen.add(name)
@@ -121,7 +123,8 @@ def makes_classifier(config: RunConfig, name: str) -> bool:
 
 def made_kind(config: RunConfig, name: str) -> str:
     """The kind of a stage as its successors see it; `classify` for an interpolation of classifiers, since it yields
-    one."""
+    one.
+    """
     kind = config.stages[name].kind
     return "classify" if makes_classifier(config, name) and kind not in CLASSIFIER_KINDS else kind
 
@@ -162,7 +165,8 @@ def accumulation_steps(config: RunConfig, stage: TrainingStage) -> int:
 
 def fitting_micro_size(*, global_size: int, micro_size: int, world_size: int) -> int | None:
     """The largest micro-batch up to `micro_size` that divides a rank's share of the global batch; None if there is
-    none."""
+    none.
+    """
     share, rest = divmod(global_size, world_size)
     if rest:
         return None

@@ -26,13 +26,13 @@ class AdapterTuningBase(Section):
 
 
 class FullTuning(WholeModelTuning):
-    """Every parameter is trained."""
+    """Trains every parameter."""
 
     method: Literal["full"]
 
 
 class FreezeTuning(WholeModelTuning):
-    """A part of the base's own parameters is trained, the rest stays as it is; the switches add up."""
+    """Trains a part of the base's own parameters and freezes the rest; the switches add up."""
 
     method: Literal["freeze"]
     layers: Annotated[str, Field(pattern=r"^(all|none|(first|last) [1-9][0-9]*)$")] | tuple[NaturalInt, ...]
@@ -89,7 +89,9 @@ OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Ia3Tuning(AdapterTuningBase):
-    """IA3 (2205.05638): learned vectors, 1 at first, times keys, values and the feed-forward's inner activations."""
+    """IA3 (2205.05638): learned vectors, initialised to 1, that scale keys, values and the feed-forward's inner
+    activations.
+    """
 
     method: Literal["ia3"]
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -99,7 +101,7 @@ class Ia3Tuning(AdapterTuningBase):
 
 
 class PromptTuning(AdapterTuningBase):
-    """Prompt tuning (2104.08691): embeddings of tokens that stand before every text."""
+    """Prompt tuning (2104.08691): learned embeddings of virtual tokens prepended to every text."""
 
     method: Literal["prompt"]
     virtual_tokens: PositiveInt
@@ -110,7 +112,9 @@ class PromptTuning(AdapterTuningBase):
 
 
 class PrefixTuning(AdapterTuningBase):
-    """Prefix tuning (2101.00190) without its reparametrisation: keys and values before every text, in every layer."""
+    """Prefix tuning (2101.00190) without its reparametrisation: learned keys and values prepended to every text, in
+    every layer.
+    """
 
     method: Literal["prefix"]
     virtual_tokens: PositiveInt
@@ -118,7 +122,7 @@ class PrefixTuning(AdapterTuningBase):
 
 
 class VeraTuning(AdapterTuningBase):
-    """VeRA (2310.11454): h = W0 x + diag(b) B diag(d) A x, with random A and B that all layers share and nobody trains."""
+    """VeRA (2310.11454): h = W0 x + diag(b) B diag(d) A x, with random, frozen A and B that all layers share."""
 
     method: Literal["vera"]
     rank: PositiveInt
@@ -171,7 +175,7 @@ class AdaloraTuning(AdapterTuningBase):
 
 
 class LoreftTuning(AdapterTuningBase):
-    """Interventions on the hidden states of prompt tokens (2404.03592); the base's weights stay as they are."""
+    """ReFT (2404.03592): interventions on the hidden states of prompt tokens; the base's weights are frozen."""
 
     method: Literal["loreft"]
     variant: Literal["loreft", "direft"]

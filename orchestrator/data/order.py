@@ -152,7 +152,8 @@ def rank_slices(batch: Indices, *, rank: int, world_size: int, micro_size: int) 
 
 def _longest_first(order: Indices, lengths: Indices, global_size: int) -> None:
     """Swap the batch with the longest row to the front, in place, so that running out of memory shows in the first
-    minute."""
+    minute.
+    """
     row_lengths = np.where(order == FILLER, -1, lengths[order])
     position = int(row_lengths.argmax())
     batches = order.reshape(-1, global_size)
@@ -179,7 +180,8 @@ def _grouped(order: Indices, lengths: Indices, global_size: int, seed: int, epoc
 
 def _budgeted(order: Indices, lengths: Indices, tokens_per_batch: int) -> list[Indices]:
     """Consecutive rows of similar length while their number times the longest fits the budget; a longer row forms its
-    own group."""
+    own group.
+    """
     rows_per_batch = max(1, tokens_per_batch // max(1, int(lengths.mean())))
     ordered = _sorted_in_windows(order, lengths, WINDOW_BATCHES * rows_per_batch)
     batches: list[Indices] = []

@@ -23,7 +23,8 @@ _BAR = re.compile(r"\d+%\|.*\|")
 
 def show_logs(run: RunFolder, *, stage: str | None, node: int | None, lines: int | None, follow: bool) -> int:
     """The last lines of each stage's newest log (of `node`, 0 by default; 0 lines means all); with `follow`, also new
-    ones."""
+    ones.
+    """
     found = {
         name: file for name in _stages(run, stage) if (file := _newest_log(run.stage(name), node or 0)) is not None
     }
@@ -43,7 +44,8 @@ def show_logs(run: RunFolder, *, stage: str | None, node: int | None, lines: int
 
 def readable(lines: Iterable[str]) -> Iterator[str]:
     """The lines of a log without the final JSON of a stage (it is in result.json) and without libraries' progress
-    bars."""
+    bars.
+    """
     held: list[str] | None = None
     for line in lines:
         text = line.rsplit("\r", 1)[-1]

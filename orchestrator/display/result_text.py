@@ -45,7 +45,8 @@ def warn_lines(plan: Plan) -> None:
 
 def print_result(folder: StageFolder, config: RunConfig, *, wall_seconds: float) -> None:
     """Summary of a finished stage: artifact, quality, breakdown of the `wall_seconds` since the command, and how to use
-    it."""
+    it.
+    """
     result = read_result(folder)
     is_trained = "eval_loss_before" in result
     rows = [*(_trained_rows(result) if is_trained else _told(result)), ("time", time_line(result, wall_seconds))]
@@ -157,7 +158,8 @@ def _judged(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[str]:
     """A confusion matrix with names on both axes; long names are truncated in the header, where columns would get too
-    wide."""
+    wide.
+    """
     left = max(len(AXES), *map(len, names))
     heads = [name if len(name) <= WIDEST_COLUMN else name[: WIDEST_COLUMN - 1] + "~" for name in names]
     widths = [max(5, len(head)) for head in heads]

@@ -1,5 +1,6 @@
 """The text of `status`: a table that fits the terminal, reasons below it, plan and measurement. Must not import
-torch."""
+torch.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def status_view(
     statuses: Sequence[StageStatus], extra: Mapping[str, Cell] | None = None, *, width: int = 80
 ) -> RenderableType:
     """The table, with further columns in a second one if they do not fit; a state's reason goes below, where it has
-    room."""
+    room.
+    """
     cells = {name: [make(status) for status in statuses] for name, make in {**_columns(), **(extra or {})}.items()}
     shown = {name: column for name, column in cells.items() if any(column)}
     fits = sum(GAP + max(map(len, [name, *column])) for name, column in shown.items()) - GAP <= width
@@ -120,7 +122,8 @@ def _extra_columns(
     wanted: Sequence[str], runs: Sequence[RunFolder], statuses: Sequence[StageStatus]
 ) -> dict[str, Cell]:
     """A column of metrics.jsonl, or a key of the configuration (whole, or from its stage on); ConfigError if no run has
-    it."""
+    it.
+    """
     keys = {run.root: flatten(cast("JsonValue", read_config(run))) for run in runs} if wanted else {}
     columns: dict[str, Cell] = {}
     problems: list[str] = []

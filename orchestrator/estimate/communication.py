@@ -67,7 +67,7 @@ def gathering_passes(model: Architecture, config: RunConfig) -> float:
 
 
 def dequantised_bytes(model: Architecture, config: RunConfig, *, micro_batches: int) -> float:
-    """Memory traffic of one step for making 16-bit weights of 4-bit ones: about 2.5 bytes a parameter and pass."""
+    """Memory traffic of one step for dequantising 4-bit weights to 16 bits: about 2.5 bytes per parameter and pass."""
     if not config.quantization.is_4bit:
         return 0.0
     linear = frozen_bytes(model, config, per_linear=2.5, per_embedding=0.0)

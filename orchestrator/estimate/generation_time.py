@@ -41,7 +41,7 @@ def rollout_seconds(
 
 
 def _weight_bytes(model: Architecture, config: RunConfig) -> float:
-    """Read for every token: of a mixture too, since a batch meets all experts."""
+    """Weights read for every token: all of them in a mixture too, since a batch activates all experts."""
     if config.tuning.is_adapter:
         return frozen_bytes(model, config) + 2.0 * trainable_parameters(model, config)
     return (2.0 if config.model.dtype == "bfloat16" else 4.0) * count_parameters(model).total

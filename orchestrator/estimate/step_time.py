@@ -1,5 +1,6 @@
 """Expected time of an optimizer step, and tokens per second: an estimate with a description of its basis. Must not
-import torch."""
+import torch.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +138,8 @@ def _rollout(model: Architecture, config: RunConfig, stage: TrainingStage, shape
 
 def _overlap(config: RunConfig) -> float:
     """Share of the compute time that overlaps with communication: under none and zero1 only that of the last
-    micro-batch."""
+    micro-batch.
+    """
     return config.cluster.communication_overlap if config.sharding.overlaps_communication else 0.0
 
 

@@ -101,7 +101,8 @@ def run_stage(config: RunConfig, run: RunFolder, job: StageJob, *, watch: Watch,
 @contextmanager
 def start_lock(run: RunFolder) -> Generator[None]:
     """Lock that lets one command at a time check whether a stage runs and start it; the kernel releases it with the
-    process."""
+    process.
+    """
     with open(run.lock, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

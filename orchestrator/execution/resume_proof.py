@@ -1,5 +1,6 @@
 """Proves for a user's own configuration that a killed run resumes to the same result: one uninterrupted run, one
-killed. Must not import torch."""
+killed. Must not import torch.
+"""
 
 from __future__ import annotations
 

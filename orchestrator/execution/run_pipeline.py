@@ -1,5 +1,6 @@
 """Executes a plan: freezes the run folder, then starts its stages here or submits them to Slurm. Must not import
-torch."""
+torch.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +85,8 @@ def execute(
     began: float | None = None,
 ) -> int:
     """`began` is the start time of the command, for its displayed duration; now if unknown. `preparations` are the
-    Slurm jobs, by what they prepare, that other runs of a multirun have submitted."""
+    Slurm jobs, by what they prepare, that other runs of a multirun have submitted.
+    """
     started = began = time.time() if began is None else began
     folder = RunFolder(run_directory_of(config))
     if folder.run.exists():

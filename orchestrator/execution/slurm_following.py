@@ -50,7 +50,8 @@ class _Joined:
 
 class JobWatch:
     """Slurm's newest answer about a stage, queried in the background: a hanging controller must not freeze the
-    display."""
+    display.
+    """
 
     def __init__(self, files: StageFolder) -> None:
         self._files = files
@@ -154,7 +155,8 @@ def _show_queue(joined: _Joined, watch: JobWatch) -> None:
 
 def _show_running(joined: _Joined, watch: JobWatch) -> None:
     """Show progress until the job is known to have left its nodes; missing answers are ignored, since the files show
-    its progress."""
+    its progress.
+    """
     from orchestrator.metrics.display import show_progress, view_of_stage
 
     files = joined.files

@@ -102,7 +102,8 @@ def _is_under_way(config: RunConfig) -> bool:
 
 def _preparation_job(config: RunConfig, stages: Sequence[str], preparations: dict[str, str]) -> str | None:
     """The job that the first stage has to wait for: a live one, one of an earlier run, or a new one; None if none is
-    needed."""
+    needed.
+    """
     run = RunFolder(run_directory_of(config))
     wanted = json.dumps(
         [
@@ -159,7 +160,8 @@ def _record(run: RunFolder, stage: Stage, job: str) -> None:
 
 def _token(config: RunConfig, run: RunFolder, name: str) -> str:
     """The token of a submission, written to disk before Slurm is called, so that a killed client finds its job
-    again."""
+    again.
+    """
     file = run.stage(name).submission
     pending: dict[str, str | None] = read_json(file) if file.exists() else {}
     token = pending.get("token")

@@ -41,7 +41,8 @@ class Dispensable:
 
 def prune(folders: Sequence[Path], *, yes: bool, dry_run: bool) -> int:
     """List what can go, ask, delete. The cache is pruned only for folders of runs: a single run does not know who else
-    uses it."""
+    uses it.
+    """
     runs, whole = _runs_of(folders)
     skipped, found = of_runs(runs)
     if whole:

@@ -42,7 +42,8 @@ OURS_OF_A_STUDY = (STUDY, "report.json", "report.txt", "report.png", "optuna.jou
 
 def remove_runs(folders: Sequence[Path], *, yes: bool) -> int:
     """Delete whole run and study folders after a question; ConfigError if one of them is no such folder, or is
-    running."""
+    running.
+    """
     chosen = list(dict.fromkeys(folder.absolute() for folder in folders))
     problems = [problem for folder in chosen for problem in refusals(folder)]
     if problems:

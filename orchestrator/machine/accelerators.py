@@ -32,7 +32,8 @@ class Gpu:
     @property
     def has_native_bfloat16(self) -> bool:
         """Whether bfloat16 is native; assumed for unknown GPUs: NVIDIA's have had it since 2020, and AMD's that ROCm
-        still supports have it."""
+        still supports have it.
+        """
         return self.capability is None or self.capability >= BFLOAT16_SINCE
 
     def bfloat16_reason(self) -> str:
@@ -63,7 +64,8 @@ def oldest_gpu() -> Gpu | None:
 
 def torch_build() -> str:
     """`cuda`, `hip` or `cpu`: what the installed torch was built for, by its version file; `unknown` if there is
-    none."""
+    none.
+    """
     found = find_spec("torch")  # of a top-level package: finds the file, runs nothing of it
     if found is None or found.origin is None:
         return "unknown"

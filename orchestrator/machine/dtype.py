@@ -57,7 +57,8 @@ def settle_folder(config: RunConfig, folder: RunFolder, machine: Machine) -> Num
 
 def settled_before(config: RunConfig, machine: Machine, name: Name, reason: str | None) -> NumberType:
     """A frozen type is kept, since another one would change the result; a note says so if it was chosen for another
-    device."""
+    device.
+    """
     best, why = choose(config, machine)
     kept = NumberType(name=name, is_auto=reason is not None, reason=reason or "as the run folder has it")
     return kept if name == best else replace(kept, warning=moved_sentence(name, kept.reason, best, why))

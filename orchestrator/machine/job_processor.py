@@ -22,7 +22,8 @@ class ProcessorKey(Section):
 
 def processor_key(processor: Processor, environment: Mapping[str, str]) -> ProcessorKey:
     """The key of a rank that runs in `environment` on this machine; plan and rank must compute the same key, so torch
-    is not asked."""
+    is not asked.
+    """
     return ProcessorKey(
         name=processor.name,
         onednn_limit=processor.onednn_limit,

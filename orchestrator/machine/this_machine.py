@@ -23,7 +23,8 @@ class Machine:
 
 def this_machine(environment: Mapping[str, str] | None = None) -> Machine:
     """This machine's compute devices, under the shell's variables and those that the cluster profile sets for the
-    ranks."""
+    ranks.
+    """
     return Machine(processor=this_processor({**os.environ, **(environment or {})}), gpu=oldest_gpu())
 
 

@@ -101,7 +101,8 @@ def show_progress(view: StageView, is_running: Callable[[], bool], *, console: C
 
 class PhaseLines:
     """The phases of a stage as plain lines: each when it begins, and again if it is long and nothing else is
-    printed."""
+    printed.
+    """
 
     def __init__(self, view: StageView) -> None:
         self._view = view

@@ -88,7 +88,8 @@ class Tail:
 
 def follow(path: Path, *, from_offset: int = 0, stop: Callable[[], bool], poll_seconds: float = 0.2) -> Iterator[Row]:
     """The rows of a growing file, waiting for more until `stop()`; rows completed before `stop()` turned true are still
-    returned."""
+    returned.
+    """
     tail = Tail(path, from_offset=from_offset)
     while True:
         stopping = stop()
@@ -111,7 +112,8 @@ def read_rows(path: Path) -> list[Row]:
 
 def readable_rows(path: Path) -> tuple[list[Row], list[str]]:
     """The rows that can be read, and a sentence about each other line; like `read_rows`, for commands that only show a
-    run."""
+    run.
+    """
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:

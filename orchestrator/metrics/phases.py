@@ -173,7 +173,8 @@ class Phases:
     @contextlib.contextmanager
     def handed_over(self, name: str) -> Generator[None]:
         """A phase that another process works on: it writes into the file, and this one only prints what it reads
-        there."""
+        there.
+        """
         with self.during(name, unit=ROWS):
             self._is_handed_over = True
             try:

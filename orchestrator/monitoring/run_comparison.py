@@ -58,7 +58,8 @@ class RunComparison:
 
 def runs_to_compare(folders: Sequence[Path]) -> list[RunFolder]:
     """The runs of the folders, without duplicates; a folder of runs means all of them. ConfigError names what is no
-    run."""
+    run.
+    """
     found: dict[Path, RunFolder] = {}
     for folder in folders:
         runs = find_runs(folder.resolve()) if folder.is_dir() else []

@@ -1,5 +1,6 @@
 """Facts of one stage of a run, from its files alone: state, losses, speed, cost, evaluation data. Must not import
-torch."""
+torch.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ def _evaluations(
     rows: Sequence[Row], *, without_loss: bool
 ) -> tuple[dict[str, float], dict[str, float], dict[str, tuple[float, int]]]:
     """First, last and best value of every measure; a policy's loss is omitted, because it is only the negative
-    reward."""
+    reward.
+    """
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     best: dict[str, tuple[float, int]] = {}
@@ -137,7 +139,8 @@ def _dollars(flat: Mapping[str, JsonValue], wall_seconds: float | None) -> float
 
 def _held_out(prepared: Mapping[str, Any]) -> str | None:
     """The last parts of the path: the folder's name is a digest of rows and preparation, independent of the cache's
-    location."""
+    location.
+    """
     path = prepared.get("evaluation")
     if not isinstance(path, str):
         return None

@@ -98,7 +98,8 @@ def found_advice(config: RunConfig, axes: Axes, judge: Judge, choices: Choices) 
 
 def judge_of(base: Base, data: Mapping[str, DataFacts]) -> Judge:
     """Evaluate settings by the plan itself. Measurements hold only for their own setting, so rates are compared by the
-    hardware table."""
+    hardware table.
+    """
     unmeasured = {name: replace(facts, measured=None) for name, facts in data.items()}
 
     def judge(config: RunConfig) -> dict[str, Judgement]:

@@ -93,7 +93,8 @@ def _format_problems(
 
 def _templated(config: RunConfig, name: str, look: SourceFacts) -> str | None:
     """The mapping that renders plain prompts with the base's chat template; None without plain prompts or without a
-    template."""
+    template.
+    """
     stage = config.stages[name]
     if wanted_kind(stage) is None or look.first is None or look.format is None:
         return None
@@ -105,7 +106,8 @@ def _templated(config: RunConfig, name: str, look: SourceFacts) -> str | None:
 
 def _has_template(config: RunConfig, data: DataConfig) -> bool:
     """Whether there is a chat template: by the tokenizer's files, or by the base's name until these are on this
-    machine."""
+    machine.
+    """
     folder = local_folder(config.model, cache_folder(config.cluster.scratch))
     if folder is not None:
         return has_template(data, folder)

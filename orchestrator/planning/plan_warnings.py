@@ -75,7 +75,8 @@ def _warnings(base: Base, stages: Sequence[StagePlan]) -> list[str]:
 
 def _pass_warnings(config: RunConfig, data: Mapping[str, DataFacts]) -> list[str]:
     """A sentence for every stage whose `max_steps` covers only a part of the user's rows, or repeats them very
-    often."""
+    often.
+    """
     stages = training_pipeline(config)
     return [
         sentence

@@ -38,7 +38,8 @@ def scaling_rows(
     config: RunConfig, counts: Sequence[int], *, base: Base, data: Mapping[str, DataFacts]
 ) -> list[ScalingRow]:
     """The rows of every training stage, stage by stage. The global batch is constant; the micro-batch shrinks if
-    necessary."""
+    necessary.
+    """
     rows: list[ScalingRow] = []
     for name in training_stages(config):
         first: float | None = None

@@ -100,7 +100,8 @@ class Advice:
 
 def axes_of(config: RunConfig, *, shardings: Mapping[str, Sharding], quantizations: Mapping[str, Quantization]) -> Axes:
     """All settings that change the result by no more than rounding: 4 bits only if the configuration already uses
-    them."""
+    them.
+    """
     name = next(name for name, known in quantizations.items() if known.scheme == config.quantization.scheme)
     return Axes(
         shardings=shardings,

@@ -84,7 +84,8 @@ def shape_for(stage: TrainingStage, data: DataFacts) -> RowShape:
 
 def _guessed_steps(stage: TrainingStage, data: DataFacts) -> int | None:
     """Steps guessed from the size of the files, if packing decides; None if the size is unknown, or `max_steps` is
-    set."""
+    set.
+    """
     per_epoch = guessed_epoch_steps(stage, data)
     if per_epoch is None or stage.max_steps is not None:
         return None

@@ -1,5 +1,6 @@
 """Finds, checks (without running the file) and loads a user's function, named `FILE.py:function`. Must not import
-torch."""
+torch.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ def no_option(name: str, option: str, allowed: Mapping[str, Any]) -> str:
 
 def error_text(error: BaseException, path: Path | None = None) -> str:
     """The error's message and type (except for our own sentences), and the line of the user's file that it came
-    through."""
+    through.
+    """
     if path is None and isinstance(error, ValueError):
         return str(error)
     lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(path)]

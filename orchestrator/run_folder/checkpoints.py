@@ -74,7 +74,8 @@ def look(folder: StageFolder, *, read_files: bool = True) -> tuple[Found | None,
 
 def verified(folder: Path, *, share: slice = slice(None)) -> Found:
     """Compare a checkpoint (or a share of its files) with its manifest, byte for byte; CheckpointError names every
-    difference."""
+    difference.
+    """
     _check_manifest(folder)
     manifest = read_manifest(folder, share=share)
     return Found(step=manifest["step"], folder=folder, manifest=manifest)
@@ -151,7 +152,8 @@ def mend_interrupted(folder: StageFolder) -> None:
 
 def _check_manifest(folder: Path) -> None:
     """Raise CheckpointError unless the manifest is consistent with itself, the folder's name and the number of
-    ranks."""
+    ranks.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {MANIFEST}; it was never finished")

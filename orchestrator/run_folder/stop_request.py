@@ -1,5 +1,6 @@
 """Requests to stop: a signal, a STOP file or the job's approaching end sets a flag; the ranks agree on it at a step
-boundary. Must not import torch."""
+boundary. Must not import torch.
+"""
 
 from __future__ import annotations
 

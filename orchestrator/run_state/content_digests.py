@@ -30,7 +30,8 @@ SHARED = ("base", "tokenizer", "template")
 
 def content_digests(config: RunConfig, name: str, *, base_folder: Path) -> dict[str, str]:
     """Digests of everything besides settings that decides a stage's result, by name; `data` is missing if its files are
-    not on this machine."""
+    not on this machine.
+    """
     data, *others = data_sets_of(config.stages[name]).values()
     hashes = FileHashes(cache_folder(config.cluster.scratch) / "data")
     found = {

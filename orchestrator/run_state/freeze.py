@@ -85,7 +85,8 @@ def check_writable(folder: Path, *, advice: str = ELSEWHERE) -> None:
 
 def refuse_inside_a_run(folder: Path) -> None:
     """Raise RunFolderError if a new run or study would be inside a run, with which it would be moved, copied and
-    deleted."""
+    deleted.
+    """
     if (folder / "run.json").exists():
         return  # not new: its owner may still resume it
     around = run_around(folder)

@@ -1,5 +1,6 @@
 """Detects a run folder that was moved while a process of this machine worked on it: the process keeps writing to the
-old path. Must not import torch."""
+old path. Must not import torch.
+"""
 
 from __future__ import annotations
 

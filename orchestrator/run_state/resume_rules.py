@@ -40,7 +40,8 @@ FREE_OF_A_STAGE = (
 
 def may_differ(config: RunConfig) -> frozenset[str]:
     """Dotted keys, with all below them, that may change between attempts: those without effect on the result, and
-    accepted ones."""
+    accepted ones.
+    """
     free = {f"stages.{name}.{key}" for name in config.stages for key in FREE_OF_A_STAGE}
     accepted = {key for stage in training_stages(config).values() for key in stage.checkpoint.accept_changes}
     return (frozenset(FREE) | free) - _decisive(config) | accepted

@@ -25,7 +25,8 @@ def stage_digest(config: RunConfig, name: str, inputs: Mapping[str, str]) -> str
 
 def fresh_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
     """The finished stages that are still valid: settings, base, data files and the artifacts they read are
-    unchanged."""
+    unchanged.
+    """
     artifacts: dict[str, str] = {}
     origin = run.stage(PARENT).result
     if origin.exists():
@@ -44,7 +45,8 @@ def fresh_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
 
 def may_be_made_anew(config: RunConfig, run: RunFolder) -> frozenset[str]:
     """Keys of stages that may change because the pipeline then reruns them: finished ones, and those without progress
-    to lose."""
+    to lose.
+    """
     if len(config.pipeline) < 2:
         return frozenset()
     stages = {name: run.stage(name) for name in config.stages}

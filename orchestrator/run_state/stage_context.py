@@ -58,7 +58,7 @@ class Context:
     input_digests: Mapping[str, str] = field(default_factory=dict[str, str])
     """Digests of the artifacts that the stage reads, by stage."""
     content_digests: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of base, tokenizer, template, data files and code."""
+    """Digests of base, tokenizer, template, data files and code."""
 
 
 def training_stage(context: Context) -> TrainingStage:

@@ -17,7 +17,8 @@ class Callbacks:
         self, sources: Sequence[FunctionSource], *, ask_to_stop: Callable[[str], None], warn: Callable[[str], None]
     ) -> None:
         """Load the functions; ConfigError if one cannot be loaded, since that shows before the first step and is worth
-        stopping for."""
+        stopping for.
+        """
         self._functions: dict[str, Callback] = {
             source.source: load_callback(source.source, source.options) for source in sources
         }

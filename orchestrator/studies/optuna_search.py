@@ -1,5 +1,6 @@
 """The search: Optuna chooses the values of each trial, which is an ordinary run; resumes after a kill. Must not import
-torch."""
+torch.
+"""
 
 from __future__ import annotations
 
@@ -236,7 +237,8 @@ def _run_trial(search: Search, number: int, values: Mapping[str, str], report: R
 
 def outcome_of(standing: Standing, code: int, weak_at: Sequence[int]) -> Outcome:
     """The outcome of a launched trial; `weak_at` are the steps at which it was weak. None is stopped at its last
-    step."""
+    step.
+    """
     if weak_at and not (standing.state == "finished" and weak_at[0] >= standing.steps):
         return Outcome(state="weak", why=f"worse than the median at step {weak_at[0]}")
     if code == EXIT_SAVED and standing.state != "finished":

@@ -1,5 +1,6 @@
 """Plots of studies as PNG files, with matplotlib's file backend; imported only when a plot is drawn. Must not import
-torch."""
+torch.
+"""
 
 # pyright: reportUnknownMemberType=false
 
@@ -37,7 +38,8 @@ def draw_seeds(report: dict[str, Any], path: Path) -> None:
 
 def draw_search(report: dict[str, Any], path: Path) -> None:
     """Parallel coordinates: one line per trial, one axis per key, the result last; unfinished trials in grey as far as
-    they got."""
+    they got.
+    """
     axis_of = {axis["key"]: axis for axis in report["axes"]}
     keys = list(axis_of)
     figure = Figure(figsize=(2.2 + 1.9 * len(keys), 4), layout="constrained")
@@ -93,7 +95,8 @@ def _draw_cells(axes: Axes, report: dict[str, Any]) -> None:
 
 def _scale(axis: dict[str, Any]) -> tuple[Callable[[str], float], list[tuple[float, str]]]:
     """(text -> height from 0 to 1, labelled heights) of one axis; numbers by size (logarithmic if searched that
-    way)."""
+    way).
+    """
     if "options" in axis:
         options: list[str] = axis["options"]
         heights = {name: i / max(1, len(options) - 1) for i, name in enumerate(options)}

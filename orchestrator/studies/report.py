@@ -1,5 +1,6 @@
 """The report of a study from its folder: report.json, report.txt and, if matplotlib is installed, report.png. Must not
-import torch."""
+import torch.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def write_report(folder: StudyFolder) -> str:
 
 def _seeds_report(folder: StudyFolder, record: dict[str, Any], study: SeedsStudy) -> dict[str, Any]:
     """Variance is computed over comparable results: at the end or, if weak trials were stopped, at the step of the
-    comparison."""
+    comparison.
+    """
     stage, step = str(record["stage"]), record["judged_at_step"]
     trials = _seed_trials(folder, record, study)
     finished = [(trial["name"], trial["value"]) for trial in trials if trial["value"] is not None]

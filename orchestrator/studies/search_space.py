@@ -45,7 +45,8 @@ Axis = Choices | Range
 
 def split_space(arguments: Sequence[str]) -> tuple[list[str], list[Axis]]:
     """The overrides with one value, and an axis for each of the others; ConfigError with every override that is no
-    axis."""
+    axis.
+    """
     plain: list[str] = []
     axes: list[Axis] = []
     problems: list[str] = []
@@ -103,7 +104,8 @@ def words_of(values: Mapping[str, str]) -> list[str]:
 
 def _sweep(word: str) -> Override | None:
     """An override with several values; None for one with a single value, or no override (reported by the
-    composition)."""
+    composition).
+    """
     if word.startswith("-") or "=" not in word:
         return None
     try:

@@ -1,5 +1,6 @@
 """The sets of rows that a data configuration asks for, with their files, formats and keys; reads only the first row.
-Must not import torch."""
+Must not import torch.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Reads rows of JSONL, JSON, CSV, Parquet and Arrow files, each with its location. Must not import torch or
-datasets."""
+datasets.
+"""
 
 from __future__ import annotations
 
@@ -66,8 +67,8 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def read_rows(path: Path, kind: FileKind) -> Iterator[tuple[int, object]]:
-    """(number, row or Unreadable) of one file; `position` says what the number means. Raises DataError where the file as a whole
-    is broken.
+    """(number, row or Unreadable) of one file; `position` says what the number means. Raises DataError if the file as a
+    whole is broken.
     """
     readers = {
         "jsonl": _jsonl,

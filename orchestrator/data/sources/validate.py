@@ -34,8 +34,8 @@ class SourceFacts:
 
 
 def inspect(source: SourceConfig, *, field: str, wanted: str | None = None) -> SourceFacts:
-    """A quick look for the plan: files, format, rows, bytes. `field` is the key that errors name, `wanted` the kind of rows that
-    they help to get. Raises DataError.
+    """Inspect a source quickly for the plan: files, format, rows, bytes. `field` is the key that errors name, `wanted`
+    the kind of rows that they suggest how to get. Raises DataError.
     """
     files = locate(source, field=field)
     if files is None:
@@ -140,8 +140,8 @@ def reading_of(source: SourceConfig, data_format: DataFormat) -> Reading:
 
 
 def parse_or_fault(row: object, where: str, reading: Reading) -> Example | Fault | str:
-    """The example of a row, what is wrong with it, or the reason (as in the counts) why it is left out: a pair of equal
-    answers, of which nothing can be learnt, or a row without a label where these are dropped.
+    """The example of a row, its problem, or the reason (as in the counts) why it is skipped: a pair of equal answers,
+    which teaches nothing, or a row without a label if these are dropped.
     """
     if isinstance(row, Unreadable):
         return Fault("unreadable", where, f"{row.found}, {row.expected} expected")

@@ -71,7 +71,8 @@ class WandbSettings:
 @dataclass(frozen=True, kw_only=True)
 class WandbState:
     """State of the W&B run, kept in `directory` over all attempts. The worker creates it, then only senders write
-    it."""
+    it.
+    """
 
     run_id: str
     mode: Literal["online", "offline"] | None = None

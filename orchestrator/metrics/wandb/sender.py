@@ -56,7 +56,8 @@ class CannotOpenError(Exception):
 
 def main(argv: list[str]) -> None:
     """`SETTINGS MODE WORKER_PID`: send until the supervisor signals the end. Exits immediately, because the SDK's own
-    exit may hang."""
+    exit may hang.
+    """
     settings = load_settings(Path(argv[0]))
     mode: Mode = "online" if argv[1] == "online" else "offline"
     try:
@@ -254,7 +255,8 @@ def why_no_key(sdk: wandb.Settings) -> str | None:
 
 def drop_torn_folders(directory: Path, state: WandbState) -> WandbState:
     """Remove the offline folders that were not closed cleanly; their steps are written again. One that a person synced
-    counts as safe."""
+    counts as safe.
+    """
     for folder in directory.glob(f"offline-run-*-{state.run_id}"):
         if folder.name in state.closed_folders:
             continue
