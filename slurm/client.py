@@ -1,5 +1,6 @@
-"""Submit, find and cancel jobs through Slurm's programs; never twice, and never blocking forever. Imports nothing of
-ours.
+"""Submit, find and cancel jobs through Slurm's programs; never twice, and never blocking forever.
+
+Imports nothing of ours.
 """
 
 import os

@@ -1,4 +1,5 @@
 """Selects and describes the kernels of attention and loss head: the one source for the plan, the log and the ranks.
+
 Must not import torch.
 """
 

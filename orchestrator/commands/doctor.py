@@ -1,5 +1,6 @@
-"""The verb doctor: reports the machine, versions and what works; probes heavy packages in child processes. Must not
-import torch.
+"""The verb doctor: reports the machine, versions and what works; probes heavy packages in child processes.
+
+Must not import torch.
 """
 
 from __future__ import annotations

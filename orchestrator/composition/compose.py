@@ -1,5 +1,6 @@
-"""Composes the configuration once, on the login side; reports every fault with its file and line. Must not import
-torch.
+"""Composes the configuration once, on the login side; reports every fault with its file and line.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The reference of every key: type, allowed values, default, unit and description, from the types and from conf/. Must
-not import torch.
+"""The reference of every key: type, allowed values, default, unit and description, from the types and from conf/.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Values that Hydra's grammar cannot read, or reads as something other than the intended text. Must not import
-torch.
+"""Values that Hydra's grammar cannot read, or reads as something other than the intended text.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Overrides of the command line: parsing by Hydra's grammar, and problems of single overrides. Must not import
-torch.
+"""Overrides of the command line: parsing by Hydra's grammar, and problems of single overrides.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Finds the file and line that set each key of the composed configuration, and invalid YAML files. Must not import
-torch.
+"""Finds the file and line that set each key of the composed configuration, and invalid YAML files.
+
+Must not import torch.
 """
 
 from __future__ import annotations

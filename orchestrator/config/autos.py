@@ -1,5 +1,6 @@
-"""Keys that accept `auto`. No type of the configuration has that value, so it is resolved before validation. Must not
-import torch.
+"""Keys that accept `auto`. No type of the configuration has that value, so it is resolved before validation.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Types, ranges and rules of studies, which are several runs of one configuration: seeds and searches. Must not import
-torch.
+"""Types, ranges and rules of studies, which are several runs of one configuration: seeds and searches.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Optimizer steps of one pass over prepared rows: the one definition for plan, `check` and training. Must not import
-torch.
+"""Optimizer steps of one pass over prepared rows: the one definition for plan, `check` and training.
+
+Must not import torch.
 """
 
 from __future__ import annotations

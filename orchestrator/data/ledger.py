@@ -1,5 +1,6 @@
-"""The record of the rows that every rank used at every step, and the proof that an epoch used each exactly once. Must
-not import torch.
+"""The record of the rows that every rank used at every step, and the proof that an epoch used each exactly once.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The text of `status`: a table that fits the terminal, reasons below it, plan and measurement. Must not import
-torch.
+"""The text of `status`: a table that fits the terminal, reasons below it, plan and measurement.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Memory of DeepSpeed and DDP besides the states: buckets, gathered parameters, small unsharded ones. Must not import
-torch.
+"""Memory of DeepSpeed and DDP besides the states: buckets, gathered parameters, small unsharded ones.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Expected time of an optimizer step, and tokens per second: an estimate with a description of its basis. Must not
-import torch.
+"""Expected time of an optimizer step, and tokens per second: an estimate with a description of its basis.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Executes a plan: freezes the run folder, then starts its stages here or submits them to Slurm. Must not import
-torch.
+"""Executes a plan: freezes the run folder, then starts its stages here or submits them to Slurm.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Refuse to start where another project's `launchers` or `slurm` would be imported instead of ours. Standard library
-only.
+"""Refuse to start where another project's `launchers` or `slurm` would be imported instead of ours.
+
+Standard library only.
 """
 
 from __future__ import annotations

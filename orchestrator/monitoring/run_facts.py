@@ -1,5 +1,6 @@
-"""Facts of one stage of a run, from its files alone: state, losses, speed, cost, evaluation data. Must not import
-torch.
+"""Facts of one stage of a run, from its files alone: state, losses, speed, cost, evaluation data.
+
+Must not import torch.
 """
 
 from __future__ import annotations

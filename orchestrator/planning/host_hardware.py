@@ -1,5 +1,6 @@
-"""Replaces unknown hardware in a configuration by this machine's, for the arithmetic of a plan. Must not import
-torch.
+"""Replaces unknown hardware in a configuration by this machine's, for the arithmetic of a plan.
+
+Must not import torch.
 """
 
 from __future__ import annotations

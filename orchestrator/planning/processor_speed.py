@@ -1,5 +1,6 @@
-"""The speed of this machine's processor for the forecast: measured once in a separate process, then cached. Must not
-import torch.
+"""The speed of this machine's processor for the forecast: measured once in a separate process, then cached.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""User metrics and callbacks given as `FILE.py:function`: checked without running them, and loaded. Must not import
-torch.
+"""User metrics and callbacks given as `FILE.py:function`: checked without running them, and loaded.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Finds, checks (without running the file) and loads a user's function, named `FILE.py:function`. Must not import
-torch.
+"""Finds, checks (without running the file) and loads a user's function, named `FILE.py:function`.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The artifact of an earlier stage, from its result.json, and whether a later stage can use it. Must not import
-torch.
+"""The artifact of an earlier stage, from its result.json, and whether a later stage can use it.
+
+Must not import torch.
 """
 
 from __future__ import annotations

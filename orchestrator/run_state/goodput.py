@@ -1,5 +1,6 @@
-"""Breakdown of a stage's wall-clock time, from its record: productive training and everything else. Must not import
-torch.
+"""Breakdown of a stage's wall-clock time, from its record: productive training and everything else.
+
+Must not import torch.
 """
 
 from __future__ import annotations

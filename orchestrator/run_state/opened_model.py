@@ -1,5 +1,6 @@
-"""The return type of `load`: a model with its tokenizer. Must not import torch, so that the login side may name the
-type.
+"""The return type of `load`: a model with its tokenizer.
+
+Must not import torch, so that the login side may name the type.
 """
 
 from __future__ import annotations

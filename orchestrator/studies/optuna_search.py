@@ -1,5 +1,6 @@
-"""The search: Optuna chooses the values of each trial, which is an ordinary run; resumes after a kill. Must not import
-torch.
+"""The search: Optuna chooses the values of each trial, which is an ordinary run; resumes after a kill.
+
+Must not import torch.
 """
 
 from __future__ import annotations

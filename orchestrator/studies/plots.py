@@ -1,5 +1,6 @@
-"""Plots of studies as PNG files, with matplotlib's file backend; imported only when a plot is drawn. Must not import
-torch.
+"""Plots of studies as PNG files, with matplotlib's file backend; imported only when a plot is drawn.
+
+Must not import torch.
 """
 
 # pyright: reportUnknownMemberType=false

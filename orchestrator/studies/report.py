@@ -1,5 +1,6 @@
-"""The report of a study from its folder: report.json, report.txt and, if matplotlib is installed, report.png. Must not
-import torch.
+"""The report of a study from its folder: report.json, report.txt and, if matplotlib is installed, report.png.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Starts and describes a study: the one that the overrides ask for, its plan, its run and its report. Must not import
-torch.
+"""Starts and describes a study: the one that the overrides ask for, its plan, its run and its report.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The study of seeds: every seed of new weights with every seed of the data order, weak trials stopped on request. Must
-not import torch.
+"""The study of seeds: every seed of new weights with every seed of the data order, weak trials stopped on request.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Maps the columns of a file to the fields of a format: common names, and the mapping to type. Must not import
-torch.
+"""Maps the columns of a file to the fields of a format: common names, and the mapping to type.
+
+Must not import torch.
 """
 
 from __future__ import annotations

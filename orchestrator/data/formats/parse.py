@@ -1,5 +1,6 @@
-"""Turns rows of a file into examples of one shape: detection, checks and semantics of the formats. Must not import
-torch.
+"""Turns rows of a file into examples of one shape: detection, checks and semantics of the formats.
+
+Must not import torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Facts of a folder of prepared rows, from its small metadata file. Must not import torch or numpy, because the plan
-reads it.
+"""Facts of a folder of prepared rows, from its small metadata file.
+
+Must not import torch or numpy, because the plan reads it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 """The sets of rows that a data configuration asks for, with their files, formats and keys; reads only the first row.
+
 Must not import torch.
 """
 

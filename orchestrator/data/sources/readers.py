@@ -1,5 +1,6 @@
-"""Reads rows of JSONL, JSON, CSV, Parquet and Arrow files, each with its location. Must not import torch or
-datasets.
+"""Reads rows of JSONL, JSON, CSV, Parquet and Arrow files, each with its location.
+
+Must not import torch or datasets.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The process between worker and W&B: survives signals, notices the worker's end, replaces a failing sender. Must not
-import torch or the SDK.
+"""The process between worker and W&B: survives signals, notices the worker's end, replaces a failing sender.
+
+Must not import torch or the SDK.
 """
 
 from __future__ import annotations
