@@ -225,10 +225,10 @@ def _accuracy(run: Path, held: Path) -> dict[str, float]:
     from orchestrator.evaluation.compare_with_base import _chat
     from orchestrator.files.atomic import read_json
     from orchestrator.models.artifact import open_artifact
-    from orchestrator.models.loading import DTYPES, quiet
+    from orchestrator.models.loading import DTYPES, silence_libraries
     from orchestrator.run_folder.folder import RunFolder
 
-    quiet()
+    silence_libraries()
     stage = RunFolder(run).stage("sft")
     config = RunConfig.model_validate(read_json(run / "run.json")["config"], strict=False)
     base = Path(read_json(stage.result)["base"]["folder"])

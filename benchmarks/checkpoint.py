@@ -31,9 +31,9 @@ from orchestrator.planning.absolute_paths import resolve
 from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_folder.stop_request import StopRequest
-from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context
-from orchestrator.training.checkpointing.checkpointer import Checkpointer, Subject
+from orchestrator.run_state.recorder import Recorder
+from orchestrator.run_state.stage_context import StageContext
+from orchestrator.training.checkpointing.checkpointer import CheckpointedState, Checkpointer
 from orchestrator.training.loop_state import Progress
 from orchestrator.training.optimizer import build_optimizer
 
@@ -61,7 +61,7 @@ def measure(folder: Path, experiment: str) -> None:
     optimizer = build_optimizer(model, config.stages["sft"].optimizer)
     model, optimizer = runtime.accelerator.prepare(model, optimizer)
     step_seconds = [_step(model, optimizer) for _ in range(3)][1:]
-    subject = Subject(runtime=runtime, model=model, optimizer=optimizer, data_digest="", probe=None)
+    subject = CheckpointedState(runtime=runtime, model=model, optimizer=optimizer, data_digest="", probe=None)
     savers = {
         way: _checkpointer(config, folder, subject, background=way == "background")
         for way in ("blocking", "background")
@@ -79,14 +79,14 @@ def measure(folder: Path, experiment: str) -> None:
     for saver in savers.values():
         saver.close()
     _report(folder, stalls, step_seconds, beside)
-    found = checkpoints.verified(RunFolder(folder / "blocking").stage("sft").checkpoint(ROUNDS))
+    found = checkpoints.verify(RunFolder(folder / "blocking").stage("sft").checkpoint(ROUNDS))
     _report_hashing(found.rank_files[0])
 
 
-def _checkpointer(config: RunConfig, folder: Path, subject: Subject, *, background: bool) -> Checkpointer:
+def _checkpointer(config: RunConfig, folder: Path, subject: CheckpointedState, *, background: bool) -> Checkpointer:
     stage = config.stages["sft"]
     settings = stage.checkpoint.model_copy(update={"background": background})
-    context = Context(
+    context = StageContext(
         config=config,
         name="sft",
         stage=stage.model_copy(update={"checkpoint": settings}),
@@ -98,7 +98,7 @@ def _checkpointer(config: RunConfig, folder: Path, subject: Subject, *, backgrou
         train_data=folder,
         evaluation_data=None,
     )
-    return Checkpointer(context, replace(subject), Record(context, rank=0))
+    return Checkpointer(context, replace(subject), Recorder(context, rank=0))
 
 
 def _step(model: Any, optimizer: Any) -> float:

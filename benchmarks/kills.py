@@ -54,7 +54,7 @@ def main() -> int:
         print("| kill | on the disk | newest proven after it |\n|---|---|---|")
         for number in range(1, options.kills + 1):
             state = kill_in_a_save(place, Cell(run=run, attempt=number), dice)
-            found, refused = checkpoints.look(place.stage("killed"))
+            found, refused = checkpoints.newest_valid(place.stage("killed"))
             assert found is not None and not refused, "a checkpoint with a name failed its proof"
             seen[state] += 1
             print(f"| {number} | {state} | step {found.step} |", flush=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config.evaluation import ScoringStage
-from orchestrator.config.pipeline import inputs_of, members_elsewhere, stages_beside
+from orchestrator.config.pipeline import blended_stages, external_members, inputs_of
 from orchestrator.config.run import RunConfig, Stage, data_sets_of
-from orchestrator.distributed.import_blocking import leave_out_deepspeed, leave_out_unused, uncollected
+from orchestrator.distributed.import_blocking import garbage_collection_paused, leave_out_deepspeed, leave_out_unused
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, OrchestratorError
 from orchestrator.files.atomic import read_json, write_json
 from orchestrator.files.cache import cache_folder
@@ -31,7 +31,7 @@ from orchestrator.run_state.attempts import next_attempt, write_fault
 from orchestrator.run_state.content_digests import content_digests
 from orchestrator.run_state.frozen import load_config
 from orchestrator.run_state.reuse import stage_digest
-from orchestrator.run_state.soup_members import Elsewhere, read_member
+from orchestrator.run_state.soup_members import ExternalMember, read_member
 from orchestrator.stages import STAGES
 
 PREPARE_POLL_SECONDS = 0.05
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     stop = StopRequest(folder.stop, deadline=job_deadline(os.environ, lead_seconds=config.cluster.stop_lead_seconds))
     phases = _phases_of(folder, attempt, rank, began)
     try:
-        with uncollected():
+        with garbage_collection_paused():
             run = _made_ready(config, options.stage, run_file, attempt=attempt, stop=stop, phases=phases)
         return run()
     except BaseException as error:
@@ -98,11 +98,11 @@ def _made_ready(
     phases.begin(phase.IMPORTING)
     leave_out_unused(config, Path(inputs["base_folder"]))
     module = importlib.import_module(STAGES[stage.kind])
-    from orchestrator.models.loading import quiet
-    from orchestrator.run_state.stage_context import Context
+    from orchestrator.models.loading import silence_libraries
+    from orchestrator.run_state.stage_context import StageContext
 
-    quiet()
-    context = Context(
+    silence_libraries()
+    context = StageContext(
         config=config,
         name=name,
         stage=stage,
@@ -117,7 +117,7 @@ def _made_ready(
         evaluation_data=Path(inputs["evaluation"]) if inputs["evaluation"] is not None else None,
         sets={key: Path(folder) for key, folder in inputs["sets"].items()},
         start=_start(stage, artifacts),
-        beside=[_as_start(artifact, member) for member, artifact in _beside(stage, artifacts, elsewhere).items()],
+        other_models=[_as_start(artifact, member) for member, artifact in _beside(stage, artifacts, elsewhere).items()],
         rewards={source: artifact.path for source, artifact in artifacts.items() if artifact.is_reward},
         input_digests={source: artifact.digest for source, artifact in artifacts.items()},
         content_digests=content,
@@ -131,18 +131,18 @@ def _start(stage: Stage, artifacts: Mapping[str, Artifact]) -> Any:
 
 
 def _as_start(artifact: Artifact, name: str) -> Any:
-    from orchestrator.run_state.stage_context import Start
+    from orchestrator.run_state.stage_context import ParentArtifact
 
-    return Start(stage=name, folder=artifact.path, kind=artifact.kind)
+    return ParentArtifact(stage=name, folder=artifact.path, kind=artifact.kind)
 
 
-def _elsewhere(stage: Stage) -> dict[str, Elsewhere]:
-    return {member: read_member(member) for member in members_elsewhere(stage)}
+def _elsewhere(stage: Stage) -> dict[str, ExternalMember]:
+    return {member: read_member(member) for member in external_members(stage)}
 
 
 def _beside(stage: Stage, artifacts: Mapping[str, Artifact], elsewhere: Mapping[str, Artifact]) -> dict[str, Artifact]:
     """The models blended with the artifact that the stage starts from, in configuration order."""
-    return {beside: artifacts[beside] for beside in stages_beside(stage)} | dict(elsewhere)
+    return {name: artifacts[name] for name in blended_stages(stage)} | dict(elsewhere)
 
 
 def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int, phases: Phases) -> dict[str, Any]:

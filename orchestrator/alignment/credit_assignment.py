@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from orchestrator.alignment.rollout_rows import Sampled
+from orchestrator.alignment.rollout_rows import ScoredCompletion
 from orchestrator.config.alignment import PolicyStage
 
 Baseline = Literal["grpo", "dr_grpo", "rloo", "reinforce"]
@@ -42,7 +42,7 @@ def advantages_PG(rewards_PG: torch.Tensor, *, kind: Baseline) -> torch.Tensor:
     return rewards_PG - rewards_PG.mean()
 
 
-def with_advantages(sequences: Sequence[Sampled], stage: PolicyStage) -> list[Sampled]:
+def with_advantages(sequences: Sequence[ScoredCompletion], stage: PolicyStage) -> list[ScoredCompletion]:
     """The sequences of a whole rollout with their advantages; under k1 the KL is part of the reward."""
     rewards = [one.reward - _penalty(one, stage) for one in sequences]
     rewards_PG = torch.tensor(rewards, dtype=torch.float64).reshape(-1, stage.rollout.group_size)
@@ -50,7 +50,7 @@ def with_advantages(sequences: Sequence[Sampled], stage: PolicyStage) -> list[Sa
     return [replace(one, advantage=advantage) for one, advantage in zip(sequences, advantages, strict=True)]
 
 
-def _penalty(one: Sampled, stage: PolicyStage) -> float:
+def _penalty(one: ScoredCompletion, stage: PolicyStage) -> float:
     if stage.kl_estimator != "k1" or not stage.kl_coefficient:
         return 0.0
     return stage.kl_coefficient * (sum(one.old) - sum(one.reference))

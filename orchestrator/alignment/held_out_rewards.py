@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.alignment.rollouts import Sampler
+from orchestrator.alignment.rollouts import RolloutMaker
 from orchestrator.generation.generator import Request
 from orchestrator.generation.samples import as_scored
 from orchestrator.training.evaluation import Evaluation
@@ -10,7 +10,7 @@ from orchestrator.training.evaluation import Evaluation
 HELD_OUT_PROMPTS = 32
 
 
-def score_held_out(sampler: Sampler) -> Evaluation | None:
+def score_held_out(sampler: RolloutMaker) -> Evaluation | None:
     """Mean reward (negated, as a loss) and length; every rank calls it. None if nothing is held out."""
     session = sampler.session
     held, runtime = session.held, session.runtime

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.alignment.rollout_rows import Sampled
+from orchestrator.alignment.rollout_rows import ScoredCompletion
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.training.correlations import pearson
 
@@ -18,7 +18,7 @@ SAME = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Health:
+class PolicyHealth:
     """Health after one rollout, with the history that the limits need."""
 
     told: dict[str, Any]
@@ -30,7 +30,9 @@ class Health:
     """Consecutive rollouts beyond each limit."""
 
 
-def health_of(sequences: Sequence[Sampled], stage: PolicyStage, *, before: Health | None) -> Health:
+def health_of(
+    sequences: Sequence[ScoredCompletion], stage: PolicyStage, *, before: PolicyHealth | None
+) -> PolicyHealth:
     """The health after a rollout that follows `before`."""
     size = stage.rollout.group_size
     rewards = [one.reward for one in sequences]
@@ -56,7 +58,7 @@ def health_of(sequences: Sequence[Sampled], stage: PolicyStage, *, before: Healt
     first_reward = told["reward"] if before is None else before.first_reward
     streaks = {} if before is None else before.streaks
     beyond = _beyond(told, stage, first_length=first_length, first_reward=first_reward)
-    return Health(
+    return PolicyHealth(
         told=told,
         first_length=first_length,
         first_reward=first_reward,
@@ -64,7 +66,7 @@ def health_of(sequences: Sequence[Sampled], stage: PolicyStage, *, before: Healt
     )
 
 
-def judge(health: Health, stage: PolicyStage) -> str | None:
+def judge(health: PolicyHealth, stage: PolicyStage) -> str | None:
     """The reason to abort the stage; None if it may continue."""
     told, limits = health.told, stage.limits
     difference = told["generator_difference"]
@@ -91,7 +93,7 @@ def _beyond(told: dict[str, Any], stage: PolicyStage, *, first_length: float, fi
     return [name for name, is_beyond in tests.items() if is_beyond]
 
 
-def _sentence(name: str, health: Health, stage: PolicyStage) -> str:
+def _sentence(name: str, health: PolicyHealth, stage: PolicyStage) -> str:
     told, limits = health.told, stage.limits
     match name:
         case "kl":
@@ -110,7 +112,7 @@ def _has_reference(stage: PolicyStage) -> bool:
     return bool(stage.kl_coefficient) or stage.limits.kl is not None
 
 
-def _differences(one: Sampled) -> float:
+def _differences(one: ScoredCompletion) -> float:
     return sum(abs(old - seen) for old, seen in zip(one.old, one.generator, strict=True))
 
 

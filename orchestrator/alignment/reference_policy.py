@@ -14,7 +14,7 @@ from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
 from orchestrator.models.loading import DTYPES, load_model
 from orchestrator.models.peft_adapters import adapter_settings
 from orchestrator.models.tuning import build_policy, load_adapter
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.recipe import Session
 
 REFERENCE = "reference"
@@ -26,7 +26,7 @@ def wants_reference(stage: PolicyStage) -> bool:
 
 
 def build_policy_with_reference(
-    context: Context, stage: PolicyStage, dtype: torch.dtype, packed: bool
+    context: StageContext, stage: PolicyStage, dtype: torch.dtype, packed: bool
 ) -> torch.nn.Module:
     """The module to train, with a frozen copy of the adapter that it starts from, if there is one."""
     model: Any = build_policy(context, dtype, packed)

@@ -21,7 +21,7 @@ from orchestrator.generation.samples import Scored
 from orchestrator.models.artifact import open_artifact
 from orchestrator.models.loading import DTYPES, load_scorer
 from orchestrator.rewards.load import load_reward
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.objectives import document_scores
 
 Score = Callable[[Sequence[Scored]], list[float]]
@@ -41,7 +41,7 @@ class Rewards:
         return sums, apart
 
 
-def make_rewards(context: Context, runtime: Runtime, sources: Sequence[RewardSource]) -> Rewards:
+def make_rewards(context: StageContext, runtime: Runtime, sources: Sequence[RewardSource]) -> Rewards:
     """Load every model and function. ConfigError if one cannot be used."""
     names = _names(sources)
     scores = {name: _score(context, runtime, source) for name, source in zip(names, sources, strict=True)}
@@ -54,7 +54,7 @@ def _names(sources: Sequence[RewardSource]) -> list[str]:
     return [name if short.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(short)]
 
 
-def _score(context: Context, runtime: Runtime, source: RewardSource) -> Score:
+def _score(context: StageContext, runtime: Runtime, source: RewardSource) -> Score:
     if source.source.startswith(STAGE_PREFIX):
         folder = context.rewards[source.source.removeprefix(STAGE_PREFIX)]
         return _by_model(runtime, _open_trained(context, runtime, folder))
@@ -65,7 +65,7 @@ def _score(context: Context, runtime: Runtime, source: RewardSource) -> Score:
     return lambda completions: [function(completion.sample) for completion in completions]
 
 
-def _open_trained(context: Context, runtime: Runtime, folder: Path) -> torch.nn.Module:
+def _open_trained(context: StageContext, runtime: Runtime, folder: Path) -> torch.nn.Module:
     """The frozen reward model of an earlier stage, whole on every rank."""
     config = context.config
     with without_sharding():
@@ -79,7 +79,7 @@ def _open_trained(context: Context, runtime: Runtime, folder: Path) -> torch.nn.
     return model.requires_grad_(False).to(runtime.device).eval()
 
 
-def _open_folder(context: Context, runtime: Runtime, folder: Path) -> torch.nn.Module:
+def _open_folder(context: StageContext, runtime: Runtime, folder: Path) -> torch.nn.Module:
     if not folder.is_dir():
         raise ConfigError(f"rewards: model:{folder} is no folder; give one with a sequence-classification model")
     if load_facts(folder).core != load_facts(context.base_folder).core:

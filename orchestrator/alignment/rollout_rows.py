@@ -26,7 +26,7 @@ from orchestrator.schedule import rollout_steps, rollout_steps_per_epoch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled:
+class ScoredCompletion:
     """One completion with its prompt, and what was known of it before the first update."""
 
     prompt: tuple[int, ...]
@@ -78,11 +78,11 @@ class RolloutRows:
     def __init__(self, *, pad_id: int) -> None:
         self._pad_id = pad_id
         self.number = -1
-        self.sequences: list[Sampled] = []
+        self.sequences: list[ScoredCompletion] = []
         self.lengths: Indices = np.zeros(0, dtype=np.int64)
         self.trained_tokens: Indices = np.zeros(0, dtype=np.int64)
 
-    def take(self, number: int, sequences: list[Sampled]) -> None:
+    def take(self, number: int, sequences: list[ScoredCompletion]) -> None:
         self.number, self.sequences = number, sequences
         self.trained_tokens = np.array([len(one.completion) for one in sequences], dtype=np.int64)
         self.lengths = self.trained_tokens + np.array([len(one.prompt) for one in sequences], dtype=np.int64)
@@ -106,7 +106,7 @@ class RolloutRows:
         )
 
 
-def _text(one: Sampled | None) -> tuple[np.ndarray, np.ndarray]:
+def _text(one: ScoredCompletion | None) -> tuple[np.ndarray, np.ndarray]:
     if one is None:
         return np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.bool_)
     ids = np.array([*one.prompt, *one.completion], dtype=np.int64)
@@ -158,16 +158,16 @@ def prompts_of(rows: PreparedRows, stage: PolicyStage, number: int, seed: int) -
     return [int(order[i % rows.rows]) for i in range(place * size, (place + 1) * size)]
 
 
-def share(runtime: Runtime, mine: list[Sampled]) -> list[Sampled]:
+def share(runtime: Runtime, mine: list[ScoredCompletion]) -> list[ScoredCompletion]:
     """The sequences of all ranks, in rank order."""
     if runtime.world_size == 1:
         return mine
     parts: list[Any] = [None] * runtime.world_size
     dist.all_gather_object(parts, [asdict(one) for one in mine])
-    return [Sampled(**one) for part in parts for one in part]
+    return [ScoredCompletion(**one) for part in parts for one in part]
 
 
-def write_rollout(folder: Path, number: int, sequences: Sequence[Sampled], state: Mapping[str, Any]) -> None:
+def write_rollout(folder: Path, number: int, sequences: Sequence[ScoredCompletion], state: Mapping[str, Any]) -> None:
     """Save a whole rollout, so that a run stopped between its steps resumes with the same rows."""
     file = rollout_file(folder, number)
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ COLUMNS = {
 }
 
 
-def read_rollout(folder: Path, number: int) -> tuple[list[Sampled], dict[str, Any]]:
+def read_rollout(folder: Path, number: int) -> tuple[list[ScoredCompletion], dict[str, Any]]:
     """A saved rollout and its state; CheckpointError if it is gone."""
     file = rollout_file(folder, number)
     try:
@@ -206,14 +206,14 @@ def read_rollout(folder: Path, number: int) -> tuple[list[Sampled], dict[str, An
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file} is needed to go on between two steps of a rollout: {error}") from error
     places = dict.fromkeys(COLUMNS, 0)
-    sequences: list[Sampled] = []
+    sequences: list[ScoredCompletion] = []
     for fact in facts:
         values: dict[str, Any] = {}
         for name in COLUMNS:
             length = fact["prompt"] if name == "prompt" else fact["completion"]
             values[name] = tuple(columns[name][places[name] : places[name] + length])
             places[name] += length
-        sequences.append(Sampled(**{**fact, **values}))
+        sequences.append(ScoredCompletion(**{**fact, **values}))
     return sequences, state
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from orchestrator.alignment.credit_assignment import with_advantages
-from orchestrator.alignment.policy_health import Health, health_of, judge
+from orchestrator.alignment.policy_health import PolicyHealth, health_of, judge
 from orchestrator.alignment.reference_policy import UseReference
 from orchestrator.alignment.rewards import Rewards
 from orchestrator.alignment.rollout_rows import (
     RolloutOrder,
     RolloutRows,
-    Sampled,
+    ScoredCompletion,
     forget_rollouts,
     prompts_of,
     read_rollout,
@@ -40,7 +40,7 @@ SHOWN_SAMPLES = 4
 
 
 @dataclass(kw_only=True)
-class Sampler:
+class RolloutMaker:
     """Owns the current rollout. Every rank calls `begin` at the same step."""
 
     session: Session
@@ -50,7 +50,7 @@ class Sampler:
     generate: Generate
     rewards: Rewards
     reference: UseReference | None
-    health: Health | None = None
+    health: PolicyHealth | None = None
 
     def begin(self, step: int) -> Mapping[str, Any]:
         """Make the rollout if `step` (from 1) is its first, else load the saved one; return its row of metrics."""
@@ -59,7 +59,7 @@ class Sampler:
         if within and self.rows.number != number:
             sequences, state = read_rollout(folder, number)
             self.rows.take(number, sequences)
-            self.health = Health(**state)
+            self.health = PolicyHealth(**state)
         elif not within:
             self._make(number, step)
         assert self.health is not None
@@ -71,7 +71,7 @@ class Sampler:
         sequences = share(runtime, self._sample(drawn, number))
         sequences = with_advantages(sequences, self.stage)
         if number and self.health is None:
-            self.health = Health(**read_rollout(context.folder.rollouts, number - 1)[1])
+            self.health = PolicyHealth(**read_rollout(context.folder.rollouts, number - 1)[1])
         self.health = health_of(sequences, self.stage, before=self.health)
         self.rows.take(number, sequences)
         if runtime.is_main:
@@ -86,7 +86,7 @@ class Sampler:
             where = f"; the last checkpoint is step {kept}" if kept is not None else ""
             raise TrainingFailed(f"step {step}: {problem}{where}")
 
-    def _sample(self, drawn: Sequence[int], number: int) -> list[Sampled]:
+    def _sample(self, drawn: Sequence[int], number: int) -> list[ScoredCompletion]:
         """This rank's completions of its share of the prompts, scored."""
         runtime, size = self.session.runtime, self.stage.rollout.group_size
         each = len(drawn) // runtime.world_size
@@ -107,7 +107,7 @@ class Sampler:
         requests: Sequence[Request],
         completions: Sequence[Completion],
         extras: Sequence[tuple[int, Mapping[str, Any]]],
-    ) -> list[Sampled]:
+    ) -> list[ScoredCompletion]:
         scored = [
             as_scored(self.session.context, request, completion, row)
             for request, completion, (_, row) in zip(requests, completions, extras, strict=True)
@@ -119,7 +119,7 @@ class Sampler:
             with self.reference() as model:
                 reference, _ = self.logprobs(scored, model=model)
         return [
-            Sampled(
+            ScoredCompletion(
                 prompt=one.prompt_ids,
                 completion=one.completion_ids,
                 generator=completions[i].logprobs,
@@ -158,7 +158,7 @@ class Sampler:
         model.train(was_training)
         return found, entropies
 
-    def _write_samples(self, sequences: Sequence[Sampled], step: int) -> None:
+    def _write_samples(self, sequences: Sequence[ScoredCompletion], step: int) -> None:
         context = self.session.context
         tokenizer = core_tokenizer(load_facts(context.base_folder).core)
         with RecordFile(context.folder.generated) as file:

@@ -15,10 +15,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-from orchestrator.commands.plan_from_overrides import composed_words, planned_run
+from orchestrator.commands.plan_from_overrides import compose_overrides, planned_run
 from orchestrator.commands.resume import resume as resume_run
 from orchestrator.commands.run import run as run_overrides
-from orchestrator.composition.overrides import two_values
+from orchestrator.composition.overrides import duplicated_keys
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import (
     EXIT_DO_NOT_RESTART,
@@ -78,7 +78,7 @@ class RunResult:
 def compose(*overrides: Override, config_directory: Folder | None = None) -> RunConfig:
     """The validated configuration; ConfigError with every problem."""
     words = _words(overrides, config_directory=None)
-    return composed_words(words, None if config_directory is None else Path(config_directory)).config
+    return compose_overrides(words, None if config_directory is None else Path(config_directory)).config
 
 
 def plan(*overrides: Override, config_directory: Folder | None = None) -> Plan:
@@ -91,7 +91,7 @@ def run(*overrides: Override, config_directory: Folder | None = None) -> RunResu
 
     Raises ConfigError before anything starts, LaunchFailed or TrainingFailed if a stage ends without a result.
     """
-    from orchestrator.execution.run_pipeline import WHOLE
+    from orchestrator.execution.run_pipeline import ALL_STAGES
 
     words = _words(overrides, config_directory=config_directory)
     config, planned = planned_run(words)
@@ -99,7 +99,7 @@ def run(*overrides: Override, config_directory: Folder | None = None) -> RunResu
         raise ConfigError(
             f"study={config.study.kind}: a study is many runs; use the command line, or call run for each of them"
         )
-    return _ended(RunFolder(Path(planned.run_directory)), run_overrides(words, part=WHOLE))
+    return _ended(RunFolder(Path(planned.run_directory)), run_overrides(words, part=ALL_STAGES))
 
 
 def resume(folder: Folder) -> RunResult:
@@ -141,7 +141,7 @@ def _words(overrides: Sequence[object], *, config_directory: Folder | None) -> l
         else:
             entries = cast("Mapping[str, object]", override).items()
             words += [f"{key}={_hydra_text(value)}" for key, value in entries]
-    if problems := two_values(words):
+    if problems := duplicated_keys(words):
         raise ConfigError(problems)
     return words
 

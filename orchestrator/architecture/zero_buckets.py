@@ -46,7 +46,7 @@ def sizes_of(sharding: ZeroSharding, model: Architecture | None) -> ZeroSizes:
     )
 
 
-def sized(config: RunConfig, model: Architecture | None) -> RunConfig:
+def with_zero_buckets(config: RunConfig, model: Architecture | None) -> RunConfig:
     """The configuration with every size settled; unchanged without ZeRO."""
     if not isinstance(config.sharding, ZeroSharding):
         return config

@@ -23,14 +23,14 @@ from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import CheckpointError, DataError, ModelError
 from orchestrator.models.causal_lm import NOT_FOR_A_BACKBONE
 from orchestrator.models.loading import attention_of, keep_weights_in_place, nf4_settings
-from orchestrator.models.tuning import apply_tuning, hold_masters, load_adapter
-from orchestrator.run_state.stage_context import Context
+from orchestrator.models.tuning import apply_tuning, cast_trained_to_fp32, load_adapter
+from orchestrator.run_state.stage_context import StageContext
 
 HEADS = ("score", "classifier", "pooler", "pre_classifier")
 """Modules never held in 4 bits, since they are new and trained."""
 
 
-def build_classifier(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
+def build_classifier(context: StageContext, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
     """The classifier to train: a new head on the base or on a policy, or the classifier of an earlier stage."""
     start = context.start
     goes_on = start is not None and start.kind.startswith("classifier_")
@@ -43,11 +43,11 @@ def build_classifier(context: Context, dtype: torch.dtype, packed: bool) -> torc
     if start is not None and start.kind.endswith("adapter"):
         load_adapter(model, start.folder)
     if dtype == torch.float32 or not context.config.sharding.is_deepspeed:
-        hold_masters(model)
+        cast_trained_to_fp32(model)
     return model
 
 
-def stage_classes(context: Context) -> Classes:
+def stage_classes(context: StageContext) -> Classes:
     """The classes of a stage: from its own settings and rows, or from the classifier that it starts from."""
     stage = context.stage
     if isinstance(stage, ClassifyStage):

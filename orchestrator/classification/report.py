@@ -73,7 +73,7 @@ def _as_loss_wants(wanted: torch.Tensor) -> torch.Tensor:
     return wanted.double() if wanted.is_floating_point() else wanted
 
 
-class Judge:
+class ClassificationEvaluator:
     """Evaluates the model on held-out rows; keeps the last report."""
 
     def __init__(self, session: Session, classes: Classes, targets: Mapping[str, Targets]) -> None:

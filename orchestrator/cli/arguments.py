@@ -33,11 +33,11 @@ def add_overrides(parser: VerbParser, *, multirun: bool = False) -> None:
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
     """The overrides, preceded by -m and --config-dir if given; ConfigError for two values of one key."""
-    from orchestrator.composition.overrides import two_values
+    from orchestrator.composition.overrides import duplicated_keys
 
     overrides: list[str] = arguments.overrides
     problems = [f"{text}: one verb at a time; leave it out" for text in overrides if text in VERBS]
-    problems += two_values(overrides)
+    problems += duplicated_keys(overrides)
     if problems:
         raise ConfigError(problems)
     flags = ["-m"] if vars(arguments).get("multirun") else []
@@ -77,8 +77,8 @@ def _why_no_run(folder: Path) -> str:
         return f"it holds no run.json; type {inside[-1]}{more}"
     if folder.is_dir():
         return "it holds no run.json"
-    beside = [str(file.parent) for file in folder.parent.glob("*/run.json")]
-    guess = nearest(str(folder), beside)
+    others = [str(file.parent) for file in folder.parent.glob("*/run.json")]
+    guess = nearest(str(folder), others)
     return "it holds no run.json, since there is no such folder" + (f"; did you mean {guess}?" if guess else "")
 
 

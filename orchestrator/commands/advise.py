@@ -14,7 +14,7 @@ from orchestrator.machine.this_machine import this_machine
 from orchestrator.planning.absolute_paths import resolve
 from orchestrator.planning.auto_settings import choices_of, found_advice, judge_of, nearest_sentences
 from orchestrator.planning.host_hardware import as_seen
-from orchestrator.planning.inspect_inputs import gather
+from orchestrator.planning.inspect_inputs import inspect_inputs
 from orchestrator.planning.processor_speed import with_speeds
 from orchestrator.planning.settings_search import axes_of
 
@@ -25,7 +25,7 @@ def print_advice(composed: Composed, config_directory: Path | None, *, as_json: 
     """
     machine = this_machine(composed.config.cluster.environment)
     config = as_seen(resolve(composed.config, Path.cwd()), machine, config_directory, assumes_speed=True)
-    base, data = gather(config)
+    base, data = inspect_inputs(config)
     data = with_speeds(config, machine, base, data, may_measure=True)
     choices = choices_of(config, config_directory)
     axes = axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.commands.plan_from_overrides import composed_words, planned_of_words, take_config_directory
+from orchestrator.commands.plan_from_overrides import compose_overrides, plans_of, take_config_directory
 from orchestrator.composition.compose import examine
 from orchestrator.composition.node_counts import take_node_counts
 from orchestrator.config.run import RunConfig
@@ -14,7 +14,7 @@ from orchestrator.config.study import NoStudy
 from orchestrator.display.plan_table import print_plan, print_plans, print_scaling
 from orchestrator.errors import EXIT_DONE, ConfigError
 from orchestrator.planning.absolute_paths import resolve
-from orchestrator.planning.inspect_inputs import gather
+from orchestrator.planning.inspect_inputs import inspect_inputs
 from orchestrator.planning.records import Plan
 from orchestrator.planning.scaling import scaling_rows
 
@@ -28,12 +28,12 @@ def plan(arguments: Sequence[str], *, advise: bool, as_json: bool, everything: b
         from orchestrator.commands.advise import print_advice
 
         words, config_directory = take_config_directory(arguments)
-        print_advice(composed_words(words, config_directory), config_directory, as_json=as_json)
+        print_advice(compose_overrides(words, config_directory), config_directory, as_json=as_json)
         return EXIT_DONE
     words, counts = take_node_counts(arguments)
     if counts is not None:
         return _scaling(words, counts, as_json=as_json)
-    runs = planned_of_words(words, measures=True)
+    runs = plans_of(words, measures=True)
     if not as_json and not everything and len(runs) > 1:
         print_plans(runs)
         return EXIT_DONE
@@ -66,7 +66,7 @@ def _scaling(arguments: Sequence[str], counts: Sequence[int], *, as_json: bool) 
     if problems:
         raise ConfigError(problems)
     config = resolve(composed.config, Path.cwd())
-    base, data = gather(config)
+    base, data = inspect_inputs(config)
     rows = scaling_rows(config, counts, base=base, data=data)
     if as_json:
         print(json.dumps([row.model_dump(mode="json") for row in rows], indent=2))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launchers.spec import InvalidValueError
-from orchestrator.architecture.zero_buckets import sized
+from orchestrator.architecture.zero_buckets import with_zero_buckets
 from orchestrator.composition.compose import Composed, examine
 from orchestrator.composition.multirun import FLAGS, combinations, first_words, is_sweep
 from orchestrator.config.run import RunConfig
@@ -22,7 +22,7 @@ from orchestrator.metrics.phases import LOOKING
 from orchestrator.metrics.screen import busy
 from orchestrator.planning.absolute_paths import resolve
 from orchestrator.planning.host_hardware import as_seen
-from orchestrator.planning.inspect_inputs import gather
+from orchestrator.planning.inspect_inputs import inspect_inputs
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.processor_speed import with_speeds
 from orchestrator.planning.records import Plan
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     pass
 
 
-def planned_of_words(arguments: Sequence[str], *, measures: bool = False) -> list[tuple[RunConfig, Plan]]:
+def plans_of(arguments: Sequence[str], *, measures: bool = False) -> list[tuple[RunConfig, Plan]]:
     """Every run that the overrides ask for; of a search, whose values are chosen later, one with the first values."""
     if not is_sweep(arguments):
         return [planned_run(arguments, measures=measures)]
@@ -47,7 +47,7 @@ def first_config(arguments: Sequence[str]) -> RunConfig:
     """
     words, config_directory = take_config_directory([word for word in arguments if word not in FLAGS])
     try:
-        return composed_words(first_words(words), config_directory).config
+        return compose_overrides(first_words(words), config_directory).config
     except ConfigError as error:
         from orchestrator.studies.run_study import space_problems
 
@@ -68,16 +68,18 @@ def _planned_run(arguments: Sequence[str], *, measures: bool) -> tuple[RunConfig
     words, config_directory = take_config_directory(arguments)
     composed = examine(words, config_directory=config_directory)
     if composed.autos and not composed.problems:
-        from orchestrator.planning.auto_settings import settled_words
+        from orchestrator.planning.auto_settings import resolve_auto_overrides
 
         kept = [word for word in words if word != "sharding=auto"]
-        composed = examine([*kept, *settled_words(composed, config_directory)], config_directory=config_directory)
+        composed = examine(
+            [*kept, *resolve_auto_overrides(composed, config_directory)], config_directory=config_directory
+        )
     config, problems = composed.config, composed.problems
     config = resolve(config, Path.cwd())
     machine = this_machine(config.cluster.environment)
     seen = as_seen(config, machine, config_directory)
     try:
-        base, data = gather(seen)
+        base, data = inspect_inputs(seen)
     except OrchestratorError as error:
         raise ConfigError([*problems, *error.problems, *_script_problems(config)]) from None
     problems += _script_problems(config)
@@ -85,10 +87,10 @@ def _planned_run(arguments: Sequence[str], *, measures: bool) -> tuple[RunConfig
         raise ConfigError(problems)
     data = with_speeds(seen, machine, base, data, may_measure=measures)
     planned = make_plan(seen, base=base, data=data, notes=composed.notes, number_type=composed.number_type)
-    return sized(config, base.architecture), planned
+    return with_zero_buckets(config, base.architecture), planned
 
 
-def composed_words(words: Sequence[str], config_directory: Path | None) -> Composed:
+def compose_overrides(words: Sequence[str], config_directory: Path | None) -> Composed:
     """The composed overrides; ConfigError with every problem."""
     composed = examine(words, config_directory=config_directory)
     if composed.problems:

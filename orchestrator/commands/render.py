@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.commands.plan_from_overrides import planned_of_words
+from orchestrator.commands.plan_from_overrides import plans_of
 from orchestrator.config.study import NoStudy
 from orchestrator.errors import EXIT_DONE, ConfigError
 from orchestrator.execution.job_specs import render_scripts
@@ -14,7 +14,7 @@ def render(arguments: Sequence[str]) -> int:
     """Write the scripts into the run folder and print them; submit nothing."""
     from orchestrator.execution.run_pipeline import freeze_run
 
-    for config, planned in planned_of_words(arguments):
+    for config, planned in plans_of(arguments):
         if not isinstance(config.study, NoStudy):
             raise ConfigError(
                 f"study={config.study.kind}: scripts are of one run; leave out study=, and -m or the seeds of one trial"

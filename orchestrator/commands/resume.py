@@ -11,14 +11,14 @@ from orchestrator.machine.this_machine import this_machine
 from orchestrator.metrics.phases import LOOKING
 from orchestrator.metrics.screen import busy
 from orchestrator.planning.host_hardware import as_seen
-from orchestrator.planning.inspect_inputs import gather
+from orchestrator.planning.inspect_inputs import inspect_inputs
 from orchestrator.planning.lost_inputs import lost_inputs
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.processor_speed import with_speeds
 from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.freeze import check_writable
 from orchestrator.run_state.frozen import load_config, refuse_newer
-from orchestrator.run_state.reuse import fresh_stages
+from orchestrator.run_state.reuse import up_to_date_stages
 
 
 def resume(folder: RunFolder) -> int:
@@ -31,7 +31,7 @@ def resume(folder: RunFolder) -> int:
     problems = rule_problems(config)
     if problems:
         raise ConfigError(problems)
-    done = fresh_stages(config, folder)
+    done = up_to_date_stages(config, folder)
     if len(done) == len(config.pipeline):  # this needs neither data nor base nor write permission
         print("\n".join(f"{stage}: done already; its result is {folder.stage(stage).result}" for stage in done))
         return EXIT_DONE
@@ -42,7 +42,7 @@ def resume(folder: RunFolder) -> int:
     with busy(LOOKING):
         machine = this_machine(config.cluster.environment)
         seen = as_seen(config, machine, None)
-        base, data = gather(seen)
+        base, data = inspect_inputs(seen)
         data = with_speeds(seen, machine, base, data, may_measure=False)
     planned = make_plan(seen, base=base, data=data, number_type=settle_folder(config, folder, machine))
     return execute(config, planned, began=began)

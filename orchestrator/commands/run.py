@@ -12,12 +12,12 @@ from orchestrator.config.study import NoStudy
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
-    from orchestrator.execution.run_pipeline import Part
+    from orchestrator.execution.run_pipeline import StageSelection
 
 
-def run(arguments: Sequence[str], *, part: Part) -> int:
+def run(arguments: Sequence[str], *, part: StageSelection) -> int:
     """Check, plan and launch; continue unfinished stages and skip finished ones. With -m, one run per combination."""
-    from orchestrator.execution.run_pipeline import WHOLE, execute, execute_all
+    from orchestrator.execution.run_pipeline import ALL_STAGES, execute, execute_all
 
     began = time.time()
     if is_sweep(arguments):
@@ -30,6 +30,6 @@ def run(arguments: Sequence[str], *, part: Part) -> int:
             return execute(config, planned, part=part, began=began)
     from orchestrator.studies.run_study import run_study
 
-    if part != WHOLE:
+    if part != ALL_STAGES:
         raise ConfigError("--from and --only: a study runs whole pipelines; leave them out, or type study=none")
     return run_study(arguments, config, planned_run)

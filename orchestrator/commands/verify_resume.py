@@ -13,7 +13,7 @@ from orchestrator.execution.job_specs import job_spec, render
 from orchestrator.execution.resume_proof import Running, print_proof
 from orchestrator.execution.resume_proof import verify_resume as prove_resume
 from orchestrator.execution.run_pipeline import freeze_run
-from orchestrator.planning.inspect_inputs import gather, validate_data
+from orchestrator.planning.inspect_inputs import inspect_inputs, validate_data
 from orchestrator.planning.plan import make_plan
 
 
@@ -27,7 +27,7 @@ def verify_resume(arguments: Sequence[str], *, steps: int) -> int:
 
 
 def _start(config: RunConfig, stage: str) -> AbstractContextManager[Running]:
-    base, data = gather(config)
+    base, data = inspect_inputs(config)
     script = render(config, stage)
     freeze_run(config, make_plan(config, base=base, data=data), [script])
     return launch(script, job_spec(config, stage))

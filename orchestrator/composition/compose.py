@@ -28,7 +28,7 @@ from orchestrator.composition.overrides import (
     parse_override,
 )
 from orchestrator.composition.recipes import Origins, fit, take_recipes
-from orchestrator.composition.yaml_locations import find_places
+from orchestrator.composition.yaml_locations import find_key_locations
 from orchestrator.config.autos import AUTO, NUMBER_TYPE, SMALLEST, STAGE
 from orchestrator.config.pipeline_rules import pipeline_problems
 from orchestrator.config.rules import parse_types, rule_problems
@@ -232,7 +232,7 @@ def _set(tree: DictConfig, override: Override) -> None:
 def _places(choices: Sequence[str], values: Sequence[Override], sources: Sources) -> dict[str, str]:
     """FILE:LINE of every key that a file gave its value; keys that the command line set are left out."""
     files = chosen_files(choices, sources.roots)
-    places = {key: sources.as_given(place) for key, place in find_places(files).items()}
+    places = {key: sources.as_given(place) for key, place in find_key_locations(files).items()}
     for file in [file for file, package in files if package == "experiment"]:
         places["experiment"] = f"{file}:1"
     typed = {override.key for override in values}

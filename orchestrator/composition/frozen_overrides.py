@@ -12,10 +12,10 @@ from orchestrator.composition.overrides import (
     Override,
     chooses_group,
     dotted_keys,
+    duplicated_keys,
     group_problems,
     key_problems,
     parse_override,
-    two_values,
 )
 from orchestrator.config.base import JsonValue
 from orchestrator.errors import ConfigError
@@ -27,7 +27,7 @@ def changed_values(values: dict[str, JsonValue], words: Sequence[str]) -> dict[s
     """
     tree = copy.deepcopy(values)
     known = dotted_keys(tree)
-    problems = two_values(words)
+    problems = duplicated_keys(words)
     for text in words:
         try:
             word = parse_override(text)

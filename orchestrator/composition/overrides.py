@@ -175,7 +175,7 @@ def dotted_keys(tree: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def two_values(overrides: Sequence[str]) -> list[str]:
+def duplicated_keys(overrides: Sequence[str]) -> list[str]:
     """Keys that are given twice with different values, which is ambiguous."""
     problems: list[str] = []
     first: dict[str, str] = {}

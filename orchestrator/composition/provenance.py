@@ -14,7 +14,7 @@ from orchestrator.composition.experiment_file import Sources, is_experiment_file
 from orchestrator.composition.hydra_tree import as_sentences, chosen_files
 from orchestrator.composition.overrides import CONF, dotted_keys
 from orchestrator.composition.recipes import take_recipes
-from orchestrator.composition.yaml_locations import find_places
+from orchestrator.composition.yaml_locations import find_key_locations
 
 COMMAND_LINE = "command line"
 
@@ -61,7 +61,7 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _places(found: Tree, sources: Sources) -> dict[str, str]:
     """The source of every key's value, including inner nodes."""
-    files = find_places(chosen_files(found.choices, sources.roots), with_references=True)
+    files = find_key_locations(chosen_files(found.choices, sources.roots), with_references=True)
     places = {key: _short(sources.as_given(place)) for key, place in files.items()}
     if sources.default_name() is not None:
         places["name"] = f"{sources.file} (its own name)"

@@ -14,7 +14,7 @@ import yaml
 from orchestrator.config.base import JsonValue
 
 
-def find_places(files: Iterable[tuple[Path, str]], *, with_references: bool = False) -> dict[str, str]:
+def find_key_locations(files: Iterable[tuple[Path, str]], *, with_references: bool = False) -> dict[str, str]:
     """Dotted key -> FILE:LINE, from (file, package) in the order of composition: a later file wins.
 
     Values that refer to another key (`${seed}`) are omitted unless asked for, since an error in them belongs to that

@@ -11,7 +11,7 @@ from orchestrator.config.data import DataConfig
 from orchestrator.config.evaluation import ScoringStage
 
 
-class ChoosingStage(ScoringStage):
+class SelectionStage(ScoringStage):
     """What every stage has that chooses among models by their scores."""
 
     choose_by: Literal["accuracy", "loss"]
@@ -20,7 +20,7 @@ class ChoosingStage(ScoringStage):
     """Names of the sets that the choice looks at; keep test sets out of it, and they stay a test."""
 
 
-class InterpolateStage(ChoosingStage):
+class InterpolateStage(SelectionStage):
     """Weights between two models, theta(a) = (1-a) theta_0 + a theta_1 (WiSE-FT, 2109.01903), scored over a; one is kept."""
 
     kind: Literal["interpolate"]
@@ -35,7 +35,7 @@ class InterpolateStage(ChoosingStage):
     """What `id_within` may lose: a share of the rows where `choose_by` is accuracy (0.01 is one point), else nats a token."""
 
 
-class SoupStage(ChoosingStage):
+class SoupStage(SelectionStage):
     """An average of several fine-tuned models of one base (model soups, 2203.05482)."""
 
     kind: Literal["soup"]

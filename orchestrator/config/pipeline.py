@@ -31,7 +31,7 @@ def inputs_of(config: RunConfig, name: str) -> tuple[str, ...]:
     start = [stage.start_from] if stage.start_from is not None else []
     rewards = [source.source for source in rewards_of(config, name)]
     scored = [reward.removeprefix(STAGE_PREFIX) for reward in rewards if reward.startswith(STAGE_PREFIX)]
-    return tuple(dict.fromkeys([*start, *stages_beside(stage), *scored]))
+    return tuple(dict.fromkeys([*start, *blended_stages(stage), *scored]))
 
 
 def rewards_of(config: RunConfig, name: str) -> tuple[RewardSource, ...]:
@@ -69,7 +69,7 @@ def start_kinds(stage: Stage) -> tuple[str, ...]:
     return (*POLICY_KINDS, *CLASSIFIER_KINDS) if isinstance(stage, ClassifyStage) else _auto_kinds(stage)
 
 
-def stages_beside(stage: Stage) -> tuple[str, ...]:
+def blended_stages(stage: Stage) -> tuple[str, ...]:
     """Stages of the same run whose artifacts are blended with that of `start_from`."""
     if isinstance(stage, InterpolateStage):
         return () if stage.origin is None else (stage.origin,)
@@ -78,7 +78,7 @@ def stages_beside(stage: Stage) -> tuple[str, ...]:
     return ()
 
 
-def members_elsewhere(stage: Stage) -> tuple[str, ...]:
+def external_members(stage: Stage) -> tuple[str, ...]:
     """Members of a soup that come from other runs."""
     if not isinstance(stage, SoupStage):
         return ()

@@ -10,11 +10,11 @@ from orchestrator.config.evaluation import EvaluateStage, ScoringStage
 from orchestrator.config.merging import InterpolateStage, MergeStage, SoupStage
 from orchestrator.config.pipeline import (
     MODEL_PREFIX,
+    blended_stages,
     grows_rank,
     inputs_of,
     resolve_starts,
     rewards_of,
-    stages_beside,
     start_kinds,
 )
 from orchestrator.config.run import PARENT, POLICY_KINDS, STAGE_PREFIX, RunConfig, made_kind, makes_classifier
@@ -94,10 +94,10 @@ def _blend_problems(config: RunConfig, name: str, before: tuple[str, ...]) -> It
     """
     stage, field = config.stages[name], f"stages.{name}"
     of_classifiers = isinstance(stage, InterpolateStage) and makes_classifier(config, name)
-    for beside in stages_beside(stage):
+    for other in blended_stages(stage):
         key = "members" if isinstance(stage, SoupStage) else "origin"
         kinds = CLASSIFIER_KINDS if of_classifiers else POLICY_KINDS
-        yield from _input_problems(config, f"{field}.{key}", beside, before, kinds)
+        yield from _input_problems(config, f"{field}.{key}", other, before, kinds)
     if isinstance(stage, SoupStage):
         first = () if stage.start_from is None else (STAGE_PREFIX + stage.start_from,)
         ingredients = (*first, *stage.members)

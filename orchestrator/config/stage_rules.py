@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from orchestrator.config.alignment import DpoStage, PolicyStage
 from orchestrator.config.classification import ClassifyStage, SelfTrainingStage, classification_problems
 from orchestrator.config.evaluation import FIRST_SET, FORGETTING, ScoringStage, shifts_of
-from orchestrator.config.merging import ChoosingStage, InterpolateStage, MergeStage, SoupStage
+from orchestrator.config.merging import InterpolateStage, MergeStage, SelectionStage, SoupStage
 from orchestrator.config.run import RunConfig, Stage, tunings_of
 from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS, LoraTuning
 
@@ -40,7 +40,7 @@ def stage_problems(config: RunConfig, name: str, stage: Stage) -> list[str]:
     if isinstance(stage, ScoringStage):
         problems += scoring_problems(field, stage)
     tunings = list(tunings_of(config).values()) or [config.tuning]
-    if isinstance(stage, ChoosingStage) and isinstance(tunings[-1], LoraTuning) and tunings[-1].use_dora:
+    if isinstance(stage, SelectionStage) and isinstance(tunings[-1], LoraTuning) and tunings[-1].use_dora:
         problems.append(
             f"{field}: with tuning.use_dora=true weights are no sum of base and product, so a blend of adapters is no blend of "
             "models; set tuning.use_dora=false, or tune whole models"
@@ -61,7 +61,7 @@ def scoring_problems(field: str, stage: ScoringStage) -> list[str]:
     ]
     if stage.data.packing != "none":
         problems.append(f"{field}.data.packing: rows are scored one by one; set packing=none, not {stage.data.packing}")
-    if not isinstance(stage, ChoosingStage):
+    if not isinstance(stage, SelectionStage):
         return problems
     shifts = shifts_of(stage)
     unknown = [name for name in stage.choose_on if name not in shifts]
@@ -70,7 +70,7 @@ def scoring_problems(field: str, stage: ScoringStage) -> list[str]:
     return problems + [f"{field}.choose_on: {what}" for what in _choice_problems(stage, shifts)]
 
 
-def _choice_problems(stage: ChoosingStage, shifts: Mapping[str, bool]) -> Iterator[str]:
+def _choice_problems(stage: SelectionStage, shifts: Mapping[str, bool]) -> Iterator[str]:
     """Problems of a selection that needs sets and does not name them."""
     kinds = {shifts[name] for name in stage.choose_on if name in shifts}
     there = ", ".join(f"{name} ({'shift' if is_shift else 'no shift'})" for name, is_shift in shifts.items())

@@ -95,7 +95,7 @@ PISSA = Limits(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class AdapterSetting:
     """The facts of a run that the table refers to."""
 
     tuning: AdapterTuning
@@ -112,7 +112,7 @@ class Setting:
     """Stages that continue training an earlier one's artifact."""
 
 
-def adapter_rule_problems(setting: Setting) -> list[str]:
+def adapter_rule_problems(setting: AdapterSetting) -> list[str]:
     """Everything that the method cannot do in this run, one sentence each with what to type instead."""
     tuning = setting.tuning
     problems = [*_limit_problems(setting, LIMITS[tuning.method], f"tuning={tuning.method}")]
@@ -153,7 +153,7 @@ def why_no_merge(tuning: AdapterTuning) -> str | None:
     return None if reason is None else f"tuning={tuning.method} leaves nothing to merge: {reason}"
 
 
-def _limit_problems(setting: Setting, limits: Limits, what: str) -> Iterator[str]:
+def _limit_problems(setting: AdapterSetting, limits: Limits, what: str) -> Iterator[str]:
     strategy = setting.sharding.strategy
     if strategy in limits.shardings:
         free = [name for name in ("none", *ZERO) if name not in limits.shardings]
@@ -178,7 +178,7 @@ def _limit_problems(setting: Setting, limits: Limits, what: str) -> Iterator[str
             yield f"stages.{name}: a stage of kind {kind} does not know {what}; type tuning=lora"
 
 
-def _lora_problems(setting: Setting, tuning: LoraTuning) -> Iterator[str]:
+def _lora_problems(setting: AdapterSetting, tuning: LoraTuning) -> Iterator[str]:
     if tuning.init == "loftq" and not setting.quantization.is_4bit:
         yield "tuning.init: loftq makes up for the rounding of nf4, and the base is not quantised; type quantization=nf4"
     if tuning.use_dora and setting.quantization.is_4bit and setting.sharding.shards_parameters:
@@ -230,7 +230,7 @@ def tuning_problems(config: RunConfig) -> list[str]:
     planned = {name: config.stages[name] for name in config.pipeline if name in config.stages}
     before = [name for name, stage in planned.items() if stage.kind in POLICY_KINDS][:1]
     trained = training_stages(config)
-    setting = Setting(
+    setting = AdapterSetting(
         tuning=tuning,
         quantization=config.quantization,
         sharding=config.sharding,

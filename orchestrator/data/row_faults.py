@@ -68,10 +68,10 @@ class FaultList:
     def raise_if_any(self) -> None:
         """Raise DataError with all of them."""
         if self.counts:
-            raise DataError(told(self.kept, self.counts))
+            raise DataError(fault_sentences(self.kept, self.counts))
 
 
-def told(faults: Sequence[Fault], counts: Mapping[str, int]) -> list[str]:
+def fault_sentences(faults: Sequence[Fault], counts: Mapping[str, int]) -> list[str]:
     """Sentences: the first faults, how many more there are, and how to fix each kind."""
     sentences = [str(fault) for fault in faults[:SHOWN_FAULTS]]
     total = sum(counts.values())

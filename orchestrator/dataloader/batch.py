@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from orchestrator.losses.token_logprobs import places_of
+from orchestrator.losses.token_logprobs import labelled_positions
 
 IGNORED = -100
 """Label of a position that is not a target."""
@@ -132,7 +132,7 @@ def batch_of(
     return Batch(
         input_ids_BT=ids_BT,
         labels_BT=labels_BT,
-        places_K=places_of(labels_BT),
+        places_K=labelled_positions(labels_BT),
         attention_mask_BT=mask_BT if bool((mask_BT == 0).any()) else None,
         position_ids_BT=None,
         boundaries=torch.tensor(edges, dtype=torch.int32),

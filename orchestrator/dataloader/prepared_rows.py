@@ -12,7 +12,7 @@ import torch
 
 from orchestrator.data.prepared.folder import PreparedFolder
 from orchestrator.dataloader.batch import IGNORED, Batch, RolloutPrompt, Span, prompt_span
-from orchestrator.losses.token_logprobs import places_of
+from orchestrator.losses.token_logprobs import labelled_positions
 
 Segment = tuple[int, int, int]
 """Document (-1 for a filler), start and stop within it."""
@@ -72,7 +72,7 @@ class PreparedRows(PreparedFolder):
         return Batch(
             input_ids_BT=torch.from_numpy(ids),
             labels_BT=torch.from_numpy(labels),
-            places_K=places_of(torch.from_numpy(labels)),
+            places_K=labelled_positions(torch.from_numpy(labels)),
             attention_mask_BT=torch.from_numpy(mask) if not self.is_packed and bool((mask == 0).any()) else None,
             position_ids_BT=torch.from_numpy(positions) if self.is_packed else None,
             boundaries=torch.tensor(edges, dtype=torch.int32),

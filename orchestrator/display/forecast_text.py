@@ -42,13 +42,13 @@ def time_sentence(time: TimePlan) -> str:
     parts = [f"start {duration_words(time.startup_seconds / 3600)}"] if time.startup_seconds >= 1 else []
     if time.evaluation_seconds and time.evaluation_seconds >= 1:
         parts.append(f"evaluations {duration_words(time.evaluation_seconds / 3600)}")
-    beside = f", with {' and '.join(parts)}" if parts else ""
+    details = f", with {' and '.join(parts)}" if parts else ""
     guess = (
         f" for about {time.steps:,} steps (the number is guessed from the size of the files)"
         if time.steps_are_guessed
         else ""
     )
-    return f"{duration_words(time.hours)}{guess}{beside}; {speed}"
+    return f"{duration_words(time.hours)}{guess}{details}; {speed}"
 
 
 def time_words(time: TimePlan) -> str:

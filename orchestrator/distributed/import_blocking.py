@@ -15,7 +15,7 @@ DEEPSPEED = "deepspeed"
 
 
 @contextmanager
-def uncollected() -> Generator[None]:
+def garbage_collection_paused() -> Generator[None]:
     """Imports create hundreds of thousands of objects and no garbage: the collector would rescan them all."""
     was_enabled = gc.isenabled()
     gc.disable()

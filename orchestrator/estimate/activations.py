@@ -22,7 +22,7 @@ AttentionPath = Literal["sdpa", "masked", "eager"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class MicroBatchShape:
     """One micro-batch and its loss."""
 
     rows: int
@@ -55,7 +55,7 @@ class ActivationMemory:
     evaluation: float
 
 
-def activation_memory(model: Architecture, config: RunConfig, load: Load) -> ActivationMemory:
+def activation_memory(model: Architecture, config: RunConfig, load: MicroBatchShape) -> ActivationMemory:
     """The peaks; between those of keeping all layers and of recomputing all by the share of layers that is recomputed."""
     peaks = _peaks(model, config, load)
     if not config.model.gradient_checkpointing or config.model.checkpoint_every == 1:
@@ -66,7 +66,7 @@ def activation_memory(model: Architecture, config: RunConfig, load: Load) -> Act
     return ActivationMemory(**{name: share * recomputed[name] + (1 - share) * kept[name] for name in kept})
 
 
-def _peaks(model: Architecture, config: RunConfig, load: Load) -> ActivationMemory:
+def _peaks(model: Architecture, config: RunConfig, load: MicroBatchShape) -> ActivationMemory:
     """From the traced moments of the way that the run trains."""
     at = _dimensions(model, config, load)
     moments = moments_of(model, mode_of(model, config, load))
@@ -97,7 +97,7 @@ def _peaks(model: Architecture, config: RunConfig, load: Load) -> ActivationMemo
     )
 
 
-def mode_of(model: Architecture, config: RunConfig, load: Load) -> str:
+def mode_of(model: Architecture, config: RunConfig, load: MicroBatchShape) -> str:
     """The name of the trace."""
     tuning = "lora" if config.tuning.is_adapter else "full"
     half = "bfloat16" if config.sharding.is_deepspeed else "autocast"
@@ -108,7 +108,7 @@ def mode_of(model: Architecture, config: RunConfig, load: Load) -> str:
     return f"{tuning}/{precision}/{attention_path(model, config, load)}/{checkpointing}"
 
 
-def attention_path(model: Architecture, config: RunConfig, load: Load) -> AttentionPath:
+def attention_path(model: Architecture, config: RunConfig, load: MicroBatchShape) -> AttentionPath:
     """Which kernels attention takes. A window shorter than the row, and packed rows under plain sdpa, need a dense mask."""
     chosen = config.model.attention
     if chosen == "eager" or model.model_type == "gemma2":
@@ -128,7 +128,7 @@ class HeadBytes:
     backward: float
 
 
-def chunked_head_bytes(model: Architecture, config: RunConfig, load: Load) -> HeadBytes:
+def chunked_head_bytes(model: Architecture, config: RunConfig, load: MicroBatchShape) -> HeadBytes:
     """As `loss_head.py` says. The gradient of a trained head that stays is counted with the gradients."""
     trains_head = not config.tuning.is_adapter
     matrix, width = model.vocab_size * model.hidden_size, compute_width(config)
@@ -146,7 +146,7 @@ def chunked_head_bytes(model: Architecture, config: RunConfig, load: Load) -> He
     )
 
 
-def loss_bytes(model: Architecture, load: Load, width: int) -> tuple[float, float]:
+def loss_bytes(model: Architecture, load: MicroBatchShape, width: int) -> tuple[float, float]:
     """(forward, backward) peaks of the loss, logits and their gradient included; `training/losses.py` has the operations.
 
     Forward: the logits, an fp32 copy of the trained rows and their log-softmax. Backward: the log-softmax, the gradients of
@@ -177,7 +177,7 @@ def layer_parameters(model: Architecture) -> int:
     return max(count_parameters(model).layer, model.vocab_size * model.hidden_size)
 
 
-def _dimensions(model: Architecture, config: RunConfig, load: Load) -> Dimensions:
+def _dimensions(model: Architecture, config: RunConfig, load: MicroBatchShape) -> Dimensions:
     rank = low_rank(config.tuning)
     rows: dict[Logits, float] = {
         "whole": load.tokens,
@@ -208,7 +208,7 @@ def _has_head_gradient(moment: Polynomial) -> bool:
     return "V.h" in moment
 
 
-def _dropout_bytes(model: Architecture, config: RunConfig, load: Load) -> float:
+def _dropout_bytes(model: Architecture, config: RunConfig, load: MicroBatchShape) -> float:
     """LoRA's dropout keeps, for every adapted layer, what it let through and its mask."""
     if not isinstance(config.tuning, LoraTuning) or config.tuning.dropout == 0:
         return 0.0
@@ -217,7 +217,7 @@ def _dropout_bytes(model: Architecture, config: RunConfig, load: Load) -> float:
     return float(sum(linear.inputs for linear in linear_layers(model)) * load.tokens * (width + 1) * layers)
 
 
-def _dora_bytes(model: Architecture, config: RunConfig, load: Load) -> float:
+def _dora_bytes(model: Architecture, config: RunConfig, load: MicroBatchShape) -> float:
     """DoRA keeps every adapted layer's output once more, and makes its whole weight."""
     if not isinstance(config.tuning, LoraTuning) or not config.tuning.use_dora:
         return 0.0
@@ -228,7 +228,7 @@ def _dora_bytes(model: Architecture, config: RunConfig, load: Load) -> float:
     return float(sum(linear.outputs for linear in linears) * load.tokens * width * 2 * layers + 2 * whole)
 
 
-def _adapter_bytes(model: Architecture, config: RunConfig, load: Load) -> float:
+def _adapter_bytes(model: Architecture, config: RunConfig, load: MicroBatchShape) -> float:
     """What other adapters than LoRA keep, by arithmetic: no trace was made of them."""
     layers = 1 if config.model.gradient_checkpointing else model.num_hidden_layers
     return kept_numbers_per_token(model, config.tuning) * load.tokens * layers * 4

@@ -5,12 +5,12 @@ from __future__ import annotations
 from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.config.alignment import PolicyStage, RolloutConfig
 from orchestrator.config.evaluation import EvaluateStage, ScoringStage
-from orchestrator.config.merging import ChoosingStage, InterpolateStage, MergeStage, SoupStage
+from orchestrator.config.merging import InterpolateStage, MergeStage, SelectionStage, SoupStage
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, makes_classifier
 from orchestrator.config.training import TrainingStage
-from orchestrator.estimate.activations import Load, activation_memory
-from orchestrator.estimate.memory_parts import Parts, Phase
+from orchestrator.estimate.activations import MicroBatchShape, activation_memory
+from orchestrator.estimate.memory_parts import BytesByPart, Phase
 from orchestrator.estimate.model_states import base_bytes, compute_width, trainable_parameters
 from orchestrator.estimate.sharding_buffers import whole_bytes
 
@@ -24,7 +24,7 @@ def kv_cache_bytes(model: Architecture, *, sequences: int, length: int, width: i
     return float(per_token * sequences * length)
 
 
-def rollout_parts(model: Architecture, config: RunConfig, stage: PolicyStage) -> Parts:
+def rollout_parts(model: Architecture, config: RunConfig, stage: PolicyStage) -> BytesByPart:
     """Generating with transformers: whole weights on every rank, the cache and its growth, prefill or a step."""
     sequences = min(stage.rollout.generate_size, stage.rollout.prompts * stage.rollout.group_size // config.world_size)
     gathers = config.sharding.shards_parameters
@@ -59,7 +59,7 @@ def scoring_phases(
     width = compute_width(config)
     whole = count_parameters(model).total * width
     is_of_classifiers = stage.start_from in config.stages and makes_classifier(config, stage.start_from)
-    load = Load(
+    load = MicroBatchShape(
         rows=stage.micro_size,
         length=stage.data.max_length,
         trained_share=1.0,
@@ -67,18 +67,18 @@ def scoring_phases(
         on_cpu=config.cluster.device == "cpu",
         is_packed=False,
     )
-    scoring: Parts = {"activations": activation_memory(model, alone, load).evaluation}
+    scoring: BytesByPart = {"activations": activation_memory(model, alone, load).evaluation}
     if isinstance(stage, MergeStage):
         return _merging_phases(model, scoring, merged=count_parameters(model).total * (4.0 if is_cautious else width))
-    held: Parts = {"weights": base_bytes(model, config)}
+    held: BytesByPart = {"weights": base_bytes(model, config)}
     if config.tuning.is_adapter:
         held["weights"] += trainable_parameters(model, config) * 4.0
-    elif not isinstance(stage, ChoosingStage) and not is_of_classifiers:
+    elif not isinstance(stage, SelectionStage) and not is_of_classifiers:
         held["base beside"] = float(whole)
     rewards = stage.rewards if isinstance(stage, EvaluateStage) else ()
     judges = sum(1 for reward in rewards if reward.source.startswith(("stage:", "model:")))
     blended = _blended_bytes(config, stage, whole=float(whole), adapter=trainable_parameters(model, config) * 4.0)
-    beside: Parts = {"models beside": judges * base_bytes(model, config)}
+    other_models: BytesByPart = {"models beside": judges * base_bytes(model, config)}
     phases = [
         Phase(name="load", static=held, changing={}, host={"loading": float(whole), **blended}),
         Phase(name="evaluation", static=held, changing=scoring, host=blended),
@@ -92,11 +92,11 @@ def scoring_phases(
             prompt=stage.data.max_length,
             sequences=min(stage.rollout.generate_size, answers),
         )
-        phases.append(Phase(name="rollout", static={**held, **beside}, changing=made, host=blended))
+        phases.append(Phase(name="rollout", static={**held, **other_models}, changing=made, host=blended))
     return phases
 
 
-def _blended_bytes(config: RunConfig, stage: ScoringStage, *, whole: float, adapter: float) -> Parts:
+def _blended_bytes(config: RunConfig, stage: ScoringStage, *, whole: float, adapter: float) -> BytesByPart:
     """Host memory for the ingredients of an interpolation or a soup, plus one more for the scored model."""
     if isinstance(stage, InterpolateStage):
         return {"ingredients": 2.0 * adapter if config.tuning.is_adapter else 2.0 * whole}
@@ -106,10 +106,10 @@ def _blended_bytes(config: RunConfig, stage: ScoringStage, *, whole: float, adap
     return {}
 
 
-def _merging_phases(model: Architecture, scoring: Parts, *, merged: float) -> list[Phase]:
+def _merging_phases(model: Architecture, scoring: BytesByPart, *, merged: float) -> list[Phase]:
     """The trained model in fp32, and the merged one."""
     whole = count_parameters(model).total * 4.0
-    both: Parts = {"weights": whole, "merged": merged}
+    both: BytesByPart = {"weights": whole, "merged": merged}
     return [
         Phase(name="load", static={"weights": whole}, changing={}, host={"loading": whole}),
         Phase(name="evaluation", static=both, changing=scoring, host={}),
@@ -119,12 +119,12 @@ def _merging_phases(model: Architecture, scoring: Parts, *, merged: float) -> li
 
 def _generation(
     model: Architecture, config: RunConfig, rollout: RolloutConfig, *, prompt: int, sequences: int
-) -> Parts:
+) -> BytesByPart:
     """The cache; its largest layer twice while it grows; prefill of the prompts, whose last logits alone are made."""
     full_autocast = not config.tuning.is_adapter and not config.sharding.is_deepspeed
     width = 4 if full_autocast else compute_width(config)
     cache = kv_cache_bytes(model, sequences=sequences, length=prompt + rollout.max_new_tokens, width=width)
-    load = Load(
+    load = MicroBatchShape(
         rows=sequences,
         length=prompt,
         trained_share=0.0,

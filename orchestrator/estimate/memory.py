@@ -15,7 +15,13 @@ from orchestrator.config.merging import MergeStage
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps
 from orchestrator.config.training import TrainingStage
-from orchestrator.estimate.activations import ActivationMemory, Load, Logits, activation_memory, dequantised_bytes
+from orchestrator.estimate.activations import (
+    ActivationMemory,
+    Logits,
+    MicroBatchShape,
+    activation_memory,
+    dequantised_bytes,
+)
 from orchestrator.estimate.constants import (
     COMMUNICATION_BYTES,
     CONTEXT_BYTES,
@@ -27,7 +33,7 @@ from orchestrator.estimate.constants import (
     Range,
 )
 from orchestrator.estimate.generation_memory import reference_bytes, rollout_parts, scoring_phases
-from orchestrator.estimate.memory_parts import Parts, Phase
+from orchestrator.estimate.memory_parts import BytesByPart, Phase
 from orchestrator.estimate.memory_records import HOST_UNCERTAINTY, MemoryForecast, PhaseForecast, verdict_of, worse_of
 from orchestrator.estimate.model_states import (
     StateMemory,
@@ -98,7 +104,7 @@ def node_memory_gib(config: RunConfig) -> float | None:
     return min(known, default=None)
 
 
-def micro_batch(config: RunConfig, stage: TrainingStage, loss: Loss, trained_share: float) -> Load:
+def micro_batch(config: RunConfig, stage: TrainingStage, loss: Loss, trained_share: float) -> MicroBatchShape:
     """The largest micro-batch that the stage can meet: every row as long as it may be."""
     data, rows, length = stage.data, stage.batch.micro_size, stage.data.max_length
     if isinstance(stage, PolicyStage):
@@ -108,7 +114,7 @@ def micro_batch(config: RunConfig, stage: TrainingStage, loss: Loss, trained_sha
     is_pair = isinstance(stage, RewardStage) or (isinstance(stage, DpoStage) and stage.loss != "kto")
     if is_pair and data.packing == "none":
         rows *= 2
-    return Load(
+    return MicroBatchShape(
         rows=rows,
         length=length + virtual_tokens(config.tuning),
         trained_share=trained_share,
@@ -154,18 +160,18 @@ def _training_phases(
     model: Architecture, config: RunConfig, stage: TrainingStage, loss: Loss, level: Level
 ) -> list[Phase]:
     states = state_memory(model, config, stage)
-    held: Parts = {
+    held: BytesByPart = {
         "weights": states.weights + persistent_bytes(model, config) + secondary_bytes(model, config),
         "optimizer": states.optimizer,
         "models beside": reference_bytes(model, config, stage),
         "buckets": bucket_bytes(model, config),
     }
-    host: Parts = {
+    host: BytesByPart = {
         "weights": states.host_weights,
         "optimizer": states.host_optimizer,
         "gradients": states.host_gradients,
     }
-    gathered: Parts = {"gathered": gathered_bytes(model, config, least=level == "low")}
+    gathered: BytesByPart = {"gathered": gathered_bytes(model, config, least=level == "low")}
     load = Phase(
         name="load",
         static={"weights": states.weights},
@@ -174,7 +180,7 @@ def _training_phases(
     )
     peaks = activation_memory(model, config, micro_batch(config, stage, loss, _at(TRAINED_SHARE, level)))
     before, (through, peak) = _gradients_in_backward(model, config, stage, states, peaks)
-    moments: list[tuple[str, Parts, Parts]] = [
+    moments: list[tuple[str, BytesByPart, BytesByPart]] = [
         ("forward", {"gradients": before}, {**_activations(peaks.forward, peaks.kept), **gathered}),
         ("backward", {"gradients": through}, {**_activations(peak, peaks.kept), **gathered}),
         ("optimizer step", {"gradients": states.gradients}, {"temporaries": _step_bytes(model, config)}),
@@ -228,7 +234,7 @@ def _early_gradients(
     return 0.0, states.gradients * min(1.0, (counts.layer + counts.embedding) / counts.total)
 
 
-def _activations(peak: float, kept: float) -> Parts:
+def _activations(peak: float, kept: float) -> BytesByPart:
     """A peak, split into what is kept for backward and what is temporary."""
     return {"activations": min(kept, peak), "temporaries": max(0.0, peak - kept)}
 
@@ -239,7 +245,7 @@ def _loading_bytes(model: Architecture, config: RunConfig) -> float:
     return min(whole, 5 * GIB) if config.quantization.is_4bit else whole
 
 
-def _saved_bytes(model: Architecture, config: RunConfig, stage: TrainingStage) -> Parts:
+def _saved_bytes(model: Architecture, config: RunConfig, stage: TrainingStage) -> BytesByPart:
     """A rank's share of a checkpoint, copied to be written in the background; rank 0 gathers the artifact in fp32."""
     trained = trainable_parameters(model, config)
     states = optimizer_bytes(config, stage) + (0.0 if config.sharding.is_deepspeed else 4.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Parts = dict[str, float]
+BytesByPart = dict[str, float]
 """Name -> bytes."""
 
 
@@ -13,11 +13,11 @@ class Phase:
     """The largest moment of a phase."""
 
     name: str
-    static: Parts
+    static: BytesByPart
     """What persists between the phases."""
-    changing: Parts
+    changing: BytesByPart
     """What is allocated and freed within a step, which fragments the allocator's blocks."""
-    host: Parts
+    host: BytesByPart
 
     @property
     def device_total(self) -> float:

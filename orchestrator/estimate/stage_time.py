@@ -73,7 +73,7 @@ class CheckpointPlan(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
+class ForecastInputs:
     """Inputs of a stage's forecast."""
 
     model: Architecture
@@ -92,7 +92,7 @@ class Known:
 
 
 def forecast(
-    config: RunConfig, stage: TrainingStage, known: Known
+    config: RunConfig, stage: TrainingStage, known: ForecastInputs
 ) -> tuple[TimePlan, CheckpointPlan | None, CostPlan | None]:
     """Time, checkpoints and cost of a stage; no checkpoints without a step time, no cost without hours."""
     shape = with_completions(known.shape, stage)
@@ -110,7 +110,9 @@ def forecast(
     return time, saving, cost
 
 
-def checkpoint_plan(config: RunConfig, stage: TrainingStage, known: Known, *, step_seconds: float) -> CheckpointPlan:
+def checkpoint_plan(
+    config: RunConfig, stage: TrainingStage, known: ForecastInputs, *, step_seconds: float
+) -> CheckpointPlan:
     """The configured interval, next to the best one."""
     size = bytes_of_one(trainable_parameters(known.model, config), stage.optimizer)
     failures = _failures(config, stage, known, size)
@@ -131,7 +133,7 @@ def checkpoint_plan(config: RunConfig, stage: TrainingStage, known: Known, *, st
     )
 
 
-def _failures(config: RunConfig, stage: TrainingStage, known: Known, size: int) -> Failures:
+def _failures(config: RunConfig, stage: TrainingStage, known: ForecastInputs, size: int) -> Failures:
     """A save in the background pauses training for the probe and a copy to host memory, else for its writing too."""
     cluster = config.cluster
     written = size / (cluster.disk_gbytes_per_second * 1e9) if known.save_seconds is None else known.save_seconds
@@ -157,7 +159,7 @@ def with_completions(shape: RowShape, stage: TrainingStage) -> RowShape:
     )
 
 
-def _scoring_seconds(config: RunConfig, stage: TrainingStage, known: Known, shape: RowShape) -> float:
+def _scoring_seconds(config: RunConfig, stage: TrainingStage, known: ForecastInputs, shape: RowShape) -> float:
     """Evaluations before, after and on the way, and the one scoring of all rows under a reference policy."""
     every, steps = stage.evaluate_every_steps, known.steps or 0
     evaluations = 2 + (max(0, steps - 1) // every if every else 0)
@@ -167,7 +169,7 @@ def _scoring_seconds(config: RunConfig, stage: TrainingStage, known: Known, shap
     return rows * _row_seconds(config, known, shape)
 
 
-def _row_seconds(config: RunConfig, known: Known, shape: RowShape) -> float:
+def _row_seconds(config: RunConfig, known: ForecastInputs, shape: RowShape) -> float:
     """Time of scoring a row, with all ranks at work."""
     assert known.rate is not None
     forward = forward_flops_per_token(known.model, config, length=shape.attended)
@@ -175,7 +177,13 @@ def _row_seconds(config: RunConfig, known: Known, shape: RowShape) -> float:
 
 
 def _time_plan(
-    config: RunConfig, stage: TrainingStage, known: Known, *, step: StepTime, scoring: float, hours: float | None
+    config: RunConfig,
+    stage: TrainingStage,
+    known: ForecastInputs,
+    *,
+    step: StepTime,
+    scoring: float,
+    hours: float | None,
 ) -> TimePlan:
     assert known.rate is not None
     tokens = stage.batch.global_size * with_completions(known.shape, stage).tokens / step.total
@@ -196,7 +204,7 @@ def _time_plan(
     )
 
 
-def _unknown_time(known: Known, why: str) -> TimePlan:
+def _unknown_time(known: ForecastInputs, why: str) -> TimePlan:
     names = ("step", "compute", "communication", "optimizer", "rollout", "evaluation")
     return TimePlan(
         steps=known.steps,

@@ -25,7 +25,7 @@ Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answered:
+class AnsweredRow:
     """A row as a question and its answer; the answer ends with the trained end of the turn."""
 
     prompt: Ids
@@ -33,10 +33,10 @@ class Answered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
+class AnswerOptions:
     """Rows that share the same answer options."""
 
-    rows: tuple[Answered, ...]
+    rows: tuple[AnsweredRow, ...]
     names: tuple[str, ...]
     """The options' texts."""
     options: tuple[Ids, ...]
@@ -45,26 +45,26 @@ class Choices:
     """The index of each row's correct option."""
 
 
-def answered_rows(rows: PreparedRows, count: int) -> list[Answered] | None:
+def answered_rows(rows: PreparedRows, count: int) -> list[AnsweredRow] | None:
     """The first `count` rows as questions with one answer each; None if a row has several answers or no question."""
     if rows.meta.kind != "text":
         return None
-    found: list[Answered] = []
+    found: list[AnsweredRow] = []
     for index in range(min(count, rows.rows)):
         ids, trained = rows.document(rows.document_of(index))
         places = trained.nonzero()[0]
         first, last = int(places[0]), int(places[-1])
         if first == 0 or len(places) != last - first + 1:
             return None
-        found.append(Answered(prompt=tuple(ids[:first].tolist()), answer=tuple(ids[first : last + 1].tolist())))
+        found.append(AnsweredRow(prompt=tuple(ids[:first].tolist()), answer=tuple(ids[first : last + 1].tolist())))
     if all(len(row.prompt) <= 1 for row in found):  # plain text: its first token is not a question
         return None
     return found
 
 
 def choices_of(
-    rows: Sequence[Answered] | None, wanted: Options, facts: TokenizerFacts, *, field: str
-) -> Choices | None:
+    rows: Sequence[AnsweredRow] | None, wanted: Options, facts: TokenizerFacts, *, field: str
+) -> AnswerOptions | None:
     """The options of a set; None if there are none, or too many for `auto`. DataError if a list does not fit."""
     if wanted == "none" or (rows is None and wanted == "auto"):
         return None
@@ -78,7 +78,7 @@ def choices_of(
     elif not 1 < len(seen) <= min(MOST_OPTIONS, len(rows) // ROWS_FOR_AN_OPTION):
         return None
     options = tuple(sorted(seen, key=lambda ids: (seen[ids], ids)))
-    return Choices(
+    return AnswerOptions(
         rows=tuple(rows),
         names=tuple(seen[ids] for ids in options),
         options=options,
@@ -92,7 +92,7 @@ def text_of(ids: Sequence[int], facts: TokenizerFacts) -> str:
 
 
 def _listed(
-    rows: Sequence[Answered], seen: dict[Ids, str], wanted: Sequence[str], facts: TokenizerFacts, *, field: str
+    rows: Sequence[AnsweredRow], seen: dict[Ids, str], wanted: Sequence[str], facts: TokenizerFacts, *, field: str
 ) -> dict[Ids, str]:
     """The tokens of every listed option: taken from a row with that answer, or from a row with its answer replaced."""
     strangers = sorted(set(seen.values()) - set(wanted))
@@ -120,7 +120,7 @@ def _in_place_of(answer: Ids, text: str, facts: TokenizerFacts, *, field: str) -
 
 
 @torch.no_grad()
-def option_logprobs_RO(runtime: Runtime, model: torch.nn.Module, choices: Choices) -> torch.Tensor:
+def option_logprobs_RO(runtime: Runtime, model: torch.nn.Module, choices: AnswerOptions) -> torch.Tensor:
     """log p(option | prompt) in nats, summed over the option's tokens and its end; fp64 on the CPU.
 
     The prompt goes through the model once; the options continue on copies of its cache.

@@ -26,8 +26,8 @@ from orchestrator.files.atomic import read_json, write_json
 from orchestrator.files.manifest import read_manifest
 from orchestrator.metrics.phases import Phases
 from orchestrator.models.artifact import open_artifact, open_model
-from orchestrator.models.loading import quiet, weights_dtype
-from orchestrator.models.tuning import freeze, hold_masters
+from orchestrator.models.loading import silence_libraries, weights_dtype
+from orchestrator.models.tuning import cast_trained_to_fp32, freeze
 from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_state.frozen import load_config
 from orchestrator.training.evaluation import evaluate
@@ -61,7 +61,7 @@ def prove(config: RunConfig, name: str, folder: StageFolder) -> float:
         if expected["autocast"] and isinstance(config.tuning, FreezeTuning):  # the dtypes of training
             has_new_head = is_classifier or isinstance(stage, RewardStage)
             freeze(cast("PreTrainedModel", model), config.tuning, has_new_head=has_new_head)
-            hold_masters(model)
+            cast_trained_to_fp32(model)
     if is_classifier:
         objective = labelled_objective(runtime, read_classes(folder.artifact), rows)
     else:
@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("run_file", type=Path)
     parser.add_argument("--stage", required=True)
     options = parser.parse_args()
-    quiet()
+    silence_libraries()
     folder = RunFolder(options.run_file.parent).stage(options.stage)
     config = load_config(RunFolder(options.run_file.parent)).for_stage(options.stage)
     expected = read_json(folder.proof)

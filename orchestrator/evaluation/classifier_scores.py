@@ -16,7 +16,7 @@ from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.evaluation.set_scores import field_of
 from orchestrator.models.loading import DTYPES
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 
 HEADINGS = ("rows", "loss", "accuracy", "f1_macro", "mcc", "pearson", "mse")
 
@@ -35,7 +35,7 @@ class ClassScores:
         return {"shift": self.shift, **self.report, "commonest_class": self.commonest}
 
 
-def classifier_scores(context: Context, runtime: Runtime) -> dict[str, ClassScores]:
+def classifier_scores(context: StageContext, runtime: Runtime) -> dict[str, ClassScores]:
     """Scores by set, `data` first, over the first `rows` rows. DataError if a set has no labels."""
     stage = cast("EvaluateStage", context.stage)
     assert context.start is not None, "the pipeline's rules ask for a start"

@@ -27,7 +27,7 @@ from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.generation.generator import end_ids_of
 from orchestrator.metrics.phases import ANSWERING, LOADING, Phases
 from orchestrator.models.artifact import open_artifact
-from orchestrator.models.loading import load_model, quiet, weights_dtype
+from orchestrator.models.loading import load_model, silence_libraries, weights_dtype
 from orchestrator.models.stage_inputs import find_base_folder
 from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.frozen import load_config
@@ -171,7 +171,7 @@ def _run(options: argparse.Namespace, phases: Phases) -> int:
     run = RunFolder(options.run_file.parent)
     config, folder = load_config(run).for_stage(options.stage), run.stage(options.stage)
     base_folder = find_base_folder(config, run, options.stage)
-    quiet()
+    silence_libraries()
     phases.begin(LOADING)
     if makes_classifier(config, options.stage):
         return classify_texts(config, folder, base_folder, _texts(options, config), phases=phases)

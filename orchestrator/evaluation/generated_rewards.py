@@ -14,11 +14,11 @@ from orchestrator.distributed.runtime import Runtime
 from orchestrator.generation.generator import Request, end_ids_of, make_generate, seed_of
 from orchestrator.generation.prompts import prompt_of
 from orchestrator.generation.samples import as_scored
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 
 
 def generated_rewards(
-    context: Context,
+    context: StageContext,
     runtime: Runtime,
     model: torch.nn.Module,
     rows: PreparedRows,

@@ -13,7 +13,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.files.atomic import read_json
 from orchestrator.files.manifest import read_manifest
 from orchestrator.models.artifact import open_artifact
-from orchestrator.models.loading import DTYPES, quiet
+from orchestrator.models.loading import DTYPES, silence_libraries
 from orchestrator.models.stage_inputs import find_base_folder
 from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.frozen import load_config
@@ -28,7 +28,7 @@ def open_run(run: RunFolder, stage: str | None) -> OpenedModel:
     kind: str = read_json(files.result)["artifact"]["kind"]
     read_manifest(files.artifact)
     base_folder = find_base_folder(config, run, name)
-    quiet()
+    silence_libraries()
     own = config.for_stage(name)
     is_classifier, scores = kind.startswith("classifier_"), kind.startswith("reward_")
     open_it = open_classifier if is_classifier else partial(open_artifact, scores=scores)

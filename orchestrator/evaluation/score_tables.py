@@ -10,7 +10,7 @@ from orchestrator.config.evaluation import ScoringStage
 from orchestrator.evaluation.set_scores import NO_GENERAL_TEXT, OpenSet, Scorer, SetScores, standard_error
 
 
-def told_sets(scorer: Scorer) -> list[str]:
+def describe_sets(scorer: Scorer) -> list[str]:
     """A line per set: rows, shift, and the source of its options."""
 
     def told(one: OpenSet) -> str:
@@ -28,7 +28,7 @@ def told_sets(scorer: Scorer) -> list[str]:
     ]
 
 
-def lost_line(base: Mapping[str, SetScores], tuned: Mapping[str, SetScores], shifts: Mapping[str, bool]) -> str:
+def regressions_line(base: Mapping[str, SetScores], tuned: Mapping[str, SetScores], shifts: Mapping[str, bool]) -> str:
     """A sentence naming the sets on which the tuned model is worse than the base."""
     lost: list[str] = []
     for name, before in base.items():

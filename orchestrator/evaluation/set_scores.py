@@ -22,10 +22,10 @@ from orchestrator.dataloader.batch import batch_of
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import DataError
-from orchestrator.evaluation.answer_options import Choices, answered_rows, choices_of, option_logprobs_RO
+from orchestrator.evaluation.answer_options import AnswerOptions, answered_rows, choices_of, option_logprobs_RO
 from orchestrator.generation.generator import Request, end_ids_of, make_generate
 from orchestrator.generation.prompts import prompt_of
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.objectives import prompt_objective, proof_objective
 
@@ -65,14 +65,14 @@ class OpenSet:
     rows: PreparedRows
     count: int
     shift: bool
-    choices: Choices | None
+    choices: AnswerOptions | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
     """Everything that a stage scores models with."""
 
-    context: Context
+    context: StageContext
     runtime: Runtime
     sets: tuple[OpenSet, ...]
     classes: Classes | None = None
@@ -87,7 +87,7 @@ class Scorer:
         return found
 
 
-def open_scorer(context: Context, runtime: Runtime) -> Scorer:
+def open_scorer(context: StageContext, runtime: Runtime) -> Scorer:
     """Open every prepared set of the stage, and report its number of options. DataError if options do not fit.
 
     If the stage starts from a classifier, its classes are the options, and there is no general text to score.
@@ -113,7 +113,7 @@ def open_scorer(context: Context, runtime: Runtime) -> Scorer:
     return Scorer(context=context, runtime=runtime, sets=tuple(opened), classes=classes)
 
 
-def field_of(context: Context, name: str) -> str:
+def field_of(context: StageContext, name: str) -> str:
     """The key of a set in the configuration."""
     return f"stages.{context.name}" + ("" if name == FIRST_SET else f".sets.{name}")
 
@@ -205,7 +205,7 @@ def normalised(text: str) -> str:
     return _LAST_MARKS.sub("", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
 
 
-def general_text_scores(context: Context, runtime: Runtime, model: torch.nn.Module) -> SetScores:
+def general_text_scores(context: StageContext, runtime: Runtime, model: torch.nn.Module) -> SetScores:
     """Loss per token of the fixed text, in pieces of at most `data.max_length` tokens."""
     stage = cast("ScoringStage", context.stage)
     core = core_tokenizer(load_facts(context.base_folder).core)

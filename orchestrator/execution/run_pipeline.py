@@ -46,7 +46,7 @@ from orchestrator.run_state.frozen import filled_sentence, load_frozen, read_con
 from orchestrator.run_state.location import settle
 from orchestrator.run_state.moved import refuse_left_behind
 from orchestrator.run_state.resume_rules import may_differ
-from orchestrator.run_state.reuse import fresh_stages, may_be_made_anew, set_aside
+from orchestrator.run_state.reuse import move_superseded, rerunnable_keys, up_to_date_stages
 from orchestrator.text.durations import duration_words
 
 PACKAGES = (
@@ -64,7 +64,7 @@ PACKAGES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class StageSelection:
     """The selected stages of a pipeline."""
 
     only: str | None = None
@@ -73,7 +73,7 @@ class Part:
     """Run this stage again, with all that depend on it."""
 
 
-WHOLE = Part()
+ALL_STAGES = StageSelection()
 
 
 def execute(
@@ -81,7 +81,7 @@ def execute(
     planned: Plan,
     preparations: dict[str, str] | None = None,
     *,
-    part: Part = WHOLE,
+    part: StageSelection = ALL_STAGES,
     watch: Watch = lambda _stage: False,
     began: float | None = None,
 ) -> int:
@@ -108,7 +108,7 @@ def execute(
             _refuse_elsewhere(config, scripts[unfinished[0]])
             validate_data(config)
         freeze_run(config, planned, scripts.values())
-        print("\n".join(set_aside(folder, anew)), end="\n" if anew else "")
+        print("\n".join(move_superseded(folder, anew)), end="\n" if anew else "")
         warn_lines(planned)
     for stage in config.pipeline:
         if stage not in unfinished and folder.stage(stage).result.exists():
@@ -133,12 +133,12 @@ def execute(
     return EXIT_DONE
 
 
-def _to_do(config: RunConfig, folder: RunFolder, part: Part) -> tuple[list[str], list[str]]:
+def _to_do(config: RunConfig, folder: RunFolder, part: StageSelection) -> tuple[list[str], list[str]]:
     """(stages to run, stages among them whose old folders are moved aside)."""
     for name in (part.only, part.anew_from):
         if name is not None and name not in config.pipeline:
             raise ConfigError(f"{name}: no stage of this pipeline; there are {', '.join(config.pipeline)}")
-    fresh = fresh_stages(config, folder)
+    fresh = up_to_date_stages(config, folder)
     changed = {name for name in config.pipeline if name not in fresh and folder.stage(name).result.exists()}
     if len(config.pipeline) == 1 and part.anew_from is None:
         _refuse_changed_content(config, folder, changed)
@@ -250,7 +250,7 @@ def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> N
     is_planned = folder.plan.exists() and folder.run.exists() and read_json(folder.run) == record
     check_writable(folder.root)
     with all_or_nothing(folder.root):
-        freeze(folder, record, may_differ=may_differ(config) | may_be_made_anew(config, folder) | filled)
+        freeze(folder, record, may_differ=may_differ(config) | rerunnable_keys(config, folder) | filled)
         told = settle(folder, config.pipeline)
         if told is not None:
             print(f"{config.name}: {told}", flush=True)

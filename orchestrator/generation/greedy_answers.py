@@ -14,13 +14,13 @@ from orchestrator.generation.generator import Request, end_ids_of, make_generate
 from orchestrator.generation.prompts import prompt_of
 from orchestrator.generation.samples import as_scored
 from orchestrator.rewards.builtin import Sample
-from orchestrator.run_state.stage_context import Context, training_stage
+from orchestrator.run_state.stage_context import StageContext, training_stage
 
 Answers = Callable[[], list[Sample]]
 """This rank's share of the held-out answers: rows rank, rank + ranks, ...; every rank calls it."""
 
 
-def greedy_answers(context: Context, runtime: Runtime, model: torch.nn.Module, held: PreparedRows) -> Answers:
+def greedy_answers(context: StageContext, runtime: Runtime, model: torch.nn.Module, held: PreparedRows) -> Answers:
     """Greedy completions of held-out prompts; `row["answer"]` is the row's own answer if it has one."""
     settings = training_stage(context).metrics
     rollout = RolloutConfig(

@@ -6,10 +6,10 @@ from typing import Any
 
 from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
 from orchestrator.dataloader.prepared_rows import PreparedRows
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 
 
-def prompt_of(context: Context, rows: PreparedRows, index: int) -> tuple[tuple[int, ...], dict[str, Any]]:
+def prompt_of(context: StageContext, rows: PreparedRows, index: int) -> tuple[tuple[int, ...], dict[str, Any]]:
     """(prompt ids, row for rewards), from a prompt set or from a row with an answer, which then is the reference."""
     if rows.meta.kind == "prompt":
         prompt = rows.prompt(index)

@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
 from orchestrator.generation.generator import Completion, Request
 from orchestrator.rewards.builtin import Sample
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Scored:
     sample: Sample
 
 
-def as_scored(context: Context, request: Request, completion: Completion, row: Mapping[str, Any]) -> Scored:
+def as_scored(context: StageContext, request: Request, completion: Completion, row: Mapping[str, Any]) -> Scored:
     """A completion with ids and texts."""
     tokenizer = core_tokenizer(load_facts(context.base_folder).core)
     sample = Sample(

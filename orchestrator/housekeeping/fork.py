@@ -39,7 +39,7 @@ class Fork:
     config: RunConfig
     changes: Mapping[str, tuple[JsonValue, JsonValue]]
     """Key -> value of the parent, value of the fork; without name and output_dir."""
-    checkpoint: checkpoints.Found | None
+    checkpoint: checkpoints.VerifiedCheckpoint | None
     notes: tuple[str, ...]
 
     @property
@@ -122,13 +122,13 @@ def _has_begun(files: StageFolder) -> bool:
     return files.result.exists() or bool(checkpoints.saved_steps(files))
 
 
-def _checkpoint(files: StageFolder, step: int | None) -> checkpoints.Found:
+def _checkpoint(files: StageFolder, step: int | None) -> checkpoints.VerifiedCheckpoint:
     steps = checkpoints.saved_steps(files)
     if step is not None and step not in steps:
         raise ConfigError(f"--step {step}: the checkpoints in {files.checkpoints} are of steps {steps or 'none'}")
     if step is not None:
-        return checkpoints.verified(files.checkpoint(step))
-    found, refused = checkpoints.look(files)
+        return checkpoints.verify(files.checkpoint(step))
+    found, refused = checkpoints.newest_valid(files)
     if found is None:
         faults = [problem for problems in refused.values() for problem in problems]
         raise ConfigError(
@@ -171,7 +171,7 @@ def _refused(
 
 def _steps_left(
     files: StageFolder,
-    found: checkpoints.Found,
+    found: checkpoints.VerifiedCheckpoint,
     config: RunConfig,
     name: str,
     changes: Mapping[str, tuple[JsonValue, JsonValue]],
@@ -204,7 +204,7 @@ def _artifact_problems(parent: RunFolder, before: RunConfig, config: RunConfig, 
 
 def _accepting(
     config: RunConfig,
-    found: checkpoints.Found,
+    found: checkpoints.VerifiedCheckpoint,
     name: str,
     changes: Mapping[str, tuple[JsonValue, JsonValue]],
 ) -> tuple[RunConfig, list[str]]:

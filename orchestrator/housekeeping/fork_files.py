@@ -17,7 +17,7 @@ from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_state.freeze import all_or_nothing, check_writable
 from orchestrator.run_state.frozen import load_frozen
-from orchestrator.run_state.reuse import fresh_stages
+from orchestrator.run_state.reuse import up_to_date_stages
 
 LEFT_BEHIND = ("checkpoints", "quarantine", "logs", "wandb", "samples", "profile", "rollouts", "attempts")
 """Files copied from earlier stages: how they were trained, not what they produced."""
@@ -54,7 +54,7 @@ def _fill(fork: Fork, staging: RunFolder) -> None:
         record["added"] = dict(added)
     record |= {"orchestrator": __version__, "config": fork.config.model_dump(mode="json"), "parent": _origin(fork)}
     write_json(staging.run, record)
-    stale = [name for name in earlier if name not in fresh_stages(fork.config, staging)]
+    stale = [name for name in earlier if name not in up_to_date_stages(fork.config, staging)]
     if stale:
         raise ConfigError(
             f"{stale[0]} is finished in {fork.parent.root}, and the change concerns it; fork it with --stage {stale[0]}"
@@ -104,6 +104,6 @@ def _copy_checkpoints(fork: Fork, target: StageFolder) -> None:
     target.checkpoints.mkdir(parents=True)
     for wanted in {step, *([best] if best in checkpoints.saved_steps(source) and best < step else [])}:
         shutil.copytree(source.checkpoint(wanted), target.checkpoint(wanted))
-        checkpoints.verified(target.checkpoint(wanted))
+        checkpoints.verify(target.checkpoint(wanted))
     if source.rollbacks.exists():
         shutil.copyfile(source.rollbacks, target.rollbacks)

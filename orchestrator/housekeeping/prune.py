@@ -139,8 +139,8 @@ def _obsolete(files: StageFolder, steps: Sequence[int], *, keep_last: int, keep_
         best = checkpoints.best_step(files)
     except (OrchestratorError, KeyError, TypeError):  # a damaged manifest: the best step is unknown
         return []
-    gone = checkpoints.obsolete(steps, keep_last=keep_last, keep_every=keep_every, best=best)
-    proven = checkpoints.look(files)[0] if gone else None
+    gone = checkpoints.expired_steps(steps, keep_last=keep_last, keep_every=keep_every, best=best)
+    proven = checkpoints.newest_valid(files)[0] if gone else None
     return [] if proven is None else [step for step in gone if step < proven.step]
 
 

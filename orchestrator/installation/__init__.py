@@ -1,1 +1,1 @@
-"""Which packages stand in this environment, and are they ours?"""
+"""Which packages are installed in this environment, and are they ours?"""

@@ -18,7 +18,7 @@ ENTROPY_ROWS = 512
 """Number of vocabulary-sized rows whose softmax is in memory at a time."""
 
 
-def places_of(labels_BT: torch.Tensor) -> torch.Tensor:
+def labelled_positions(labels_BT: torch.Tensor) -> torch.Tensor:
     """Positions `places_K` of the labelled tokens in the flattened labels, without first positions.
 
     On a GPU this waits for the device: batches compute it before they are moved there.

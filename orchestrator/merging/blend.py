@@ -27,7 +27,7 @@ from orchestrator.models.artifact import open_model
 from orchestrator.models.causal_lm import attach_adapted_head
 from orchestrator.models.loading import DTYPES, load_model
 from orchestrator.models.tuning import ADAPTER_WEIGHTS, load_adapter_weights
-from orchestrator.run_state.stage_context import Context, Start
+from orchestrator.run_state.stage_context import ParentArtifact, StageContext
 
 _DOWN = re.compile(r"\.lora_(A|embedding_A)(\.|$)")
 _UP = re.compile(r"\.lora_(B|embedding_B)(\.|$)")
@@ -45,7 +45,7 @@ class Blend(Protocol):
         ...
 
 
-def open_blend(context: Context, ingredients: Sequence[Start]) -> Blend:
+def open_blend(context: StageContext, ingredients: Sequence[ParentArtifact]) -> Blend:
     """The ingredients of a stage as one model; CheckpointError if they do not match each other."""
     config, base_folder = context.config, context.base_folder
     if makes_classifier(config, context.name):
@@ -55,14 +55,14 @@ def open_blend(context: Context, ingredients: Sequence[Start]) -> Blend:
     return AdapterBlend(config, base_folder, ingredients)
 
 
-def whole_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[Start]) -> WholeBlend:
+def whole_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[ParentArtifact]) -> WholeBlend:
     """A blend of whole language models."""
     dtype = DTYPES[config.model.dtype]
     base = _parameters(load_model(base_folder, config, weights_dtype=dtype))
     return WholeBlend(base, lambda folder: open_model(folder, config, dtype, packed=False), ingredients)
 
 
-def classifier_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[Start]) -> WholeBlend:
+def classifier_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[ParentArtifact]) -> WholeBlend:
     """A blend of whole classifiers, with weights that add up to 1: the base has no head for their classes."""
     _refuse_other_classes(ingredients)
 
@@ -80,7 +80,7 @@ class WholeBlend:
         self,
         base: Tensors | None,
         open_it: Callable[[Path], torch.nn.Module],
-        ingredients: Sequence[Start],
+        ingredients: Sequence[ParentArtifact],
     ) -> None:
         """Without a base (it has no classifier head) the first ingredient replaces it, and weights add up to 1."""
         self._ingredients: list[Tensors] = []
@@ -101,7 +101,7 @@ class WholeBlend:
 class AdapterBlend:
     """Owns a base with one adapter, whose rank is the sum of the ingredients' ranks."""
 
-    def __init__(self, config: RunConfig, base_folder: Path, ingredients: Sequence[Start]) -> None:
+    def __init__(self, config: RunConfig, base_folder: Path, ingredients: Sequence[ParentArtifact]) -> None:
         from peft import PeftConfig, get_peft_model
 
         self._adapters = [_read_adapter(ingredient) for ingredient in ingredients]
@@ -158,7 +158,7 @@ def _parameters(model: torch.nn.Module) -> Tensors:
     return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
 
 
-def _read_adapter(ingredient: Start) -> _Adapter:
+def _read_adapter(ingredient: ParentArtifact) -> _Adapter:
     settings = read_json(ingredient.folder / ADAPTER_SETTINGS)
     tensors = load_file(ingredient.folder / ADAPTER_WEIGHTS)
     strange = [name for name, tensor in tensors.items() if not _is_factor(name) or tensor.dim() != 2]
@@ -175,7 +175,7 @@ def _is_factor(name: str) -> bool:
     return _DOWN.search(name) is not None or _UP.search(name) is not None
 
 
-def _refuse_other_classes(ingredients: Sequence[Start]) -> None:
+def _refuse_other_classes(ingredients: Sequence[ParentArtifact]) -> None:
     """Raise CheckpointError if two classifiers have different classes."""
     classes = [read_classes(one.folder) for one in ingredients]
     for one, theirs in zip(ingredients, classes, strict=True):
@@ -186,7 +186,9 @@ def _refuse_other_classes(ingredients: Sequence[Start]) -> None:
             )
 
 
-def _refuse_others(ingredient: Start, own: Mapping[str, torch.Tensor], first: Tensors, *, shapes: bool = True) -> None:
+def _refuse_others(
+    ingredient: ParentArtifact, own: Mapping[str, torch.Tensor], first: Tensors, *, shapes: bool = True
+) -> None:
     """Raise CheckpointError if the names (and shapes) of two ingredients differ."""
     different = sorted(own.keys() ^ first.keys())
     different += [name for name in own.keys() & first.keys() if shapes and own[name].shape != first[name].shape]

@@ -20,7 +20,7 @@ from orchestrator.merging.adapter_merge import Source, Way, merge, write_merged
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
 from orchestrator.models.artifact import open_model
-from orchestrator.models.loading import DTYPES, quiet
+from orchestrator.models.loading import DTYPES, silence_libraries
 from orchestrator.models.stage_inputs import find_base_folder, find_rows
 from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.artifacts import read_artifact
@@ -79,7 +79,7 @@ def main(phases: Phases | None = None) -> int:
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--max-kl", type=float, default=0.02)
     options = parser.parse_args()
-    quiet()
+    silence_libraries()
     run = RunFolder(options.run_file.parent)
     try:
         config = load_config(run).for_stage(options.stage)

@@ -22,8 +22,8 @@ from orchestrator.merging.blend import open_blend
 from orchestrator.metrics import phases as phase
 from orchestrator.models.artifact import adapter_names, check_tensors, write_artifact
 from orchestrator.models.loading import DTYPES
-from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context, Start
+from orchestrator.run_state.recorder import Recorder
+from orchestrator.run_state.stage_context import ParentArtifact, StageContext
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.finish import artifact_kind, finish_scoring, prove_in_fresh_process
 from orchestrator.training.objectives import proof_objective
@@ -35,12 +35,12 @@ PROOF_ROWS = 64
 class Share:
     """An ingredient and its weight in a blend."""
 
-    ingredient: Start
+    ingredient: ParentArtifact
     weight: float
 
 
 def finish_blend(
-    context: Context, runtime: Runtime, record: Record, shares: Sequence[Share], *, summary: Mapping[str, Any]
+    context: StageContext, runtime: Runtime, record: Recorder, shares: Sequence[Share], *, summary: Mapping[str, Any]
 ) -> int:
     """Rebuild the blend from the ingredients with weight in it, write, prove and report; return the exit code."""
     context.phases.begin(phase.WRITING, unit=phase.ROWS)  # it is scored once more, as the proof will score it
@@ -57,7 +57,7 @@ def finish_blend(
     return finish_scoring(context, record, dict(summary), kind=artifact_kind(context))
 
 
-def _write(context: Context, model: torch.nn.Module, used: Sequence[Share], record: Record) -> None:
+def _write(context: StageContext, model: torch.nn.Module, used: Sequence[Share], record: Recorder) -> None:
     config = context.config
     is_whole = not config.tuning.is_adapter
     weights = {
@@ -81,7 +81,7 @@ def _write(context: Context, model: torch.nn.Module, used: Sequence[Share], reco
         record.say("warning: the chosen blend is the base itself; the adapter that is written changes nothing")
 
 
-def _write_expectation(context: Context, runtime: Runtime, model: torch.nn.Module) -> None:
+def _write_expectation(context: StageContext, runtime: Runtime, model: torch.nn.Module) -> None:
     """Write what the proof must reproduce, scored in the proof's way: all in `model.dtype`."""
     config, stage = context.config, cast("ScoringStage", context.stage)
     if config.quantization.scheme == "none":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.config.merging import ChoosingStage, InterpolateStage
+from orchestrator.config.merging import InterpolateStage, SelectionStage
 from orchestrator.errors import DataError
 from orchestrator.evaluation.set_scores import SetScores
 
@@ -13,54 +13,54 @@ Scores = Mapping[str, SetScores]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
+class Selection:
     """The chosen blend, by index, and the reason."""
 
     number: int
     why: str
 
 
-def choose_blend(stage: InterpolateStage, scores: Sequence[Scores], shifts: Mapping[str, bool]) -> Chosen:
+def choose_blend(stage: InterpolateStage, scores: Sequence[Scores], shifts: Mapping[str, bool]) -> Selection:
     """The index in `alphas` that the stage's rule keeps; ties: the better on the other sets, then the larger a.
 
     DataError if a selection set has no accuracy.
     """
-    inside = [goodness(stage, one, _kind(stage, shifts, shift=False)) for one in scores]
-    outside = [goodness(stage, one, _kind(stage, shifts, shift=True)) for one in scores]
+    inside = [selection_score(stage, one, _kind(stage, shifts, shift=False)) for one in scores]
+    outside = [selection_score(stage, one, _kind(stage, shifts, shift=True)) for one in scores]
     numbers = range(len(scores))
     sentence = f"mean {stage.choose_by} on {', '.join(stage.choose_on)}"
     match stage.choose:
         case "best_id":
             best = max(numbers, key=lambda i: (inside[i], outside[i], stage.alphas[i]))
-            return Chosen(number=best, why=f"best in distribution ({sentence})")
+            return Selection(number=best, why=f"best in distribution ({sentence})")
         case "best_ood":
             best = max(numbers, key=lambda i: (outside[i], inside[i], stage.alphas[i]))
-            return Chosen(number=best, why=f"best out of distribution ({sentence})")
+            return Selection(number=best, why=f"best out of distribution ({sentence})")
         case "id_within":
             allowed = [i for i in numbers if inside[i] >= max(inside) - stage.within - 1e-12]
             best = max(allowed, key=lambda i: (outside[i], inside[i], stage.alphas[i]))
             why = f"best out of distribution of the {len(allowed)} that lose at most {stage.within:g} in distribution ({sentence})"
-            return Chosen(number=best, why=why)
+            return Selection(number=best, why=why)
 
 
 def greedy_members(
-    stage: ChoosingStage, alone: Sequence[Scores], score: Callable[[Sequence[int]], Scores]
+    stage: SelectionStage, alone: Sequence[Scores], score: Callable[[Sequence[int]], Scores]
 ) -> list[int]:
     """Recipe 1 of 2203.05482: from the best ingredient on, each one is kept if the average does not get worse.
 
     `score` returns the scores of the average of some ingredients, given by index.
     """
-    values = [goodness(stage, one, stage.choose_on) for one in alone]
+    values = [selection_score(stage, one, stage.choose_on) for one in alone]
     order = sorted(range(len(alone)), key=lambda i: -values[i])
     kept, best = [order[0]], values[order[0]]
     for candidate in order[1:]:
-        value = goodness(stage, score([*kept, candidate]), stage.choose_on)
+        value = selection_score(stage, score([*kept, candidate]), stage.choose_on)
         if value >= best:
             kept, best = [*kept, candidate], value
     return kept
 
 
-def goodness(stage: ChoosingStage, scores: Scores, names: Sequence[str]) -> float:
+def selection_score(stage: SelectionStage, scores: Scores, names: Sequence[str]) -> float:
     """Mean accuracy, or negative mean loss, over sets; 0 over none."""
     if not names:
         return 0.0
@@ -76,7 +76,7 @@ def goodness(stage: ChoosingStage, scores: Scores, names: Sequence[str]) -> floa
     return sum(share for share in shares.values() if share is not None) / len(names)
 
 
-def _kind(stage: ChoosingStage, shifts: Mapping[str, bool], *, shift: bool) -> list[str]:
+def _kind(stage: SelectionStage, shifts: Mapping[str, bool], *, shift: bool) -> list[str]:
     return [name for name in stage.choose_on if shifts[name] == shift]
 
 

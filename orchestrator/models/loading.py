@@ -25,7 +25,7 @@ from orchestrator.models.causal_lm import NOT_FOR_A_BACKBONE, attach_head
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Keep progress bars and library chatter out of the logs; errors remain."""
     import logging
     import warnings

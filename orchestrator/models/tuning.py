@@ -30,13 +30,13 @@ from orchestrator.models.peft_adapters import (
     make_up_for_rounding,
 )
 from orchestrator.models.reft import attach_reft, load_reft
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 
 TRAINED_MARKS = ("lora_", "ia3_l", "vera_lambda_", "oft_R")
 """In the names of parameters trained by PEFT's adapters; it loads virtual tokens separately, and strictly."""
 
 
-def build_policy(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
+def build_policy(context: StageContext, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
     """The causal model to train: the base, or the artifact of the stage that this one starts from."""
     start = context.start
     folder = start.folder if start is not None and start.kind == "model" else context.base_folder
@@ -45,7 +45,7 @@ def build_policy(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn
     return model
 
 
-def _start(model: torch.nn.Module, context: Context) -> None:
+def _start(model: torch.nn.Module, context: StageContext) -> None:
     """Set an adapter's initial values if they are not PEFT's: those of the previous stage, or LoftQ's."""
     start, tuning = context.start, context.config.tuning
     if start is not None and start.kind == "adapter":
@@ -55,7 +55,7 @@ def _start(model: torch.nn.Module, context: Context) -> None:
         make_up_for_rounding(model, context.base_folder)
 
 
-def build_reward_model(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
+def build_reward_model(context: StageContext, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
     """A model with a new scalar head on whatever the stage starts from."""
     start = context.start
     folder = start.folder if start is not None and start.kind == "model" else context.base_folder
@@ -63,11 +63,11 @@ def build_reward_model(context: Context, dtype: torch.dtype, packed: bool) -> to
     model = apply_tuning(scorer, context.config, task="SEQ_CLS")
     _start(model, context)
     if dtype == torch.float32 or not context.config.sharding.is_deepspeed:
-        hold_masters(model)  # PEFT leaves the head in the base's dtype
+        cast_trained_to_fp32(model)  # PEFT leaves the head in the base's dtype
     return model
 
 
-def hold_masters(model: torch.nn.Module) -> None:
+def cast_trained_to_fp32(model: torch.nn.Module) -> None:
     """Hold trained parameters in fp32, as DeepSpeed would next to their 16-bit copies."""
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -122,7 +122,7 @@ def apply_tuning(
         case FreezeTuning():
             freeze(model, config.tuning, has_new_head=task == "SEQ_CLS")
             if not config.sharding.is_deepspeed:
-                hold_masters(model)
+                cast_trained_to_fp32(model)
             return model
         case LoreftTuning():
             attach_reft(model, config.tuning)

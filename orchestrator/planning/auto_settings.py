@@ -19,7 +19,7 @@ from orchestrator.machine.this_machine import this_machine
 from orchestrator.planning.absolute_paths import resolve
 from orchestrator.planning.data_facts import DataFacts
 from orchestrator.planning.host_hardware import as_seen
-from orchestrator.planning.inspect_inputs import gather
+from orchestrator.planning.inspect_inputs import inspect_inputs
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.processor_speed import with_speeds
 from orchestrator.planning.records import StagePlan
@@ -40,14 +40,14 @@ SIMPLE_FIRST = ("none", "zero1", "zero2", "zero3", "zero3_offload")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
+class Presets:
     """The presets that can be chosen, by name, from simple to involved."""
 
     shardings: Mapping[str, Sharding]
     quantizations: Mapping[str, Quantization]
 
 
-def settled_words(composed: Composed, config_directory: Path | None) -> list[str]:
+def resolve_auto_overrides(composed: Composed, config_directory: Path | None) -> list[str]:
     """An override for every `auto`: as frozen in the run folder, else as the search finds it."""
     config = resolve(composed.config, Path.cwd())
     frozen = _frozen_words(config, composed.autos)
@@ -55,7 +55,7 @@ def settled_words(composed: Composed, config_directory: Path | None) -> list[str
         return frozen
     machine = this_machine(config.cluster.environment)
     config = as_seen(config, machine, config_directory, assumes_speed=True)
-    base, data = gather(config)
+    base, data = inspect_inputs(config)
     data = with_speeds(config, machine, base, data, may_measure=True)
     choices = choices_of(config, config_directory)
     axes = _open_axes(axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations), composed)
@@ -72,7 +72,7 @@ def smaller_settings(config: RunConfig, stage: str, *, number: int = 3) -> list[
     """Overrides that reduce a stage's memory at the same global batch, the fastest first."""
     machine = this_machine(config.cluster.environment)
     config = as_seen(config, machine, None, assumes_speed=True)
-    base, data = gather(config)
+    base, data = inspect_inputs(config)
     data = with_speeds(config, machine, base, data, may_measure=False)
     choices = choices_of(config, None)
     axes = axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations)
@@ -83,7 +83,7 @@ def smaller_settings(config: RunConfig, stage: str, *, number: int = 3) -> list[
     return [" ".join(_changed_words(option, config)) for option in smaller[:number]]
 
 
-def found_advice(config: RunConfig, axes: Axes, judge: Judge, choices: Choices) -> Advice:
+def found_advice(config: RunConfig, axes: Axes, judge: Judge, choices: Presets) -> Advice:
     """The advice, with the nearest changes if nothing fits."""
     advice = advise(config, axes, judge)
     if advice.best is not None:
@@ -129,7 +129,7 @@ def judgement(stage: StagePlan) -> Judgement:
     )
 
 
-def choices_of(config: RunConfig, config_directory: Path | None) -> Choices:
+def choices_of(config: RunConfig, config_directory: Path | None) -> Presets:
     """The presets of the configuration's folders; the configuration's own sharding with its current values."""
     sharding = TypeAdapter[Any](Sharding)
     found = {
@@ -148,7 +148,7 @@ def choices_of(config: RunConfig, config_directory: Path | None) -> Choices:
         name: quantization.validate_python(content)
         for name, content in presets("quantization", config_directory).items()
     }
-    return Choices(shardings=ours, quantizations=quantizations)
+    return Presets(shardings=ours, quantizations=quantizations)
 
 
 def nearest_sentences(advice: Advice, config: RunConfig) -> list[str]:

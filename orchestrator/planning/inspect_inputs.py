@@ -37,7 +37,7 @@ from orchestrator.run_state.soup_members import blend_problems
 Result = TypeVar("Result")
 
 
-def gather(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
+def inspect_inputs(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
     """Facts about the base and every stage's data; one error with all problems."""
     problems: list[str] = []
     base = _attempt(partial(find_base, config.model), problems)

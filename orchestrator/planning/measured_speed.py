@@ -83,7 +83,7 @@ class Measured(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Basis:
+class MeasurementContext:
     """Facts that the record of a stage does not contain."""
 
     stage: str
@@ -95,14 +95,14 @@ class Basis:
     """Device memory of the rank that writes the measurement."""
 
 
-def write_measured(folder: StageFolder, config: RunConfig, known: Basis) -> None:
+def write_measured(folder: StageFolder, config: RunConfig, known: MeasurementContext) -> None:
     """Write measured.json from the record so far; nothing before the first rows of the attempt."""
     measured = measure(folder, config, known)
     if measured is not None:
         write_json(folder.measured, measured.model_dump(mode="json"))
 
 
-def measure(folder: StageFolder, config: RunConfig, known: Basis) -> Measured | None:
+def measure(folder: StageFolder, config: RunConfig, known: MeasurementContext) -> Measured | None:
     """Medians over the newest attempt's rows; None before there are any."""
     stage, model = config.stages[known.stage], known.model
     assert isinstance(stage, TrainingStage)

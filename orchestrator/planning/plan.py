@@ -10,7 +10,7 @@ from orchestrator.architecture.base_model import Base
 from orchestrator.architecture.deepspeed import deepspeed_dict
 from orchestrator.architecture.kernels import kernel_fields
 from orchestrator.architecture.parameter_counts import count_parameters
-from orchestrator.architecture.zero_buckets import sized
+from orchestrator.architecture.zero_buckets import with_zero_buckets
 from orchestrator.config.evaluation import ScoringStage
 from orchestrator.config.merging import MergeStage
 from orchestrator.config.pipeline import inputs_of
@@ -24,7 +24,7 @@ from orchestrator.machine.dtype import AS_CONFIGURED, NumberType, with_slowdown
 from orchestrator.planning.data_facts import DataFacts
 from orchestrator.planning.plan_warnings import plan_warnings
 from orchestrator.planning.records import Plan, StagePlan
-from orchestrator.planning.stage_forecast import NOTHING, epoch_steps, forecast_fields, shape_for
+from orchestrator.planning.stage_forecast import NO_FORECAST, epoch_steps, forecast_fields, shape_for
 from orchestrator.run_folder.folder import run_directory_of, script_path
 from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
 
@@ -41,7 +41,7 @@ def make_plan(
 
     `notes` come from its composition, `number_type` explains its dtype.
     """
-    config = sized(config, base.architecture)
+    config = with_zero_buckets(config, base.architecture)
     run_directory = run_directory_of(config)
     stages = tuple(_stage_plan(config, name, base, data[name], run_directory) for name in config.pipeline)
     rates = [facts.probed for facts in data.values()]
@@ -94,7 +94,7 @@ def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_d
 def _scoring_plan(stage: ScoringStage | MergeStage) -> dict[str, Any]:
     """A stage without an optimizer runs in one process."""
     names = ("global_size", "accumulation_steps", "steps_per_epoch", "steps", "warmup_steps", "trainable_parameters")
-    unknown = dict.fromkeys([*names, "flops_per_token", "attention", "loss_head", "deepspeed", *NOTHING])
+    unknown = dict.fromkeys([*names, "flops_per_token", "attention", "loss_head", "deepspeed", *NO_FORECAST])
     return {**unknown, "micro_size": stage.micro_size, "world_size": 1, "learning_rates": {}}
 
 

@@ -10,13 +10,13 @@ from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage
 from orchestrator.data.epoch import epoch_of
 from orchestrator.estimate.row_lengths import RowShape, guessed_packed_rows, guessed_shape, shape_of
-from orchestrator.estimate.stage_time import Known, forecast
+from orchestrator.estimate.stage_time import ForecastInputs, forecast
 from orchestrator.estimate.step_time import table_rate, why_no_rate
 from orchestrator.planning.data_facts import DataFacts
 from orchestrator.planning.measured_speed import steadier_rate
 from orchestrator.schedule import steps_per_epoch, total_steps
 
-NOTHING = {"tokens": None, "trained_tokens": None, "time": None, "cost": None, "checkpointing": None}
+NO_FORECAST = {"tokens": None, "trained_tokens": None, "time": None, "cost": None, "checkpointing": None}
 """The forecast of a stage that trains nothing, or whose model is not known yet."""
 
 
@@ -44,19 +44,19 @@ def forecast_fields(
         "trained_tokens": None if prepared is None else prepared.trained_tokens,
     }
     if model is None:
-        return {**NOTHING, **tokens}
-    time, checkpointing, cost = forecast(config, stage, known_of(config, stage, model, data, steps=steps))
+        return {**NO_FORECAST, **tokens}
+    time, checkpointing, cost = forecast(config, stage, forecast_inputs(config, stage, model, data, steps=steps))
     return {**tokens, "time": time, "cost": cost, "checkpointing": checkpointing}
 
 
-def known_of(
+def forecast_inputs(
     config: RunConfig, stage: TrainingStage, model: Architecture, data: DataFacts, *, steps: int | None
-) -> Known:
+) -> ForecastInputs:
     """The inputs of the forecast; a measurement on this machine replaces the hardware table."""
     measured, run = data.measured if data.measured is not None else (None, "")
     startup = None if measured is None else measured.startup_seconds
     guess = _guessed_steps(stage, data) if epoch_steps(stage, data) is None else None
-    return Known(
+    return ForecastInputs(
         model=model,
         shape=shape_for(stage, data),
         rate=(data.probed or table_rate(config))

@@ -21,7 +21,7 @@ from orchestrator.data.formats.parse import parse_row
 from orchestrator.data.order import permutation
 from orchestrator.data.preparation.prepare import Prepared, ensure_prepared
 from orchestrator.data.prepared.meta import Statistics
-from orchestrator.data.prepared.parts import Part, plan_parts
+from orchestrator.data.prepared.parts import PreparedSplit, plan_parts
 from orchestrator.data.row_faults import Fault, FaultList
 from orchestrator.data.sources.validate import reading_of, source_rows
 from orchestrator.dataloader.batch import IGNORED
@@ -114,7 +114,7 @@ def sampled_rows(rows: PreparedRows, seed: int) -> list[int]:
     return list(dict.fromkeys([*random, *longest]))
 
 
-def _source_examples(rows: PreparedRows, part: Part, sample: Sequence[int]) -> dict[int, Example]:
+def _source_examples(rows: PreparedRows, part: PreparedSplit, sample: Sequence[int]) -> dict[int, Example]:
     """The example of every unit in the sampled rows, reread from its file."""
     wanted: dict[int, int] = {}
     for index in sample:

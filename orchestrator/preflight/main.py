@@ -19,14 +19,14 @@ from orchestrator.config.training import TrainingStage
 from orchestrator.data.epoch import Epoch, epoch_of
 from orchestrator.data.formats.trainable import format_problem, wanted_kind
 from orchestrator.data.preparation.prepare import Prepared, ensure_prepared
-from orchestrator.data.row_faults import told
+from orchestrator.data.row_faults import fault_sentences
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import EXIT_DONE, EXIT_USER, DataError, OrchestratorError
 from orchestrator.files.atomic import read_json, write_json
 from orchestrator.files.cache import cache_folder
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
-from orchestrator.models.loading import attention_of, fetch_base, quiet
+from orchestrator.models.loading import attention_of, fetch_base, silence_libraries
 from orchestrator.models.tuning import apply_tuning
 from orchestrator.preflight.data_check import check_data
 from orchestrator.preflight.data_report import print_report
@@ -53,7 +53,7 @@ def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Con
         )
         phases.end()
         print_report(report, console)
-        problems += told(report.faults, dict(report.fault_counts))
+        problems += fault_sentences(report.faults, dict(report.fault_counts))
         made.append(prepared)
     if not isinstance(stage, TrainingStage):
         return problems
@@ -144,7 +144,7 @@ def main(phases: Phases | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--result", type=Path, default=None, help="file that tells, last of all, that it is done")
     options = parser.parse_args()
-    quiet()
+    silence_libraries()
     console = Console()
     config = RunConfig.model_validate(read_json(options.file)["config"], strict=False)
     examine = check_stage if options.verb == "check" else prepare_stage

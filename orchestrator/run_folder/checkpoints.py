@@ -26,7 +26,7 @@ Tell = Callable[..., None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class VerifiedCheckpoint:
     """A checkpoint whose files all match its manifest."""
 
     step: int
@@ -58,7 +58,9 @@ def saved_steps(folder: StageFolder) -> list[int]:
     return sorted(int(name[1]) for name in names if name is not None)
 
 
-def look(folder: StageFolder, *, read_files: bool = True) -> tuple[Found | None, dict[int, list[str]]]:
+def newest_valid(
+    folder: StageFolder, *, read_files: bool = True
+) -> tuple[VerifiedCheckpoint | None, dict[int, list[str]]]:
     """The checkpoint that a resume would take, and the problems of each newer one. Read-only.
 
     Without `read_files` only the manifests are checked, which is fast for large checkpoints.
@@ -66,22 +68,22 @@ def look(folder: StageFolder, *, read_files: bool = True) -> tuple[Found | None,
     refused: dict[int, list[str]] = {}
     for step in reversed(saved_steps(folder)):
         try:
-            return verified(folder.checkpoint(step), share=slice(None if read_files else 0)), refused
+            return verify(folder.checkpoint(step), share=slice(None if read_files else 0)), refused
         except CheckpointError as error:
             refused[step] = list(error.problems)
     return None, refused
 
 
-def verified(folder: Path, *, share: slice = slice(None)) -> Found:
+def verify(folder: Path, *, share: slice = slice(None)) -> VerifiedCheckpoint:
     """Compare a checkpoint (or a share of its files) with its manifest, byte for byte; CheckpointError names every
     difference.
     """
     _check_manifest(folder)
     manifest = read_manifest(folder, share=share)
-    return Found(step=manifest["step"], folder=folder, manifest=manifest)
+    return VerifiedCheckpoint(step=manifest["step"], folder=folder, manifest=manifest)
 
 
-def describe(found: Found) -> str:
+def describe(found: VerifiedCheckpoint) -> str:
     """What a resume from a checkpoint restores, in a sentence."""
     facts = found.manifest
     size = sum(entry["bytes"] for entry in facts["files"].values())
@@ -121,7 +123,7 @@ def best_step(folder: StageFolder) -> int | None:
     return min(losses, key=lambda step: (losses[step], step)) if losses else None
 
 
-def obsolete(steps: Sequence[int], *, keep_last: int, keep_every: int | None, best: int | None) -> list[int]:
+def expired_steps(steps: Sequence[int], *, keep_last: int, keep_every: int | None, best: int | None) -> list[int]:
     """Steps that retention expires: all but the newest `keep_last`, the multiples of `keep_every` and the best."""
     kept = set(sorted(steps)[-keep_last:])
     if keep_every is not None:
@@ -139,7 +141,7 @@ def delete(folder: StageFolder, steps: Iterable[int]) -> None:
         shutil.rmtree(leaving, ignore_errors=True)
 
 
-def mend_interrupted(folder: StageFolder) -> None:
+def recover_interrupted_save(folder: StageFolder) -> None:
     """Recover from an interrupted save: restore the checkpoint being replaced, delete partial ones."""
     for path in folder.checkpoints.glob(".step-*"):
         name = _NAME.match(path.name[1:])

@@ -17,14 +17,14 @@ from orchestrator.metrics.jsonl import RecordFile, Row
 from orchestrator.metrics.phases import TRACKING
 from orchestrator.metrics.wandb import process as wandb
 from orchestrator.run_state.attempts import Attempt, State, write_attempt
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 from orchestrator.run_state.user_callbacks import Callbacks
 
 
-class Record:
+class Recorder:
     """Owns the record of an attempt on rank 0; discards rows on other ranks."""
 
-    def __init__(self, context: Context, *, rank: int) -> None:
+    def __init__(self, context: StageContext, *, rank: int) -> None:
         self._context = context
         self._is_main = rank == 0
         self.last_step = 0
@@ -117,7 +117,7 @@ class Record:
             write_attempt(self._context.folder, attempt)
 
 
-def _wandb_settings(context: Context) -> wandb.WandbSettings | None:
+def _wandb_settings(context: StageContext) -> wandb.WandbSettings | None:
     tracking = context.config.tracking
     if not isinstance(tracking, WandbTracking):
         return None

@@ -23,7 +23,7 @@ def stage_digest(config: RunConfig, name: str, inputs: Mapping[str, str]) -> str
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def fresh_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
+def up_to_date_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
     """The finished stages that are still valid: settings, base, data files and the artifacts they read are
     unchanged.
     """
@@ -43,7 +43,7 @@ def fresh_stages(config: RunConfig, run: RunFolder) -> tuple[str, ...]:
     return tuple(name for name in artifacts if name != PARENT)
 
 
-def may_be_made_anew(config: RunConfig, run: RunFolder) -> frozenset[str]:
+def rerunnable_keys(config: RunConfig, run: RunFolder) -> frozenset[str]:
     """Keys of stages that may change because the pipeline then reruns them: finished ones, and those without progress
     to lose.
     """
@@ -57,7 +57,7 @@ def may_be_made_anew(config: RunConfig, run: RunFolder) -> frozenset[str]:
     )
 
 
-def set_aside(run: RunFolder, names: Sequence[str]) -> list[str]:
+def move_superseded(run: RunFolder, names: Sequence[str]) -> list[str]:
     """Move the folders of stages that are run again below superseded/; return a sentence for each."""
     told: list[str] = []
     for name in names:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.config.pipeline import members_elsewhere
+from orchestrator.config.pipeline import external_members
 from orchestrator.config.run import POLICY_KINDS, RunConfig, Stage, made_kind
 from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
 from orchestrator.files.manifest import MANIFEST
@@ -15,7 +15,7 @@ from orchestrator.run_state.frozen import load_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elsewhere:
+class ExternalMember:
     """A finished stage of another run."""
 
     run: RunFolder
@@ -24,7 +24,7 @@ class Elsewhere:
     """As that stage saw it."""
 
 
-def read_member(member: str) -> Elsewhere:
+def read_member(member: str) -> ExternalMember:
     """The finished stage of another run that a member names. ConfigError if there is none."""
     folder, stage = _place(member)
     if not (folder / "run.json").is_file():
@@ -42,12 +42,12 @@ def read_member(member: str) -> Elsewhere:
         )
     if not run.stage(wanted).result.exists():
         raise ConfigError(f"{member}: {wanted} is not done: there is no {run.stage(wanted).result}")
-    return Elsewhere(run=run, stage=wanted, config=config.for_stage(wanted))
+    return ExternalMember(run=run, stage=wanted, config=config.for_stage(wanted))
 
 
 def manifests_elsewhere(stage: Stage) -> list[Path]:
     """The manifest of every member from another run, as it was when the soup was built."""
-    found = [read_member(member) for member in members_elsewhere(stage)]
+    found = [read_member(member) for member in external_members(stage)]
     return [one.run.stage(one.stage).artifact / MANIFEST for one in found]
 
 
@@ -59,7 +59,7 @@ def blend_problems(config: RunConfig) -> list[str]:
 def _member_problems(config: RunConfig, name: str) -> Iterator[str]:
     field = f"stages.{name}.members"
     ours = config.for_stage(name)
-    for member in members_elsewhere(config.stages[name]):
+    for member in external_members(config.stages[name]):
         try:
             theirs = read_member(member).config
         except OrchestratorError as error:

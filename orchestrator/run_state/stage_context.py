@@ -16,7 +16,7 @@ from orchestrator.run_folder.stop_request import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class ParentArtifact:
     """The proven artifact of an earlier stage."""
 
     stage: str
@@ -26,7 +26,7 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
+class StageContext:
     """One attempt at one stage."""
 
     config: RunConfig
@@ -38,12 +38,12 @@ class Context:
     stop: StopRequest
     base_folder: Path
     """Local folder of the base model."""
-    start: Start | None = None
+    start: ParentArtifact | None = None
     """The artifact to start from, unless it is the bare base."""
     train_data: Path
     evaluation_data: Path | None
     """Prepared data."""
-    beside: Sequence[Start] = ()
+    other_models: Sequence[ParentArtifact] = ()
     """Further artifacts that an interpolation or a soup blends with `start`."""
     sets: Mapping[str, Path] = field(default_factory=dict[str, Path])
     """Prepared data of the further sets that a stage scores, by name."""
@@ -61,6 +61,6 @@ class Context:
     """Digests of base, tokenizer, template, data files and code."""
 
 
-def training_stage(context: Context) -> TrainingStage:
+def training_stage(context: StageContext) -> TrainingStage:
     """The stage of an attempt that trains, as its type."""
     return cast("TrainingStage", context.stage)

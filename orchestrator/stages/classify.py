@@ -6,22 +6,22 @@ from dataclasses import replace
 
 from orchestrator.classification.model import build_classifier, refuse_other_rows, stage_classes
 from orchestrator.classification.objective import classify_objective
-from orchestrator.classification.report import Judge, classifier_proof, session_targets
+from orchestrator.classification.report import ClassificationEvaluator, classifier_proof, session_targets
 from orchestrator.dataloader.prepared_rows import PreparedRows
-from orchestrator.run_state.stage_context import Context
-from orchestrator.training.recipe import Course, Session
-from orchestrator.training.session import run_training, supervised_course
+from orchestrator.run_state.stage_context import StageContext
+from orchestrator.training.recipe import Recipe, Session
+from orchestrator.training.session import run_training, supervised_recipe
 
 
-def plan_course(session: Session) -> Course:
+def make_recipe(session: Session) -> Recipe:
     """Cross-entropy (or its equivalent) over labelled prepared rows, evaluated by the metrics of the problem."""
     classes = stage_classes(session.context)
     targets = session_targets(session, classes)
-    judge = Judge(session, classes, targets)
+    judge = ClassificationEvaluator(session, classes, targets)
     objective = classify_objective(session.runtime, classes, targets)
     session.record.say(f"classes: {', '.join(classes.names) or 'none, a number is predicted'}")
     return replace(
-        supervised_course(session, objective),
+        supervised_recipe(session, objective),
         score=judge.score,
         answers=judge.answers,
         proof=lambda: classifier_proof(session, objective),
@@ -29,7 +29,7 @@ def plan_course(session: Session) -> Course:
     )
 
 
-def run(context: Context) -> int:
+def run(context: StageContext) -> int:
     """Train, write, prove and report; return the exit code of the rank."""
     refuse_other_rows(PreparedRows.open(context.train_data), f"stages.{context.name}.data.train")
-    return run_training(context, plan_course, build_model=build_classifier)
+    return run_training(context, make_recipe, build_model=build_classifier)

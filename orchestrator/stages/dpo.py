@@ -10,15 +10,15 @@ from orchestrator.alignment.preference_objectives import kto_objective, preferen
 from orchestrator.alignment.reference_logprobs import make_reference, no_reference
 from orchestrator.config.alignment import DpoStage
 from orchestrator.errors import DataError
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.objectives import Objective
-from orchestrator.training.recipe import Course, Session
-from orchestrator.training.session import run_training, supervised_course
+from orchestrator.training.recipe import Recipe, Session
+from orchestrator.training.session import run_training, supervised_recipe
 
 REFERENCE_FREE = ("orpo", "simpo")
 
 
-def plan_course(session: Session) -> Course:
+def make_recipe(session: Session) -> Recipe:
     """The stage's loss over prepared pairs or labelled rows, relative to the policy that it starts from."""
     stage = cast("DpoStage", session.context.stage)
     wanted, data_format = ("feedback", "feedback") if stage.loss == "kto" else ("pair", "preference")
@@ -29,7 +29,7 @@ def plan_course(session: Session) -> Course:
         )
     if stage.loss == "kto":
         return _kto(session, stage)
-    return supervised_course(session, _paired(session, stage))
+    return supervised_recipe(session, _paired(session, stage))
 
 
 def _paired(session: Session, stage: DpoStage) -> Objective:
@@ -37,14 +37,14 @@ def _paired(session: Session, stage: DpoStage) -> Objective:
     return preference_objective(session.runtime, stage, reference_of)
 
 
-def _kto(session: Session, stage: DpoStage) -> Course:
+def _kto(session: Session, stage: DpoStage) -> Recipe:
     """The KL is estimated before every step, from answers paired with other prompts."""
     divergence = Divergence(session)
     objective = kto_objective(session.runtime, stage, make_reference(session).of, divergence.value)
-    course = supervised_course(session, objective)
-    return replace(course, begin=lambda step: divergence.measure(course.order.global_batch(step - 1)))
+    recipe = supervised_recipe(session, objective)
+    return replace(recipe, begin=lambda step: divergence.measure(recipe.order.global_batch(step - 1)))
 
 
-def run(context: Context) -> int:
+def run(context: StageContext) -> int:
     """Train, write and prove; return the exit code of the rank."""
-    return run_training(context, plan_course)
+    return run_training(context, make_recipe)

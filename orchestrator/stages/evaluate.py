@@ -15,21 +15,21 @@ from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime, start_single_runtime
 from orchestrator.evaluation.classifier_scores import class_table, classifier_scores
 from orchestrator.evaluation.generated_rewards import generated_rewards
-from orchestrator.evaluation.score_tables import lost_line, score_table, shift_labels, told_sets
+from orchestrator.evaluation.score_tables import describe_sets, regressions_line, score_table, shift_labels
 from orchestrator.evaluation.set_scores import NO_GENERAL_TEXT, Scorer, SetScores, open_scorer
 from orchestrator.files.atomic import publish, write_json
 from orchestrator.files.manifest import write_manifest
 from orchestrator.metrics import phases as phase
 from orchestrator.models.artifact import open_artifact
 from orchestrator.models.loading import DTYPES, load_model
-from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.recorder import Recorder
+from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.finish import finish_scoring
 
 
-def run(context: Context) -> int:
+def run(context: StageContext) -> int:
     """Score base and tuned model on the same rows of every set, and report both."""
-    record = Record(context, rank=0)
+    record = Recorder(context, rank=0)
     record.event("start", world_size=1)
     context.phases.begin(phase.LOADING)
     started = time.time()
@@ -38,7 +38,7 @@ def run(context: Context) -> int:
         report = _classifier_report(context, runtime, record)
         return _finish(context, record, report, report, started)
     scorer = open_scorer(context, runtime)
-    for line in told_sets(scorer):
+    for line in describe_sets(scorer):
         record.say(line)
     sets, rewards = _before_and_after(context, runtime, scorer)
     shifts = shift_labels(scorer.sets)
@@ -47,7 +47,7 @@ def run(context: Context) -> int:
         record.say(f"{name:<24} {told['base'][name]:.4f} base, {told['tuned'][name]:.4f} tuned")
     for line in score_table(sets, shifts):
         record.say(line)
-    lost = lost_line(sets["base"], sets["tuned"], shifts)
+    lost = regressions_line(sets["base"], sets["tuned"], shifts)
     record.say(lost)
     by_set = {
         name: {"shift": shifts.get(name), **{model: sets[model][name].to_json() for model in sets}}
@@ -57,7 +57,7 @@ def run(context: Context) -> int:
     return _finish(context, record, {**told, **report}, {"scores": told, **report}, started)
 
 
-def _classifier_report(context: Context, runtime: Runtime, record: Record) -> dict[str, Any]:
+def _classifier_report(context: StageContext, runtime: Runtime, record: Recorder) -> dict[str, Any]:
     context.phases.begin(phase.SCORING, unit=phase.ROWS)
     scores = classifier_scores(context, runtime)
     if cast("EvaluateStage", context.stage).forgetting:
@@ -68,7 +68,7 @@ def _classifier_report(context: Context, runtime: Runtime, record: Record) -> di
 
 
 def _finish(
-    context: Context, record: Record, report: Mapping[str, Any], summary: Mapping[str, Any], started: float
+    context: StageContext, record: Recorder, report: Mapping[str, Any], summary: Mapping[str, Any], started: float
 ) -> int:
     """Write the report, and the result with its summary."""
     context.phases.begin(phase.WRITING)
@@ -77,7 +77,7 @@ def _finish(
 
 
 def _before_and_after(
-    context: Context, runtime: Runtime, scorer: Scorer
+    context: StageContext, runtime: Runtime, scorer: Scorer
 ) -> tuple[dict[str, dict[str, SetScores]], dict[str, dict[str, float]]]:
     """(scores by set, rewards on the first set) of base and tuned model."""
     tuned: Any = _tuned(context).to(runtime.device).eval()
@@ -94,7 +94,7 @@ def _before_and_after(
     return {"base": sets["base"], "tuned": sets["tuned"]}, rewards
 
 
-def _rewards(context: Context, runtime: Runtime, model: torch.nn.Module) -> dict[str, float]:
+def _rewards(context: StageContext, runtime: Runtime, model: torch.nn.Module) -> dict[str, float]:
     stage = cast("EvaluateStage", context.stage)
     if not stage.rewards:
         return {}
@@ -102,7 +102,7 @@ def _rewards(context: Context, runtime: Runtime, model: torch.nn.Module) -> dict
     return generated_rewards(context, runtime, model, rows, make_rewards(context, runtime, stage.rewards), stage)
 
 
-def _tuned(context: Context) -> torch.nn.Module:
+def _tuned(context: StageContext) -> torch.nn.Module:
     assert context.start is not None, "the pipeline's rules ask for a policy before it"
     dtype = DTYPES[context.config.model.dtype]
     return open_artifact(
@@ -110,7 +110,7 @@ def _tuned(context: Context) -> torch.nn.Module:
     )
 
 
-def _write(context: Context, told: Mapping[str, Any]) -> None:
+def _write(context: StageContext, told: Mapping[str, Any]) -> None:
     folder = context.folder.artifact
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -12,20 +12,20 @@ from orchestrator.alignment.policy_objective import policy_objective
 from orchestrator.alignment.reference_policy import build_policy_with_reference, reference_policy
 from orchestrator.alignment.rewards import make_rewards
 from orchestrator.alignment.rollout_rows import RolloutOrder, RolloutRows
-from orchestrator.alignment.rollouts import Sampler
+from orchestrator.alignment.rollouts import RolloutMaker
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.errors import DataError
 from orchestrator.generation.generator import end_ids_of, make_generate
 from orchestrator.generation.greedy_answers import greedy_answers
 from orchestrator.metrics.phases import COMPLETIONS, ROLLOUTS
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.evaluation import evaluate
 from orchestrator.training.objectives import prompt_objective
-from orchestrator.training.recipe import Course, Session
+from orchestrator.training.recipe import Recipe, Session
 from orchestrator.training.session import proof_of, run_training
 
 
-def plan_course(session: Session) -> Course:
+def make_recipe(session: Session) -> Recipe:
     """Rollouts as training rows, and the clipped surrogate over them."""
     context, runtime, rows = session.context, session.runtime, session.rows
     stage = cast("PolicyStage", context.stage)
@@ -35,7 +35,7 @@ def plan_course(session: Session) -> Course:
         )
     module = runtime.accelerator.unwrap_model(session.model)
     end_ids = end_ids_of(module, context.base_folder)
-    sampler = Sampler(
+    sampler = RolloutMaker(
         session=session,
         stage=stage,
         order=RolloutOrder(stage, prompts=rows.rows, seed=context.config.seeds.data),
@@ -51,7 +51,7 @@ def plan_course(session: Session) -> Course:
             return sampler.begin(step)
 
     micro_size, count = stage.batch.micro_size, stage.checkpoint.probe_rows
-    return Course(
+    return Recipe(
         objective=policy_objective(runtime, stage),
         rows=sampler.rows,
         order=sampler.order,
@@ -65,11 +65,11 @@ def plan_course(session: Session) -> Course:
     )
 
 
-def build_model(context: Context, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
+def build_model(context: StageContext, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
     stage = cast("PolicyStage", context.stage)
     return build_policy_with_reference(context, stage, dtype, packed)
 
 
-def run(context: Context) -> int:
+def run(context: StageContext) -> int:
     """Train, write and prove; return the exit code of the rank."""
-    return run_training(context, plan_course, build_model=build_model)
+    return run_training(context, make_recipe, build_model=build_model)

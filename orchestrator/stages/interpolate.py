@@ -9,29 +9,29 @@ from typing import cast
 
 from orchestrator.config.merging import InterpolateStage
 from orchestrator.distributed.runtime import Runtime, start_single_runtime
-from orchestrator.evaluation.score_tables import score_table, shift_labels, told_sets
+from orchestrator.evaluation.score_tables import describe_sets, score_table, shift_labels
 from orchestrator.evaluation.set_scores import Scorer, open_scorer
 from orchestrator.files.atomic import write_json
 from orchestrator.merging.blend import open_blend
 from orchestrator.merging.curve_plot import draw_curves
 from orchestrator.merging.finish_blend import Share, finish_blend
-from orchestrator.merging.selection import Chosen, Scores, choose_blend, inner_best
+from orchestrator.merging.selection import Scores, Selection, choose_blend, inner_best
 from orchestrator.metrics import phases as phase
-from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context, Start
+from orchestrator.run_state.recorder import Recorder
+from orchestrator.run_state.stage_context import ParentArtifact, StageContext
 
 
-def run(context: Context) -> int:
+def run(context: StageContext) -> int:
     """Score every a, report the curves, then write and prove the chosen model."""
     stage = cast("InterpolateStage", context.stage)
-    record = Record(context, rank=0)
+    record = Recorder(context, rank=0)
     record.event("start", world_size=1)
     context.phases.begin(phase.LOADING)
     started = time.time()
     runtime = start_single_runtime(context.config, autocast=False, phases=context.phases)
     scorer = open_scorer(context, runtime)
     shifts = shift_labels(scorer.sets)
-    for line in told_sets(scorer):
+    for line in describe_sets(scorer):
         record.say(line)
     scores = _scores_of_grid(context, runtime, scorer, record)
     chosen = choose_blend(stage, scores, shifts)
@@ -50,7 +50,7 @@ def run(context: Context) -> int:
 
 
 def _tell(
-    context: Context, record: Record, scores: Sequence[Scores], *, shifts: Mapping[str, bool], chosen: Chosen
+    context: StageContext, record: Recorder, scores: Sequence[Scores], *, shifts: Mapping[str, bool], chosen: Selection
 ) -> None:
     """Report the table, a summary of the curves and the choice; write curves.json and its plot."""
     stage = cast("InterpolateStage", context.stage)
@@ -69,7 +69,7 @@ def _plain(scores: Scores) -> dict[str, dict[str, float | int | None]]:
     return {name: one.to_json() for name, one in scores.items()}
 
 
-def _scores_of_grid(context: Context, runtime: Runtime, scorer: Scorer, record: Record) -> list[Scores]:
+def _scores_of_grid(context: StageContext, runtime: Runtime, scorer: Scorer, record: Recorder) -> list[Scores]:
     stage = cast("InterpolateStage", context.stage)
     blend = open_blend(context, _ingredients(context))
     blend.model.to(runtime.device).eval()
@@ -86,14 +86,14 @@ def _scores_of_grid(context: Context, runtime: Runtime, scorer: Scorer, record: 
     return scores
 
 
-def _ingredients(context: Context) -> list[Start]:
+def _ingredients(context: StageContext) -> list[ParentArtifact]:
     assert context.start is not None, "the pipeline's rules ask for a policy before it"
-    return [*context.beside, context.start]
+    return [*context.other_models, context.start]
 
 
-def _weights(context: Context, alpha: float) -> list[float]:
+def _weights(context: StageContext, alpha: float) -> list[float]:
     """Weights of theta_0, if it is a stage's artifact (the base gets the remainder), and of theta_1."""
-    return [1.0 - alpha, alpha] if context.beside else [alpha]
+    return [1.0 - alpha, alpha] if context.other_models else [alpha]
 
 
 def _told_curves(stage: InterpolateStage, scores: Sequence[Scores], shifts: Mapping[str, bool]) -> list[str]:

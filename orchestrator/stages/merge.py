@@ -15,17 +15,17 @@ from orchestrator.merging.adapter_merge import Source, merge, write_merged
 from orchestrator.metrics import phases as phase
 from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.model_card import write_card
-from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.recorder import Recorder
+from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.finish import finish_scoring, prove_in_fresh_process
 
 
-def run(context: Context) -> int:
+def run(context: StageContext) -> int:
     """Merge, measure, write, prove; refuse a merge that changed the model by more than `max_kl`."""
     stage = cast("MergeStage", context.stage)
     start = context.start
     assert start is not None, "the pipeline's rules ask for a policy before it"
-    record = Record(context, rank=0)
+    record = Recorder(context, rank=0)
     record.event("start", world_size=1)
     context.phases.begin(phase.LOADING)
     started = time.time()

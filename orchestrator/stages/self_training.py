@@ -9,18 +9,18 @@ from typing import Any, cast
 from orchestrator.classification.model import build_classifier, refuse_other_rows, stage_classes
 from orchestrator.classification.objective import classify_objective
 from orchestrator.classification.pseudo_labels import PseudoLabels, weak_labels_told
-from orchestrator.classification.report import Judge, classifier_proof, session_targets
+from orchestrator.classification.report import ClassificationEvaluator, classifier_proof, session_targets
 from orchestrator.classification.self_training import self_training_objective, uniform_objective
 from orchestrator.config.classification import SelfTrainingStage
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import ConfigError
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.evaluation import evaluate
-from orchestrator.training.recipe import Course, Session
-from orchestrator.training.session import run_training, supervised_course
+from orchestrator.training.recipe import Recipe, Session
+from orchestrator.training.session import run_training, supervised_recipe
 
 
-def plan_course(session: Session) -> Course:
+def make_recipe(session: Session) -> Recipe:
     """Weighted divergence from the period's pseudo-labels, evaluated on held-out labels."""
     context, runtime = session.context, session.runtime
     stage = cast("SelfTrainingStage", context.stage)
@@ -34,7 +34,7 @@ def plan_course(session: Session) -> Course:
     session.record.event("weak_labels", **weak)
     session.record.say("weak labels: " + ", ".join(f"{name} {value:.3f}" for name, value in weak.items()))
     labels = PseudoLabels(session, stage, classes, targets[session.rows.digest])
-    judge = Judge(session, classes, targets)
+    judge = ClassificationEvaluator(session, classes, targets)
     proof_objective = classify_objective(runtime, classes, targets)
     probe, micro_size, count = uniform_objective(runtime), stage.batch.micro_size, stage.checkpoint.probe_rows
 
@@ -42,7 +42,7 @@ def plan_course(session: Session) -> Course:
         return judge.summary() | {"weak_labels": weak, "pseudo_labels": labels.periods}
 
     return replace(
-        supervised_course(session, self_training_objective(runtime, stage, labels.of)),
+        supervised_recipe(session, self_training_objective(runtime, stage, labels.of)),
         score=judge.score,
         answers=judge.answers,
         probe=(lambda: evaluate(runtime, session.model, probe, session.rows, micro_size=micro_size, limit=count).loss)
@@ -54,7 +54,7 @@ def plan_course(session: Session) -> Course:
     )
 
 
-def run(context: Context) -> int:
+def run(context: StageContext) -> int:
     """Train, write, prove and report; return the exit code of the rank."""
     refuse_other_rows(PreparedRows.open(context.train_data), f"stages.{context.name}.data.train")
-    return run_training(context, plan_course, build_model=build_classifier)
+    return run_training(context, make_recipe, build_model=build_classifier)

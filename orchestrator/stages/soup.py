@@ -11,27 +11,27 @@ from typing import cast
 from orchestrator.config.merging import SoupStage
 from orchestrator.config.run import STAGE_PREFIX
 from orchestrator.distributed.runtime import start_single_runtime
-from orchestrator.evaluation.score_tables import lost_line, score_table, shift_labels, told_sets
+from orchestrator.evaluation.score_tables import describe_sets, regressions_line, score_table, shift_labels
 from orchestrator.evaluation.set_scores import Scorer, open_scorer
 from orchestrator.files.atomic import write_json
 from orchestrator.merging.blend import Blend, open_blend
 from orchestrator.merging.finish_blend import Share, finish_blend
 from orchestrator.merging.selection import Scores, greedy_members
 from orchestrator.metrics import phases as phase
-from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context, Start
+from orchestrator.run_state.recorder import Recorder
+from orchestrator.run_state.stage_context import ParentArtifact, StageContext
 
 
-def run(context: Context) -> int:
+def run(context: StageContext) -> int:
     """Score base and ingredients, average them by the stage's recipe, then write and prove the soup."""
-    record = Record(context, rank=0)
+    record = Recorder(context, rank=0)
     record.event("start", world_size=1)
     context.phases.begin(phase.LOADING)
     started = time.time()
     runtime = start_single_runtime(context.config, autocast=False, phases=context.phases)
     scorer = open_scorer(context, runtime)
     shifts = shift_labels(scorer.sets)
-    for line in told_sets(scorer):
+    for line in describe_sets(scorer):
         record.say(line)
     ingredients = ingredients_of(context)
     blend = open_blend(context, ingredients)
@@ -44,7 +44,7 @@ def run(context: Context) -> int:
     for line in score_table(columns, shifts):
         record.say(line)
     record.say(f"the soup: {', '.join(names)}, each with weight 1/{len(kept)}")
-    record.say(lost_line(columns["base"], columns["soup"], shifts))
+    record.say(regressions_line(columns["base"], columns["soup"], shifts))
     told = {
         "members": names,
         "shift": shifts,
@@ -58,14 +58,14 @@ def run(context: Context) -> int:
     return finish_blend(context, runtime, record, shares, summary={**summary, "seconds": time.time() - started})
 
 
-def ingredients_of(context: Context) -> list[Start]:
+def ingredients_of(context: StageContext) -> list[ParentArtifact]:
     """The artifact that the stage starts from, if any, and its members, each named as in `members`."""
-    found = [*([] if context.start is None else [context.start]), *context.beside]
+    found = [*([] if context.start is None else [context.start]), *context.other_models]
     return [one if one.stage.startswith("/") else replace(one, stage=STAGE_PREFIX + one.stage) for one in found]
 
 
 def _cooked(
-    stage: SoupStage, scorer: Scorer, blend: Blend, ingredients: Sequence[Start]
+    stage: SoupStage, scorer: Scorer, blend: Blend, ingredients: Sequence[ParentArtifact]
 ) -> tuple[dict[str, Scores], list[int]]:
     """(scores of base, ingredients and soup by name, indices of the ingredients in the soup)."""
 

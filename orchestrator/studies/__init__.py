@@ -1,1 +1,1 @@
-"""Studies: several runs of one configuration, and what they tell together; must not import torch."""
+"""How are several runs of one configuration searched and compared? Must not import torch."""

@@ -22,7 +22,7 @@ from orchestrator.execution.run_pipeline import execute
 from orchestrator.metrics.jsonl import Tail, number_of, step_of
 from orchestrator.studies.search_space import (
     Axis,
-    Choices,
+    CategoricalAxis,
     axis_of,
     first_words,
     samples,
@@ -279,7 +279,7 @@ def _sampler(settings: SearchStudy, number: int) -> optuna.samplers.BaseSampler:
 
 
 def _draw(trial: optuna.Trial, axis: Axis) -> None:
-    if isinstance(axis, Choices):
+    if isinstance(axis, CategoricalAxis):
         trial.suggest_categorical(axis.key, axis.options)
     elif axis.whole:
         step = 1 if axis.step is None else int(axis.step)

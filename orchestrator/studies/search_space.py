@@ -18,7 +18,7 @@ NOT_SEARCHED = ("name", "output_dir", "study", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
+class CategoricalAxis:
     """One of several values, as the command line spells them."""
 
     key: str
@@ -40,7 +40,7 @@ class Range:
     """Step between allowed numbers; None allows all."""
 
 
-Axis = Choices | Range
+Axis = CategoricalAxis | Range
 
 
 def split_space(arguments: Sequence[str]) -> tuple[list[str], list[Axis]]:
@@ -75,7 +75,7 @@ def split_space(arguments: Sequence[str]) -> tuple[list[str], list[Axis]]:
 
 def samples(axis: Axis) -> list[str]:
     """Values that must be valid for the whole axis to be: every choice, or both ends."""
-    if isinstance(axis, Choices):
+    if isinstance(axis, CategoricalAxis):
         return list(axis.options)
     return [text_of(axis, end) for end in (axis.low, axis.high)]
 
@@ -95,7 +95,9 @@ def first_words(axes: Sequence[Axis]) -> dict[str, str]:
 
 def axis_of(values: Mapping[str, Any]) -> Axis:
     """The axis with these fields."""
-    return Choices(key=values["key"], options=tuple(values["options"])) if "options" in values else Range(**values)
+    return (
+        CategoricalAxis(key=values["key"], options=tuple(values["options"])) if "options" in values else Range(**values)
+    )
 
 
 def words_of(values: Mapping[str, str]) -> list[str]:
@@ -126,7 +128,7 @@ def _axis(word: str, override: Override) -> Axis:
         raise ConfigError(f"{word}: an order means nothing to a search; leave out shuffle")
     if isinstance(value, ChoiceSweep):
         _refuse_tags(word, value.tags, allowed=())
-        return Choices(key=key, options=tuple(str(text) for text in override.sweep_string_iterator()))
+        return CategoricalAxis(key=key, options=tuple(str(text) for text in override.sweep_string_iterator()))
     if isinstance(value, RangeSweep):
         _refuse_tags(word, value.tags, allowed=())
         return _range_axis(word, key, list(override.sweep_string_iterator()), value)

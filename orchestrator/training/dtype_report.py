@@ -11,8 +11,8 @@ from orchestrator.files.atomic import read_json
 from orchestrator.machine.accelerators import Gpu
 from orchestrator.machine.dtype import emulated_words, factor_words, frozen_reason, moved_sentence
 from orchestrator.machine.processor import this_processor
-from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.recorder import Recorder
+from orchestrator.run_state.stage_context import StageContext
 
 PRODUCT = (288, 1536, 576)
 """Rows, inputs and outputs of the timed product, those of a small model's feed-forward layer regardless of the model
@@ -21,7 +21,7 @@ SECONDS = 0.4
 """Time limit per type, apart from one mandatory call; emulated types differ a hundredfold between processors."""
 
 
-def report_number_type(context: Context, record: Record, device: torch.device) -> None:
+def report_number_type(context: StageContext, record: Recorder, device: torch.device) -> None:
     """Log the type and its reason; warn if the type chosen for this device would be different."""
     name = context.config.model.dtype
     is_native, why = native_bfloat16(device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from orchestrator.config.training import EarlyStoppingConfig
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import ConfigError
-from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.recorder import Recorder
 from orchestrator.training.evaluation import Evaluation, values_of
 
 
@@ -39,7 +39,7 @@ def after_evaluation(state: Stopping, step: int, value: float, settings: EarlySt
 
 
 def judged(
-    state: Stopping, step: int, value: float, settings: EarlyStoppingConfig, runtime: Runtime, record: Record
+    state: Stopping, step: int, value: float, settings: EarlyStoppingConfig, runtime: Runtime, record: Recorder
 ) -> Stopping:
     """`after_evaluation` with rank 0's value, recorded if training is to end; every rank must call it."""
     (agreed,) = runtime.sum_over_ranks([value if runtime.is_main else 0.0])

@@ -12,7 +12,7 @@ from orchestrator.config.training import FaultConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Health:
+class FaultState:
     """State that the next assessment depends on; part of every checkpoint."""
 
     streak: tuple[int, ...] = ()
@@ -26,10 +26,10 @@ class Health:
     """Mean losses of the most recent good steps, kept if a spike threshold needs them."""
 
 
-HEALTHY = Health()
+HEALTHY = FaultState()
 
 
-def find_fault(health: Health, loss: float, settings: FaultConfig) -> str | None:
+def find_fault(health: FaultState, loss: float, settings: FaultConfig) -> str | None:
     """The reason why a step with this mean loss must not update the weights, or None."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
@@ -42,7 +42,7 @@ def find_fault(health: Health, loss: float, settings: FaultConfig) -> str | None
     return f"the loss spiked to {loss:.4g}, over {mean:.4g} + {settings.spike_sigma:g} x {deviation:.2g} = {limit:.4g}"
 
 
-def after_step(health: Health, step: int, *, loss: float, fault: str | None, settings: FaultConfig) -> Health:
+def after_step(health: FaultState, step: int, *, loss: float, fault: str | None, settings: FaultConfig) -> FaultState:
     """The health after a step that was updated (no fault) or skipped."""
     if step in health.omitted:
         return health
@@ -52,12 +52,12 @@ def after_step(health: Health, step: int, *, loss: float, fault: str | None, set
     return replace(health, streak=(), losses=losses)
 
 
-def must_go_back(health: Health, settings: FaultConfig) -> bool:
+def must_go_back(health: FaultState, settings: FaultConfig) -> bool:
     """Whether so many consecutive steps were skipped that the weights themselves are in doubt."""
     return len(health.streak) >= settings.skips_before_rollback
 
 
-def reason_to_give_up(health: Health, settings: FaultConfig) -> str | None:
+def reason_to_give_up(health: FaultState, settings: FaultConfig) -> str | None:
     """The limit that was exceeded, or None."""
     if health.skipped + len(health.omitted) > settings.max_skips:
         return f"{health.skipped + len(health.omitted)} updates were skipped, faults.max_skips is {settings.max_skips}"
@@ -66,6 +66,6 @@ def reason_to_give_up(health: Health, settings: FaultConfig) -> str | None:
     return None
 
 
-def health_from_json(values: Mapping[str, Any]) -> Health:
+def health_from_json(values: Mapping[str, Any]) -> FaultState:
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return Health(**fields)
+    return FaultState(**fields)

@@ -26,11 +26,11 @@ from orchestrator.models.artifact import CARD, adapter_names, check_tensors, rou
 from orchestrator.models.peft_adapters import plain_lora
 from orchestrator.run_state.goodput import time_spent
 from orchestrator.run_state.model_card import artifact_card
-from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context, training_stage
+from orchestrator.run_state.recorder import Recorder
+from orchestrator.run_state.stage_context import StageContext, training_stage
 from orchestrator.training.evaluation import Evaluation
 from orchestrator.training.loop_state import Progress
-from orchestrator.training.recipe import Course, Session
+from orchestrator.training.recipe import Recipe, Session
 
 NOT_FOR_CHILDREN = (
     "RANK",
@@ -46,8 +46,8 @@ NOT_FOR_CHILDREN = (
 
 def finish_stage(
     session: Session,
-    course: Course,
-    record: Record,
+    recipe: Recipe,
+    record: Recorder,
     progress: Progress,
     *,
     before: Evaluation | None,
@@ -57,8 +57,8 @@ def finish_stage(
     """Write, prove and report on rank 0; every rank must call it. Raises CheckpointError if the proof fails."""
     context, runtime = session.context, session.runtime
     is_rounded = round_as_saved(session.model, context.config)
-    known = after.first if course.is_proof_scored and after is not None and not is_rounded else None
-    scored = course.proof() if known is None else known
+    known = after.first if recipe.is_proof_scored and after is not None and not is_rounded else None
+    scored = recipe.proof() if known is None else known
     weights = gather_trainable(runtime, session.model)
     if isinstance(context.config.tuning, FreezeTuning):  # the artifact is a whole model
         weights |= gather_frozen(runtime, session.model)
@@ -66,8 +66,8 @@ def finish_stage(
     if runtime.is_main:
         _write(session, weights, step=progress.stopping.best_step or progress.step)
         _write_expectation(session, scored)
-    summary = _summary(context, progress, before, after, seconds) | dict(course.summary() if runtime.is_main else {})
-    del session, course, weights
+    summary = _summary(context, progress, before, after, seconds) | dict(recipe.summary() if runtime.is_main else {})
+    del session, recipe, weights
     gc.collect()
     runtime.end()
     if runtime.is_main:
@@ -114,7 +114,7 @@ def _write_expectation(session: Session, scored: Evaluation) -> None:
     write_json(context.folder.proof, expectation)
 
 
-def prove_in_fresh_process(context: Context) -> None:
+def prove_in_fresh_process(context: StageContext) -> None:
     """Run `orchestrator.evaluation.artifact_proof`, which sees nothing but the files."""
     environment = {
         name: value
@@ -139,7 +139,7 @@ def prove_in_fresh_process(context: Context) -> None:
 
 
 def _summary(
-    context: Context, progress: Progress, before: Evaluation | None, after: Evaluation | None, seconds: float
+    context: StageContext, progress: Progress, before: Evaluation | None, after: Evaluation | None, seconds: float
 ) -> dict[str, Any]:
     first = before.loss if before is not None else _recorded_first_loss(context)
     return {
@@ -154,7 +154,7 @@ def _summary(
     }
 
 
-def finish_scoring(context: Context, record: Record, summary: dict[str, Any], *, kind: str) -> int:
+def finish_scoring(context: StageContext, record: Recorder, summary: dict[str, Any], *, kind: str) -> int:
     """Finish a stage that trains nothing: write its result, last of all."""
     manifest = context.folder.artifact / MANIFEST
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
@@ -181,13 +181,13 @@ def finish_scoring(context: Context, record: Record, summary: dict[str, Any], *,
     return EXIT_DONE
 
 
-def _times(context: Context) -> dict[str, Any]:
+def _times(context: StageContext) -> dict[str, Any]:
     """Seconds of this attempt by phase, and in total; `seconds` is the training alone."""
     by_phase = context.phases.seconds()
     return {"phase_seconds": by_phase, "attempt_seconds": round(time.time() - context.began, 2)}
 
 
-def artifact_kind(context: Context) -> str:
+def artifact_kind(context: StageContext) -> str:
     """One of model, adapter, reward_model, reward_adapter, classifier_model, classifier_adapter."""
     what = "model" if not context.config.tuning.is_adapter else "adapter"
     if makes_classifier(context.config, context.name):
@@ -195,7 +195,7 @@ def artifact_kind(context: Context) -> str:
     return f"reward_{what}" if context.stage.kind == "reward" else what
 
 
-def _write_card(context: Context, result: Mapping[str, Any]) -> None:
+def _write_card(context: StageContext, result: Mapping[str, Any]) -> None:
     """Write the artifact's README.md; a merged folder has its own card, and a report is not a model."""
     if result["artifact"]["kind"] in ("merged", "report"):
         return
@@ -211,20 +211,20 @@ def _write_card(context: Context, result: Mapping[str, Any]) -> None:
     write_text(context.folder.artifact / CARD, card)
 
 
-def _recorded_first_loss(context: Context) -> float | None:
+def _recorded_first_loss(context: StageContext) -> float | None:
     losses = [
         row["eval_loss"] for row in read_rows(context.folder.metrics) if row.get("step") == 0 and "eval_loss" in row
     ]
     return losses[0] if losses and isinstance(losses[0], float) else None
 
 
-def _goodput(context: Context) -> dict[str, Any] | None:
+def _goodput(context: StageContext) -> dict[str, Any] | None:
     """How the wall-clock time of all attempts was spent."""
     spent = time_spent(context.folder)
     return None if spent is None else spent.to_json()
 
 
-def _report(context: Context, record: Record, summary: dict[str, Any]) -> None:
+def _report(context: StageContext, record: Recorder, summary: dict[str, Any]) -> None:
     proof = read_json(context.folder.proof)
     rates: list[Any] = [
         row["tokens_per_second"]

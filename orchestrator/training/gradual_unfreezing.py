@@ -16,7 +16,7 @@ import torch
 from orchestrator.architecture.layers import count_layers, levels_of, places_of
 from orchestrator.config.run import Tuning
 from orchestrator.config.tuning import FreezeTuning
-from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.recorder import Recorder
 from orchestrator.schedule import level_opens_at, open_levels
 
 LEVEL = "level"
@@ -46,7 +46,7 @@ class Unfreezing:
         self._open = 1
         self._held: list[tuple[Any, Any]] = []
 
-    def plan(self, tuning: Tuning, record: Record, *, steps: int, steps_per_epoch: int) -> None:
+    def plan(self, tuning: Tuning, record: Recorder, *, steps: int, steps_per_epoch: int) -> None:
         """Decide which step opens which level, and record it."""
         assert isinstance(tuning, FreezeTuning)
         self.every_steps = tuning.unfreeze_every_steps or (tuning.unfreeze_every_epochs or 0.0) * steps_per_epoch

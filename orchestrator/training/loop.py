@@ -12,14 +12,14 @@ import torch
 
 from orchestrator.errors import TrainingFailed
 from orchestrator.schedule import learning_rate_factor
-from orchestrator.training.faults import Health, after_step, find_fault, must_go_back, reason_to_give_up
-from orchestrator.training.loop_state import Hooks, Job, Progress, StepResult
+from orchestrator.training.faults import FaultState, after_step, find_fault, must_go_back, reason_to_give_up
+from orchestrator.training.loop_state import LoopCallbacks, LoopInputs, Progress, StepResult
 from orchestrator.training.optimizer import set_learning_rate
 from orchestrator.training.profiler import begin_step, span
 from orchestrator.training.step_metrics import metrics_row, micro_batches_of, real_indices, row_ids_of
 
 
-def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
+def train(job: LoopInputs, progress: Progress, hooks: LoopCallbacks) -> Progress:
     """Continue from `progress` to the last step, or to the step at which the ranks agree to stop (and save there)."""
     job.model.train()
     window: list[StepResult] = []
@@ -58,17 +58,17 @@ def train(job: Job, progress: Progress, hooks: Hooks) -> Progress:
     return progress
 
 
-def is_over(job: Job, progress: Progress) -> bool:
+def is_over(job: LoopInputs, progress: Progress) -> bool:
     """Whether nothing is left to train: the last step is done, or early stopping ran out of patience."""
     return progress.step >= job.steps or progress.stopping.is_over
 
 
-def pauses(job: Job, progress: Progress) -> bool:
+def pauses(job: LoopInputs, progress: Progress) -> bool:
     """Whether the stage was asked to pause at this step."""
     return job.stage.pause_at_step is not None and progress.step >= job.stage.pause_at_step
 
 
-def optimizer_step(job: Job, step: int, health: Health, *, stop_wish: bool) -> StepResult:
+def optimizer_step(job: LoopInputs, step: int, health: FaultState, *, stop_wish: bool) -> StepResult:
     """Forward, backward and update over the global batch of `step` (from 1); a fault suppresses the update."""
     start = time.perf_counter()
     lr = job.stage.optimizer.lr * learning_rate_factor(job.stage.schedule, step, job.steps)
@@ -110,7 +110,7 @@ class Sums:
     data_seconds: float
 
 
-def accumulate_gradients(job: Job, step: int, health: Health, weight: float, *, stop_wish: bool) -> Sums:
+def accumulate_gradients(job: LoopInputs, step: int, health: FaultState, weight: float, *, stop_wish: bool) -> Sums:
     """Gradient of sum(losses) / `weight`, the units (such as trained tokens) of the global batch.
 
     Accelerate and DeepSpeed divide by accumulation steps, and DDP and ZeRO average over ranks: both are undone here,
@@ -139,7 +139,7 @@ def accumulate_gradients(job: Job, step: int, health: Health, weight: float, *, 
     return sums
 
 
-def update(job: Job, step: int, *, fault: str | None) -> float:
+def update(job: LoopInputs, step: int, *, fault: str | None) -> float:
     """Clip and step, unless there is a fault; return the gradient norm before clipping.
 
     DeepSpeed has already stepped in its backward pass, or skipped the step if the norm was not finite.
@@ -158,13 +158,13 @@ def update(job: Job, step: int, *, fault: str | None) -> float:
     return norm
 
 
-def _fault(job: Job, step: int, health: Health, loss: float) -> str | None:
+def _fault(job: LoopInputs, step: int, health: FaultState, loss: float) -> str | None:
     if step in health.omitted:
         return "a rollback left out its data"
     return find_fault(health, loss, job.stage.faults)
 
 
-def _gone_back(job: Job, progress: Progress, hooks: Hooks, fault: str) -> Progress:
+def _gone_back(job: LoopInputs, progress: Progress, hooks: LoopCallbacks, fault: str) -> Progress:
     """Progress of the checkpoint rolled back to; TrainingFailed if a limit is exceeded."""
     step = progress.step
     why = reason_to_give_up(progress.health, job.stage.faults)
@@ -177,12 +177,12 @@ def _gone_back(job: Job, progress: Progress, hooks: Hooks, fault: str) -> Progre
     return earlier
 
 
-def _agree_to_stop(job: Job, hooks: Hooks) -> bool:
+def _agree_to_stop(job: LoopInputs, hooks: LoopCallbacks) -> bool:
     (wishes,) = job.runtime.sum_over_ranks([float(hooks.stop_reason() is not None)])
     return wishes > 0
 
 
-def _timed_batches(job: Job, step: int, micro_batches: Sequence[Any]) -> Iterator[tuple[Any, float]]:
+def _timed_batches(job: LoopInputs, step: int, micro_batches: Sequence[Any]) -> Iterator[tuple[Any, float]]:
     """Each batch and how long it was waited for; the next one is made meanwhile, in the end that of the next step."""
     upcoming = [*micro_batches[1:], micro_batches_of(job, step + 1)[0] if step < job.steps else None]
     for indices, then in zip(micro_batches, upcoming, strict=True):
@@ -192,7 +192,7 @@ def _timed_batches(job: Job, step: int, micro_batches: Sequence[Any]) -> Iterato
         yield batch, time.perf_counter() - start
 
 
-def _advanced(job: Job, progress: Progress, result: StepResult) -> Progress:
+def _advanced(job: LoopInputs, progress: Progress, result: StepResult) -> Progress:
     step = progress.step + 1
     mean = result.sums[0] / result.weight
     health = after_step(progress.health, step, loss=mean, fault=result.fault, settings=job.stage.faults)
@@ -209,7 +209,7 @@ def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _evaluates(job: Job, step: int) -> bool:
+def _evaluates(job: LoopInputs, step: int) -> bool:
     """Early stopping needs the last step's evaluation before the last save; else the stage evaluates at its end."""
     if step == job.steps:
         return job.stage.early_stopping is not None

@@ -15,14 +15,14 @@ from orchestrator.dataloader.protocols import Rows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.training.adalora_ranks import RankAllocation
 from orchestrator.training.early_stopping import NOT_STOPPING, Stopping
-from orchestrator.training.faults import HEALTHY, Health
+from orchestrator.training.faults import HEALTHY, FaultState
 from orchestrator.training.gradual_unfreezing import Unfreezing
 from orchestrator.training.objectives import Objective
 from orchestrator.training.profiler import Profiler
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class LoopInputs:
     """What the loop trains, and on which rows. Model and optimizer are the ones prepared by Accelerate."""
 
     runtime: Runtime
@@ -53,12 +53,12 @@ class Progress:
     step: int
     tokens: int
     trained_tokens: int
-    health: Health = HEALTHY
+    health: FaultState = HEALTHY
     stopping: Stopping = NOT_STOPPING
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hooks:
+class LoopCallbacks:
     """Side effects of the loop. Every rank calls them at the same step."""
 
     record: Callable[[Mapping[str, Any]], None]
@@ -80,7 +80,7 @@ class Hooks:
     """Report the rows (including fillers) that this rank computed at a step."""
 
 
-def watched(hooks: Hooks, profiler: Profiler) -> Hooks:
+def watched(hooks: LoopCallbacks, profiler: Profiler) -> LoopCallbacks:
     """The same side effects, each as a span of the profile."""
     return replace(
         hooks,

@@ -19,7 +19,7 @@ from orchestrator.dataloader.protocols import Rows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.losses import preference as losses
 from orchestrator.losses.token_cross_entropy import IGNORED
-from orchestrator.losses.token_logprobs import places_of, sums_by_document
+from orchestrator.losses.token_logprobs import labelled_positions, sums_by_document
 from orchestrator.models.causal_lm import Query
 
 
@@ -51,7 +51,7 @@ def prompt_objective(runtime: Runtime) -> Objective:
         labels_BT = batch.input_ids_BT
         if batch.attention_mask_BT is not None:
             labels_BT = labels_BT.masked_fill(batch.attention_mask_BT == 0, IGNORED)
-        whole = replace(batch, labels_BT=labels_BT, places_K=places_of(labels_BT))
+        whole = replace(batch, labels_BT=labels_BT, places_K=labelled_positions(labels_BT))
         return (-token_scores_BT(runtime, model, whole, is_summed=True)[0].sum(),)
 
     def weight(rows: Rows, indices: Sequence[int]) -> float:

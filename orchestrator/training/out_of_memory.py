@@ -13,7 +13,7 @@ import torch
 from orchestrator.errors import OrchestratorError, TrainingFailed
 from orchestrator.files.atomic import read_json
 from orchestrator.run_folder.folder import RunFolder
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.stage_context import StageContext
 
 PHASES = {
     "open_session": "load",
@@ -41,7 +41,9 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
-def autopsy(context: Context, error: BaseException, *, rank: int, step: int, device: torch.device) -> TrainingFailed:
+def autopsy(
+    context: StageContext, error: BaseException, *, rank: int, step: int, device: torch.device
+) -> TrainingFailed:
     """The error to raise instead of the allocator's. The global batch is never changed silently: the user decides."""
     phase = phase_of(error)
     first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
@@ -74,7 +76,7 @@ def _real(device: torch.device) -> str:
     )
 
 
-def _planned(context: Context, phase: str) -> Iterator[str]:
+def _planned(context: StageContext, phase: str) -> Iterator[str]:
     """The plan's memory components of the phase; nothing if the plan could not know the model."""
     stages: list[dict[str, Any]] = read_json(RunFolder(context.run_file.parent).plan)["stages"]
     memory = next((stage["memory"] for stage in stages if stage["name"] == context.name), None)
@@ -86,7 +88,7 @@ def _planned(context: Context, phase: str) -> Iterator[str]:
         yield f"planned: {one['name']} {one['expected']:.2f} GiB ({one['low']:.2f} to {one['high']:.2f}): {parts}{mark}"
 
 
-def _changes(context: Context) -> list[str]:
+def _changes(context: StageContext) -> list[str]:
     """Settings that need less memory, the fastest first."""
     from orchestrator.planning.auto_settings import smaller_settings
 

@@ -8,12 +8,12 @@ from typing import TypeVar
 
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
-from orchestrator.training.loop_state import Hooks, Progress
+from orchestrator.training.loop_state import LoopCallbacks, Progress
 
 T = TypeVar("T")
 
 
-def announced(hooks: Hooks, phases: Phases, *, total_steps: int) -> Hooks:
+def announced(hooks: LoopCallbacks, phases: Phases, *, total_steps: int) -> LoopCallbacks:
     """The same side effects; the phase becomes training once the first step is done."""
 
     def took(step: int, rows: Sequence[int]) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.recorder import Recorder
+from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.loop import train
-from orchestrator.training.loop_state import Hooks, Job, Progress, watched
+from orchestrator.training.loop_state import LoopCallbacks, LoopInputs, Progress, watched
 from orchestrator.training.profiler import Profiler, told_shares
 
 
-def train_profiled(context: Context, record: Record, job: Job, progress: Progress, hooks: Hooks) -> Progress:
+def train_profiled(
+    context: StageContext, record: Recorder, job: LoopInputs, progress: Progress, hooks: LoopCallbacks
+) -> Progress:
     """Run `loop.train`, then write the breakdown of its steps to the stage's folder and the log."""
     left = job.steps - progress.step
     if not context.config.profile or left < 1:

@@ -13,8 +13,8 @@ from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.dataloader.protocols import Rows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.generation.greedy_answers import Answers
-from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context
+from orchestrator.run_state.recorder import Recorder
+from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.evaluation import Evaluation
 from orchestrator.training.gradual_unfreezing import Unfreezing
 from orchestrator.training.objectives import Objective
@@ -26,9 +26,9 @@ PROOF_ROWS = 64
 class Session:
     """A stage after Accelerate has prepared its model and optimizer, before the first step."""
 
-    context: Context
+    context: StageContext
     runtime: Runtime
-    record: Record
+    record: Recorder
     model: torch.nn.Module
     optimizer: Any
     rows: PreparedRows
@@ -38,7 +38,7 @@ class Session:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
+class Recipe:
     """What the loop trains on, and how the model is evaluated."""
 
     objective: Objective
@@ -59,9 +59,9 @@ class Course:
     """Extra fields for result.json; rank 0 calls it after the last step."""
 
 
-BuildModel = Callable[[Context, torch.dtype, bool], torch.nn.Module]
+BuildModel = Callable[[StageContext, torch.dtype, bool], torch.nn.Module]
 """(context, dtype of the weights, whether rows are packed) -> the module to train, with its tuning applied."""
 
 
-PlanCourse = Callable[[Session], Course]
+MakeRecipe = Callable[[Session], Recipe]
 """Called on every rank before a checkpoint is restored: the model is still the one the stage starts from."""

@@ -21,11 +21,11 @@ from orchestrator.metrics import phases as phase
 from orchestrator.models.layer_transforms import compile_layers
 from orchestrator.models.loading import weights_dtype
 from orchestrator.models.tuning import build_policy, keep_input_types
-from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context, training_stage
+from orchestrator.run_state.recorder import Recorder
+from orchestrator.run_state.stage_context import StageContext, training_stage
 from orchestrator.schedule import total_steps
 from orchestrator.training.adalora_ranks import allocation_of
-from orchestrator.training.checkpointing.checkpointer import Checkpointer, Subject
+from orchestrator.training.checkpointing.checkpointer import CheckpointedState, Checkpointer
 from orchestrator.training.custom_metrics import with_metrics
 from orchestrator.training.dtype_report import report_number_type
 from orchestrator.training.early_stopping import judged, metric_of
@@ -33,44 +33,46 @@ from orchestrator.training.evaluation import Evaluation, evaluate, values_of
 from orchestrator.training.finish import finish_stage
 from orchestrator.training.gradual_unfreezing import gradual_unfreezing
 from orchestrator.training.loop import is_over, pauses
-from orchestrator.training.loop_state import Hooks, Job, Progress
+from orchestrator.training.loop_state import LoopCallbacks, LoopInputs, Progress
 from orchestrator.training.objectives import Objective, proof_objective
 from orchestrator.training.optimizer import build_optimizer
 from orchestrator.training.out_of_memory import autopsy, ran_out_of_memory
 from orchestrator.training.phased_loop import announced
 from orchestrator.training.profiled_loop import train_profiled
-from orchestrator.training.recipe import PROOF_ROWS, BuildModel, Course, PlanCourse, Session
+from orchestrator.training.recipe import PROOF_ROWS, BuildModel, MakeRecipe, Recipe, Session
 from orchestrator.training.startup_report import flops_of, peak_flops, tell_kernels, tell_size
 from orchestrator.training.throughput import keep_measured, measuring
 
 
-def run_training(context: Context, plan_course: PlanCourse, *, build_model: BuildModel = build_policy) -> int:
+def run_training(context: StageContext, make_recipe: MakeRecipe, *, build_model: BuildModel = build_policy) -> int:
     """Train, write and prove; return the exit code of the rank. TrainingFailed with an autopsy if memory runs out."""
     context.phases.begin(phase.LOADING)
     runtime = start_runtime(context.config, training_stage(context), context.phases)
-    record = Record(context, rank=runtime.rank)
+    record = Recorder(context, rank=runtime.rank)
     try:
-        return _train(context, runtime, record, plan_course, build_model)
+        return _train(context, runtime, record, make_recipe, build_model)
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise
         raise autopsy(context, error, rank=runtime.rank, step=record.last_step + 1, device=runtime.device) from error
 
 
-def _train(context: Context, runtime: Runtime, record: Record, plan_course: PlanCourse, build_model: BuildModel) -> int:
+def _train(
+    context: StageContext, runtime: Runtime, record: Recorder, make_recipe: MakeRecipe, build_model: BuildModel
+) -> int:
     record.event("start", world_size=runtime.world_size, device=str(runtime.device), began=context.began)
     report_number_type(context, record, runtime.device)
     started = time.time()
     session = open_session(context, runtime, record, build_model)
-    job, course, checkpointer, progress = assemble(session, plan_course)
+    job, recipe, checkpointer, progress = assemble(session, make_recipe)
     context.phases.begin(phase.FIRST_EVALUATION, unit=phase.ROWS)
-    before = None if progress.step else _scored(course, record, 0)
+    before = None if progress.step else _scored(recipe, record, 0)
     stopping = training_stage(context).early_stopping
     if stopping is not None and not progress.step:
         metric_of(before, stopping, stage=context.name)
     record.event("train", step=progress.step, steps=job.steps)
     context.phases.begin(phase.FIRST_STEP)
-    hooks = announced(hooks_of(session, course, checkpointer), context.phases, total_steps=job.steps)
+    hooks = announced(hooks_of(session, recipe, checkpointer), context.phases, total_steps=job.steps)
     progress = train_profiled(context, record, job, progress, hooks)
     job.batches.close()
     waited = time.perf_counter()
@@ -84,11 +86,11 @@ def _train(context: Context, runtime: Runtime, record: Record, plan_course: Plan
         )
         return _stopped(record, runtime, progress, why or "another rank was asked to stop")
     context.phases.begin(phase.LAST_EVALUATION, unit=phase.ROWS)
-    progress, after = _settled(course, record, checkpointer, progress)
-    return finish_stage(session, course, record, progress, before=before, after=after, seconds=time.time() - started)
+    progress, after = _settled(recipe, record, checkpointer, progress)
+    return finish_stage(session, recipe, record, progress, before=before, after=after, seconds=time.time() - started)
 
 
-def open_session(context: Context, runtime: Runtime, record: Record, build_model: BuildModel) -> Session:
+def open_session(context: StageContext, runtime: Runtime, record: Recorder, build_model: BuildModel) -> Session:
     """Build model and optimizer and prepare them with Accelerate."""
     config, stage = context.config, training_stage(context)
     rows = PreparedRows.open(context.train_data, pad_to_multiple_of=stage.data.pad_to_multiple_of)
@@ -123,24 +125,24 @@ def open_session(context: Context, runtime: Runtime, record: Record, build_model
     )
 
 
-def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Checkpointer, Progress]:
+def assemble(session: Session, make_recipe: MakeRecipe) -> tuple[LoopInputs, Recipe, Checkpointer, Progress]:
     """Build the job and find the progress to resume from."""
     context, runtime, record = session.context, session.runtime, session.record
     stage = training_stage(context)
-    course = plan_course(session)
-    if course.answers is not None:
-        course = replace(course, score=with_metrics(stage.metrics, runtime, course.score, course.answers))
-    steps = total_steps(max_steps=stage.max_steps, epochs=stage.epochs, steps_per_epoch=course.order.steps_per_epoch)
+    recipe = make_recipe(session)
+    if recipe.answers is not None:
+        recipe = replace(recipe, score=with_metrics(stage.metrics, runtime, recipe.score, recipe.answers))
+    steps = total_steps(max_steps=stage.max_steps, epochs=stage.epochs, steps_per_epoch=recipe.order.steps_per_epoch)
     record.total_steps = steps
-    job = Job(
+    job = LoopInputs(
         runtime=runtime,
         model=session.model,
         optimizer=session.optimizer,
-        objective=course.objective,
+        objective=recipe.objective,
         stage=stage,
-        rows=course.rows,
-        batches=Batches(course.rows, runtime.device, reads_ahead=isinstance(course.rows, PreparedRows)),
-        order=course.order,
+        rows=recipe.rows,
+        batches=Batches(recipe.rows, runtime.device, reads_ahead=isinstance(recipe.rows, PreparedRows)),
+        order=recipe.order,
         steps=steps,
         flops_per_token=flops_of(context),
         peak_flops=peak_flops(context),
@@ -149,23 +151,23 @@ def assemble(session: Session, plan_course: PlanCourse) -> tuple[Job, Course, Ch
     )
     if session.unfreezing is not None:
         session.unfreezing.plan(
-            context.config.tuning, record, steps=steps, steps_per_epoch=course.order.steps_per_epoch
+            context.config.tuning, record, steps=steps, steps_per_epoch=recipe.order.steps_per_epoch
         )
-    subject = Subject(
+    subject = CheckpointedState(
         runtime=runtime,
         model=session.model,
         optimizer=session.optimizer,
         data_digest=session.rows.digest,
-        probe=course.probe,
+        probe=recipe.probe,
     )
     checkpointer = Checkpointer(context, subject, record)
     progress = checkpointer.resume()
     if progress is not None:
         record.say(f"going on from step {progress.step} of {steps}")
-    return job, course, checkpointer, progress or Progress(step=0, tokens=0, trained_tokens=0)
+    return job, recipe, checkpointer, progress or Progress(step=0, tokens=0, trained_tokens=0)
 
 
-def supervised_course(session: Session, objective: Objective) -> Course:
+def supervised_recipe(session: Session, objective: Objective) -> Recipe:
     """The recipe over prepared rows, for every kind of stage except those that generate their rows."""
     context, rows, held = session.context, session.rows, session.held
     stage = training_stage(context)
@@ -173,7 +175,7 @@ def supervised_course(session: Session, objective: Objective) -> Course:
 
     score_on = partial(evaluate, session.runtime, session.model, objective, micro_size=micro_size)
 
-    return Course(
+    return Recipe(
         objective=objective,
         rows=rows,
         order=make_order(
@@ -195,12 +197,12 @@ def proof_of(session: Session) -> Evaluation:
     )
 
 
-def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Hooks:
+def hooks_of(session: Session, recipe: Recipe, checkpointer: Checkpointer) -> LoopCallbacks:
     """Build the side effects of the loop."""
     context, record = session.context, session.record
 
     def judge(at: Progress) -> Progress:
-        scored = _scored(course, record, at.step)
+        scored = _scored(recipe, record, at.step)
         if scored is not None:
             checkpointer.note_evaluation(at.step, scored.loss)
         settings = training_stage(context).early_stopping
@@ -209,7 +211,7 @@ def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Ho
         value = metric_of(scored, settings, stage=context.name)
         return replace(at, stopping=judged(at.stopping, at.step, value, settings, session.runtime, record))
 
-    return Hooks(
+    return LoopCallbacks(
         record=measuring(session),
         evaluate=judge,
         save=checkpointer.save,
@@ -217,33 +219,33 @@ def hooks_of(session: Session, course: Course, checkpointer: Checkpointer) -> Ho
         roll_back=checkpointer.roll_back,
         fault=record.skipped_update,
         stop_reason=context.stop.reason,
-        begin=course.begin,
+        begin=recipe.begin,
         took=_ledger(context, session.runtime),
     )
 
 
 def _settled(
-    course: Course, record: Record, checkpointer: Checkpointer, progress: Progress
+    recipe: Recipe, record: Recorder, checkpointer: Checkpointer, progress: Progress
 ) -> tuple[Progress, Evaluation | None]:
     """Restore and score the model to save: the best one under early stopping, otherwise the last."""
     best = progress.stopping.best_step
     if best is None or best == progress.step:
-        return progress, _scored(course, record, progress.step)
+        return progress, _scored(recipe, record, progress.step)
     if not checkpointer.put_back(best):
         progress = replace(progress, stopping=replace(progress.stopping, best_step=None))
-    return progress, course.score()
+    return progress, recipe.score()
 
 
-def _scored(course: Course, record: Record, step: int) -> Evaluation | None:
+def _scored(recipe: Recipe, record: Recorder, step: int) -> Evaluation | None:
     start = time.perf_counter()
-    scored = course.score()
+    scored = recipe.score()
     if scored is not None:
         told = {"eval_trained_tokens": scored.trained_tokens, "eval_seconds": time.perf_counter() - start}
         record.metrics({"step": step, **told, **values_of(scored)})
     return scored
 
 
-def _ledger(context: Context, runtime: Runtime) -> Callable[[int, Sequence[int]], None]:
+def _ledger(context: StageContext, runtime: Runtime) -> Callable[[int, Sequence[int]], None]:
     """A callback that logs the row ids of every step if the stage asks for it."""
     if not training_stage(context).ledger:
         return lambda _step, _rows: None
@@ -251,7 +253,7 @@ def _ledger(context: Context, runtime: Runtime) -> Callable[[int, Sequence[int]]
     return Ledger(path, attempt=context.attempt, rank=runtime.rank, world_size=runtime.world_size).record
 
 
-def _stopped(record: Record, runtime: Runtime, progress: Progress, why: str) -> int:
+def _stopped(record: Recorder, runtime: Runtime, progress: Progress, why: str) -> int:
     record.event("stop", step=progress.step, why=why)
     record.say(f"stopped after step {progress.step} ({why}); the same command goes on from here")
     record.finish({}, outcome="stopped")

@@ -11,18 +11,18 @@ from orchestrator.architecture.read import read_architecture
 from orchestrator.estimate.flops import flops_per_token
 from orchestrator.models.causal_lm import head_of
 from orchestrator.models.tuning import count_trainable
-from orchestrator.run_state.recorder import Record
-from orchestrator.run_state.stage_context import Context, training_stage
+from orchestrator.run_state.recorder import Recorder
+from orchestrator.run_state.stage_context import StageContext, training_stage
 from orchestrator.training.throughput import attended_tokens
 
 
-def tell_size(record: Record, model: torch.nn.Module) -> None:
+def tell_size(record: Recorder, model: torch.nn.Module) -> None:
     trainable, total = count_trainable(model)
     record.event("model", trainable_parameters=trainable, parameters=total)
     record.say(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
 
 
-def tell_kernels(context: Context, record: Record, model: torch.nn.Module, device: torch.device) -> None:
+def tell_kernels(context: StageContext, record: Recorder, model: torch.nn.Module, device: torch.device) -> None:
     """Report attention and loss head, in the plan's wording."""
     tuned: Any = model
     base = tuned.get_base_model() if hasattr(tuned, "get_base_model") else tuned
@@ -40,13 +40,13 @@ def tell_kernels(context: Context, record: Record, model: torch.nn.Module, devic
     record.say(f"loss head: {head}")
 
 
-def flops_of(context: Context) -> float | None:
+def flops_of(context: StageContext) -> float | None:
     architecture = read_architecture(context.base_folder)
     if architecture is None:
         return None
     return flops_per_token(architecture, context.config, length=attended_tokens(context))
 
 
-def peak_flops(context: Context) -> float | None:
+def peak_flops(context: StageContext) -> float | None:
     peak = context.config.cluster.hardware.peak_tflops
     return None if peak is None else peak * 1e12 * context.config.world_size

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.schedule import learning_rate_factor
-from orchestrator.training.loop_state import Job, Progress, StepResult
+from orchestrator.training.loop_state import LoopInputs, Progress, StepResult
 
 
-def metrics_row(job: Job, progress: Progress, window: Sequence[StepResult]) -> dict[str, Any]:
+def metrics_row(job: LoopInputs, progress: Progress, window: Sequence[StepResult]) -> dict[str, Any]:
     """A row of metrics.jsonl over the steps since the last row; the loss covers only the steps that updated."""
     step = progress.step
     good = [result for result in window if result.fault is None]
@@ -44,7 +44,7 @@ def metrics_row(job: Job, progress: Progress, window: Sequence[StepResult]) -> d
     }
 
 
-def _means(job: Job, results: Sequence[StepResult]) -> dict[str, float]:
+def _means(job: LoopInputs, results: Sequence[StepResult]) -> dict[str, float]:
     """Loss and measures as means over the units of the steps."""
     weight = sum(result.weight for result in results)
     names = ("loss", *job.objective.measures)
@@ -54,23 +54,23 @@ def _means(job: Job, results: Sequence[StepResult]) -> dict[str, float]:
     }
 
 
-def micro_batches_of(job: Job, step: int) -> list[npt.NDArray[np.int64]]:
+def micro_batches_of(job: LoopInputs, step: int) -> list[npt.NDArray[np.int64]]:
     """The micro-batches that this rank computes at a step (from 1)."""
     return job.order.micro_batches(
         step - 1, rank=job.runtime.rank, world_size=job.runtime.world_size, micro_size=job.stage.batch.micro_size
     )
 
 
-def real_indices(job: Job, step: int) -> npt.NDArray[np.int64]:
+def real_indices(job: LoopInputs, step: int) -> npt.NDArray[np.int64]:
     indices = job.order.global_batch(step - 1)
     return indices[indices >= 0]
 
 
-def row_ids_of(job: Job, step: int) -> list[int]:
+def row_ids_of(job: LoopInputs, step: int) -> list[int]:
     """Ids of the source rows of a step's batch."""
     return [int(row) for index in real_indices(job, step).tolist() for row in job.rows.row_ids(index)]
 
 
-def _rows_digest(job: Job, step: int) -> str:
+def _rows_digest(job: LoopInputs, step: int) -> str:
     """Eight characters by which to check whether two runs saw the same rows in the same order at a step."""
     return hashlib.sha256(json.dumps(row_ids_of(job, step)).encode()).hexdigest()[:8]

@@ -14,8 +14,8 @@ from orchestrator.estimate.row_lengths import shape_of
 from orchestrator.estimate.stage_time import with_completions
 from orchestrator.machine.job_processor import processor_key
 from orchestrator.machine.processor import this_processor
-from orchestrator.planning.measured_speed import AFTER_STEPS, Basis, write_measured
-from orchestrator.run_state.stage_context import Context
+from orchestrator.planning.measured_speed import AFTER_STEPS, MeasurementContext, write_measured
+from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.recipe import Session
 
 
@@ -39,7 +39,7 @@ def keep_measured(session: Session) -> None:
     model = read_architecture(context.base_folder)
     if not session.runtime.is_main or model is None:
         return
-    basis = Basis(
+    basis = MeasurementContext(
         stage=context.name,
         model=model,
         attended=attended_tokens(context),
@@ -49,7 +49,7 @@ def keep_measured(session: Session) -> None:
     write_measured(context.folder, context.config, basis)
 
 
-def attended_tokens(context: Context) -> float:
+def attended_tokens(context: StageContext) -> float:
     """Tokens that attention sees as one document, averaged over tokens: the basis for counting FLOPs."""
     stage = cast("TrainingStage", context.stage)
     facts = prepared_facts(context.train_data, context.evaluation_data, stage=stage, seed=context.config.seeds.data)

@@ -16,7 +16,7 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from orchestrator.losses.token_logprobs import places_of
+from orchestrator.losses.token_logprobs import labelled_positions
 from orchestrator.models.causal_lm import Query, attach_adapted_head, attach_head
 
 VOCABULARY = 331
@@ -83,7 +83,7 @@ def make_inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_query(labels_BT: torch.Tensor, **more: Any) -> Query:
-    return Query(labels_BT=labels_BT, places_K=places_of(labels_BT), **more)
+    return Query(labels_BT=labels_BT, places_K=labelled_positions(labels_BT), **more)
 
 
 def gradients_of(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:

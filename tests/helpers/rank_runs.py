@@ -180,11 +180,11 @@ def _train_cell(cell: Cell) -> None:
     from orchestrator.metrics.phases import Phases
     from orchestrator.models.tuning import build_policy
     from orchestrator.run_folder.stop_request import StopRequest
-    from orchestrator.run_state.recorder import Record
-    from orchestrator.run_state.stage_context import Context, Start
+    from orchestrator.run_state.recorder import Recorder
+    from orchestrator.run_state.stage_context import ParentArtifact, StageContext
     from orchestrator.stages import STAGES
     from orchestrator.training.loop import train as train_job
-    from orchestrator.training.loop_state import Hooks, Progress
+    from orchestrator.training.loop_state import LoopCallbacks, Progress
     from orchestrator.training.session import assemble, open_session
     from orchestrator.worker import _bring_inputs
 
@@ -196,7 +196,7 @@ def _train_cell(cell: Cell) -> None:
     config = RunConfig.model_validate(read_json(run / "run.json")["config"], strict=False)
     folder = RunFolder(run).stage(cell.stage)
     inputs = _bring_inputs(config, cell.stage, run_directory=run, phases=Phases())
-    context = Context(
+    context = StageContext(
         config=config,
         name=cell.stage,
         stage=config.stages[cell.stage],
@@ -207,10 +207,12 @@ def _train_cell(cell: Cell) -> None:
         base_folder=Path(inputs["base_folder"]),
         train_data=Path(inputs["train"]),
         evaluation_data=None,
-        start=None if cell.start is None else Start(stage="before", folder=Path(cell.start), kind="classifier_model"),
+        start=None
+        if cell.start is None
+        else ParentArtifact(stage="before", folder=Path(cell.start), kind="classifier_model"),
     )
     runtime = start_runtime(config, context.stage)
-    record = Record(context, rank=runtime.rank)
+    record = Recorder(context, rank=runtime.rank)
     build = build_policy if cell.stage == "sft" else build_classifier
     session = open_session(context, runtime, record, build)
     plan_course = importlib.import_module(STAGES[cell.stage]).plan_course
@@ -234,7 +236,7 @@ def _train_cell(cell: Cell) -> None:
         passed("step", record.last_step + 1)
         return "asked" if asked else None
 
-    hooks = Hooks(
+    hooks = LoopCallbacks(
         record=record.metrics,
         evaluate=evaluate,
         save=save,

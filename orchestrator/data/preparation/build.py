@@ -23,7 +23,7 @@ from orchestrator.data.formats.columns import KINDS
 from orchestrator.data.preparation.selection import first_occurrences, held_out, mixture
 from orchestrator.data.preparation.store import GrowingArray, Store, Units, write_store
 from orchestrator.data.prepared.meta import EVALUATION, Kind
-from orchestrator.data.prepared.parts import Part
+from orchestrator.data.prepared.parts import PreparedSplit
 from orchestrator.data.row_faults import FaultList
 from orchestrator.data.sources.locate import known_kind
 from orchestrator.data.sources.readers import count_rows
@@ -48,7 +48,14 @@ class Limits:
 
 
 def build_rows(
-    folder: Path, part: Part, config: DataConfig, *, tokenizer_folder: Path, seed: int, say: Say, limits: Limits
+    folder: Path,
+    part: PreparedSplit,
+    config: DataConfig,
+    *,
+    tokenizer_folder: Path,
+    seed: int,
+    say: Say,
+    limits: Limits,
 ) -> None:
     """Write every array of a part and its meta.json into `folder`. Raises DataError with the faulty rows."""
     encoder = make_encoder(load_facts(tokenizer_folder), config)
@@ -88,7 +95,7 @@ def build_rows(
 
 
 def _encode_all(
-    part: Part, context: ChunkContext, config: DataConfig, say: Say, limits: Limits
+    part: PreparedSplit, context: ChunkContext, config: DataConfig, say: Say, limits: Limits
 ) -> Iterator[tuple[Chunk, ChunkResult]]:
     """Every chunk with its result: the first ones encoded here, the rest in processes if that pays."""
     chunks = chain.from_iterable(iterate_chunks(i, path) for i, files in enumerate(part.files) for path in files)
@@ -123,7 +130,7 @@ def _encode_all(
         yield sent[position], result
 
 
-def count_part_rows(part: Part) -> int:
+def count_part_rows(part: PreparedSplit) -> int:
     """Rows in all files of a part."""
     return sum(count_rows(path, known_kind(path)) for files in part.files for path in files)
 
@@ -137,7 +144,7 @@ def _refuse_if_long(rows: int, seconds: float, limits: Limits) -> None:
 
 
 def _select(
-    units: Units, part: Part, config: DataConfig, seed: int, num_rows: int
+    units: Units, part: PreparedSplit, config: DataConfig, seed: int, num_rows: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
     """The units to train on (repeated if a mixture says so) and those split off for evaluation."""
     usable = first_occurrences(units.hashes) if config.deduplicate else np.ones(len(units.rows), dtype=np.bool_)
@@ -188,7 +195,7 @@ class _Collected:
         if len(result.unit_rows):
             self.documents_per_unit = result.documents_per_unit
 
-    def units(self, part: Part) -> Units:
+    def units(self, part: PreparedSplit) -> Units:
         """All kept rows as whole arrays; completes the token files."""
         self._tokens.close()
         self._trained.close()
@@ -217,7 +224,7 @@ class _Collected:
         )
 
 
-def _context(part: Part, encoder: Encoder) -> ChunkContext:
+def _context(part: PreparedSplit, encoder: Encoder) -> ChunkContext:
     pairs = zip(part.sources, part.formats, strict=True)
     return ChunkContext(encoder, tuple(reading_of(source, data_format) for source, data_format in pairs))
 

@@ -19,8 +19,8 @@ from orchestrator.config.data import DataConfig
 from orchestrator.data.prepared.folder import PreparedFolder
 from orchestrator.data.prepared.key import PreparedKey, changed_components
 from orchestrator.data.prepared.meta import Statistics, is_prepared, read_meta
-from orchestrator.data.prepared.parts import Part, plan_parts, prepared_folders
-from orchestrator.data.row_faults import SHOWN_FAULTS, Fault, told
+from orchestrator.data.prepared.parts import PreparedSplit, plan_parts, prepared_folders
+from orchestrator.data.row_faults import SHOWN_FAULTS, Fault, fault_sentences
 from orchestrator.errors import DataError
 from orchestrator.files.cache import locked
 
@@ -79,7 +79,7 @@ def ensure_prepared(
     return _prepared(root, parts, was_hit=not missing)
 
 
-def _prepared(root: Path, parts: tuple[Part, ...], *, was_hit: bool) -> Prepared:
+def _prepared(root: Path, parts: tuple[PreparedSplit, ...], *, was_hit: bool) -> Prepared:
     train, evaluation = prepared_folders(root, parts)
     train_meta = read_meta(train)
     evaluation_meta = None if evaluation is None else read_meta(evaluation)
@@ -108,7 +108,7 @@ class Build:
     advance: Callable[[int], None]
 
 
-def _prepare(part: Part, build: Build) -> None:
+def _prepare(part: PreparedSplit, build: Build) -> None:
     """Build one part in its own folder and rename it into place; a second caller waits and finds it done."""
     from orchestrator.data.preparation.build import Limits, build_rows
 
@@ -162,7 +162,7 @@ def _publish(building: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def _truncation(root: Path, part: Part, config: DataConfig, say: Say) -> list[str]:
+def _truncation(root: Path, part: PreparedSplit, config: DataConfig, say: Say) -> list[str]:
     """The error if over 1 % of the rows lose trained tokens; if that is accepted it is only reported."""
     rows = PreparedFolder(root / part.digest)
     statistics = rows.meta.statistics
@@ -179,10 +179,10 @@ def _truncation(root: Path, part: Part, config: DataConfig, say: Say) -> list[st
     cut = rows.unit_cut_trained
     units = np.flatnonzero(cut > 0)[:SHOWN_FAULTS].tolist()
     faults = [_fault("truncation", rows, part, unit, f"loses {cut[unit]} trained tokens") for unit in units]
-    return [what, *told(faults, {"truncation": number})]
+    return [what, *fault_sentences(faults, {"truncation": number})]
 
 
-def _overlap(root: Path, parts: tuple[Part, ...], config: DataConfig, say: Say) -> list[str]:
+def _overlap(root: Path, parts: tuple[PreparedSplit, ...], config: DataConfig, say: Say) -> list[str]:
     """The error if evaluation rows occur verbatim in the training rows."""
     if len(parts) < 2:
         return []
@@ -196,8 +196,8 @@ def _overlap(root: Path, parts: tuple[Part, ...], config: DataConfig, say: Say) 
         return []
     units = shared[:SHOWN_FAULTS].tolist()
     faults = [_fault("overlap", rows, parts[1], unit, "stands in data.train too") for unit in units]
-    return [what, *told(faults, {"overlap": len(shared)})]
+    return [what, *fault_sentences(faults, {"overlap": len(shared)})]
 
 
-def _fault(code: str, rows: PreparedFolder, part: Part, unit: int, what: str) -> Fault:
+def _fault(code: str, rows: PreparedFolder, part: PreparedSplit, unit: int, what: str) -> Fault:
     return Fault(code, rows.where(int(rows.unit_rows[unit]), int(rows.unit_numbers[unit]), part.all_files), what)

@@ -1,1 +1,1 @@
-"""What lies in a folder of prepared rows, and is it still what was asked for?"""
+"""What does a folder of prepared rows contain, and does it still match its sources?"""

@@ -24,7 +24,7 @@ Fetch = Callable[[SourceConfig, str], tuple[Path, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PreparedSplit:
     """One set of rows to prepare: train (with the rows split off from it, where `splits`) or evaluation."""
 
     role: Literal["train", "evaluation"]
@@ -42,7 +42,7 @@ class Part:
 
 def plan_parts(
     config: DataConfig, *, tokenizer_folder: Path, cache: Path, seed: int, fetch: Fetch | None = None
-) -> tuple[Part, ...]:
+) -> tuple[PreparedSplit, ...]:
     """Train, and evaluation if it has its own files. Raises DataError if a source is missing."""
     hashes = FileHashes(cache)
     splits = splits_train(config)
@@ -77,7 +77,7 @@ def find_prepared(
     return prepared_folders(root, parts)
 
 
-def prepared_folders(root: Path, parts: tuple[Part, ...]) -> tuple[Path, Path | None]:
+def prepared_folders(root: Path, parts: tuple[PreparedSplit, ...]) -> tuple[Path, Path | None]:
     """Where the rows of train and of the evaluation are, or will be."""
     first, *others = parts
     train = root / first.digest
@@ -96,7 +96,7 @@ def _part(
     fetch: Fetch | None,
     *,
     splits: bool,
-) -> Part:
+) -> PreparedSplit:
     field = "data.train" if role == "train" else "data.eval"
     files = tuple(_files(source, field, fetch) for source in sources)
     formats: tuple[DataFormat, ...] = tuple(
@@ -113,7 +113,7 @@ def _part(
         seed=seed,
         hashes=hashes,
     )
-    return Part(role, sources, files, formats, splits, key.components, key.digest)
+    return PreparedSplit(role, sources, files, formats, splits, key.components, key.digest)
 
 
 def _files(source: SourceConfig, field: str, fetch: Fetch | None) -> tuple[Path, ...]:

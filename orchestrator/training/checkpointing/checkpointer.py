@@ -23,10 +23,10 @@ from orchestrator.estimate.checkpoint_size import bytes_of_one, most_bytes
 from orchestrator.files.atomic import free_bytes, read_json, write_json
 from orchestrator.metrics.wandb.process import run_id
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.checkpoints import Found
-from orchestrator.run_state.recorder import Record
+from orchestrator.run_folder.checkpoints import VerifiedCheckpoint
+from orchestrator.run_state.recorder import Recorder
 from orchestrator.run_state.resume_rules import refuse_changes, settings_that_matter
-from orchestrator.run_state.stage_context import Context, training_stage
+from orchestrator.run_state.stage_context import StageContext, training_stage
 from orchestrator.training.checkpointing.newest_proven import newest_proven
 from orchestrator.training.checkpointing.training_state import INDEX, collect, restore, restore_random_state
 from orchestrator.training.checkpointing.writer import CheckpointWriter, Pending
@@ -41,7 +41,7 @@ PROBE_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class CheckpointedState:
     """What is saved: model and optimizer as prepared by Accelerate."""
 
     runtime: Runtime
@@ -55,7 +55,7 @@ class Subject:
 class Checkpointer:
     """Owns the background write. Every rank calls every method, at the same step."""
 
-    def __init__(self, context: Context, subject: Subject, record: Record) -> None:
+    def __init__(self, context: StageContext, subject: CheckpointedState, record: Recorder) -> None:
         self._context, self._subject, self._record = context, subject, record
         self._writer = CheckpointWriter(
             folder=context.folder,
@@ -189,7 +189,7 @@ class Checkpointer:
         told = f"a checkpoint takes {one / MEBIBYTE:,.1f} MiB, all of them at most {most / MEBIBYTE:,.1f}; {free / MEBIBYTE:,.0f} are free"
         self._record.say(told if most < free else f"warning: {told}: saves will fail until somebody makes room")
 
-    def _restored(self, found: Found) -> Progress:
+    def _restored(self, found: VerifiedCheckpoint) -> Progress:
         subject, state = self._subject, found.state
         self._tell_accepted(state)
         same_ranks = found.world_size == subject.runtime.world_size
@@ -262,7 +262,7 @@ class Checkpointer:
             "versions": {name: metadata.version(name) for name in PACKAGES if _is_installed(name)},
         }
 
-    def _changes(self, found: Found) -> dict[str, Any]:
+    def _changes(self, found: VerifiedCheckpoint) -> dict[str, Any]:
         config, stage = self._context.config, training_stage(self._context)
         return {
             "world_size": [found.world_size, self._subject.runtime.world_size],

@@ -5,17 +5,19 @@ from __future__ import annotations
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import CheckpointError
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.checkpoints import Found, Tell
+from orchestrator.run_folder.checkpoints import Tell, VerifiedCheckpoint
 from orchestrator.run_folder.folder import StageFolder
 
 
-def newest_proven(runtime: Runtime, folder: StageFolder, tell: Tell, *, before: int | None = None) -> Found | None:
+def newest_proven(
+    runtime: Runtime, folder: StageFolder, tell: Tell, *, before: int | None = None
+) -> VerifiedCheckpoint | None:
     """The newest checkpoint (older than step `before`) proven by its manifest; every rank must call it.
 
     Each newer checkpoint that fails its proof is reported and moved to quarantine/.
     """
     if runtime.is_main:
-        checkpoints.mend_interrupted(folder)
+        checkpoints.recover_interrupted_save(folder)
     while True:
         runtime.barrier()
         step = _newest_step(runtime, folder, before)
@@ -36,10 +38,10 @@ def _newest_step(runtime: Runtime, folder: StageFolder, before: int | None) -> i
     return None if step < 0 else int(step)
 
 
-def _verified_together(runtime: Runtime, folder: StageFolder, step: int) -> Found | None:
+def _verified_together(runtime: Runtime, folder: StageFolder, step: int) -> VerifiedCheckpoint | None:
     found = None
     try:
-        found = checkpoints.verified(folder.checkpoint(step), share=slice(runtime.rank, None, runtime.world_size))
+        found = checkpoints.verify(folder.checkpoint(step), share=slice(runtime.rank, None, runtime.world_size))
     except CheckpointError as error:
         print("\n".join(f"rank {runtime.rank}: {problem}" for problem in error.problems), flush=True)
     (faults,) = runtime.sum_over_ranks([float(found is None)])
@@ -48,7 +50,7 @@ def _verified_together(runtime: Runtime, folder: StageFolder, step: int) -> Foun
 
 def _problems(folder: StageFolder, step: int) -> list[str]:
     try:
-        checkpoints.verified(folder.checkpoint(step))
+        checkpoints.verify(folder.checkpoint(step))
     except CheckpointError as error:
         return list(error.problems)
     return ["a rank read something else than rank 0; see the log"]

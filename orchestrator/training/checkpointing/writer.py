@@ -23,7 +23,7 @@ from orchestrator.files.atomic import free_bytes, write_json
 from orchestrator.files.manifest import file_digest
 from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.folder import StageFolder
-from orchestrator.run_state.recorder import Record
+from orchestrator.run_state.recorder import Recorder
 from orchestrator.training.checkpointing.tensor_files import Written, check_written, write_tensors
 
 GROUP_TIMEOUT = timedelta(hours=2)
@@ -65,7 +65,7 @@ class CheckpointWriter:
     """Owns the writing thread and its process group. At most one write is in flight."""
 
     def __init__(
-        self, *, folder: StageFolder, settings: CheckpointConfig, rank: int, world_size: int, record: Record
+        self, *, folder: StageFolder, settings: CheckpointConfig, rank: int, world_size: int, record: Recorder
     ) -> None:
         self._folder, self._settings, self._record = folder, settings, record
         self._rank, self._world_size = rank, world_size
@@ -181,7 +181,9 @@ class CheckpointWriter:
         settings = self._settings
         best = checkpoints.best_step(self._folder) if settings.keep_best and best_step is None else best_step
         steps = checkpoints.saved_steps(self._folder)
-        leaving = checkpoints.obsolete(steps, keep_last=settings.keep_last, keep_every=settings.keep_every, best=best)
+        leaving = checkpoints.expired_steps(
+            steps, keep_last=settings.keep_last, keep_every=settings.keep_every, best=best
+        )
         try:
             checkpoints.delete(self._folder, leaving)
         except OSError as error:

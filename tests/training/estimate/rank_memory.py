@@ -69,9 +69,9 @@ def measure(run: Path) -> None:
     from orchestrator.metrics.phases import Phases
     from orchestrator.models.tuning import build_policy
     from orchestrator.run_folder.stop_request import StopRequest
-    from orchestrator.run_state.recorder import Record
-    from orchestrator.run_state.stage_context import Context
-    from orchestrator.stages.sft import plan_course
+    from orchestrator.run_state.recorder import Recorder
+    from orchestrator.run_state.stage_context import StageContext
+    from orchestrator.stages.sft import make_recipe
     from orchestrator.training.faults import HEALTHY
     from orchestrator.training.loop import optimizer_step
     from orchestrator.training.session import assemble, open_session
@@ -84,7 +84,7 @@ def measure(run: Path) -> None:
     config = RunConfig.model_validate(read_json(run / "run.json")["config"], strict=False)
     folder = RunFolder(run).stage("sft")
     inputs = _bring_inputs(config, "sft", run_directory=run, phases=Phases())
-    context = Context(
+    context = StageContext(
         config=config,
         name="sft",
         stage=config.stages["sft"],
@@ -97,8 +97,8 @@ def measure(run: Path) -> None:
         evaluation_data=None,
     )
     runtime = start_runtime(config, context.stage)
-    session = open_session(context, runtime, Record(context, rank=runtime.rank), build_policy)
-    job, *_ = assemble(session, plan_course)
+    session = open_session(context, runtime, Recorder(context, rank=runtime.rank), build_policy)
+    job, *_ = assemble(session, make_recipe)
     module = runtime.accelerator.unwrap_model(session.model)
     seen: list[int] = []
 
@@ -120,9 +120,9 @@ def measure(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    from orchestrator.models.loading import quiet
+    from orchestrator.models.loading import silence_libraries
 
-    quiet()
+    silence_libraries()
     for place in json.loads(sys.argv[1]):
         measure(Path(place))
     torch.distributed.destroy_process_group()

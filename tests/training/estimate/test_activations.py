@@ -14,7 +14,7 @@ from orchestrator.composition.compose import compose
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tuning import LoraTuning
-from orchestrator.estimate.activations import Load, activation_memory, mode_of
+from orchestrator.estimate.activations import MicroBatchShape, activation_memory, mode_of
 from orchestrator.models.tracing.live_bytes import Precision, trace
 from orchestrator.models.tracing.untrained_models import Mode, build_model
 
@@ -73,7 +73,7 @@ def whole_loss(logits_BTV: torch.Tensor) -> torch.Tensor:
 
 def error_of(model: Architecture, config: RunConfig, length: int) -> tuple[float, float]:
     """(traced, forecast) peak bytes of a micro-batch."""
-    load = Load(rows=1, length=length, trained_share=1.0, logits="whole", is_packed=False, on_cpu=False)
+    load = MicroBatchShape(rows=1, length=length, trained_share=1.0, logits="whole", is_packed=False, on_cpu=False)
     precision = cast("Precision", mode_of(model, config, load).split("/")[1])
     mode = Mode(
         precision=precision,

@@ -7,7 +7,7 @@ import torch
 
 from orchestrator.architecture.loss_head_chunks import kept_bytes_per_token, temporary_bytes
 from orchestrator.config.model import Architecture
-from orchestrator.estimate.activations import Load, loss_bytes
+from orchestrator.estimate.activations import MicroBatchShape, loss_bytes
 from orchestrator.losses.chunked_head import Shape, Term, chunked_logprobs_K
 from orchestrator.losses.token_cross_entropy import IGNORED, token_cross_entropy_sum
 from orchestrator.models.tracing.live_bytes import LiveBytes
@@ -50,7 +50,9 @@ def test_the_loss_takes_what_the_forecast_says(dtype: torch.dtype, rows: int, ev
         loss = _terms(hidden_BTH, head_HV, labels_BT)
         forward, tracker.peak = tracker.peak, 0
         loss.backward()
-    load = Load(rows=rows, length=length, trained_share=1 / every, logits="whole", is_packed=False, on_cpu=True)
+    load = MicroBatchShape(
+        rows=rows, length=length, trained_share=1 / every, logits="whole", is_packed=False, on_cpu=True
+    )
     expected = loss_bytes(model(), load, dtype.itemsize)
     assert forward == pytest.approx(expected[0], rel=0.02)
     assert tracker.peak == pytest.approx(expected[1], rel=0.02)

@@ -18,7 +18,7 @@ from transformers import (
 
 from orchestrator.architecture.loss_head_chunks import LEAST_ROWS, chunk_rows
 from orchestrator.losses.chunked_head import Shape, Term, chunked_logprobs_K
-from orchestrator.losses.token_logprobs import places_of, token_entropies_BT, token_logprobs_BT
+from orchestrator.losses.token_logprobs import labelled_positions, token_entropies_BT, token_logprobs_BT
 from orchestrator.models.causal_lm import _known_head, attach_head, head_of
 from orchestrator.models.tuning import keep_input_types
 
@@ -49,7 +49,7 @@ def test_it_equals_whole_logits(kind: str, tuning: str, temperature: float, monk
     model = tuned_model(make_model(kind), tuning)
     assert head_of(model, CPU).startswith("chunked") == (tuning != "dora-head")
     ids_BT, labels_BT = make_inputs()
-    assert len(places_of(labels_BT)) % LEAST_ROWS and len(places_of(labels_BT)) > 2 * LEAST_ROWS
+    assert len(labelled_positions(labels_BT)) % LEAST_ROWS and len(labelled_positions(labels_BT)) > 2 * LEAST_ROWS
     ours_BT, entropies_BT = model(
         input_ids=ids_BT, query=make_query(labels_BT, temperature=temperature, entropies=True)
     )
@@ -155,7 +155,7 @@ def test_no_tensor_holds_whole_logits(tuning: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("orchestrator.architecture.loss_head_chunks.CPU_CHUNK_BYTES", 4 * VOCABULARY)
     model = tuned_model(make_model("untied"), tuning)
     ids_BT, labels_BT = make_inputs()
-    trained = len(places_of(labels_BT))
+    trained = len(labelled_positions(labels_BT))
     for is_summed in (False, True):
         with _Largest() as ours:
             model(input_ids=ids_BT, query=make_query(labels_BT, is_summed=is_summed))[0].sum().backward()

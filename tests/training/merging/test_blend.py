@@ -18,13 +18,13 @@ from orchestrator.config.merging import InterpolateStage, SoupStage
 from orchestrator.data.encoding.tokenizer import TokenizerFacts, core_tokenizer, load_facts
 from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.errors import CheckpointError, DataError
-from orchestrator.evaluation.answer_options import Answered, choices_of, option_logprobs_RO
-from orchestrator.evaluation.score_tables import lost_line, score_table
+from orchestrator.evaluation.answer_options import AnsweredRow, choices_of, option_logprobs_RO
+from orchestrator.evaluation.score_tables import regressions_line, score_table
 from orchestrator.evaluation.set_scores import SetScores, normalised
 from orchestrator.merging.blend import AdapterBlend, weighted, whole_blend
 from orchestrator.merging.selection import choose_blend, greedy_members, inner_best
 from orchestrator.models.tuning import apply_tuning
-from orchestrator.run_state.stage_context import Start
+from orchestrator.run_state.stage_context import ParentArtifact
 
 WORDS = ("+experiment=llama_lora", "model.dtype=float32", "cluster.device=cpu", "tracking=none")
 
@@ -39,14 +39,14 @@ def facts(base: Path) -> TokenizerFacts:
     return load_facts(base)
 
 
-def rows_of(facts: TokenizerFacts, answers: list[str]) -> list[Answered]:
+def rows_of(facts: TokenizerFacts, answers: list[str]) -> list[AnsweredRow]:
     tokenizer = core_tokenizer(facts.core)
 
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
 
     return [
-        Answered(prompt=ids(f"<|im_start|>question {number}"), answer=ids(f"{answer}<|im_end|>"))
+        AnsweredRow(prompt=ids(f"<|im_start|>question {number}"), answer=ids(f"{answer}<|im_end|>"))
         for number, answer in enumerate(answers)
     ]
 
@@ -105,7 +105,9 @@ def test_whole_models_are_interpolated_parameter_by_parameter(base: Path, tmp_pa
     frozen = "model.layers.0.mlp.up_proj.weight"
     save_file({**after, frozen: before[frozen]}, tuned / "model.safetensors", metadata={"format": "pt"})
     after = load_file(tuned / "model.safetensors")
-    blend = whole_blend(compose([*WORDS, "tuning=full"]), base, [Start(stage="sft", folder=tuned, kind="model")])
+    blend = whole_blend(
+        compose([*WORDS, "tuning=full"]), base, [ParentArtifact(stage="sft", folder=tuned, kind="model")]
+    )
     for alpha, exact in ((0.0, True), (0.3, False), (1.0, True), (0.0, True)):
         blend.put([alpha])
         for name, parameter in blend.model.named_parameters():
@@ -121,7 +123,7 @@ def test_weights_that_are_equal_stay_to_the_bit() -> None:
     assert torch.equal(weighted(other, [same, other], [1.0, 0.0]), same)
 
 
-def adapter(base: Path, folder: Path, *words: str, seed: int) -> Start:
+def adapter(base: Path, folder: Path, *words: str, seed: int) -> ParentArtifact:
     """A LoRA adapter with random factors on every linear layer."""
     from transformers import AutoModelForCausalLM
 
@@ -131,7 +133,7 @@ def adapter(base: Path, folder: Path, *words: str, seed: int) -> Start:
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    return Start(stage=folder.name, folder=folder, kind="adapter")
+    return ParentArtifact(stage=folder.name, folder=folder, kind="adapter")
 
 
 def dense_logits(base: Path, shares: dict[Path, float], ids_BT: torch.Tensor) -> torch.Tensor:
@@ -232,11 +234,11 @@ def test_the_greedy_soup_takes_in_what_does_not_hurt() -> None:
 
 def test_what_is_told() -> None:
     before, after = scores(0.8, 0.7), scores(0.9, 0.6)
-    line = lost_line(before, after, {"data": False, "o": True})
+    line = regressions_line(before, after, {"data": False, "o": True})
     assert line == "lost against the base: o (shift) accuracy 0.700 -> 0.600 (one standard error 0.046)"
-    assert lost_line(before, before, {}) == "lost against the base: nothing on 2 sets"
+    assert regressions_line(before, before, {}) == "lost against the base: nothing on 2 sets"
     worse = {**before, "forgetting": SetScores(rows=3, loss=1.0)}
-    told = lost_line(worse, {**before, "forgetting": replace(worse["forgetting"], loss=2.0)}, {})
+    told = regressions_line(worse, {**before, "forgetting": replace(worse["forgetting"], loss=2.0)}, {})
     assert told == "lost against the base: forgetting perplexity 2.72 -> 7.39"
     assert "| o (shift) | accuracy | 0.700 | 0.600 |" in score_table({"base": before, "tuned": after}, {"o": True})
     assert inner_best([1.0, 0.0, 0.5], [0.7, 0.6, 0.9]).endswith("the ends have 0.600 and 0.700: inside by 0.200")

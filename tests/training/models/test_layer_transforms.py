@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orchestrator.dataloader.batch import Batch, batch_of
 from orchestrator.errors import ConfigError
-from orchestrator.losses.token_logprobs import places_of
+from orchestrator.losses.token_logprobs import labelled_positions
 from orchestrator.models import attention
 from orchestrator.models.causal_lm import Query, attach_head
 from orchestrator.models.layer_transforms import compile_layers, recompute_layers
@@ -53,7 +53,7 @@ def _batch(seed: int) -> Batch:
 
 def _loss_and_gradients(model: Any, seed: int) -> tuple[float, dict[str, torch.Tensor]]:
     batch = _batch(seed)
-    query = Query(labels_BT=batch.labels_BT, places_K=places_of(batch.labels_BT), is_summed=True)
+    query = Query(labels_BT=batch.labels_BT, places_K=labelled_positions(batch.labels_BT), is_summed=True)
     model.zero_grad()
     loss = -model(**batch.model_inputs(), query=query)[0].sum()
     loss.backward()

@@ -17,10 +17,10 @@ from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage
 from orchestrator.config.tuning import ADAPTER_TUNINGS, AdaloraTuning
-from orchestrator.losses.token_logprobs import places_of
+from orchestrator.losses.token_logprobs import labelled_positions
 from orchestrator.models.artifact import open_adapter, write_artifact
 from orchestrator.models.causal_lm import Query
-from orchestrator.models.loading import load_model, quiet
+from orchestrator.models.loading import load_model, silence_libraries
 from orchestrator.models.peft_adapters import dequantised, make_up_for_rounding, plain_lora
 from orchestrator.models.tuning import apply_tuning, keep_input_types
 from orchestrator.training.adalora_ranks import KEPT, RankAllocation
@@ -53,7 +53,7 @@ FACTS = {"kind": "sft", "stage": "sft", "format": "sft"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    quiet()
+    silence_libraries()
     return tiny_model.write_llama(tmp_path_factory.mktemp("adapters") / "model", hidden=64)
 
 
@@ -122,7 +122,7 @@ def test_virtual_tokens_open_again_and_are_scored_past(folder: Path, tmp_path: P
     labels_BT = IDS_BT.masked_fill(torch.arange(20) < 8, -100)
     with torch.no_grad():
         told, _ = model(
-            input_ids=IDS_BT, use_cache=False, query=Query(labels_BT=labels_BT, places_K=places_of(labels_BT))
+            input_ids=IDS_BT, use_cache=False, query=Query(labels_BT=labels_BT, places_K=labelled_positions(labels_BT))
         )
     own = _logits(model)[:, -20:].log_softmax(-1)[:, :-1].gather(2, IDS_BT[:, 1:, None]).squeeze(2)
     torch.testing.assert_close(told[:, 8:], own[:, 7:], rtol=0, atol=1e-5)
@@ -222,7 +222,7 @@ def test_sixteen_bits_train_every_parameter(folder: Path, method: str, precision
     else:
         keep_input_types(model)
     labels_BT = IDS_BT.masked_fill(torch.arange(20) < 8, -100)
-    query = Query(labels_BT=labels_BT, places_K=places_of(labels_BT))
+    query = Query(labels_BT=labels_BT, places_K=labelled_positions(labels_BT))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
         scores_BT, _ = model(input_ids=IDS_BT, use_cache=False, query=query)
     scores_BT.sum().backward()

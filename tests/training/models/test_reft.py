@@ -19,7 +19,7 @@ from orchestrator.config.tuning import LoreftTuning
 from orchestrator.dataloader.batch import Batch, Span, batch_of
 from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.errors import CheckpointError, ConfigError
-from orchestrator.losses.token_logprobs import places_of
+from orchestrator.losses.token_logprobs import labelled_positions
 from orchestrator.models.artifact import open_artifact, write_artifact
 from orchestrator.models.loading import load_model
 from orchestrator.models.reft import Intervention, orthonormal_RW, places_in
@@ -181,7 +181,7 @@ def _packed(documents: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
     return replace(
         one,
         labels_BT=labels_BT,
-        places_K=places_of(labels_BT),
+        places_K=labelled_positions(labels_BT),
         position_ids_BT=positions,
         boundaries=torch.tensor(edges, dtype=torch.int32),
         longest=max(len(ids) for ids, _ in documents),

@@ -20,9 +20,9 @@ from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import start_runtime
 from orchestrator.models.loading import load_model
 from orchestrator.planning.absolute_paths import resolve
-from orchestrator.training.faults import Health
+from orchestrator.training.faults import FaultState
 from orchestrator.training.loop import accumulate_gradients
-from orchestrator.training.loop_state import Job
+from orchestrator.training.loop_state import LoopInputs
 from orchestrator.training.objectives import sft_objective
 from orchestrator.training.optimizer import build_optimizer
 
@@ -46,7 +46,7 @@ def main(model_folder: str, rows_file: str, micro_size: str, out: str) -> None:
     runtime = start_runtime(config, stage)
     model = load_model(Path(model_folder), config, weights_dtype=torch.float32)
     model, optimizer = runtime.accelerator.prepare(model, build_optimizer(model, stage.optimizer))
-    job = Job(
+    job = LoopInputs(
         runtime=runtime,
         model=model,
         optimizer=optimizer,
@@ -61,7 +61,7 @@ def main(model_folder: str, rows_file: str, micro_size: str, out: str) -> None:
     )
     indices = job.order.global_batch(0)
     trained = int(rows.trained_tokens[indices].sum())
-    accumulate_gradients(job, 1, Health(), trained, stop_wish=False)
+    accumulate_gradients(job, 1, FaultState(), trained, stop_wish=False)
     if runtime.is_main:
         module = runtime.accelerator.unwrap_model(model)
         gradients = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}

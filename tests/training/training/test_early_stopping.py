@@ -40,7 +40,7 @@ def settings(**changes: Any) -> EarlyStoppingConfig:
     return EarlyStoppingConfig.model_validate({**whole, **changes})
 
 
-def course(values: list[float], **changes: Any) -> list[Stopping]:
+def recipe(values: list[float], **changes: Any) -> list[Stopping]:
     states = [NOT_STOPPING]
     for place, value in enumerate(values, start=1):
         states.append(after_evaluation(states[-1], 10 * place, value, settings(**changes)))
@@ -48,20 +48,20 @@ def course(values: list[float], **changes: Any) -> list[Stopping]:
 
 
 def test_patience_counts_evaluations_without_gain() -> None:
-    ended = course([3.0, 2.0, 2.5, 2.1])
+    ended = recipe([3.0, 2.0, 2.5, 2.1])
     assert [state.is_over for state in ended] == [False, False, False, True]
     assert (ended[-1].best_step, ended[-1].best_value) == (20, 2.0)
-    assert [state.without_gain for state in course([3.0, 3.5, 2.0, 2.5])] == [0, 1, 0, 1], "a gain begins anew"
+    assert [state.without_gain for state in recipe([3.0, 3.5, 2.0, 2.5])] == [0, 1, 0, 1], "a gain begins anew"
 
 
 def test_the_other_way_and_the_least_gain() -> None:
-    assert course([0.5, 0.6, 0.4], mode="max")[-1].best_step == 20
-    assert [state.best_step for state in course([3.0, 2.95, 2.8], min_delta=0.1)] == [10, 10, 30]
-    assert course([3.0, 2.9], min_delta=0.2)[-1].without_gain == 1
+    assert recipe([0.5, 0.6, 0.4], mode="max")[-1].best_step == 20
+    assert [state.best_step for state in recipe([3.0, 2.95, 2.8], min_delta=0.1)] == [10, 10, 30]
+    assert recipe([3.0, 2.9], min_delta=0.2)[-1].without_gain == 1
 
 
 def test_what_is_not_finite_is_no_gain() -> None:
-    ended = course([math.nan, 2.0, math.nan, math.inf])
+    ended = recipe([math.nan, 2.0, math.nan, math.inf])
     assert [state.best_step for state in ended] == [None, 20, 20, 20] and ended[-1].is_over
 
 

@@ -72,7 +72,7 @@ def test_three_nans_go_back_and_leave_their_data_out(place: Place, sharding: str
     assert [event["step"] for event in place.events(run, "save")] == [2, 4, 6, 8], "none at 6 before the rollback"
     weights = load_file(place.run(run) / "weights-1.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
-    found, _ = checkpoints.look(place.stage(run))
+    found, _ = checkpoints.newest_valid(place.stage(run))
     assert found is not None and found.state["progress"]["health"]["omitted"] == [5, 6, 7]
 
 
@@ -80,7 +80,7 @@ def test_three_nans_go_back_and_leave_their_data_out(place: Place, sharding: str
 def test_a_wish_of_one_rank_stops_and_saves_all(place: Place, name: str, steps: int) -> None:
     """Before step 1 nothing is there to save; in an evaluation the step before it is saved; in a save the next step is."""
     assert sorted(place.rows(name)) == list(range(1, steps + 1))
-    found, _ = checkpoints.look(place.stage(name))
+    found, _ = checkpoints.newest_valid(place.stage(name))
     assert (found.step if found else 0) == steps
 
 

@@ -70,7 +70,7 @@ def _saved(place: Place, name: str, step: int) -> tuple[dict[str, torch.Tensor],
     """(flat fp32 weights, step counts of the optimizer) by parameter, from the checkpoint's own files."""
     pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
     counts: dict[str, set[float]] = {}
-    for path in checkpoints.verified(place.stage(name).checkpoint(step)).rank_files:
+    for path in checkpoints.verify(place.stage(name).checkpoint(step)).rank_files:
         with safe_open(path, framework="pt") as handle:
             index = json.loads(handle.metadata()["index"])
             for own, numbers in index["numbers"].items():

@@ -214,7 +214,7 @@ def test_an_accepted_change_goes_on_with_the_new_value(same_ranks: Place) -> Non
 
 def test_a_lora_checkpoint_holds_no_frozen_weight(place: Place) -> None:
     adapter = load_file(place.run("lora-zero3") / "weights-1.safetensors")
-    checkpoint = checkpoints.verified(place.stage("lora-zero3").checkpoint(8))
+    checkpoint = checkpoints.verify(place.stage("lora-zero3").checkpoint(8))
     names: set[str] = set()
     for path in checkpoint.rank_files:
         with safe_open(path, framework="pt") as handle:
@@ -227,9 +227,9 @@ def test_a_lora_checkpoint_holds_no_frozen_weight(place: Place) -> None:
 
 
 def test_what_a_checkpoint_says_of_itself(place: Place) -> None:
-    found, refused = checkpoints.look(place.stage("dropout-zero2"))
+    found, refused = checkpoints.newest_valid(place.stage("dropout-zero2"))
     assert found is not None and (found.step, refused) == (8, {})
-    assert checkpoints.look(place.stage("dropout-zero2"), read_files=False)[0] == found
+    assert checkpoints.newest_valid(place.stage("dropout-zero2"), read_files=False)[0] == found
     assert "step 8, saved " in checkpoints.describe(
         found
     ) and "on 2 ranks under sharding=zero2" in checkpoints.describe(found)

@@ -11,7 +11,7 @@ from presets import preset
 from orchestrator.architecture.adapter_parameters import adapter_problems, count_lora_parameters
 from orchestrator.architecture.deepspeed import deepspeed_dict
 from orchestrator.architecture.parameter_counts import count_parameters
-from orchestrator.architecture.zero_buckets import sized
+from orchestrator.architecture.zero_buckets import with_zero_buckets
 from orchestrator.composition.compose import CONF, compose
 from orchestrator.config.run import RunConfig
 from orchestrator.config.sharding import ZeroSharding
@@ -212,15 +212,17 @@ def test_the_dict_of_a_stage_and_of_fp32(sharding: str, stage: int) -> None:
 
 def test_buckets_are_of_the_models_shape_where_nothing_is_said() -> None:
     config = compose(["+experiment=llama_full", "model.dtype=bfloat16", "sharding=zero3"])
-    small, large = (sized(config, preset(name)).sharding for name in ("smollm2_135m", "llama3_70b"))
+    small, large = (with_zero_buckets(config, preset(name)).sharding for name in ("smollm2_135m", "llama3_70b"))
     assert isinstance(small, ZeroSharding) and isinstance(large, ZeroSharding)
     layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
     assert (small.bucket_elements, small.prefetch_elements, small.persistence_elements) == (layer, layer, 100_000)
     assert (large.bucket_elements, large.prefetch_elements) == (200_000_000, 200_000_000)
     said = compose(["+experiment=llama_full", "model.dtype=bfloat16", "sharding=zero3", "sharding.bucket_elements=7"])
-    kept = sized(said, preset("llama3_70b")).sharding
+    kept = with_zero_buckets(said, preset("llama3_70b")).sharding
     assert isinstance(kept, ZeroSharding) and kept.bucket_elements == 7
-    assert sized(compose(["+experiment=llama_full", "model.dtype=bfloat16"]), None).sharding.strategy == "none"
+    assert (
+        with_zero_buckets(compose(["+experiment=llama_full", "model.dtype=bfloat16"]), None).sharding.strategy == "none"
+    )
 
 
 def test_zero_plus_is_told_to_deepspeed() -> None:

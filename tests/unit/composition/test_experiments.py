@@ -14,7 +14,7 @@ from orchestrator.composition.compose import CONF, compose, experiments
 from orchestrator.config.run import RunConfig
 from orchestrator.execution.job_specs import render
 from orchestrator.planning.absolute_paths import resolve
-from orchestrator.planning.inspect_inputs import gather
+from orchestrator.planning.inspect_inputs import inspect_inputs
 from orchestrator.planning.plan import make_plan
 
 LAUNCHERS = ("local", "torchrun", "slurm")
@@ -59,7 +59,7 @@ def test_experiment_under_launcher(experiment: str, launcher: str, tmp_path: Pat
         with pytest.raises(InvalidValueError, match=r"cluster\.nodes is 2: .* use launcher=torchrun or launcher=slurm"):
             render(config, "sft")
         return
-    base, data = gather(config)
+    base, data = inspect_inputs(config)
     stages = make_plan(config, base=base, data=data).stages
     assert [stage.name for stage in stages] == list(config.pipeline)
     for stage in stages:

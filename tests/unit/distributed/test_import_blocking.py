@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.composition.compose import compose
-from orchestrator.distributed.import_blocking import needs_bitsandbytes, uncollected
+from orchestrator.distributed.import_blocking import garbage_collection_paused, needs_bitsandbytes
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_it_looks_as_if_it_were_not_installed(tmp_path: Path, words: str, found:
 
 
 def test_the_collector_rests_while_modules_are_imported_and_goes_on_after_a_fault() -> None:
-    with pytest.raises(ZeroDivisionError), uncollected():
+    with pytest.raises(ZeroDivisionError), garbage_collection_paused():
         assert not gc.isenabled()
         print(1 / 0)
     assert gc.isenabled()

@@ -11,7 +11,13 @@ from presets import preset
 from orchestrator.architecture.families import FAMILIES
 from orchestrator.composition.compose import compose
 from orchestrator.estimate.activation_polynomials import FOLDER, moments_of, traced
-from orchestrator.estimate.activations import Load, activation_memory, attention_path, chunked_head_bytes, loss_bytes
+from orchestrator.estimate.activations import (
+    MicroBatchShape,
+    activation_memory,
+    attention_path,
+    chunked_head_bytes,
+    loss_bytes,
+)
 from orchestrator.estimate.constants import GIB
 from orchestrator.estimate.generation_memory import kv_cache_bytes
 from orchestrator.estimate.memory import Loss, memory_forecast
@@ -24,7 +30,7 @@ from orchestrator.estimate.sharding_buffers import (
     step_bytes,
 )
 
-ROW = Load(rows=1, length=4096, trained_share=1.0, logits="whole", is_packed=False, on_cpu=False)
+ROW = MicroBatchShape(rows=1, length=4096, trained_share=1.0, logits="whole", is_packed=False, on_cpu=False)
 EIGHT = ("model.dtype=bfloat16", "launcher=torchrun", "cluster.processes_per_node=8", "stages.sft.batch.global_size=64")
 
 
@@ -111,7 +117,7 @@ def test_dense_masks_and_scores_grow_with_the_square() -> None:
 )
 def test_the_path_of_attention(words: tuple[str, ...], window: int | None, packed: bool, path: str) -> None:
     model = preset("llama3_8b").model_copy(update={"sliding_window": window})
-    load = Load(rows=1, length=4096, trained_share=1.0, logits="whole", is_packed=packed, on_cpu=False)
+    load = MicroBatchShape(rows=1, length=4096, trained_share=1.0, logits="whole", is_packed=packed, on_cpu=False)
     assert attention_path(model, compose(["+experiment=llama3_8b_lora", *words]), load) == path
 
 

@@ -27,7 +27,7 @@ from orchestrator.machine.job_processor import processor_key
 from orchestrator.machine.this_machine import this_machine
 from orchestrator.planning.absolute_paths import resolve
 from orchestrator.planning.data_facts import DataFacts
-from orchestrator.planning.inspect_inputs import gather
+from orchestrator.planning.inspect_inputs import inspect_inputs
 from orchestrator.planning.measured_speed import Measured, find_measured, read_measured
 from orchestrator.planning.plan import make_plan
 from orchestrator.run_folder.folder import RunFolder
@@ -271,7 +271,7 @@ def test_a_short_or_slow_measurement_is_held_against_the_probe() -> None:
 
 def test_gather_finds_measurements_beside_the_run(tmp_path: Path) -> None:
     write_json(RunFolder(tmp_path / "before").stage("sft").measured, MEASURED.model_dump(mode="json"))
-    _, data = gather(resolve(compose([LLAMA, f"output_dir={tmp_path}", "name=next"]), tmp_path))
+    _, data = inspect_inputs(resolve(compose([LLAMA, f"output_dir={tmp_path}", "name=next"]), tmp_path))
     assert data["sft"].measured is not None and data["sft"].measured[1] == "before"
 
 

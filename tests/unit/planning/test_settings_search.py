@@ -16,7 +16,7 @@ from orchestrator.config.run import RunConfig, training_stages
 from orchestrator.planning.absolute_paths import resolve
 from orchestrator.planning.auto_settings import choices_of, judge_of
 from orchestrator.planning.data_facts import DataFacts
-from orchestrator.planning.inspect_inputs import gather
+from orchestrator.planning.inspect_inputs import inspect_inputs
 from orchestrator.planning.plan import make_plan
 from orchestrator.planning.settings_search import Advice, advise, axes_of
 
@@ -37,7 +37,7 @@ CASES = [
 
 def case(experiment: str, *words: str) -> tuple[RunConfig, Base, dict[str, DataFacts]]:
     config = resolve(compose([f"+experiment={experiment}", "launcher=slurm", *words]), Path.cwd())
-    return config, *gather(config)
+    return config, *inspect_inputs(config)
 
 
 def brute_force(config: RunConfig, base: Base, data: dict[str, DataFacts]) -> list[tuple[str, float]]:

@@ -115,7 +115,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_taken(folder: StageFolder, name: str) -> None:
     damage, words = DAMAGES[name]
     damage(folder.checkpoint(4))
-    found, refused = checkpoints.look(folder)
+    found, refused = checkpoints.newest_valid(folder)
     assert found is not None and found.step == 2
     assert words in "\n".join(refused[4])
     assert folder.checkpoint(4).is_dir(), "looking changes nothing"
@@ -135,17 +135,17 @@ def test_what_a_kill_interrupted_is_ended(folder: StageFolder) -> None:
     folder.checkpoint_partial(6).mkdir()
     (folder.checkpoints / ".step-00000001.deleted").mkdir()
     folder.checkpoint(4).rename(folder.checkpoints / ".step-00000004.old")  # killed while step 4 was being replaced
-    checkpoints.mend_interrupted(folder)
+    checkpoints.recover_interrupted_save(folder)
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-00000002", "step-00000004"]
-    found, refused = checkpoints.look(folder)
+    found, refused = checkpoints.newest_valid(folder)
     assert found is not None and (found.step, refused) == (4, {})
 
 
 def test_retention_keeps_the_newest_the_multiples_and_the_best() -> None:
     steps = [100, 200, 250, 300, 400, 450]
-    assert checkpoints.obsolete(steps, keep_last=2, keep_every=None, best=None) == [100, 200, 250, 300]
-    assert checkpoints.obsolete(steps, keep_last=1, keep_every=200, best=250) == [100, 300]
-    assert checkpoints.obsolete([100], keep_last=1, keep_every=None, best=None) == []
+    assert checkpoints.expired_steps(steps, keep_last=2, keep_every=None, best=None) == [100, 200, 250, 300]
+    assert checkpoints.expired_steps(steps, keep_last=1, keep_every=200, best=250) == [100, 300]
+    assert checkpoints.expired_steps([100], keep_last=1, keep_every=None, best=None) == []
 
 
 def test_the_best_checkpoint_is_the_one_with_the_lowest_held_out_loss(folder: StageFolder) -> None:

@@ -18,7 +18,7 @@ from orchestrator.config.study import SearchStudy, SeedsStudy, WeakRule
 from orchestrator.errors import EXIT_DONE, EXIT_SAVED, ConfigError
 from orchestrator.studies.optuna_search import Outcome, open_study, outcome_of, run_trials
 from orchestrator.studies.report import write_report
-from orchestrator.studies.search_space import Axis, Choices, Range, axis_of, samples, split_space, text_of
+from orchestrator.studies.search_space import Axis, CategoricalAxis, Range, axis_of, samples, split_space, text_of
 from orchestrator.studies.seed_grid import judge, judging_step, seed_trials
 from orchestrator.studies.statistics import best_first, expected_best, standard_deviation, two_way
 from orchestrator.studies.trials import Standing, StudyFolder
@@ -27,7 +27,7 @@ LORA = "+experiment=llama_lora"
 RATE = "stages.sft.optimizer.lr=tag(log, interval(1e-4,1e-2))"
 AXES: tuple[Axis, ...] = (
     Range(key="lr", low=1e-4, high=1e-1, whole=False, log=True, step=None),
-    Choices(key="rank", options=("4", "8", "16")),
+    CategoricalAxis(key="rank", options=("4", "8", "16")),
 )
 
 
@@ -121,7 +121,7 @@ def test_words_of_several_values_are_axes() -> None:
     assert plain == [LORA, "x=1"]
     rate, rank, steps, a = axes
     assert rate == Range(key="stages.sft.optimizer.lr", low=1e-4, high=1e-2, whole=False, log=True, step=None)
-    assert rank == Choices(key="tuning.rank", options=("4", "8"))
+    assert rank == CategoricalAxis(key="tuning.rank", options=("4", "8"))
     assert steps == Range(key="stages.sft.max_steps", low=2, high=9, whole=True, log=False, step=None)
     assert a == Range(key="a", low=1, high=7, whole=True, log=False, step=3)
     assert samples(rate) == ["0.0001", "0.01"] and samples(steps) == ["2", "9"] and samples(rank) == ["4", "8"]
