@@ -70,17 +70,7 @@ def build_rows(
         raise DataError(
             f"{part.sources[0].path}: no row has anything to train within max_length={config.max_length} ({collected.num_rows} rows read)"
         )
-    kind = cast("Kind", KINDS[part.formats[0]])
-    store = Store(
-        folder=folder,
-        digest=part.digest,
-        key=part.key,
-        kind=kind,
-        format=part.formats[0],
-        encoder=encoder,
-        config=config,
-        file_rows=tuple(collected.file_rows[str(path)] for files in part.files for path in files),
-    )
+    store = _store(folder, part, encoder, config, collected)
     chosen, evaluated = _select(units, part, config, seed, collected.num_rows)
     if evaluated is not None:
         (folder / EVALUATION).mkdir()
@@ -92,6 +82,19 @@ def build_rows(
             dropped={},
         )
     write_store(store, units, chosen, source_rows=collected.num_rows, dropped=dict(collected.counts))
+
+
+def _store(folder: Path, part: PreparedSplit, encoder: Encoder, config: DataConfig, collected: _Collected) -> Store:
+    return Store(
+        folder=folder,
+        digest=part.digest,
+        key=part.key,
+        kind=cast("Kind", KINDS[part.formats[0]]),
+        format=part.formats[0],
+        encoder=encoder,
+        config=config,
+        file_rows=tuple(collected.file_rows[str(path)] for files in part.files for path in files),
+    )
 
 
 def _encode_all(
