@@ -156,7 +156,7 @@ def _cell(place: Any, row: tuple[str, str], name: str | None) -> str:
 def _whole_command(place: Any, row: tuple[str, str], sharding: str) -> str:
     """The distance of the re-opened artifact's loss from the trainer's."""
     import tiny_model
-    from runs import Bench
+    from bench import Bench
 
     bench = Bench(root=place.root)
     tiny_model.write_rows(place.root / "held_out.jsonl", 9, start=1000)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 from alignment_runs import words_of, write_sets
-from runs import Bench, make_bench
+from bench import Bench, make_bench
 
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows
 from orchestrator.run_folder.folder import RunFolder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import forking
 import pytest
-from runs import Bench, Done, make_bench
+from bench import Bench, Done, make_bench
 
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdefdeadbeefc0ffee0123456789",

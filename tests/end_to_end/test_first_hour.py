@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from bench import Bench
 from launching import wait_until
-from runs import Bench
 
 import orchestrator
 from orchestrator.files.atomic import read_json

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench import Bench, Done
 from command_line import files_of
 from loading_code import check_scripts
 from peft import PeftModel
-from runs import Bench, Done
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runs import Bench
+from bench import Bench
 
 import orchestrator
 

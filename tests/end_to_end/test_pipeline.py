@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from alignment_runs import pipeline_words, write_sets
+from bench import Bench, Done
 from command_line import latest
 from loading_code import carded_script, pasted
-from runs import Bench, Done
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

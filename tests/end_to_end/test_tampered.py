@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Done
+from bench import Done
 from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import CheckpointError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
-from runs import Bench
+from bench import Bench
 
 from orchestrator.files.atomic import read_json
 from orchestrator.metrics.phases import FIRST_EVALUATION, IMPORTING, LAST_EVALUATION, LOADING, PREPARING, PROOF, WRITING

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from bench import Bench
 from command_line import files_of
-from runs import Bench
 
 import orchestrator
 from orchestrator.files.atomic import read_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from runs import Bench
+from bench import Bench
 from tiny_model import WORDS
 
 FUNCTION = '''"""A reward that a small model can climb: the share of its characters that are `a`."""

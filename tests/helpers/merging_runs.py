@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from runs import Bench
+from bench import Bench
 
 
 def write_answer_sets(folder: Path) -> None:

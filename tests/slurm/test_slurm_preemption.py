@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from bench import Bench, make_bench
 from launching import wait_until
-from runs import Bench, make_bench
 from slurm_cluster import Cluster, run
 from wandb_files import offline_files, offline_history, records
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from alignment_runs import words_of, write_sets
+from bench import Bench, Done, make_bench
 from launching import wait_until
-from runs import Bench, Done, make_bench
 from slurm_cluster import Cluster, run
 
 from orchestrator.files.atomic import read_json

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench import Bench, Done, make_bench
 from launching import wait_until
-from runs import Bench, Done, make_bench
 from safetensors.torch import load_file
 from slurm_cluster import Cluster, run
 

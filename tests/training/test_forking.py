@@ -13,8 +13,8 @@ from typing import Any
 
 import forking
 import pytest
+from bench import make_bench
 from launching import wait_until
-from runs import make_bench
 
 from orchestrator.files.manifest import file_digest
 from orchestrator.metrics.jsonl import last_attempt_rows, read_rows

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import forking
 import pytest
 from alignment_runs import words_of, write_sets
+from bench import Bench, Done, make_bench
 from command_line import latest
 from loading_code import check_scripts
-from runs import Bench, Done, make_bench
 from safetensors.torch import load_file
 
 from orchestrator.files.atomic import read_json

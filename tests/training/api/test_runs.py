@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import Bench, make_bench
+from bench import Bench, make_bench
 
 from orchestrator.files.atomic import read_json
 from orchestrator.run_folder.folder import RunFolder

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench import Bench, Done, make_bench
 from classification_runs import colours, words_of, write_encoder, write_labelled, write_sets
 from loading_code import check_scripts
-from runs import Bench, Done, make_bench
 
 from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from runs import Bench, make_bench
+from bench import Bench, make_bench
 
 from launchers.process import Launch, launch
 from orchestrator.composition.compose import compose

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from bench import Bench, Done, make_bench
 from classification_runs import colours, words_of, write_encoder, write_labelled, write_sets
-from runs import Bench, Done, make_bench
 from safetensors.torch import load_file
 
 from orchestrator.files.atomic import read_json

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from bench import Bench, Done, make_bench
 from merging_runs import answer_words, likeliest, write_answer_sets
-from runs import Bench, Done, make_bench
 from safetensors.torch import load_file
 
 from orchestrator.dataloader.prepared_rows import PreparedRows

@@ -8,7 +8,7 @@ import pytest
 import tiny_model
 import torch
 from alignment_runs import pipeline_words, write_sets
-from runs import Bench, Done, make_bench
+from bench import Bench, Done, make_bench
 from safetensors.torch import load_file
 
 from orchestrator.files.atomic import read_json

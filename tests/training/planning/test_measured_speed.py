@@ -8,7 +8,7 @@ from pathlib import Path
 
 import forking
 import pytest
-from runs import Bench, Done, make_bench
+from bench import Bench, Done, make_bench
 
 from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows

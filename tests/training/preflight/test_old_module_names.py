@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runs import make_bench
+from bench import make_bench
 
 from orchestrator.composition.compose import compose
 from orchestrator.files.atomic import read_json, write_json

@@ -8,7 +8,7 @@ from pathlib import Path
 import classification_runs
 import pytest
 import tiny_model
-from runs import Bench, Done, make_bench
+from bench import Bench, Done, make_bench
 
 from orchestrator.metrics.jsonl import read_rows
 

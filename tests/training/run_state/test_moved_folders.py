@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import Bench, Done, make_bench
+from bench import Bench, Done, make_bench
 
 from orchestrator.files.atomic import read_json, write_json
 from orchestrator.metrics.jsonl import read_rows

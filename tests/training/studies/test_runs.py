@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Bench, make_bench
+from bench import Bench, make_bench
 
 from orchestrator.composition.compose import compose
 from orchestrator.files.atomic import read_json

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Bench, Done, make_bench
+from bench import Bench, Done, make_bench
 from safetensors.torch import load_file
 
 from orchestrator.config.training import EarlyStoppingConfig

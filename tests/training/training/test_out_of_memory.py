@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import Bench, make_bench
+from bench import Bench, make_bench
 
 from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Done, make_bench
+from bench import Done, make_bench
 
 from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import read_rows

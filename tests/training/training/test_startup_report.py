@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runs import make_bench
+from bench import make_bench
 
 from orchestrator.architecture.kernels import liger_is_installed
 from orchestrator.files.atomic import read_json

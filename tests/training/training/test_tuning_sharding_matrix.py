@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_model
 import torch
-from runs import Bench, Done, make_bench
+from bench import Bench, Done, make_bench
 
 from orchestrator.config.run import RunConfig
 from orchestrator.files.atomic import read_json
