@@ -16,7 +16,7 @@ help: ## this list
 
 demo: $(VENV)/.base ## the main job on this machine: LoRA on a small model, two to four minutes on two cores once installed
 	@$(BIN)/python -m orchestrator +experiment=llama_lora name=demo
-	@$(BIN)/python -m orchestrator generate runs/demo --examples 2 --max-new-tokens 40
+	@$(BIN)/python -m orchestrator generate runs/demo --examples 1 --max-new-tokens 40
 
 test: $(VENV)/.compiled ## every test, real parts; GROUP=unit|training|slurm|end_to_end runs one group, WORKERS=1 one file at a time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(GROUP),tests/$(GROUP),tests) $(ARGS)
