@@ -40,7 +40,7 @@ class Query:
     labels_BT: torch.Tensor
     """-100 where nothing is scored; the first position is never scored."""
     places_K: torch.Tensor
-    """Positions of the labelled tokens in the flattened labels, from `token_logprobs.places_of`."""
+    """Positions of the labelled tokens in the flattened labels, from `token_logprobs.labelled_positions`."""
     temperature: float = 1.0
     entropies: bool = False
     is_summed: bool = False

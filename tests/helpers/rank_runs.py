@@ -215,8 +215,8 @@ def _train_cell(cell: Cell) -> None:
     record = Recorder(context, rank=runtime.rank)
     build = build_policy if cell.stage == "sft" else build_classifier
     session = open_session(context, runtime, record, build)
-    plan_course = importlib.import_module(STAGES[cell.stage]).plan_course
-    job, course, checkpointer, progress = assemble(session, plan_course)
+    make_recipe = importlib.import_module(STAGES[cell.stage]).make_recipe
+    job, course, checkpointer, progress = assemble(session, make_recipe)
     asked: list[bool] = []
 
     def passed(place: str, step: int) -> None:
