@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.training import ScheduleConfig
+from orchestrator.config.training import ScheduleConfig, TrainingStage
 
 ROUNDING = 1e-9
 """Epochs need not be whole steps."""
@@ -58,6 +58,11 @@ def stable_steps(schedule: ScheduleConfig, steps: int) -> int:
     if schedule.decay_ratio is None:
         return 0
     return max(0, steps - warmup_steps(schedule, steps) - math.ceil(schedule.decay_ratio * steps))
+
+
+def learning_rate_at(stage: TrainingStage, step: int, steps: int) -> float:
+    """The learning rate at optimizer step `step` (from 1) of `steps`."""
+    return stage.optimizer.lr * learning_rate_factor(stage.schedule, step, steps)
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:

@@ -13,7 +13,7 @@ from orchestrator.dataloader.protocols import Rows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.losses.policy import aggregate_sum, kl_BT, policy_token_losses_BT
 from orchestrator.losses.policy import weight as weight_of
-from orchestrator.losses.token_cross_entropy import IGNORED
+from orchestrator.losses.token_logprobs import IGNORED
 from orchestrator.training.objectives import Objective, token_scores_BT
 
 

@@ -21,7 +21,7 @@ from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import CheckpointError
 from orchestrator.files.atomic import sync_folder
-from orchestrator.losses.token_cross_entropy import IGNORED
+from orchestrator.losses.token_logprobs import IGNORED
 from orchestrator.schedule import rollout_steps, rollout_steps_per_epoch
 
 

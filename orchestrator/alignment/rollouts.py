@@ -29,7 +29,7 @@ from orchestrator.dataloader.batch import batch_of
 from orchestrator.errors import TrainingFailed
 from orchestrator.generation.generator import Completion, Generate, Request, seed_of
 from orchestrator.generation.samples import Scored, as_scored
-from orchestrator.losses.token_cross_entropy import IGNORED
+from orchestrator.losses.token_logprobs import IGNORED
 from orchestrator.metrics.jsonl import RecordFile
 from orchestrator.run_folder.checkpoints import saved_steps
 from orchestrator.training.objectives import token_scores_BT

@@ -11,28 +11,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 
 from orchestrator.architecture.base_model import hub_is_offline, package_gguf
 from orchestrator.errors import EXIT_DONE
 from orchestrator.files.atomic import existing_parent
 from orchestrator.files.cache import cache_folder
+from orchestrator.installation.versions import KNOWN_PACKAGES, OPTIONAL_PACKAGES, version_of
 from orchestrator.machine.this_machine import this_machine
-
-PACKAGES = (
-    "torch",
-    "deepspeed",
-    "accelerate",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "hydra-core",
-    "wandb",
-    "gguf",
-    "liger-kernel",
-)
-OPTIONAL = ("gguf", "liger-kernel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +70,7 @@ def report() -> int:
         f"W&B           {'key in WANDB_API_KEY' if os.environ.get('WANDB_API_KEY') else 'no WANDB_API_KEY: offline, unless wandb login was done'}"
     )
     print("\nversions")
-    for name in PACKAGES:
+    for name in KNOWN_PACKAGES:
         print(f"  {name:<14} {_version(name)}")
     print("\nwhat works")
     for probe in PROBES:
@@ -122,10 +107,8 @@ def _try(probe: Probe) -> str:
 
 
 def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed (optional)" if name in OPTIONAL else "NOT INSTALLED"
+    missing = "not installed (optional)" if name in OPTIONAL_PACKAGES else "NOT INSTALLED"
+    return version_of(name) or missing
 
 
 def _memory_gib() -> float:

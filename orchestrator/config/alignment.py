@@ -31,6 +31,10 @@ class RewardStage(TrainingStage):
     """Upper limit of the train pairs that the report's baselines are fitted on."""
 
 
+REFERENCE_FREE = ("orpo", "simpo")
+"""Losses that compare with no reference policy."""
+
+
 class DpoStage(TrainingStage):
     """Preference optimisation without a reward model."""
 
@@ -47,6 +51,11 @@ class DpoStage(TrainingStage):
     """Weight of good rows in KTO."""
     undesirable_weight: PositiveFloat
     """Weight of bad rows in KTO."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the policy with the model that the stage starts from."""
+        return self.loss not in REFERENCE_FREE
 
 
 class RewardSource(FunctionSource):

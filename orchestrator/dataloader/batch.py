@@ -9,10 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from orchestrator.losses.token_logprobs import labelled_positions
-
-IGNORED = -100
-"""Label of a position that is not a target."""
+from orchestrator.losses.token_logprobs import IGNORED, labelled_positions
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from orchestrator.data.prepared.folder import PreparedFolder
-from orchestrator.dataloader.batch import IGNORED, Batch, RolloutPrompt, Span, prompt_span
-from orchestrator.losses.token_logprobs import labelled_positions
+from orchestrator.dataloader.batch import Batch, RolloutPrompt, Span, prompt_span
+from orchestrator.losses.token_logprobs import IGNORED, labelled_positions
 
 Segment = tuple[int, int, int]
 """Document (-1 for a filler), start and stop within it."""

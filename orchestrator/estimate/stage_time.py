@@ -23,9 +23,6 @@ from orchestrator.estimate.model_states import trainable_parameters
 from orchestrator.estimate.row_lengths import RowShape
 from orchestrator.estimate.step_time import Rate, StepTime, step_time
 
-WITHOUT_REFERENCE = ("orpo", "simpo")
-"""Losses of the DPO family that score nothing before the first step."""
-
 
 class TimePlan(Section):
     """Estimated duration of a stage; None if its inputs are unknown."""
@@ -164,7 +161,7 @@ def _scoring_seconds(config: RunConfig, stage: TrainingStage, known: ForecastInp
     every, steps = stage.evaluate_every_steps, known.steps or 0
     evaluations = 2 + (max(0, steps - 1) // every if every else 0)
     rows = known.evaluation_rows * evaluations
-    if isinstance(stage, DpoStage) and stage.loss not in WITHOUT_REFERENCE:
+    if isinstance(stage, DpoStage) and stage.needs_reference:
         rows += known.train_rows + known.evaluation_rows
     return rows * _row_seconds(config, known, shape)
 

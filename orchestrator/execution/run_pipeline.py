@@ -29,6 +29,7 @@ from orchestrator.execution.following import StageJob, Watch, live_claim, run_st
 from orchestrator.execution.job_specs import job_spec
 from orchestrator.execution.job_specs import render as render_script
 from orchestrator.files.atomic import os_sentence, read_json, write_json
+from orchestrator.installation.versions import RUN_PACKAGES, versions_of
 from orchestrator.machine.dtype import KEY as DTYPE
 from orchestrator.planning.inspect_inputs import validate_data
 from orchestrator.planning.records import Plan
@@ -48,19 +49,6 @@ from orchestrator.run_state.moved import refuse_left_behind
 from orchestrator.run_state.resume_rules import may_differ
 from orchestrator.run_state.reuse import move_superseded, rerunnable_keys, up_to_date_stages
 from orchestrator.text.durations import duration_words
-
-PACKAGES = (
-    "torch",
-    "deepspeed",
-    "accelerate",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "wandb",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +262,6 @@ def _write_script(script: Script) -> None:
 
 def _environment() -> dict[str, JsonValue]:
     """Versions and machine of the login side; no environment variables, which may contain secrets."""
-    installed = {name: _version(name) for name in PACKAGES}
     return {
         "orchestrator": __version__,
         "python": sys.version.split()[0],
@@ -282,14 +269,5 @@ def _environment() -> dict[str, JsonValue]:
         "platform": platform.platform(),
         "host": platform.node(),
         "cpus": os.cpu_count(),
-        "packages": dict(installed),
+        "packages": dict(versions_of(RUN_PACKAGES)),
     }
-
-
-def _version(name: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

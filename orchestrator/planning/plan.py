@@ -26,7 +26,7 @@ from orchestrator.planning.plan_warnings import plan_warnings
 from orchestrator.planning.records import Plan, StagePlan
 from orchestrator.planning.stage_forecast import NO_FORECAST, epoch_steps, forecast_fields, shape_for
 from orchestrator.run_folder.folder import run_directory_of, script_path
-from orchestrator.schedule import learning_rate_factor, total_steps, warmup_steps
+from orchestrator.schedule import learning_rate_at, total_steps, warmup_steps
 
 
 def make_plan(
@@ -127,9 +127,7 @@ def _training_plan(config: RunConfig, stage: TrainingStage, base: Base, data: Da
 
 def _learning_rates(stage: TrainingStage, steps: int) -> dict[str, float]:
     points = {"0%": 1, "25%": max(1, steps // 4), "50%": max(1, steps // 2), "100%": steps}
-    return {
-        name: stage.optimizer.lr * learning_rate_factor(stage.schedule, step, steps) for name, step in points.items()
-    }
+    return {name: learning_rate_at(stage, step, steps) for name, step in points.items()}
 
 
 def _memory_forecast(config: RunConfig, stage: Stage, base: Base) -> MemoryForecast | None:

@@ -24,8 +24,8 @@ from orchestrator.data.prepared.meta import Statistics
 from orchestrator.data.prepared.parts import PreparedSplit, plan_parts
 from orchestrator.data.row_faults import Fault, FaultList
 from orchestrator.data.sources.validate import reading_of, source_rows
-from orchestrator.dataloader.batch import IGNORED
 from orchestrator.dataloader.prepared_rows import PreparedRows
+from orchestrator.losses.token_logprobs import IGNORED
 
 RANDOM_ROWS, LONGEST_ROWS, SHOWN_ROWS = 200, 20, 3
 Say = Callable[[str], None]

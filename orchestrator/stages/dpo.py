@@ -15,8 +15,6 @@ from orchestrator.training.objectives import Objective
 from orchestrator.training.recipe import Recipe, Session
 from orchestrator.training.session import run_training, supervised_recipe
 
-REFERENCE_FREE = ("orpo", "simpo")
-
 
 def make_recipe(session: Session) -> Recipe:
     """The stage's loss over prepared pairs or labelled rows, relative to the policy that it starts from."""
@@ -33,7 +31,7 @@ def make_recipe(session: Session) -> Recipe:
 
 
 def _paired(session: Session, stage: DpoStage) -> Objective:
-    reference_of = no_reference if stage.loss in REFERENCE_FREE else make_reference(session).of
+    reference_of = make_reference(session).of if stage.needs_reference else no_reference
     return preference_objective(session.runtime, stage, reference_of)
 
 

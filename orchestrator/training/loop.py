@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from orchestrator.errors import TrainingFailed
-from orchestrator.schedule import learning_rate_factor
+from orchestrator.schedule import learning_rate_at
 from orchestrator.training.faults import FaultState, after_step, find_fault, must_go_back, reason_to_give_up
 from orchestrator.training.loop_state import LoopCallbacks, LoopInputs, Progress, StepResult
 from orchestrator.training.optimizer import set_learning_rate
@@ -71,7 +71,7 @@ def pauses(job: LoopInputs, progress: Progress) -> bool:
 def optimizer_step(job: LoopInputs, step: int, health: FaultState, *, stop_wish: bool) -> StepResult:
     """Forward, backward and update over the global batch of `step` (from 1); a fault suppresses the update."""
     start = time.perf_counter()
-    lr = job.stage.optimizer.lr * learning_rate_factor(job.stage.schedule, step, job.steps)
+    lr = learning_rate_at(job.stage, step, job.steps)
     set_learning_rate(job.optimizer, lr)
     if job.unfreezing is not None:
         job.unfreezing.go_to(step)

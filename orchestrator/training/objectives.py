@@ -18,8 +18,7 @@ from orchestrator.dataloader.batch import Batch
 from orchestrator.dataloader.protocols import Rows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.losses import preference as losses
-from orchestrator.losses.token_cross_entropy import IGNORED
-from orchestrator.losses.token_logprobs import labelled_positions, sums_by_document
+from orchestrator.losses.token_logprobs import IGNORED, labelled_positions, sums_by_document
 from orchestrator.models.causal_lm import Query
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.schedule import learning_rate_factor
+from orchestrator.schedule import learning_rate_at
 from orchestrator.training.loop_state import LoopInputs, Progress, StepResult
 
 
@@ -28,7 +28,7 @@ def metrics_row(job: LoopInputs, progress: Progress, window: Sequence[StepResult
         **_means(job, good),
         **window[-1].told,
         "grad_norm": window[-1].grad_norm,
-        "lr": job.stage.optimizer.lr * learning_rate_factor(job.stage.schedule, step, job.steps),
+        "lr": learning_rate_at(job.stage, step, job.steps),
         "tokens": tokens,
         "trained_tokens": sum(result.trained_tokens for result in window),
         "tokens_per_second": tokens / seconds,

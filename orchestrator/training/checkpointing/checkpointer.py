@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from orchestrator.distributed.zero_fragments import count_trained
 from orchestrator.errors import CheckpointError
 from orchestrator.estimate.checkpoint_size import bytes_of_one, most_bytes
 from orchestrator.files.atomic import free_bytes, read_json, write_json
+from orchestrator.installation.versions import TRAINING_PACKAGES, versions_of
 from orchestrator.metrics.wandb.process import run_id
 from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.checkpoints import VerifiedCheckpoint
@@ -34,7 +34,6 @@ from orchestrator.training.early_stopping import Stopping
 from orchestrator.training.faults import health_from_json
 from orchestrator.training.loop_state import Progress
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors")
 MEBIBYTE = 1 << 20
 PROBE_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 """Relative; other rank counts and ZeRO stages sum in a different order."""
@@ -259,7 +258,9 @@ class Checkpointer:
             "eval_loss": self._evaluated[1] if at_this_step and self._evaluated is not None else None,
             "config_digest": checkpoints.digest_of(self._settings()),
             "data_digest": self._subject.data_digest,
-            "versions": {name: metadata.version(name) for name in PACKAGES if _is_installed(name)},
+            "versions": {
+                name: version for name, version in versions_of(TRAINING_PACKAGES).items() if version is not None
+            },
         }
 
     def _changes(self, found: VerifiedCheckpoint) -> dict[str, Any]:
@@ -283,11 +284,3 @@ class Checkpointer:
 def _progress_from_json(values: dict[str, Any]) -> Progress:
     health, stopping = health_from_json(values["health"]), Stopping(**values["stopping"])
     return Progress(**{**values, "health": health, "stopping": stopping})
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

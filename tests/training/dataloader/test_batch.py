@@ -23,9 +23,10 @@ from transformers import (
 
 from orchestrator.classification.classes import Classes, targets_of
 from orchestrator.data.preparation.prepare import ensure_prepared
-from orchestrator.dataloader.batch import IGNORED, Batch
+from orchestrator.dataloader.batch import Batch
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import ConfigError
+from orchestrator.losses.token_logprobs import IGNORED
 from orchestrator.models import attention, attention_blocks
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]

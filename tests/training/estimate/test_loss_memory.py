@@ -9,7 +9,8 @@ from orchestrator.architecture.loss_head_chunks import kept_bytes_per_token, tem
 from orchestrator.config.model import Architecture
 from orchestrator.estimate.activations import MicroBatchShape, loss_bytes
 from orchestrator.losses.chunked_head import Shape, Term, chunked_logprobs_K
-from orchestrator.losses.token_cross_entropy import IGNORED, token_cross_entropy_sum
+from orchestrator.losses.token_cross_entropy import token_cross_entropy_sum
+from orchestrator.losses.token_logprobs import IGNORED
 from orchestrator.models.tracing.live_bytes import LiveBytes
 
 VOCABULARY = 500
