@@ -49,10 +49,13 @@ def make_slurm_spec(run: Path, *, cluster: dict[str, Any] | None = None, **chang
     return make_spec(run, cluster=ClusterSettings(**(site | (cluster or {}))), **(size | changes))
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
+def wait_until(
+    condition: Callable[[], bool], *, seconds: float, what: str, evidence: Callable[[], str] = lambda: ""
+) -> None:
+    """Wait for the condition; a timeout fails with `what` was awaited and the evidence that is there by then."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{evidence()}"
         time.sleep(0.1)
 
 

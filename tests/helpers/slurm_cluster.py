@@ -1,6 +1,7 @@
 """The cluster under test and the actions of a user at its terminal."""
 
 import os
+import random
 import subprocess
 import time
 from contextlib import suppress
@@ -32,7 +33,8 @@ class Cluster:
         subprocess.run(["bash", MINICLUSTER, *arguments[:1], self.folder, *arguments[1:]], check=True, timeout=120)
 
     def start(self) -> None:
-        self.manage("start", *OPTIONS)
+        """Job ids begin anywhere: clusters of other workers share this loopback, and ports and rendezvous follow the id."""
+        self.manage("start", *OPTIONS, "--conf", f"FirstJobId={random.randrange(1_000, 60_000)}")
 
     def signal_node(self, node: str, number: int) -> None:
         """Freeze (SIGSTOP) or thaw (SIGCONT) every process of a virtual node."""

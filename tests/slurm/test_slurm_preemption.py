@@ -44,8 +44,13 @@ def test_preempted_three_times_and_over_its_time_limit_it_ends_by_itself(cluster
         rows = [row for row in read_rows(done.sft.metrics) if "loss" in row]
         return [int(str(row["step"])) for row in rows if row["attempt"] == attempt]
 
+    def evidence() -> str:
+        logs = sorted(done.sft.logs.glob("*.log"))
+        return "\n".join([run("squeue"), *(f"{log.name}:\n{log.read_text()[-3000:]}" for log in logs)])
+
     for attempt in (1, 2, 3, 4):
-        wait_until(lambda: len(steps_of(attempt)) > 2, seconds=150, what=f"attempt {attempt}")  # noqa: B023
+        started = f"three steps of attempt {attempt}"
+        wait_until(lambda: len(steps_of(attempt)) > 2, seconds=300, what=started, evidence=evidence)  # noqa: B023
         if attempt < 4:
             take_all = ("--partition=urgent", "--nodes=3", "--exclusive", "--time=1", "--output=/dev/null")
             run("sbatch", *take_all, "--wrap=sleep 1")
