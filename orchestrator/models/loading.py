@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from orchestrator.architecture.base_model import dequantised_folder, find_base, hub_is_offline, package_gguf
+from orchestrator.architecture.base_model import find_base, hub_is_offline, package_gguf
 from orchestrator.architecture.kernels import DOCUMENTS, attention_name
 from orchestrator.config.model import ModelConfig, Nf4Quantization
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tuning import FullTuning
 from orchestrator.errors import ModelError
-from orchestrator.files.atomic import publish
-from orchestrator.files.cache import locked
-from orchestrator.files.manifest import file_digest, write_manifest
 from orchestrator.models import attention
 from orchestrator.models.causal_lm import NOT_FOR_A_BACKBONE, attach_head
+from orchestrator.models.gguf_conversion import dequantise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -57,7 +54,7 @@ def fetch_base(model: ModelConfig, *, cache: Path, say: Callable[[str], None]) -
         case "package":
             gguf = package_gguf(base.place)
             assert gguf is not None, "find_base saw it"
-            return _dequantised(gguf, cache=cache, say=say)
+            return dequantise(gguf, cache=cache, say=say)
         case "hub":
             return _downloaded(model, say=say)
 
@@ -162,40 +159,6 @@ def nf4_settings(config: RunConfig, *, skip: tuple[str, ...] = ()) -> Any:
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=compute_dtype,  # ZeRO shards only weights of the other parameters' type
     )
-
-
-def _dequantised(gguf: Path, *, cache: Path, say: Callable[[str], None]) -> Path:
-    """The package's weights as safetensors in a cache folder named by the file's hash; made once, atomically."""
-    folder = dequantised_folder(gguf, cache)
-    if folder.is_dir():
-        return folder
-    with locked(folder.with_name(f".{folder.name}.lock")):
-        if folder.is_dir():
-            return folder
-        say(f"dequantising {gguf.name} (4 bits to bfloat16), once; about half a minute")
-        temporary = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        _write_dequantised(gguf, temporary)
-        write_manifest(temporary, {"source": gguf.name, "source_sha256": file_digest(gguf)})
-        publish(temporary, folder)
-    return folder
-
-
-def _write_dequantised(gguf: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer, GgufConfig
-
-    try:
-        import gguf as _  # noqa: F401
-    except ImportError:
-        raise ModelError(
-            "reading a GGUF model needs the package gguf; type pip install 'finetune-orchestrator[demo]'"
-        ) from None
-    place = str(gguf.parent)
-    model = AutoModelForCausalLM.from_pretrained(
-        place, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(place, gguf_file=gguf.name).save_pretrained(folder)
 
 
 def _downloaded(model: ModelConfig, *, say: Callable[[str], None]) -> Path:
