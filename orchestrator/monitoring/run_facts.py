@@ -14,6 +14,7 @@ from orchestrator.config.base import JsonValue, flatten
 from orchestrator.errors import OrchestratorError
 from orchestrator.files.atomic import read_json
 from orchestrator.metrics.jsonl import Row, last_attempt_rows, number_of, readable_rows, step_of
+from orchestrator.metrics.speed import run_speed
 from orchestrator.monitoring.stage_status import StageStatus
 from orchestrator.run_folder.folder import StageFolder
 from orchestrator.run_state.goodput import time_spent
@@ -76,7 +77,7 @@ def stage_facts(files: StageFolder, config: Mapping[str, JsonValue], status: Sta
         after=after if result else {},
         best=best,
         train_loss=None if is_policy else status.loss,
-        tokens_per_second=result.get("tokens_per_second") or _median(rows, "tokens_per_second"),
+        tokens_per_second=result.get("tokens_per_second") or run_speed(rows),
         peak_memory_gib=max(
             (value for row in rows if (value := number_of(row, "memory_gib")) is not None), default=None
         ),
@@ -120,11 +121,6 @@ def _evaluations(
             if name not in best or sign * value < sign * best[name][0]:
                 best[name] = (value, step_of(row))
     return first, last, best
-
-
-def _median(rows: Sequence[Row], key: str) -> float | None:
-    values = sorted(value for row in rows if (value := number_of(row, key)) is not None)
-    return values[len(values) // 2] if values else None
 
 
 def _dollars(flat: Mapping[str, JsonValue], wall_seconds: float | None) -> float | None:

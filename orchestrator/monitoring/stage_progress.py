@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from orchestrator.metrics.console import Progressed
 from orchestrator.metrics.jsonl import Row, attempt_of, last_attempt_rows, number_of, readable_rows, step_of
+from orchestrator.metrics.speed import run_speed
 from orchestrator.run_folder.checkpoints import saved_steps
 from orchestrator.run_folder.folder import StageFolder
 from orchestrator.run_state.attempts import Attempt, readable_attempts
@@ -21,6 +22,7 @@ class StageProgress:
     loss: float | None
     eval_loss: float | None
     tokens_per_second: float | None
+    """Of a finished stage its speed, as in its result; of a running one the newest row's."""
     eta_seconds: float | None
     attempts: tuple[Attempt, ...]
     """Attempts whose end is on record."""
@@ -50,7 +52,7 @@ def stage_progress(files: StageFolder) -> StageProgress:
         steps=steps,
         loss=seen.loss,
         eval_loss=seen.eval_loss,
-        tokens_per_second=own.tokens_per_second,
+        tokens_per_second=run_speed(counted) if files.result.exists() else own.tokens_per_second,
         eta_seconds=None if steps is None else own.eta_seconds(steps),
         attempts=tuple(attempts),
         newest={key: value for row in counted for key, value in row.items()},

@@ -20,13 +20,12 @@ from orchestrator.estimate.step_time import Rate
 from orchestrator.files.atomic import write_json
 from orchestrator.machine.job_processor import ProcessorKey, job_environment, processor_key
 from orchestrator.machine.this_machine import Machine, device_of, is_here, this_machine
-from orchestrator.metrics.jsonl import Row, attempt_of, number_of, read_rows
+from orchestrator.metrics.jsonl import Row, number_of, read_rows
+from orchestrator.metrics.speed import timed_rows
 from orchestrator.run_folder.folder import MEASURED, RunFolder, StageFolder
 
 AFTER_STEPS = 50
 """Steps of an attempt after which a run writes its measurement; it is written again at the end."""
-WARM_UP_ROWS = 2
-"""Rows of an attempt that are omitted: the first steps compile, allocate and page in."""
 FEW_STEPS = 10
 """Fewest rows for a median: a single pause shifts one over fewer, and the first steps still fill caches; the probe's
 repetitions are steadier."""
@@ -107,7 +106,7 @@ def measure(folder: StageFolder, config: RunConfig, known: MeasurementContext) -
     stage, model = config.stages[known.stage], known.model
     assert isinstance(stage, TrainingStage)
     events = read_rows(folder.events)
-    rows = _rows_of_newest_attempt(folder)
+    rows = timed_rows(read_rows(folder.metrics))
     if not rows:
         return None
     device, rate = _device(events), median(_numbers(rows, "tokens_per_second"))
@@ -232,13 +231,6 @@ def _measurements(output: Path) -> Iterator[tuple[Measured, str]]:
         found = read_measured(RunFolder(file.parent.parent).stage(file.parent.name))
         if found is not None:
             yield found, file.parent.parent.name
-
-
-def _rows_of_newest_attempt(folder: StageFolder) -> list[Row]:
-    rows = [row for row in read_rows(folder.metrics) if number_of(row, "tokens_per_second") is not None]
-    newest = max((attempt_of(row) for row in rows), default=0)
-    own = [row for row in rows if attempt_of(row) == newest]
-    return own[WARM_UP_ROWS:] or own[-1:]
 
 
 def _startup_seconds(events: Sequence[Row], rows: Sequence[Row]) -> float | None:

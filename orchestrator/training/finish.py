@@ -22,6 +22,7 @@ from orchestrator.files.atomic import read_json, write_json, write_text
 from orchestrator.files.manifest import MANIFEST, file_digest
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.jsonl import read_rows
+from orchestrator.metrics.speed import run_speed
 from orchestrator.models.artifact import CARD, adapter_names, check_tensors, round_as_saved, write_artifact
 from orchestrator.models.peft_adapters import plain_lora
 from orchestrator.run_state.goodput import time_spent
@@ -226,11 +227,6 @@ def _goodput(context: StageContext) -> dict[str, Any] | None:
 
 def _report(context: StageContext, record: Recorder, summary: dict[str, Any]) -> None:
     proof = read_json(context.folder.proof)
-    rates: list[Any] = [
-        row["tokens_per_second"]
-        for row in read_rows(context.folder.metrics)
-        if isinstance(row.get("tokens_per_second"), float)
-    ]
     told = record.finish({key: value for key, value in summary.items() if value is not None}, outcome="finished")
     manifest = context.folder.artifact / MANIFEST
     context.phases.end()
@@ -242,7 +238,7 @@ def _report(context: StageContext, record: Recorder, summary: dict[str, Any]) ->
         **summary,
         **_times(context),
         "goodput": _goodput(context),
-        "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
+        "tokens_per_second": run_speed(read_rows(context.folder.metrics)),
         "digest": context.digest,
         "digests": dict(context.content_digests),
         "inputs": dict(context.input_digests),
