@@ -56,7 +56,9 @@ def _end(
         waited += _LOOK_SECONDS
         alive = _alive(specs, also, run=run)
         if alive and waited > _VERIFY_SECONDS:
-            raise LaunchError(f"These jobs would not go: {', '.join(alive)}; ask the operators of the cluster.")
+            raise LaunchError(
+                f"These jobs could not be cancelled: {', '.join(alive)}; ask the cluster's administrators."
+            )
 
 
 def _job_ids(specs: Sequence[JobSpec], also: Sequence[str]) -> list[str]:

@@ -187,8 +187,8 @@ def _silence(path: Path, now: float) -> tuple[float | None, str]:
 
 def _silence_sentence(node: int, seconds: float | None, host: str) -> str:
     if seconds is None:
-        return f"node {node} never showed life"
-    return f"node {node} ({host}) showed no life for {seconds:.0f} s: frozen or lost"
+        return f"node {node} never sent a heartbeat"
+    return f"node {node} ({host}) sent no heartbeat for {seconds:.0f} s: frozen or lost"
 
 
 def _failure_is_recorded(state: Path) -> bool:

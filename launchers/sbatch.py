@@ -56,7 +56,7 @@ def render_array(
     for spec, header in zip(specs, shared, strict=True):
         if header != shared[0]:
             raise InvalidValueError(
-                f"{spec.name} asks for other resources than {specs[0].name}: an array needs one size."
+                f"{spec.name} requests other resources than {specs[0].name}: all runs of an array must request the same."
             )
     limit = "" if max_running is None else f"%{max_running}"
     header = replace(shared[0], array=f"0-{len(specs) - 1}{limit}")
@@ -106,7 +106,7 @@ def make_header(spec: JobSpec) -> Header:
 def _missing(cluster: ClusterSettings) -> list[str]:
     needed = {"cpus_per_task": cluster.cpus_per_task, "memory": cluster.memory, "time_limit": cluster.time_limit}
     return [
-        f"cluster.{field} is not set: launcher=slurm needs it, because sites differ in what they take for it."
+        f"cluster.{field} is not set: launcher=slurm requires it, because the defaults of sites differ."
         for field, value in needed.items()
         if value is None
     ]

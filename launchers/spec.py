@@ -130,9 +130,9 @@ def write(script: Script) -> Path:
 
 def _name_problems(field_name: str, value: str) -> list[str]:
     if not value or value.strip() != value or value in {".", ".."}:
-        return [f"{field_name} is {value!r}: give a name without blanks at its ends."]
+        return [f"{field_name} is {value!r}: give a name without leading or trailing blanks."]
     if "/" in value or "\\" in value or _CONTROL.search(value):
-        return [f"{field_name} is {value!r}: slashes, line ends and control characters are not allowed in it."]
+        return [f"{field_name} is {value!r}: slashes, newlines and control characters are not allowed."]
     if len(value.encode("utf-8", "surrogateescape")) > 150:
         return [f"{field_name} has {len(value)} characters: at most 150 bytes are allowed."]
     return []
@@ -152,7 +152,7 @@ def _path_problems(spec: JobSpec) -> list[str]:
         "secrets_file": spec.secrets_file or "/",
     }
     return [
-        f"{name} is {path!r}: an absolute path without line ends and backslashes is needed."
+        f"{name} is {path!r}: an absolute path without newlines or backslashes is required."
         for name, path in paths.items()
         if not path.startswith("/") or "\\" in path or _CONTROL.search(path)
     ]
@@ -162,9 +162,9 @@ def _environment_problems(environment: Mapping[str, str]) -> list[str]:
     problems: list[str] = []
     for name, value in environment.items():
         if not _VARIABLE.match(name):
-            problems.append(f"environment has {name!r}: letters, digits and _ are allowed in the name of a variable.")
+            problems.append(f"environment has {name!r}: a variable's name may hold letters, digits and _.")
         elif name in _RESERVED:
-            problems.append(f"environment sets {name}: the launcher sets it itself; take it out.")
+            problems.append(f"environment sets {name}: the launcher sets it itself; remove it.")
         elif "\0" in value:
             problems.append(f"environment {name} holds a NUL character, which no variable can hold.")
     return problems
@@ -172,7 +172,7 @@ def _environment_problems(environment: Mapping[str, str]) -> list[str]:
 
 def _count_problems(spec: JobSpec) -> list[str]:
     counts = {"nodes": spec.nodes, "processes_per_node": spec.processes_per_node}
-    return [f"{name} is {count}: a whole number from 1 is needed." for name, count in counts.items() if count < 1]
+    return [f"{name} is {count}: an integer of at least 1 is required." for name, count in counts.items() if count < 1]
 
 
 def _argv_problems(spec: JobSpec) -> list[str]:
@@ -189,7 +189,7 @@ def _argv_problems(spec: JobSpec) -> list[str]:
 
 def _setup_problems(lines: tuple[str, ...]) -> list[str]:
     return [
-        f"cluster.setup_lines holds {line!r}: one shell line an entry, without line ends."
+        f"cluster.setup_lines holds {line!r}: each entry must be one shell line, without newlines."
         for line in lines
         if "\n" in line or "\r" in line or "\0" in line
     ]

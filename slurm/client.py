@@ -44,14 +44,14 @@ def submit(
         found, certain = find_by_token(token, run=run)
         if found is not None:
             return found
-        answer = run(argv, _CALL_SECONDS) if certain else Answer(None, "", "squeue gave no answer")
+        answer = run(argv, _CALL_SECONDS) if certain else Answer(None, "", "squeue did not answer")
         job_id = answer.output.strip().split(";")[0]
         if answer.exit_code == 0 and job_id.isdigit():
             return job_id
         if not gave_no_answer(answer):
             raise SlurmError(f"Slurm refused {script_path}: {_refusal(answer)}")
         if waited >= patience_seconds:
-            sentence = f"Slurm's controller gave no answer for {waited:.0f} s ({last_words(answer)})"
+            sentence = f"Slurm's controller did not answer for {waited:.0f} s ({last_words(answer)})"
             raise NoAnswerError(f"{sentence}; run the same command again: the token {token} prevents a second job.")
         sleep(pause)
         waited, pause = waited + pause, min(pause * 2, 60.0)
@@ -59,7 +59,7 @@ def submit(
 
 def _submission_argv(script_path: str, token: str, after_success_of: str | None, dependency: str) -> list[str]:
     if not _TOKEN.match(token):
-        raise SlurmError(f"The token is {token!r}: 8 to 200 letters, digits and _.:- are needed.")
+        raise SlurmError(f"The token is {token!r}: 8 to 200 letters, digits and _.:- are required.")
     argv = ["sbatch", "--parsable", f"--comment={token}"]
     if after_success_of is not None:
         argv += [f"--dependency={dependency}:{after_success_of}", "--kill-on-invalid-dep=yes"]
@@ -91,7 +91,7 @@ def _scancel(options: Sequence[str], job_ids: Sequence[str], *, run: Run) -> Non
         return
     answer = run(["scancel", *options, *job_ids], _CALL_SECONDS)
     if gave_no_answer(answer):
-        raise NoAnswerError(f"Slurm's controller gave no answer to scancel ({last_words(answer)}).")
+        raise NoAnswerError(f"Slurm's controller did not answer scancel ({last_words(answer)}).")
     harmless = re.compile(r"invalid job id|already completing|already finished|not yet|pending", re.IGNORECASE)
     complaints = [line for line in answer.errors.splitlines() if line.strip() and not harmless.search(line)]
     if answer.exit_code != 0 and complaints:

@@ -52,10 +52,10 @@ def run_command(argv: Sequence[str], seconds: float) -> Answer:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Answer(None, "", f"{argv[0]} gave no answer within {seconds:g} s")
+        return Answer(None, "", f"{argv[0]} did not answer within {seconds:g} s")
     except FileNotFoundError as error:
         raise SlurmError(
-            f"{argv[0]} is not on the PATH: run this where Slurm's commands are, or load its module."
+            f"{argv[0]} is not on the PATH: run this where Slurm's commands are installed, or load its module."
         ) from error
     except OSError as error:
         raise SlurmError(f"{argv[0]} cannot be run: {error.strerror}.") from error
@@ -83,4 +83,4 @@ def gave_no_answer(answer: Answer) -> bool:
 def last_words(answer: Answer) -> str:
     """Slurm's own last line, without the name of the program before it."""
     lines = [line for line in (answer.errors or answer.output).splitlines() if line.strip()]
-    return re.sub(r"^\w+: (error: )?", "", lines[-1]).strip() if lines else "no words"
+    return re.sub(r"^\w+: (error: )?", "", lines[-1]).strip() if lines else "no output"

@@ -144,11 +144,11 @@ def _text_problems(header: Header) -> list[str]:
     problems: list[str] = []
     if not header.name or "/" in header.name or _CONTROL.search(header.name):
         problems.append(
-            f"The job name is {header.name!r}: slashes and line ends are not allowed; the log would be lost."
+            f"The job name is {header.name!r}: slashes and newlines are not allowed; the log would be lost."
         )
     for field, path in {"output": header.output, "working_directory": header.working_directory}.items():
         if not path.startswith("/") or "\\" in path or _CONTROL.search(path):
-            problems.append(f"{field} is {path!r}: an absolute path without line ends and backslashes is needed.")
+            problems.append(f"{field} is {path!r}: an absolute path without newlines or backslashes is required.")
     return problems
 
 
@@ -208,7 +208,7 @@ def _extra_problems(extra: tuple[str, ...]) -> list[str]:
     for line in extra:
         match = _OPTION.match(line)
         if match is None or _CONTROL.search(line):
-            problems.append(f"cluster.extra_sbatch has {line!r}: one option a line, like --reservation=NAME.")
+            problems.append(f"cluster.extra_sbatch has {line!r}: one option per line, like --reservation=NAME.")
         elif match["key"] in _OURS:
             problems.append(
                 f"cluster.extra_sbatch has --{match['key']}: the script sets it from another key; use that one."

@@ -22,33 +22,33 @@ class State:
         return self.name == "COMPLETED"
 
 
-UNKNOWN = State("UNKNOWN", "unknown", "Slurm gives no answer about this job; that is not a failure.")
+UNKNOWN = State("UNKNOWN", "unknown", "Slurm has no answer about this job, which is not a failure.")
 
 _STATES = (
-    State("PENDING", "waiting", "waits for its turn", "PD"),
-    State("CONFIGURING", "waiting", "its nodes are being made ready", "CF"),
-    State("REQUEUED", "waiting", "goes back to the queue", "RQ"),
-    State("REQUEUE_FED", "waiting", "goes back to the queue of the federation", "RF"),
-    State("REQUEUE_HOLD", "waiting", "was put back and is held: release it with `scontrol release`", "RH"),
-    State("SPECIAL_EXIT", "waiting", "was put back and is held after a special exit: release it", "SE"),
+    State("PENDING", "waiting", "is waiting for its turn", "PD"),
+    State("CONFIGURING", "waiting", "its nodes are being prepared", "CF"),
+    State("REQUEUED", "waiting", "is being requeued", "RQ"),
+    State("REQUEUE_FED", "waiting", "is being requeued in the federation", "RF"),
+    State("REQUEUE_HOLD", "waiting", "was requeued and is held: release it with `scontrol release`", "RH"),
+    State("SPECIAL_EXIT", "waiting", "was requeued after a special exit and is held: release it", "SE"),
     State("RESV_DEL_HOLD", "waiting", "is held because its reservation was deleted", "RD"),
     State("POWER_UP_NODE", "waiting", "its nodes are being powered up", "PU"),
     State("RUNNING", "running", "runs", "R"),
-    State("COMPLETING", "running", "ends: its last processes are being cleaned up", "CG"),
-    State("STAGE_OUT", "running", "copies its results out", "SO"),
+    State("COMPLETING", "running", "is ending: its last processes are being cleaned up", "CG"),
+    State("STAGE_OUT", "running", "is staging out its results", "SO"),
     State("SIGNALING", "running", "is being signalled", "SI"),
-    State("RESIZING", "running", "changes its size", "RS"),
-    State("EXPEDITING", "running", "is being requeued at once", "EQ"),
-    State("SUSPENDED", "running", "is suspended: it keeps its nodes and does not compute", "S"),
-    State("STOPPED", "running", "is stopped: it keeps its nodes and does not compute", "ST"),
+    State("RESIZING", "running", "is being resized", "RS"),
+    State("EXPEDITING", "running", "is being requeued immediately", "EQ"),
+    State("SUSPENDED", "running", "is suspended: it keeps its nodes but does not compute", "S"),
+    State("STOPPED", "running", "is stopped: it keeps its nodes but does not compute", "ST"),
     State("COMPLETED", "ended", "ended with exit code 0", "CD"),
-    State("FAILED", "ended", "ended with another exit code than 0", "F"),
+    State("FAILED", "ended", "ended with a nonzero exit code", "F"),
     State("CANCELLED", "ended", "was cancelled by its user or an administrator", "CA"),
     State("TIMEOUT", "ended", "reached its time limit", "TO"),
     State("DEADLINE", "ended", "reached its deadline", "DL"),
-    State("PREEMPTED", "ended", "was ended to make room for another job", "PR"),
+    State("PREEMPTED", "ended", "was preempted by another job", "PR"),
     State("NODE_FAIL", "ended", "lost a node", "NF"),
-    State("OUT_OF_MEMORY", "ended", "took more memory than it asked for", "OOM"),
+    State("OUT_OF_MEMORY", "ended", "used more memory than it requested", "OOM"),
     State("BOOT_FAIL", "ended", "its nodes did not boot", "BF"),
     State("LAUNCH_FAILED", "ended", "could not be started on its nodes", "LF"),
     State("RECONFIG_FAIL", "ended", "its nodes could not be reconfigured"),
@@ -59,37 +59,37 @@ _BY_SHORT_NAME = {state.short: state for state in _STATES if state.short}
 
 _REASONS = {
     "Priority": "other jobs come first",
-    "Resources": "it is the next, and waits until enough nodes are free",
-    "Dependency": "it waits for the stage before it",
-    "DependencyNeverSatisfied": "the stage before it failed, so it can never start: cancel it",
-    "BeginTime": "it was put back in the queue and may start again in about two minutes",
+    "Resources": "it is next, and waits until enough nodes are free",
+    "Dependency": "it is waiting for the previous stage",
+    "DependencyNeverSatisfied": "the previous stage failed, so it can never start: cancel it",
+    "BeginTime": "it was requeued and may start again in about two minutes",
     "JobHeldUser": "its user holds it: `scontrol release JOB`",
-    "JobHeldAdmin": "an administrator holds it: ask the operators",
+    "JobHeldAdmin": "an administrator holds it: ask the cluster's administrators",
     "JobHoldMaxRequeue": "it was requeued too often and is held: `scontrol release JOB`",
-    "Reservation": "it waits for its reservation to begin",
-    "ReqNodeNotAvail": "a node that it needs is down, drained or reserved, or a maintenance comes first",
+    "Reservation": "its reservation has not begun",
+    "ReqNodeNotAvail": "a node that it needs is down, drained or reserved, or maintenance is scheduled first",
     "NodeDown": "a node that it needs is down",
     "PartitionDown": "its partition is down",
     "PartitionInactive": "its partition is not active",
     "PartitionTimeLimit": "its time limit is above the limit of the partition: lower cluster.time_limit",
-    "PartitionNodeLimit": "it asks for more nodes than the partition allows: lower cluster.nodes",
-    "PartitionConfig": "the partition does not allow what it asks for",
-    "BadConstraints": "no node has what it asks for: look at cluster.constraint, memory and GPUs",
-    "InvalidAccount": "its account is not valid: look at cluster.account",
-    "InvalidQOS": "its QOS is not valid: look at cluster.qos",
+    "PartitionNodeLimit": "it requests more nodes than the partition allows: lower cluster.nodes",
+    "PartitionConfig": "the partition does not allow what it requests",
+    "BadConstraints": "no node has what it requests: check cluster.constraint, memory and GPUs",
+    "InvalidAccount": "its account is not valid: check cluster.account",
+    "InvalidQOS": "its QOS is not valid: check cluster.qos",
     "AccountNotAllowed": "its account may not use this partition",
     "QOSNotAllowed": "its QOS may not be used here",
-    "AssociationJobLimit": "the account has as many jobs as it may have",
-    "JobArrayTaskLimit": "as many tasks of its array run as are allowed at a time",
-    "Licenses": "it waits for a licence",
-    "Prolog": "the site's preparation of the nodes still runs",
-    "launch failed requeued held": "its start failed on the nodes and it is held: `scontrol release JOB`",
-    "JobLaunchFailure": "its start failed on the nodes (a log folder that is not there, for example)",
-    "NonZeroExitCode": "it ended with another exit code than 0",
+    "AssociationJobLimit": "the account has reached its limit of jobs",
+    "JobArrayTaskLimit": "its array already runs as many tasks as it may at a time",
+    "Licenses": "it is waiting for a licence",
+    "Prolog": "the site is still preparing the nodes",
+    "launch failed requeued held": "it failed to start on the nodes and is held: `scontrol release JOB`",
+    "JobLaunchFailure": "it failed to start on the nodes (the log folder may be missing)",
+    "NonZeroExitCode": "it ended with a nonzero exit code",
     "RaisedSignal": "it was ended by a signal",
     "SystemFailure": "Slurm itself failed",
     "TimeLimit": "it reached its time limit",
-    "OutOfMemory": "it took more memory than it asked for",
+    "OutOfMemory": "it used more memory than it requested",
 }
 
 
@@ -106,7 +106,7 @@ def explain_reason(reason: str) -> str:
     """Why a job waits, in a sentence; an unlisted reason is passed through unchanged."""
     bare = reason.strip().strip("()")
     if bare in {"", "None", "null"}:
-        return "Slurm has not said yet why it waits"
+        return "Slurm has given no reason yet"
     key = bare.split(",")[0].strip()
     if key in _REASONS:
         return _REASONS[key] + (f" ({bare})" if key != bare else "")

@@ -72,8 +72,8 @@ def judge(health: PolicyHealth, stage: PolicyStage) -> str | None:
     difference = told["generator_difference"]
     if limits.logprob_difference is not None and difference > limits.logprob_difference:
         return (
-            f"generator and trainer differ by {difference:.3g} nats a token, {limits.logprob_difference:g} is allowed: they do "
-            "not compute the same policy. Likely causes: other precision or attention, an adapter that is not active, a wrong mask"
+            f"generator and trainer differ by {difference:.3g} nats per token, {limits.logprob_difference:g} is allowed: they do "
+            "not compute the same policy. Likely causes: a different precision or attention, an inactive adapter, a wrong mask"
         )
     for name, streak in health.streaks.items():
         if streak >= limits.patience:
@@ -97,7 +97,7 @@ def _sentence(name: str, health: PolicyHealth, stage: PolicyStage) -> str:
     told, limits = health.told, stage.limits
     match name:
         case "kl":
-            return f"the KL to the reference is {told['kl']:.3g} nats a completion, limits.kl={limits.kl:g}"
+            return f"the KL to the reference is {told['kl']:.3g} nats per completion, limits.kl={limits.kl:g}"
         case "length":
             return (
                 f"completions grew from {health.first_length:.0f} to {told['completion_tokens']:.0f} tokens while the reward rose "
@@ -105,7 +105,7 @@ def _sentence(name: str, health: PolicyHealth, stage: PolicyStage) -> str:
                 f"length; limits.length_growth={limits.length_growth:g}"
             )
         case _:
-            return f"the entropy fell to {told['entropy']:.3g} nats a token, limits.entropy={limits.entropy:g}"
+            return f"the entropy fell to {told['entropy']:.3g} nats per token, limits.entropy={limits.entropy:g}"
 
 
 def _has_reference(stage: PolicyStage) -> bool:

@@ -67,7 +67,7 @@ def _kept(session: Session, rows: Scored, file: Path) -> torch.Tensor:
         has_begun = session.context.folder.checkpoints.is_dir() and any(session.context.folder.checkpoints.iterdir())
         if has_begun:
             raise CheckpointError(
-                f"{file} is gone, and the model has moved on: start the stage anew, without checkpoints/"
+                f"{file} is missing, and the model has been trained since: restart the stage without its checkpoints/"
             )
         logprobs_D = _score(session, rows)
         if session.runtime.is_main:
@@ -93,7 +93,7 @@ def _score(session: Session, rows: Scored) -> torch.Tensor:
     """Score all documents, split over the ranks, with the same number of forward passes on each."""
     runtime, model = session.runtime, session.model
     micro_size = training_stage(session.context).batch.micro_size
-    session.record.say(f"scoring {rows.rows:,} rows with the policy that the stage starts from, once")
+    session.record.say(f"scoring {rows.rows:,} rows once with the reference policy, the model the stage starts from")
     logprobs_D = torch.zeros(len(rows.document_offsets) - 1, dtype=torch.float64)
     was_training = model.training
     model.eval()

@@ -81,10 +81,10 @@ def _open_trained(context: StageContext, runtime: Runtime, folder: Path) -> torc
 
 def _open_folder(context: StageContext, runtime: Runtime, folder: Path) -> torch.nn.Module:
     if not folder.is_dir():
-        raise ConfigError(f"rewards: model:{folder} is no folder; give one with a sequence-classification model")
+        raise ConfigError(f"rewards: model:{folder} is not a folder; give one with a sequence-classification model")
     if load_facts(folder).core != load_facts(context.base_folder).core:
         raise ConfigError(
-            f"rewards: the tokenizer of {folder} is not the policy's; take a reward model of the same family"
+            f"rewards: the tokenizer of {folder} is not the policy's; use a reward model of the same family"
         )
     with without_sharding():
         model = load_scorer(folder, context.config, weights_dtype=DTYPES[context.config.model.dtype], packed=False)

@@ -204,7 +204,7 @@ def read_rollout(folder: Path, number: int) -> tuple[list[ScoredCompletion], dic
             state: dict[str, Any] = json.loads(content.metadata()["state"])
             columns = {name: content.get_tensor(name).tolist() for name in COLUMNS}
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{file} is needed to go on between two steps of a rollout: {error}") from error
+        raise CheckpointError(f"{file} is required to resume between two steps of a rollout: {error}") from error
     places = dict.fromkeys(COLUMNS, 0)
     sequences: list[ScoredCompletion] = []
     for fact in facts:

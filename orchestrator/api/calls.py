@@ -113,7 +113,7 @@ def status(folder: Folder) -> list[StageStatus]:
     root = Path(folder).expanduser().resolve()
     runs = find_runs(root)
     if not runs:
-        raise ConfigError(f"{folder} is no run folder, and holds none: there is no run.json")
+        raise ConfigError(f"{folder} is not a run folder, and holds none: there is no run.json")
     return stage_statuses(runs)
 
 
@@ -136,7 +136,7 @@ def _words(overrides: Sequence[object], *, config_directory: Folder | None) -> l
             words.append(override)
         elif not isinstance(override, Mapping):
             raise ConfigError(
-                f"{override!r} is no override; give strings and mappings one by one: run(*overrides), not run(overrides)"
+                f"{override!r} is not an override; give strings and mappings one by one: run(*overrides), not run(overrides)"
             )
         else:
             entries = cast("Mapping[str, object]", override).items()
@@ -166,20 +166,20 @@ def _hydra_text(value: object) -> str:
             return "{" + ",".join(f"{_dict_key(key)}:{_hydra_text(entry)}" for key, entry in entries) + "}"
         case _:
             kinds = "None, bool, int, float, str, Path, list, tuple and dict"
-            raise ConfigError(f"{value!r} ({type(value).__name__}) is no value of a key; allowed are {kinds}")
+            raise ConfigError(f"{value!r} ({type(value).__name__}) is not a valid value; allowed are {kinds}")
 
 
 def _dict_key(key: str) -> str:
     # Hydra's grammar has no quotes around keys.
     if re.fullmatch(r"[A-Za-z_][\w.-]*", key, re.ASCII) is None:
-        raise ConfigError(f"{key!r} is no key of a dict in an override; allowed are letters, digits, dots, - and _")
+        raise ConfigError(f"{key!r} is not a valid key in an override; allowed are letters, digits, dots, - and _")
     return key
 
 
 def _run_folder(folder: Folder) -> RunFolder:
     root = Path(folder).expanduser()
     if not (root / "run.json").is_file():
-        raise ConfigError(f"{folder} is no run folder: it holds no run.json")
+        raise ConfigError(f"{folder} is not a run folder: it holds no run.json")
     return RunFolder(root.resolve())
 
 

@@ -94,13 +94,13 @@ def shape_problems(model: Architecture, tuning: FullTuning | FreezeTuning | Adap
             layers = () if tuning.layers == "all" else tuning.layers
             beyond = sorted(number for number in layers if number >= model.num_hidden_layers)
             last = model.num_hidden_layers - 1
-            return [f"tuning.layers: {beyond}, but the layers have the numbers 0 to {last}"] if beyond else []
+            return [f"tuning.layers: {beyond}, but the layers are numbered 0 to {last}"] if beyond else []
         case PrefixTuning():
             wide = model.head_dim * model.num_attention_heads
             if wide == model.hidden_size:
                 return []
             return [
-                f"tuning: PEFT's prefix tuning wants heads x head_dim = hidden_size, this model has {wide} and "
+                f"tuning: PEFT's prefix tuning requires heads x head_dim = hidden_size, this model has {wide} and "
                 f"{model.hidden_size}; type tuning=prompt or tuning=lora"
             ]
         case _:
@@ -183,7 +183,7 @@ def adapter_problems(model: Architecture, tuning: FullTuning | FreezeTuning | Ad
         return []
     faults = {"use_dora=true": tuning.use_dora, f"dropout={tuning.dropout}": tuning.dropout > 0}
     return [
-        f"tuning.{setting}: PEFT cannot do that for the fused experts of a mixture; type "
+        f"tuning.{setting}: PEFT does not support that for the fused experts of a mixture; type "
         f"tuning.target_modules=[{','.join(family_of(model).attention)}]"
         for setting, is_set in faults.items()
         if is_set

@@ -53,7 +53,9 @@ def looks_like_folder(base: str) -> bool:
 def folder_problems(folder: Path, given: str) -> list[str]:
     """Missing parts of a model folder, one sentence each."""
     if not folder.is_dir():
-        return [f"model.base: {given} is no folder; give a folder with config.json, weights and tokenizer, or a hub id"]
+        return [
+            f"model.base: {given} is not a folder; give a folder with config.json, weights and tokenizer, or a hub id"
+        ]
     problems: list[str] = []
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -138,7 +140,7 @@ def _tensor_faults(file: Path) -> list[str]:
             return [
                 f"{file} is a Git LFS pointer: type git lfs pull"
                 if is_pointer
-                else f"{file} is cut off or no safetensors"
+                else f"{file} is truncated or not a safetensors file"
             ]
         text = content.read(length)
     try:
@@ -147,7 +149,7 @@ def _tensor_faults(file: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return [f"{file} is damaged: its header is not that of a safetensors file"]
     expected = 8 + length + end
-    return [] if size == expected else [f"{file} has {size} bytes, its header speaks of {expected}: it was cut off"]
+    return [] if size == expected else [f"{file} has {size} bytes, its header implies {expected}: it was truncated"]
 
 
 def _cached_architecture(model: ModelConfig) -> Architecture | None:

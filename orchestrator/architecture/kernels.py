@@ -108,7 +108,7 @@ def head_kernel(choice: HeadChoice, device: str, *, has_liger: bool) -> HeadKern
 
 def head_words(kernel: HeadKernel, device: str) -> str:
     name = "Liger's fused linear cross-entropy" if kernel == "liger" else "chunked cross-entropy in plain torch"
-    return f"{name} ({device}), on trained tokens alone"
+    return f"{name} ({device}), on trained tokens only"
 
 
 def sums_logprobs(stage: TrainingStage) -> bool:
@@ -172,7 +172,7 @@ def liger_problem(choice: HeadChoice, devices: tuple[str, ...], *, has_liger: bo
     if choice != "liger":
         return None
     if "cuda" not in devices and not triton_interprets():
-        return "model.loss_head: liger needs a GPU, and the ranks have a CPU; type model.loss_head=auto"
+        return "model.loss_head: liger needs a GPU, and the ranks run on the CPU; type model.loss_head=auto"
     if not has_liger:
         return (
             "model.loss_head: liger, but the packages liger-kernel and triton are not both installed here; type "

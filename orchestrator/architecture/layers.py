@@ -85,7 +85,7 @@ def rates_of(trained: Iterable[str], num_layers: int, layer_decay: float | None)
         return dict.fromkeys(depths, 1.0)
     if not any(layer_of(name) is not None for name in depths):
         raise ConfigError(
-            f"optimizer.layer_decay: none of what is trained stands in a numbered layer: {', '.join(kinds_of(depths))}; "
+            f"optimizer.layer_decay: no trained parameter belongs to a numbered layer: {', '.join(kinds_of(depths))}; "
             "type optimizer.layer_decay=null"
         )
     top = max(depths.values())
@@ -119,7 +119,7 @@ def trained_names(
         met = {name for name in names if fnmatchcase(name, pattern)}
         trained |= met
         if not met:
-            problems.append(f"tuning.also: {pattern} meets nothing; {there}")
+            problems.append(f"tuning.also: {pattern} matches nothing; {there}")
     if not trained and not problems:
         problems.append(f"tuning: nothing is trained; choose layers, a switch or a pattern in tuning.also; {there}")
     if problems:
@@ -141,7 +141,7 @@ def _chosen_layers(layers: str | tuple[int, ...], num_layers: int, problems: lis
         wanted = wanted if end == "first" else frozenset(num_layers - 1 - place for place in wanted)
     beyond = sorted(number for number in wanted if number >= num_layers)
     if beyond:
-        problems.append(f"tuning.layers: {beyond}, but the {num_layers} layers have the numbers 0 to {num_layers - 1}")
+        problems.append(f"tuning.layers: {beyond}, but the {num_layers} layers are numbered 0 to {num_layers - 1}")
     return wanted
 
 

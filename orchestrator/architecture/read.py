@@ -35,7 +35,7 @@ def read_architecture(folder: Path) -> Architecture | None:
     except (OSError, ValueError):
         return None
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no object; transformers' settings of a model are expected")
+        raise ModelError(f"{path} holds no object; a model's transformers configuration is expected")
     raw = cast("dict[str, Any]", content)
     try:
         return _architecture(raw.get("text_config", raw))
@@ -45,7 +45,7 @@ def read_architecture(folder: Path) -> Architecture | None:
         faults = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}, not {item['input']}" for item in error.errors()]
         raise ModelError([f"{path}: {fault}" for fault in faults]) from None
     except (TypeError, ZeroDivisionError, AttributeError) as error:
-        raise ModelError(f"{path} is no model's config: {error}") from None
+        raise ModelError(f"{path} is not a model's config: {error}") from None
 
 
 def _architecture(raw: dict[str, Any]) -> Architecture:

@@ -145,7 +145,7 @@ def _target(label: Any, classes: Classes) -> Any:
     match classes.problem:
         case "regression":
             if isinstance(label, (str, list)):
-                raise ValueError(f"{label!r} is no number, problem=regression wants one")
+                raise ValueError(f"{label!r} is not a number, problem=regression requires one")
             return float(label)
         case "single_label":
             return _class_number(label, classes.names)
@@ -156,7 +156,7 @@ def _target(label: Any, classes: Classes) -> Any:
 
 def _class_number(label: Any, names: Sequence[str]) -> int:
     if isinstance(label, list):
-        raise ValueError(f"{label!r} is a list; problem=multi_label takes several classes of a row")
+        raise ValueError(f"{label!r} is a list; only problem=multi_label takes several classes per row")
     number = _number_of(label, names)
     if number is None:
         raise ValueError(f"{label!r} is none of the classes {', '.join(names)}")

@@ -45,7 +45,7 @@ def classify_texts(
             logits_DC, _ = document_answers(runtime, model, batch.to(runtime.device))
         print(f"{told(logits_DC[0].cpu(), classes)}  {text.text}{' | ' + text.pair if text.pair else ''}")
     if not count:
-        raise ConfigError("no text: give --prompt TEXT, or one text a line on standard input")
+        raise ConfigError("no text: give --prompt TEXT, or one text per line on standard input")
     return 0
 
 

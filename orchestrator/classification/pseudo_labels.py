@@ -128,11 +128,11 @@ def _read(file: Path, *, data: str, step: int) -> torch.Tensor:
             labels_DC, facts = content.get_tensor(NAME), content.metadata()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({' '.join(str(error).split())[:120]}), and the model that made its labels has moved on: remove the newer "
-            f"checkpoints to go on from one before step {step}, or start the stage anew"
+            f"{file} cannot be read ({' '.join(str(error).split())[:120]}), and the model that made its labels has been trained since: remove the newer "
+            f"checkpoints to resume from one before step {step}, or restart the stage"
         ) from error
     if facts != {"data": data, "step": str(step), "sha256": _digest(labels_DC)}:
-        raise CheckpointError(f"{file} is damaged or of other rows: start the stage anew, without checkpoints/")
+        raise CheckpointError(f"{file} is damaged or belongs to other rows: restart the stage without its checkpoints/")
     return labels_DC
 
 

@@ -40,7 +40,7 @@ def class_report(
     """
     targets = first_targets(rows, classes, limit)
     if not bool(targets.has_label_D.any()):
-        raise DataError(f"{field}: none of the first {min(limit, rows.rows)} rows has a label to score by")
+        raise DataError(f"{field}: none of the first {min(limit, rows.rows)} rows has a label to score against")
     logits_DC = all_logits_DC(runtime, model, rows, outputs=classes.outputs, micro_size=micro_size, limit=limit)
     return judged(logits_DC, targets, classes)[2]
 

@@ -62,7 +62,7 @@ def open_run_folder(text: str) -> RunFolder:
 
     folder = Path(text).expanduser()
     if not (folder / "run.json").is_file():
-        raise ConfigError(f"{text} is no run folder: {_why_no_run(folder)}")
+        raise ConfigError(f"{text} is not a run folder: {_why_no_run(folder)}")
     return RunFolder(folder.resolve())
 
 
@@ -70,7 +70,7 @@ def _why_no_run(folder: Path) -> str:
     """What the folder is instead, and the run that may have been intended."""
     above = next((parent for parent in folder.parents if (parent / "run.json").is_file()), None)
     if above is not None and str(above) != ".":
-        return f"it is a part of the run {above}; type that"
+        return f"it is part of the run {above}; type that"
     inside = sorted(file.parent for file in folder.glob("*/run.json"))
     if inside:
         more = f" or one of {len(inside) - 1} others in it" if len(inside) > 1 else ""
@@ -123,5 +123,5 @@ def number(text: str) -> float:
     except ValueError:
         value = -1.0
     if not value >= 0:  # nan too
-        raise argparse.ArgumentTypeError(f"{text}: a number from 0 is needed")
+        raise argparse.ArgumentTypeError(f"{text}: a number of at least 0 is required")
     return value

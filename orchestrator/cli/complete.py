@@ -18,7 +18,7 @@ _RUNS = "runs"
 
 
 def configure(parser: VerbParser) -> None:
-    parser.takes = "the words of a command line behind --"
+    parser.takes = "the words of a command line after --"
     parser.add_argument("words", nargs="*", metavar="WORD", help="words of the command line, the unfinished one last")
 
 

@@ -73,7 +73,7 @@ def _print_frozen(folders: Sequence[str], rest: Sequence[str], arguments: argpar
 
     if len(folders) > 1 or any("=" in text for text in rest) or arguments.diff:
         raise ConfigError(
-            f"{folders[0]} is a run: type config {folders[0]}, or a part of it behind; compare shows two runs"
+            f"{folders[0]} is a run: type config {folders[0]}, or add a part of it; compare shows two runs"
         )
     folder = open_run_folder(folders[0])
     frozen = Sourced(values=read_config(folder), sources={}, problems=())

@@ -10,10 +10,10 @@ from orchestrator.cli.parser import VerbParser
 
 def configure(parser: VerbParser) -> None:
     add_run_folder(parser)
-    add_stage(parser, "model of this stage; the last one otherwise")
-    parser.add_argument("--to", metavar="FOLDER", help="new folder; RUN_DIR/export otherwise")
+    add_stage(parser, "model of this stage (default: the last one)")
+    parser.add_argument("--to", metavar="FOLDER", help="new folder (default: RUN_DIR/export)")
     parser.add_argument(
-        "--max-kl", type=number, metavar="NATS", help="largest change by merging that is accepted, in nats a token"
+        "--max-kl", type=number, metavar="NATS", help="largest accepted change from merging, in nats per token"
     )
 
 

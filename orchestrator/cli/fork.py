@@ -14,7 +14,7 @@ def configure(parser: VerbParser) -> None:
     parser.add_argument(
         "words", nargs="+", metavar="RUN_DIR name=NAME [key=value ...]", help="the parent; what the fork changes"
     )
-    add_stage(parser, "stage to fork; the interrupted one otherwise, or the last that trained")
+    add_stage(parser, "stage to fork (default: the interrupted one, or the last that trained)")
     parser.add_argument(
         "--from",
         dest="source",
@@ -23,10 +23,10 @@ def configure(parser: VerbParser) -> None:
         help="checkpoint keeps optimizer state and step; artifact trains on from step 0 (the default where the stage is finished)",
     )
     parser.add_argument(
-        "--step", type=whole_number(1), metavar="N", help="checkpoint of this step; the newest proven one otherwise"
+        "--step", type=whole_number(1), metavar="N", help="checkpoint of this step (default: the newest proven one)"
     )
     parser.add_argument("--no-start", action="store_true", help="only write the new run folder; `resume` starts it")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be done")
 
 
 def run(arguments: argparse.Namespace) -> int:

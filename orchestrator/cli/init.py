@@ -113,13 +113,13 @@ def _check_target(file: Path, text: str, *, replace: bool) -> None:
         raise ConfigError(f"{text}: an experiment file ends in .yaml; type init {file.with_suffix('.yaml')}")
     if file.is_dir() or not file.parent.is_dir():
         raise ConfigError(
-            f"{text}: {'a folder has this name' if file.is_dir() else f'there is no folder {file.parent}'}"
+            f"{text}: {'a folder has this name' if file.is_dir() else f'there is not a folder {file.parent}'}"
         )
     from orchestrator.run_state.freeze import run_around
 
     run = run_around(file)
     if run is not None:
-        raise ConfigError(f"{text} would lie inside the run {run}; choose a place outside of it")
+        raise ConfigError(f"{text} would be inside the run {run}; choose a path outside it")
     if file.exists() and not replace:
         raise ConfigError(f"{text} exists; give another name, or --force to replace it")
 

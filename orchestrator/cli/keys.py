@@ -19,7 +19,7 @@ INTRODUCTION = """\
 
 Every key of the configuration: what it takes, its default in `conf/`, and what it means. Written by `make docs-keys` from the types in
 `orchestrator/config/` and from `conf/`; `python -m orchestrator keys PATTERN` prints the same. STAGE, SET and NAME stand for names of
-your own; an entry of a list has a number from 0. `(lora)` behind a key: only that choice has it.
+your own; an entry of a list has a number from 0. `(lora)` after a key: only that choice has it.
 """
 
 
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         if alias is None:
             names = [key.name for key in every]
             raise ConfigError(
-                f"{pattern}: no key holds this{key_hint(pattern, names) or '; type keys without a pattern for all'}"
+                f"{pattern}: no key contains this{key_hint(pattern, names) or '; type keys without a pattern for all'}"
             )
         print(f"{pattern} is {alias} here")
         found = matching(every, alias.partition("=")[0])

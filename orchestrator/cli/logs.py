@@ -10,7 +10,7 @@ from orchestrator.cli.parser import VerbParser
 
 def configure(parser: VerbParser) -> None:
     add_run_folder(parser)
-    add_stage(parser, "log of this stage; all of them otherwise")
+    add_stage(parser, "log of this stage (default: all of them)")
     parser.add_argument("--node", type=whole_number(0), metavar="N", help="log of this node, from 0")
     parser.add_argument(
         "-n",
@@ -19,7 +19,7 @@ def configure(parser: VerbParser) -> None:
         metavar="N",
         help="last lines of each log; 0 shows all, 40 are the default",
     )
-    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is added, until the run ends")
+    parser.add_argument("-f", "--follow", action="store_true", help="keep printing new lines until the run ends")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ Experiments: {experiments}
   {program} plan +experiment=llama_lora sharding=zero2     what it would do
   {program} +experiment=llama_lora name=mine stages.sft.data.train.path=rows.jsonl
 
-Exit codes: 0 done or submitted; 2 a mistake in the input; 3 launch failed; 75 saved and wants to go on;
+Exit codes: 0 done or submitted; 2 a mistake in the input; 3 launch failed; 75 saved, can be continued;
 93 do not restart; 130 interrupted with nothing to save; 1 a defect or a crash."""
 
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_DONE
     except Exception:
         traceback.print_exc()
-        print("error: this is a defect of the orchestrator; the lines above belong in a report", file=sys.stderr)
+        print("error: this is a defect of the orchestrator; please report it with the lines above", file=sys.stderr)
         return EXIT_DEFECT
 
 

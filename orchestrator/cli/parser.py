@@ -107,7 +107,7 @@ class VerbParser(argparse.ArgumentParser):
                 value = next(left, None) if value is None else value
                 name = action.option_strings[-1]
                 if value is None:
-                    raise ConfigError(f"{name}: a value must follow")
+                    raise ConfigError(f"{name}: a value is required")
                 if name in given:
                     raise ConfigError(f"{name} is given twice, {given[name]} and {value}: give it once")
                 given[name] = value

@@ -20,7 +20,7 @@ def configure(parser: VerbParser) -> None:
         "advise",
         parse=one_of("true", "false"),
         default="false",
-        help="true       also what else would fit, the fastest first",
+        help="true       also list other settings that would fit, fastest first",
     )
 
 

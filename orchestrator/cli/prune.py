@@ -11,9 +11,9 @@ from orchestrator.cli.parser import VerbParser
 def configure(parser: VerbParser) -> None:
     parser.takes = "run folders, or folders of runs"
     parser.add_argument(
-        "folders", nargs="*", metavar="DIR", help="folders of runs, or that hold runs; ./runs otherwise"
+        "folders", nargs="*", metavar="DIR", help="folders of runs, or that hold runs (default: ./runs)"
     )
-    parser.add_argument("-y", "--yes", action="store_true", help="delete without a question")
+    parser.add_argument("-y", "--yes", action="store_true", help="delete without asking")
     parser.add_argument("--dry-run", action="store_true", help="only list what could go")
 
 

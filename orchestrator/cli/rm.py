@@ -11,7 +11,7 @@ from orchestrator.cli.parser import VerbParser
 def configure(parser: VerbParser) -> None:
     parser.takes = "one run folder or more"
     parser.add_argument("folders", nargs="+", metavar="RUN_DIR", help="folders of runs or studies")
-    parser.add_argument("-y", "--yes", action="store_true", help="delete without a question")
+    parser.add_argument("-y", "--yes", action="store_true", help="delete without asking")
 
 
 def run(arguments: argparse.Namespace) -> int:

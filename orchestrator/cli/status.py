@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     folder = Path(arguments.folder).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"{arguments.folder} is no folder; status takes a run folder, or a folder of runs")
+        raise ConfigError(f"{arguments.folder} is not a folder; status takes a run folder, or a folder of runs")
     extra = [] if arguments.show is None else [name.strip() for name in arguments.show.split(",") if name.strip()]
     as_json = arguments.format == "json"
     if as_json and arguments.watch:

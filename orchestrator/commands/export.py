@@ -24,7 +24,7 @@ def export(folder: RunFolder, *, stage: str | None, to: str | None, max_kl: floa
     _refuse_what_cannot_be_merged(folder, stage)
     target = Path(to or folder.root / "export").expanduser().resolve()
     if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
-        raise ConfigError(f"--to {target}: it is there and was not made by export; give a new folder")
+        raise ConfigError(f"--to {target}: it exists and was not made by export; give a new folder")
     check_writable(target, advice="type --to FOLDER with a folder of yours")
     words = [] if max_kl is None else ["--max-kl", str(max_kl)]
     argv = [

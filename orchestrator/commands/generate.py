@@ -43,10 +43,10 @@ def _refuse_before_loading(folder: RunFolder, stage: str, options: Mapping[str, 
     unfit = [name for name in GENERATING if name in options]
     if makes_classifier(config, stage) and unfit:
         raise ConfigError(
-            f"{unfit[0]}: {stage} makes a classifier, which gives classes and generates no text; leave it out"
+            f"{unfit[0]}: {stage} makes a classifier, which predicts classes and generates no text; leave it out"
         )
     if options.get("--examples", "0") != "0":
         next(held_out_examples(config, folder, stage, 1), None)
     output = options.get("--output")
     if output is not None and not Path(output).expanduser().absolute().parent.is_dir():
-        raise ConfigError(f"--output {output}: its folder is not there")
+        raise ConfigError(f"--output {output}: its folder does not exist")

@@ -61,7 +61,7 @@ def _scaling(arguments: Sequence[str], counts: Sequence[int], *, as_json: bool) 
     composed = examine([*words, f"cluster.nodes={counts[0]}"], config_directory=config_directory)
     problems = [problem for problem in composed.problems if not any(rule in problem for rule in SHARED)]
     problems += [
-        f"{key}: auto is settled for one number of nodes at a time; give a value here" for key in composed.autos
+        f"{key}: auto is resolved for one number of nodes at a time; give a value here" for key in composed.autos
     ]
     if problems:
         raise ConfigError(problems)

@@ -140,7 +140,7 @@ def take_config_directory(arguments: Sequence[str]) -> tuple[list[str], Path | N
         if name == "--config-dir":
             value = value or next(words, "")
             if not value or directory is not None:
-                raise ConfigError("--config-dir: one folder must follow, and it may stand once")
+                raise ConfigError("--config-dir: give one folder after it, and give it once")
             directory = Path(value).expanduser()
         elif word.startswith("-"):
             raise ConfigError(f"{word}: no such option")

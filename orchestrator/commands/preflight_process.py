@@ -40,6 +40,6 @@ def rows_of_stage(config: RunConfig, name: str, stage: TrainingStage, files: Sta
     found = base and find_prepared(stage.data, tokenizer_folder=base, cache=cache, seed=config.seeds.split)
     if not found:
         raise ConfigError(
-            f"{name}: its prepared rows are no longer in {recorded.parent}; type `prepare {files.root.parent}` to make them again"
+            f"{name}: its prepared rows are no longer in {recorded.parent}; type `prepare {files.root.parent}` to rebuild them"
         )
     return found[0]

@@ -68,7 +68,7 @@ class Tree:
 def compose(overrides: Sequence[str], *, config_directory: Path | None = None) -> RunConfig:
     """The validated configuration; raises ConfigError with every problem of overrides, keys, types and rules."""
     composed = examine(overrides, config_directory=config_directory)
-    unsettled = [f"{key}: auto is settled by a plan alone; give a value" for key in composed.autos]
+    unsettled = [f"{key}: only a plan resolves auto; give a value" for key in composed.autos]
     if composed.problems or unsettled:
         raise ConfigError([*composed.problems, *unsettled])
     return composed.config
@@ -199,7 +199,7 @@ def roots_of(config_directory: Path | None) -> list[Path]:
     if config_directory is None:
         return [CONF]
     if not config_directory.is_dir():
-        raise ConfigError(f"--config-dir: {config_directory} is no folder")
+        raise ConfigError(f"--config-dir: {config_directory} is not a folder")
     return [config_directory.resolve(), CONF]
 
 
@@ -255,5 +255,5 @@ def related(key: str, other: str) -> bool:
 def _with_place(problem: str, places: dict[str, str]) -> str:
     key = problem.partition(": ")[0]
     if key == "experiment" and key in places:
-        return f"{places[key]} must say `# @package _global_`, so that the file's keys stand at the root"
+        return f"{places[key]} must say `# @package _global_`, so that the file's keys are at the root"
     return f"{places[key]} {problem}" if key in places else problem

@@ -112,4 +112,4 @@ def _problems(file: Path, text: str) -> list[str]:
     head = next(line.strip() for line in lines if line.strip())
     if _HEADER_LINE.fullmatch(head):
         return []
-    return [f"{text}:1 is no experiment file: its first line must be `{HEADER}`, so that its keys stand at the root"]
+    return [f"{text}:1 is not an experiment file: its first line must be `{HEADER}`, so that its keys are at the root"]

@@ -66,7 +66,7 @@ def _preset(word: Override) -> JsonValue:
     content: Any = presets(word.group)[str(word.value)]
     if "defaults" in content or "${" in str(content):
         raise ConfigError(
-            f"{word.text}: this file is made of others, which a fork does not compose; set its keys one by one"
+            f"{word.text}: this file includes others, which a fork does not compose; set its keys one by one"
         )
     return content
 

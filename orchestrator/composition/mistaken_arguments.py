@@ -15,16 +15,16 @@ def bare_argument_problem(text: str, roots: Sequence[Path]) -> str | None:
     if not text or "=" in text or text.startswith(("+", "~")):
         return None
     if text in choices_of("experiment", roots):
-        return f"{text} is no override; did you mean +experiment={text}?"
+        return f"{text} is not an override; did you mean +experiment={text}?"
     groups = [group for group in TOP_GROUPS if text in choices_of(group, roots) and text != "none"]
     if groups:
-        return f"{text} is no override; did you mean {' or '.join(f'{group}={text}' for group in groups)}?"
+        return f"{text} is not an override; did you mean {' or '.join(f'{group}={text}' for group in groups)}?"
     path = Path(text).expanduser()
     run = path.parent if path.name == "run.json" else path
     if (run / "run.json").is_file():
-        return f"{text} is a run, not an override; type resume {run} to go on with it, or config {run} to see its keys"
+        return f"{text} is a run, not an override; type resume {run} to continue it, or config {run} to see its keys"
     if path.is_file() and path.name.endswith(_ROWS):
-        return f"{text} is no override; did you mean stages.sft.data.train.path={text}?"
+        return f"{text} is not an override; did you mean stages.sft.data.train.path={text}?"
     if path.is_file():
-        return f"{text} is no override; an experiment file ends in .yaml"
+        return f"{text} is not an override; an experiment file ends in .yaml"
     return None

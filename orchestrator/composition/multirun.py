@@ -29,7 +29,7 @@ def combinations(arguments: Sequence[str], *, name: str) -> list[list[str]]:
     words = [word for word in arguments if word not in FLAGS]
     swept = {word: values for word in words if (values := _values(word)) is not None}
     if not swept:
-        raise ConfigError("-m: no word holds several values; type for example -m stages.sft.optimizer.lr=1e-4,2e-4")
+        raise ConfigError("-m: no override holds several values; type for example -m stages.sft.optimizer.lr=1e-4,2e-4")
     chosen = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
     runs = [[choice.get(word, word) for word in words] for choice in chosen]
     if any(_key(word) == "name" for word in swept):
@@ -60,7 +60,7 @@ def _first(word: str) -> str:
 
 
 def _values(word: str) -> list[str] | None:
-    """`key=a,b` as [key=a, key=b]; None for an override with one value, and for an argument that is no override
+    """`key=a,b` as [key=a, key=b]; None for an override with one value, and for an argument that is not an override
     (reported later).
     """
     override = _parse(word)
@@ -68,7 +68,7 @@ def _values(word: str) -> list[str] | None:
         return None
     if not override.is_discrete_sweep():
         raise ConfigError(
-            f"{word}: an interval has no end of values; list them: {override.get_key_element()}=a,b, or search it with study=optuna"
+            f"{word}: an interval holds no finite list of values; list them: {override.get_key_element()}=a,b, or search it with study=optuna"
         )
     values = [str(value) for value in override.sweep_string_iterator()]
     return [f"{override.get_key_element()}={value}" for value in values]

@@ -38,7 +38,9 @@ def _between(counts: Sequence[int], last: int, word: str) -> list[int]:
     """The numbers that the three dots expand to."""
     factor, rest = divmod(counts[-1], counts[-2])
     if rest or factor < 2:
-        raise ConfigError(f"{word}: three dots go on by the factor of the two numbers before them; type 1,2,4,...,512")
+        raise ConfigError(
+            f"{word}: three dots continue by the ratio of the two numbers before them; type 1,2,4,...,512"
+        )
     found: list[int] = []
     while (following := (found or counts)[-1] * factor) < last:
         found.append(following)
@@ -47,5 +49,5 @@ def _between(counts: Sequence[int], last: int, word: str) -> list[int]:
 
 def _count(text: str, word: str) -> int:
     if not text.strip().isdigit() or int(text) < 1:
-        raise ConfigError(f"{word}: {text or 'nothing'} is no number of nodes; type {KEY}1,2,4,...,512")
+        raise ConfigError(f"{word}: {text or 'nothing'} is not a number of nodes; type {KEY}1,2,4,...,512")
     return int(text)

@@ -87,7 +87,7 @@ def _literal(text: str) -> Override:
 def _unreadable(text: str, *, reason: str) -> str:
     parts = literal_parts(text)
     if parts is None:
-        return f"{text!r} is no override ({reason}); type key=value or group=choice, quoted for the shell"
+        return f"{text!r} is not an override ({reason}); type key=value or group=choice, quoted for the shell"
     return f"{text!r} cannot be read ({reason}); type key=[a,b] for a list, and for text {quoted(parts[1], parts[2])}"
 
 
@@ -97,7 +97,7 @@ def _several_values(text: str) -> str:
         first = parts[2].split(",")[0].strip()
         return f"{text}: a run has one experiment; type +experiment={first}, or put -m before it for a run of each"
     meant = (
-        f"; where the comma belongs to the text, type {quoted(parts[1], parts[2])}"
+        f"; if the comma is part of the text, type {quoted(parts[1], parts[2])}"
         if parts is not None and takes_text_only(parts[1])
         else ""
     )
@@ -154,7 +154,7 @@ def key_problems(override: Override, keys: Sequence[str]) -> list[str]:
     """Problems of a value override, which must match an existing key; added keys are validated later."""
     if override.adds:
         is_there = override.key in keys and not override.text.startswith("++")
-        return [f"{override.text}: this key is there already; type {override.text.lstrip('+')}"] if is_there else []
+        return [f"{override.text}: this key exists already; type {override.text.lstrip('+')}"] if is_there else []
     if override.key in keys or in_open_map(override.key):
         return []
     offered = [known for known in keys if RECIPE not in known.split(".")]

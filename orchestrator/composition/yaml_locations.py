@@ -46,9 +46,9 @@ def file_problems(file: Path) -> list[str]:
         content: JsonValue = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = 0 if error.problem_mark is None else error.problem_mark.line + 1
-        return [f"{file}:{line} is no YAML: {error.problem}"]
+        return [f"{file}:{line} is not YAML: {error.problem}"]
     except (yaml.YAMLError, UnicodeError) as error:
-        return [f"{file} is no YAML: {' '.join(str(error).split())}"]
+        return [f"{file} is not YAML: {' '.join(str(error).split())}"]
     except OSError as error:
         return [f"{file} cannot be read: {error.strerror}"]
     if content is None:

@@ -47,16 +47,16 @@ def classification_problems(field: str, stage: ClassifyStage | SelfTrainingStage
     problems: list[str] = []
     if data.packing == "split":
         problems.append(
-            f"{field}.data.packing: split tears a text apart, of which a class is learnt; type {field}.data.packing=none"
+            f"{field}.data.packing: split would cut a text, and its class belongs to the whole text; type {field}.data.packing=none"
         )
     if data.eval.unlabelled == "keep":
         problems.append(
-            f"{field}.data.eval.unlabelled: nothing can be judged on a row without a label; type drop or refuse, not keep"
+            f"{field}.data.eval.unlabelled: a row without a label cannot be scored; type drop or refuse, not keep"
         )
     if isinstance(stage, SelfTrainingStage):
         if data.eval.path == "none":
             problems.append(
-                f"{field}.data.eval.path: without held-out rows nobody knows whether self-training helps; give a labelled file"
+                f"{field}.data.eval.path: without held-out rows it is unknown whether self-training helps; give a labelled file"
             )
         return problems
     if data.train.unlabelled == "keep":
@@ -74,7 +74,7 @@ def _label_problems(field: str, stage: ClassifyStage) -> list[str]:
         return [f"{field}.labels: problem=regression predicts a number and has no classes; type {field}.labels=null"]
     problems: list[str] = []
     if len(set(stage.labels)) != len(stage.labels):
-        problems.append(f"{field}.labels: a name stands twice in {list(stage.labels)}")
+        problems.append(f"{field}.labels: a name appears twice in {list(stage.labels)}")
     if len(stage.labels) < 2 and stage.problem == "single_label":
         problems.append(f"{field}.labels: one class of {list(stage.labels)} is always right; give at least two")
     return problems

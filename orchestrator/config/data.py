@@ -57,7 +57,7 @@ class SourceConfig(LabelReading):
     @model_validator(mode="after")
     def _one_way_to_say_how_much(self) -> SourceConfig:
         if self.rows is not None and self.weight is not None:
-            raise ValueError(f"rows={self.rows} and weight={self.weight} are both given: say one of them")
+            raise ValueError(f"rows={self.rows} and weight={self.weight} are both given: give one of them")
         return self
 
 

@@ -32,7 +32,7 @@ class InterpolateStage(SelectionStage):
     """Which a is kept: best on sets with shift, best on those without, or the best on shift among those that lose at most
     `within` against the best without."""
     within: NaturalFloat
-    """What `id_within` may lose: a share of the rows where `choose_by` is accuracy (0.01 is one point), else nats a token."""
+    """What `id_within` may lose: a share of the rows where `choose_by` is accuracy (0.01 is one point), else nats per token."""
 
 
 class SoupStage(SelectionStage):

@@ -167,4 +167,4 @@ def _input_problems(
         there = f"there are {', '.join(fitting)}" if fitting else "there is none in the pipeline"
         if wanted in before and wanted in config.stages and made_kind(config, wanted) != config.stages[wanted].kind:
             there = f"it makes a classifier; {there}"
-        yield f"{field}: {wanted} is no stage of kind {' or '.join(kinds)} before this one; {there}"
+        yield f"{field}: {wanted} is not a stage of kind {' or '.join(kinds)} before this one; {there}"

@@ -56,12 +56,12 @@ def _pipeline_problems(config: RunConfig) -> list[str]:
     if not config.pipeline:
         problems.append("pipeline: no stage to run; add an experiment, such as +experiment=llama_lora")
     if len(set(config.pipeline)) != len(config.pipeline):
-        problems.append(f"pipeline: a stage stands twice in {list(config.pipeline)}")
+        problems.append(f"pipeline: a stage appears twice in {list(config.pipeline)}")
     for name in config.pipeline:
         if name not in config.stages:
             problems.append(f"pipeline: {name} has no entry under stages; there are {sorted(config.stages)}")
     problems += [
-        f"stages.{name}: this name belongs to the run folder itself; take another one"
+        f"stages.{name}: the run folder itself uses this name; choose another"
         for name in config.stages
         if name in RESERVED_STAGE_NAMES
     ]
@@ -70,7 +70,7 @@ def _pipeline_problems(config: RunConfig) -> list[str]:
             problems.append(f"stages.{name}: both max_steps and epochs are null; set one of them")
         if stage.early_stopping is not None and stage.evaluate_every_steps is None:
             problems.append(
-                f"stages.{name}.early_stopping: it judges evaluations on the way, and there are none; type "
+                f"stages.{name}.early_stopping: it needs evaluations during training, and there are none; type "
                 f"stages.{name}.evaluate_every_steps=50"
             )
         if stage.early_stopping is not None and stage.data.eval.path == "none":
@@ -137,8 +137,8 @@ def _compile_problems(config: RunConfig) -> list[str]:
         return []
     reasons = {
         "sharding=zero3 gathers weights in the middle of a layer": config.sharding.shards_parameters,
-        "tuning=loreft hooks itself into layers": isinstance(config.tuning, LoreftTuning),
-        "quantization=nf4 unpacks weights in kernels of its own": config.quantization.is_4bit,
+        "tuning=loreft hooks into layers": isinstance(config.tuning, LoreftTuning),
+        "quantization=nf4 dequantises weights in kernels of its own": config.quantization.is_4bit,
     }
     problems = [f"model.compile: {why}; type model.compile=false" for why, is_so in reasons.items() if is_so]
     return problems + [

@@ -97,7 +97,7 @@ def study_problems(study: Study, stages: Mapping[str, TrainingStage], *, launche
         problems.append(f"study: there are no held-out rows to judge trials by; type stages.{name}.data.eval.path=auto")
     if isinstance(study, SearchStudy) and study.pruning is not None and stage.evaluate_every_steps is None:
         problems.append(
-            "study.pruning: it judges evaluations on the way, and there are none; type "
+            "study.pruning: it needs evaluations during training, and there are none; type "
             f"stages.{name}.evaluate_every_steps=50 or study.pruning=null"
         )
     if launcher == "slurm" and isinstance(study, SearchStudy):
@@ -133,7 +133,7 @@ def pause_problems(stages: Mapping[str, TrainingStage], *, launcher: str) -> lis
         if pause is not None and stage.early_stopping is not None and every is not None and pause % every:
             problems.append(
                 f"stages.{name}.pause_at_step: the stage is evaluated at the pause, and early stopping would count it; {pause} "
-                f"is no multiple of evaluate_every_steps = {every}"
+                f"is not a multiple of evaluate_every_steps = {every}"
             )
     return problems
 
@@ -141,7 +141,7 @@ def pause_problems(stages: Mapping[str, TrainingStage], *, launcher: str) -> lis
 def _seeds_problems(study: SeedsStudy) -> list[str]:
     lists = {"weights": study.weights, "data": study.data}
     problems = [
-        f"study.{key}: a seed stands twice in {list(seeds)}"
+        f"study.{key}: a seed appears twice in {list(seeds)}"
         for key, seeds in lists.items()
         if len(set(seeds)) < len(seeds)
     ]

@@ -28,8 +28,8 @@ from orchestrator.config.tuning import (
 )
 
 ZERO = ("zero1", "zero2", "zero3")
-NO_PACKING = "virtual tokens stand before a row, and the documents after the first one would not see them"
-NO_ENGINE = "that engine lays prompts end to end, where this method cannot tell them apart"
+NO_PACKING = "virtual tokens precede a row, and the documents after the first one would not see them"
+NO_ENGINE = "that engine concatenates prompts, and this method cannot tell them apart"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +67,20 @@ LIMITS: Mapping[str, Limits] = {
     "vera": Limits(shardings={}),
     "oft": Limits(shardings={}),
     "adalora": Limits(
-        shardings=dict.fromkeys(ZERO, "ranks are allocated by gradients, which ZeRO has let go when the update is done")
+        shardings=dict.fromkeys(ZERO, "ranks are allocated by gradients, which ZeRO has freed when the update is done")
     ),
     "prompt": Limits(
         shardings={},
         packing=NO_PACKING,
         continuous=NO_ENGINE,
-        merge="embeddings before the text are no part of a weight",
+        merge="embeddings before the text are not part of a weight",
     ),
     "prefix": Limits(
         shardings={},
         packing=NO_PACKING,
         continuous=NO_ENGINE,
-        checkpointing="a layer that is computed again is given no cache, and the prefix is one",
-        merge="keys and values before the text are no part of a weight",
+        checkpointing="a recomputed layer is given no cache, and the prefix is one",
+        merge="keys and values before the text are not part of a weight",
     ),
     "loreft": Limits(
         shardings={}, continuous=NO_ENGINE, merge="it changes hidden states at some positions, not weights"
@@ -88,7 +88,7 @@ LIMITS: Mapping[str, Limits] = {
 }
 PISSA = Limits(
     shardings={"zero3": "the base lies in shards where its principal part is sought, and that was not tested"},
-    nf4="the residual would have to be quantised in its turn",
+    nf4="the residual would have to be quantised in turn",
     stages=("sft", "dpo", "evaluate", "merge"),
 )
 """Limits of tuning=lora with init=pissa, in addition to LoRA's own."""
@@ -123,7 +123,7 @@ def adapter_rule_problems(setting: AdapterSetting) -> list[str]:
             unknown = sorted(set(tuning.feedforward_modules) - set(tuning.target_modules))
             if unknown:
                 problems.append(
-                    f"tuning.feedforward_modules: {', '.join(unknown)} must stand in tuning.target_modules, too"
+                    f"tuning.feedforward_modules: {', '.join(unknown)} must also be in tuning.target_modules"
                 )
         case AdaloraTuning():
             problems += _adalora_problems(tuning)
@@ -175,15 +175,15 @@ def _limit_problems(setting: AdapterSetting, limits: Limits, what: str) -> Itera
         if kind == "merge" and limits.merge is not None:
             yield f"stages.{name}: {what} leaves nothing to merge: {limits.merge}; take {name} out of the pipeline"
         elif kind not in limits.stages:
-            yield f"stages.{name}: a stage of kind {kind} does not know {what}; type tuning=lora"
+            yield f"stages.{name}: a stage of kind {kind} does not support {what}; type tuning=lora"
 
 
 def _lora_problems(setting: AdapterSetting, tuning: LoraTuning) -> Iterator[str]:
     if tuning.init == "loftq" and not setting.quantization.is_4bit:
-        yield "tuning.init: loftq makes up for the rounding of nf4, and the base is not quantised; type quantization=nf4"
+        yield "tuning.init: loftq compensates for the rounding of nf4, and the base is not quantised; type quantization=nf4"
     if tuning.use_dora and setting.quantization.is_4bit and setting.sharding.shards_parameters:
         yield (
-            "sharding: tuning.use_dora=true unpacks nf4 weights and puts others in their place, which ZeRO-3 does not know; "
+            "sharding: tuning.use_dora=true dequantises nf4 weights and replaces them, which ZeRO-3 does not support;  "
             "type sharding=zero2, or tuning.use_dora=false"
         )
     if not tuning.is_pissa:
@@ -201,7 +201,7 @@ def _lora_problems(setting: AdapterSetting, tuning: LoraTuning) -> Iterator[str]
 def _adalora_problems(tuning: AdaloraTuning) -> Iterator[str]:
     if tuning.rank >= tuning.initial_rank:
         yield (
-            f"tuning.initial_rank: ranks fall from {tuning.initial_rank} to {tuning.rank} on the mean, so it must be greater; "
+            f"tuning.initial_rank: ranks fall from {tuning.initial_rank} to {tuning.rank} on average, so it must be greater; "
             f"type tuning.initial_rank={max(tuning.rank + 1, tuning.rank * 3 // 2)}"
         )
     if tuning.first_share + tuning.last_share >= 1:

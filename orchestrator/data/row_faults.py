@@ -11,18 +11,18 @@ from orchestrator.errors import DataError
 SHOWN_FAULTS = 20
 
 MENDS: Mapping[str, str] = {
-    "unreadable": "mend or remove the row",
+    "unreadable": "correct or remove the row",
     "missing_field": "map the column with columns={field: column}, or fix the format with format=...",
-    "wrong_type": "mend the row",
+    "wrong_type": "correct the row",
     "unknown_role": "roles are system, developer, user, assistant and tool",
     "empty_message": "remove the row or the message",
-    "template_refused": "mend the order of roles, or give another template with chat_template=FILE",
+    "template_refused": "correct the order of roles, or give another template with chat_template=FILE",
     "lost_answer": "give a template with {% generation %} marks: chat_template=FILE",
     "bad_text": "remove the characters",
     "zero_trained_tokens": "a row without an answer teaches nothing: remove it",
     "untrained_turn_end": "the template closes the answer with no special token, so the model would not learn to stop: "
     "give one that does with chat_template=FILE",
-    "trained_prompt": "the template marks more than the answer as generated, or tokens straddle the border: chat_template=FILE",
+    "trained_prompt": "the template marks more than the answer as generated, or tokens straddle the boundary: chat_template=FILE",
     "double_bos": "the text itself starts with the beginning-of-text token that the template also writes: remove one",
     "truncation": "raise max_length, shorten the rows, or set truncation=accept",
     "overlap": "remove the rows from one of the two sets, or set overlap=accept",

@@ -29,13 +29,15 @@ def finish_line(plan: Plan, now: datetime) -> str | None:
     if not hours or len(hours) < len(times):
         return None
     done = now + timedelta(hours=sum(hours))
-    return f"about {duration_words(sum(hours))} of training in all: started now, done {done:%a %d %b %H:%M} (estimate)"
+    return (
+        f"about {duration_words(sum(hours))} of training in all: if started now, done {done:%a %d %b %H:%M} (estimate)"
+    )
 
 
 def time_sentence(time: TimePlan) -> str:
     """`10 min: start-up 8 min, then about 2 steps of 3.67 s at 559,262 tokens/s`; guesses are marked."""
     if time.step_seconds is None:
-        return "not forecast"
+        return "no forecast"
     speed = f"{seconds_words(time.step_seconds)} a step, {time.tokens_per_second:,.0f} tokens/s"
     if time.hours is None:
         return speed
@@ -54,7 +56,7 @@ def time_sentence(time: TimePlan) -> str:
 def time_words(time: TimePlan) -> str:
     """Step time with its parts, rate, hours."""
     if time.step_seconds is None:
-        return "not forecast"
+        return "no forecast"
     named = [
         ("computing", time.compute_seconds),
         ("waiting for the network", time.communication_seconds),
@@ -82,7 +84,7 @@ def checkpoint_words(plan: CheckpointPlan) -> str:
     every = "at the end only" if plan.every_steps is None else f"every {plan.every_steps} steps"
     size = f"{plan.bytes / 2**20:,.1f} MiB in {seconds_words(plan.save_seconds)}"
     if plan.recommended_every_steps is None or plan.lost_seconds_per_failure is None:
-        return f"{every}, {size}; {plan.goodput:.2%} of the time trains"
+        return f"{every}, {size}; {plan.goodput:.2%} of the time is spent training"
     assert plan.hours_between_failures is not None
     return (
         f"{every}, {size}; goodput {plan.goodput:.2%}, best {plan.best_goodput:.2%} with every_steps="

@@ -76,7 +76,7 @@ def _print_end(file: Path, *, head: str, lines: int) -> None:
     left_out = len(kept) - lines if lines else 0
     print(f"== {head}  {file}")
     if left_out > 0:
-        print(f"... {left_out} lines before (-n 0 shows all)")
+        print(f"... {left_out} earlier lines (-n 0 shows all)")
     print("\n".join(kept[-lines:] if lines else kept), flush=True)
 
 

@@ -28,10 +28,10 @@ def memory_sentence(memory: MemoryForecast | None) -> str:
 def memory_line(memory: MemoryForecast | None) -> str:
     """The forecast in a sentence."""
     if memory is None:
-        return "known after the base was fetched"
+        return "known once the base is fetched"
     told = f"{memory.expected:.2f} GiB ({memory.low:.2f} to {memory.high:.2f}) in phase {memory.binding}; states {memory.total:.2f}"
     if memory.verdict is None:
-        return f"{told}; set cluster.hardware.memory_gib to have it judged"
+        return f"{told}; set cluster.hardware.memory_gib to see whether it fits"
     host = (
         ""
         if memory.node_memory_gib is None

@@ -103,7 +103,7 @@ def _worse(kind: str, before: float | None, after: float | None) -> list[tuple[s
     return [
         (
             "warning",
-            f"the held-out {change} by {after - before:.4f}: on these rows this is worse than what the stage started from",
+            f"the held-out {change} by {after - before:.4f}: on these rows the result is worse than the model the stage started from",
         )
     ]
 
@@ -129,7 +129,7 @@ def _told(result: dict[str, Any]) -> list[tuple[str, str]]:
             return [made, ("soup of", ", ".join(result["members"])), ("scores", result["curves"])]
         case _:
             merged = (
-                f"{result['kl']:.2e} nats a token from the trained model, same next token {result['agreement']:.2%}"
+                f"{result['kl']:.2e} nats per token from the trained model, same next token {result['agreement']:.2%}"
             )
             return [made, ("merged", f"into the {result['way']}: {merged}")]
 

@@ -27,7 +27,7 @@ def _cells(row: ScalingRow) -> list[str]:
     batch = f"{row.global_size} = {row.micro_size} x {row.devices} x {row.accumulation_steps}"
     time, saving, cost = row.time, row.checkpointing, row.cost
     if time is None or time.step_seconds is None or saving is None:
-        return [batch, "not forecast", *[""] * 6]
+        return [batch, "no forecast", *[""] * 6]
     return [
         batch,
         seconds_words(time.step_seconds),

@@ -44,7 +44,7 @@ def show_status(folder: Path, *, watch: bool, extra: Sequence[str] = (), as_json
     """A run, or every run of a folder; with `watch`, a live table until all have ended. `extra` are further columns."""
     runs = find_runs(folder)
     if not runs:
-        raise ConfigError(f"{folder} holds no run: neither run.json nor NAME/run.json is there")
+        raise ConfigError(f"{folder} holds no run: neither run.json nor NAME/run.json exists")
     for run in runs:
         warn_newer(run)
     statuses = stage_statuses(runs)

@@ -158,10 +158,12 @@ def _assert_as_configured(accelerator: Accelerator, config: RunConfig, *, uses_d
         "distributed type": (accelerator.distributed_type, expected_type or accelerator.distributed_type),
         "process group": (dist.is_initialized(), config.world_size > 1 or uses_deepspeed or dist.is_initialized()),
     }
-    wrong = [f"{name} is {real}, {wanted} was configured" for name, (real, wanted) in facts.items() if real != wanted]
+    wrong = [
+        f"{name} is {real}, but {wanted} was configured" for name, (real, wanted) in facts.items() if real != wanted
+    ]
     if not uses_deepspeed and config.world_size > 1:
         ddp = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if accelerator.distributed_type not in ddp:
-            wrong.append(f"distributed type is {accelerator.distributed_type}, DDP was configured")
+            wrong.append(f"distributed type is {accelerator.distributed_type}, but DDP was configured")
     if wrong:
         raise ConfigError([f"the process group is not what was configured: {fault}" for fault in wrong])

@@ -74,11 +74,11 @@ def scoring_phases(
     if config.tuning.is_adapter:
         held["weights"] += trainable_parameters(model, config) * 4.0
     elif not isinstance(stage, SelectionStage) and not is_of_classifiers:
-        held["base beside"] = float(whole)
+        held["frozen base"] = float(whole)
     rewards = stage.rewards if isinstance(stage, EvaluateStage) else ()
     judges = sum(1 for reward in rewards if reward.source.startswith(("stage:", "model:")))
     blended = _blended_bytes(config, stage, whole=float(whole), adapter=trainable_parameters(model, config) * 4.0)
-    other_models: BytesByPart = {"models beside": judges * base_bytes(model, config)}
+    other_models: BytesByPart = {"other models": judges * base_bytes(model, config)}
     phases = [
         Phase(name="load", static=held, changing={}, host={"loading": float(whole), **blended}),
         Phase(name="evaluation", static=held, changing=scoring, host=blended),

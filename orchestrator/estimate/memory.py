@@ -163,7 +163,7 @@ def _training_phases(
     held: BytesByPart = {
         "weights": states.weights + persistent_bytes(model, config) + secondary_bytes(model, config),
         "optimizer": states.optimizer,
-        "models beside": reference_bytes(model, config, stage),
+        "other models": reference_bytes(model, config, stage),
         "buckets": bucket_bytes(model, config),
     }
     host: BytesByPart = {

@@ -112,7 +112,7 @@ def _in_place_of(answer: Ids, text: str, facts: TokenizerFacts, *, field: str) -
     whole, own = tokenizer.decode(list(answer), skip_special_tokens=False), text_of(answer, facts)
     if tuple(tokenizer.encode(whole, add_special_tokens=False).ids) != answer:
         raise DataError(
-            f"{field}.options: no row is answered by {text!r}, and this tokenizer does not tell how it would be written; "
+            f"{field}.options: no row is answered by {text!r}, and this tokenizer does not show how it would be written; "
             "set options=auto, or add a row with this answer"
         )
     before, _, after = whole.partition(own)

@@ -84,7 +84,7 @@ def class_table(scores: Mapping[str, ClassScores]) -> list[str]:
     """Lines of a Markdown table: a row per set, a column per measure of its problem."""
     first = next(iter(scores.values())).report
     measures = [name for name in HEADINGS if name in first]
-    lines = [f"| set | {' | '.join(measures)} | commonest class |", "|---|" + "---|" * (len(measures) + 1)]
+    lines = [f"| set | {' | '.join(measures)} | most common class |", "|---|" + "---|" * (len(measures) + 1)]
     for name, one in scores.items():
         label = f"{name} (shift)" if one.shift else name
         cells = [str(one.report[key]) if key == "rows" else f"{one.report[key]:.3f}" for key in measures]

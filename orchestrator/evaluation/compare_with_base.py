@@ -142,7 +142,7 @@ def _prompt_of(example: Example) -> Prompt:
         case Prompt() as prompt:
             return prompt
         case Labelled():
-            raise ConfigError("rows with a label and no answer hold no prompt; take --prompt TEXT")
+            raise ConfigError("rows with a label and no answer hold no prompt; use --prompt TEXT")
 
 
 def main(phases: Phases | None = None) -> int:
@@ -205,7 +205,7 @@ def _run(options: argparse.Namespace, phases: Phases) -> int:
     phases.end()  # the line is cleared: answers follow
     prompts = (_with_system(prompt, options.system) for prompt in _prompts(options, config))
     if show(prompts, announced(without_adapter), announced(answer_tuned), Console(), output=options.output) == 0:
-        raise ConfigError("no prompt: give --prompt TEXT, or one prompt a line on standard input")
+        raise ConfigError("no prompt: give --prompt TEXT, or one prompt per line on standard input")
     return 0
 
 

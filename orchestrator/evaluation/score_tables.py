@@ -42,9 +42,7 @@ def regressions_line(base: Mapping[str, SetScores], tuned: Mapping[str, SetScore
         elif after.loss > before.loss:
             was, now = math.exp(min(before.loss, 700.0)), math.exp(min(after.loss, 700.0))
             lost.append(f"{label} perplexity {was:.2f} -> {now:.2f}")
-    return (
-        f"lost against the base: {'; '.join(lost)}" if lost else f"lost against the base: nothing on {len(base)} sets"
-    )
+    return f"worse than the base: {'; '.join(lost)}" if lost else f"worse than the base: nothing on {len(base)} sets"
 
 
 def score_table(columns: Mapping[str, Mapping[str, SetScores]], shifts: Mapping[str, bool]) -> list[str]:

@@ -30,7 +30,7 @@ from orchestrator.training.evaluation import evaluate
 from orchestrator.training.objectives import prompt_objective, proof_objective
 
 GENERAL_TEXT = DEMONSTRATION / "general_text.txt"
-NO_GENERAL_TEXT = "set forgetting: left out, a classifier has no loss on a text"
+NO_GENERAL_TEXT = "set forgetting: skipped, a classifier has no loss on a text"
 _LAST_MARKS = re.compile(r"[\s.!?]+$")
 
 
@@ -123,7 +123,7 @@ def scores_of(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> SetScores
     kind = one.rows.meta.kind
     if kind not in SCORERS or (kind == "class") != (scorer.classes is not None):
         raise DataError(
-            f"stages.{scorer.context.name}: rows of format {one.rows.meta.format} have no answer that a language model could be "
+            f"stages.{scorer.context.name}: rows of format {one.rows.meta.format} have no answer on which a language model could be "
             "scored by; map the columns to instruction and output, with the class in words"
         )
     return SCORERS[kind](scorer, model, one)

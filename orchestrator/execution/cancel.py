@@ -42,11 +42,11 @@ def _cancel_moved(run: RunFolder, name: str, found: Away) -> None:
     process, old = found.claim.process, found.root
     if found.is_taken:
         raise RunFolderError(
-            f"{name}: process {process} was started in {old} and still works there, but another run is in that place by now; "
-            f"`kill {process}` has it save and end, and what it saves is in {old / name}"
+            f"{name}: process {process} was started in {old} and still runs there, but another run is at that path by now; "
+            f"`kill {process}` makes it save and end, and its files are in {old / name}"
         )
     write_text(RunFolder(old).stage(name).stop, "cancel\n")
     print(
-        f"{name}: process {process} still works in {old}, from where the run folder was moved; asked it there to save and end at "
+        f"{name}: process {process} is still running in {old}, from where the run folder was moved; asked it there to save and end at "
         f"its next step. Once `status` shows that it has ended, type `{bring_back(old, run)}` and resume"
     )

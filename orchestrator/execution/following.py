@@ -151,8 +151,8 @@ def _refuse_moved_away(run: RunFolder, stage: str) -> None:
     # Once the process has recreated its old folder, `mv` would put the run inside it.
     back = "" if found.root.exists() else f"move it back with `mv {run.root} {found.root}`, or "
     raise RunFolderError(
-        f"{stage}: process {found.claim.process} (attempt {found.claim.attempt}) still works in {found.root}, from where the run "
-        f"folder was moved: {back}type `cancel {run.root}`, which has it save and end there and tells how to go on"
+        f"{stage}: process {found.claim.process} (attempt {found.claim.attempt}) is still running in {found.root}, from where the run "
+        f"folder was moved: {back}type `cancel {run.root}`, which makes it save and end there and prints how to continue"
     )
 
 
@@ -205,7 +205,9 @@ def _follow(stage: Followed) -> Outcome | None:
                 _end(stage, INTERRUPTED, None)
         except BrokenPipeError:  # `run | head`: the display never decides whether a job continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print(f"{stage.job.name}: nobody reads this command's output; the job goes on without it", file=sys.stderr)
+            print(
+                f"{stage.job.name}: the output of this command is closed; the job continues without it", file=sys.stderr
+            )
             return None
         except OrchestratorError as error:  # a study that cannot use the stage
             _end(stage, MACHINE_LOST, f"ended by its command: {error}")
@@ -248,7 +250,7 @@ def ask(name: str, what_it_is: str) -> str:
             choice = "l"
     choice = choice or "l"
     if choice == "l":
-        print(f"\n{name}: left running; the same command joins it again, `cancel` has it save and end", flush=True)
+        print(f"\n{name}: left running; the same command joins it again, `cancel` makes it save and end", flush=True)
     return choice
 
 
@@ -286,7 +288,7 @@ def _after(config: RunConfig, files: StageFolder, stage: str, outcome: Outcome) 
     decision = decide(files, config, attempt)
     if decision.exit_code == EXIT_SAVED:
         end = attempt.why if attempt.exit_code == INTERRUPTED else f"saved at step {attempt.step} ({attempt.why})"
-        print(f"{stage}: {end}; the same command goes on from there")
+        print(f"{stage}: {end}; the same command continues from there")
         return EXIT_SAVED
     tell_failure(stage, decision.why, cause, str(files.logs))
     return decision.exit_code

@@ -101,11 +101,11 @@ def verify_resume(config: RunConfig, *, steps: int, start: Start, say: Callable[
     stage = straight.pipeline[0]
     for run in (straight, killed):
         shutil.rmtree(_folder(run, stage).root.parent, ignore_errors=True)
-    say(f"{stage}: {steps} steps straight")
+    say(f"{stage}: {steps} steps without interruption")
     _to_the_end(straight, stage, start)
     say(f"{stage}: {steps} steps, killed after the first checkpoint")
     _until_killed(killed, stage, start)
-    say(f"{stage}: going on")
+    say(f"{stage}: resuming")
     _to_the_end(killed, stage, start)
     return compare(_folder(straight, stage), _folder(killed, stage), stage=stage)
 
@@ -118,7 +118,7 @@ def compare(straight: StageFolder, killed: StageFolder, *, stage: str) -> Proof:
     resumes = [row for row in read_rows(killed.events) if row["event"] == "resume"]
     if not resumes:
         raise LaunchFailed(
-            f"{killed.root}: the run was killed, and the next attempt did not take up a checkpoint; see {killed.logs}"
+            f"{killed.root}: the run was killed, and the next attempt did not resume from a checkpoint; see {killed.logs}"
         )
     return Proof(
         stage=stage,
@@ -135,7 +135,8 @@ def print_proof(proof: Proof) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"{proof.stage}: straight against killed and gone on from step {proof.went_on_from}", title_justify="left"
+        title=f"{proof.stage}: uninterrupted against killed and resumed from step {proof.went_on_from}",
+        title_justify="left",
     )
     for column in ("step", "attempt", "loss", "lr", "rows", "the same"):
         table.add_column(column, justify="left" if column == "the same" else "right")
@@ -151,7 +152,7 @@ def print_proof(proof: Proof) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"equal: {len(proof.steps)} steps and {proof.tensors} tensors, to the last bit"
+        f"equal: {len(proof.steps)} steps and {proof.tensors} tensors, bit for bit"
         if proof.first_difference is None
         else f"NOT equal: {proof.first_difference}",
         soft_wrap=True,

@@ -156,7 +156,7 @@ def _refuse_changed_content(config: RunConfig, folder: RunFolder, changed: set[s
         if contents:
             raise ConfigError(
                 f"{name} is done, and its {' and '.join(contents)} changed since; start another run with name=, or type "
-                f"--from {name} to make it anew"
+                f"--from {name} to rerun it"
             )
 
 
@@ -192,7 +192,7 @@ def _refuse_elsewhere(config: RunConfig, script: Script) -> None:
     if config.cluster.nodes > 1 and config.launcher.kind != "slurm":
         raise ConfigError(
             f"cluster.nodes={config.cluster.nodes}: this machine is one node; type render, and start {script.path} on "
-            "every node, or take launcher=slurm"
+            "every node, or use launcher=slurm"
         )
 
 
@@ -201,7 +201,7 @@ def _refuse_changes(config: RunConfig, folder: RunFolder, running: Sequence[str]
     moved = [name for name in anew if name in running]
     if moved:
         raise ConfigError(
-            f"{', '.join(moved)} is running and cannot be run anew: type `cancel {folder.root}` first, or leave out --from"
+            f"{', '.join(moved)} is running and cannot be rerun: type `cancel {folder.root}` first, or leave out --from"
         )
     changed = [
         key

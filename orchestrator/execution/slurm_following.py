@@ -86,9 +86,7 @@ def _facts(files: StageFolder) -> JobFacts:
 def sentence_of(stage: str, facts: JobFacts) -> str:
     """Job, state and reason on one line; no guess if Slurm gives no answer."""
     if facts.state.phase == "unknown":
-        return (
-            f"{stage}: nothing is known of job {facts.job_id}: Slurm gives no answer about it, which is not a failure"
-        )
+        return f"{stage}: the state is unknown of job {facts.job_id}: Slurm gives no answer about it, which is not a failure"
     words = ", ".join(word for word in (facts.state.name, facts.reason) if word)
     return f"{stage}: job {facts.job_id} ({words}) {facts.sentence}"
 
@@ -103,7 +101,7 @@ def _tell(run: RunFolder, stages: Sequence[StageJob]) -> int:
         if facts.state.phase == "running":
             at = f", at step {progress[stage.name].step} of {progress[stage.name].steps or stage.steps}"
         print(f"{sentence_of(stage.name, facts)}{at}")
-    print(f"left as it is; follow it with: orchestrator status {run.root} --watch", flush=True)
+    print(f"left running; follow it with: orchestrator status {run.root} --watch", flush=True)
     return EXIT_SAVED if any(facts.state.phase == "unknown" for facts in every) else EXIT_DONE
 
 
@@ -114,7 +112,7 @@ def _follow(joined: _Joined) -> int:
             try:
                 return _shown(joined, watch)
             except KeyboardInterrupt:
-                choice = ask(joined.stage.name, "is a job of Slurm, not of this command.")
+                choice = ask(joined.stage.name, "is a Slurm job and does not need this command.")
                 if choice == "l":
                     return EXIT_SAVED
                 if choice == "s":
@@ -181,7 +179,7 @@ def _ended(joined: _Joined, facts: JobFacts) -> int:
         return EXIT_LAUNCH_FAILED if not attempts else EXIT_SAVED
     decision = decide(joined.files, joined.config, attempts[-1])
     if decision.exit_code == EXIT_SAVED:
-        print(f"{told}; saved at step {attempts[-1].step} ({attempts[-1].why}); the same command goes on from there")
+        print(f"{told}; saved at step {attempts[-1].step} ({attempts[-1].why}); the same command continues from there")
         return EXIT_SAVED
     tell_failure(name, decision.why, None, str(joined.files.logs))
     return decision.exit_code
@@ -192,5 +190,5 @@ def _save_and_end(joined: _Joined) -> int:
 
     with suppress(KeyboardInterrupt):  # a second Ctrl-C leaves the rest to Slurm: the job already has the request
         cancel(joined.run, joined.config)
-    print(f"{joined.stage.name}: the same command goes on from its last checkpoint")
+    print(f"{joined.stage.name}: the same command continues from its last checkpoint")
     return EXIT_SAVED

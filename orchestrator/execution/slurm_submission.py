@@ -30,7 +30,7 @@ def submit(config: RunConfig, unfinished: Sequence[str], preparations: dict[str,
     run = RunFolder(run_directory_of(config))
     live = {stage: job for stage in unfinished if (job := live_job(run.stage(stage))) is not None}
     for stage, job in live.items():
-        print(f"{stage}: submitted before, as job {job}", flush=True)
+        print(f"{stage}: already submitted, as job {job}", flush=True)
     waiting = [stage for stage in unfinished if stage not in live]
     stages = [_stage(config, run, name) for name in waiting]
     before = live[unfinished[len(live) - 1]] if live and waiting else None
@@ -51,7 +51,7 @@ def submit_arrays(configs: Sequence[RunConfig]) -> int:
             raise ConfigError(f"launcher.array: {config.name}: {problem}")
     waiting = [config for config in configs if not _is_under_way(config)]
     if not waiting:
-        print("every run is finished or with Slurm already")
+        print("every run is finished or already submitted")
         return EXIT_DONE
     preparations: dict[str, str] = {}
     for config in waiting:
@@ -86,7 +86,7 @@ def _array(configs: Sequence[RunConfig], stage: str) -> Array:
 
 def _array_problem(config: RunConfig, pipeline: Sequence[str]) -> str | None:
     if config.launcher.kind != "slurm":
-        return f"arrays are Slurm's; launcher is {config.launcher.kind}"
+        return f"arrays need launcher=slurm; launcher is {config.launcher.kind}"
     if config.pipeline != pipeline:
         return f"its pipeline is {list(config.pipeline)}, the first run's {list(pipeline)}: an array needs one pipeline"
     if len(pipeline) > 1 and not config.cluster.requeue:
@@ -127,7 +127,7 @@ def submit_preparation(config: RunConfig) -> int:
     run = RunFolder(run_directory_of(config))
     job = live_job(run.stage(PREPARATION))
     if job is not None:
-        print(f"{PREPARATION}: job {job} is with Slurm already; see `orchestrator status {run.root}`")
+        print(f"{PREPARATION}: job {job} is already submitted; see `orchestrator status {run.root}`")
         return EXIT_DONE
     submit_chain([_preparation(config, run)], record=partial(_record, run))
     print(f"follow it with: orchestrator status {run.root}")

@@ -20,7 +20,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-ELSEWHERE = "set output_dir to a folder of yours"
+ELSEWHERE = "set output_dir to a folder you can write to"
 
 
 def read_json(path: Path) -> Any:

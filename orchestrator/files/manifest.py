@@ -53,7 +53,7 @@ def _file_problems(path: Path, entry: Mapping[str, Any]) -> Iterator[str]:
     elif path.stat().st_size != entry["bytes"]:
         yield f"{path}: {path.stat().st_size} bytes, {entry['bytes']} were written"
     elif file_digest(path) != entry["sha256"]:
-        yield f"{path}: its sha256 is not the one that was written"
+        yield f"{path}: its sha256 differs from the one that was written"
 
 
 def _files(folder: Path) -> list[Path]:

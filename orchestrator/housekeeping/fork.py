@@ -93,7 +93,7 @@ def describe(fork: Fork) -> list[str]:
     lines = [f"fork of {fork.parent.root}, stage {fork.stage}, into {fork.folder.root}"]
     if fork.checkpoint is not None:
         lines.append(
-            f"from its checkpoint of step {fork.checkpoint.step}: weights, optimizer state, schedule and place in the data are kept"
+            f"from its checkpoint of step {fork.checkpoint.step}: weights, optimizer state, schedule and position in the data are kept"
         )
     else:
         lines.append(
@@ -113,7 +113,7 @@ def _stage(config: RunConfig, parent: RunFolder, chosen: str | None) -> str:
     wanted = chosen or next(iter([*unfinished, *reversed(begun)]), None)
     if wanted is None or wanted not in begun:
         raise ConfigError(
-            f"{parent.root}: {wanted or 'no stage'} has neither a checkpoint nor an artifact yet; start a run of its own instead"
+            f"{parent.root}: {wanted or 'no stage'} has neither a checkpoint nor an artifact yet; start a new run instead"
         )
     return wanted
 
@@ -186,7 +186,7 @@ def _steps_left(
         return []
     return [
         f"the checkpoint is of step {found.step}, and training ends at step {end}: set stages.{name}.max_steps above {found.step}, take "
-        "an earlier one with --step, or train on from the artifact with --from artifact"
+        "an earlier one with --step, or continue from the artifact with --from artifact"
     ]
 
 
@@ -197,7 +197,7 @@ def _artifact_problems(parent: RunFolder, before: RunConfig, config: RunConfig, 
     kind = made_kind(before, name)
     if kind not in start_kinds(config.stages[name]):
         return [
-            f"{name}: a stage of kind {config.stages[name].kind} cannot start from what it made; fork it --from checkpoint"
+            f"{name}: a stage of kind {config.stages[name].kind} cannot start from its own artifact; fork it --from checkpoint"
         ]
     return []
 
@@ -222,7 +222,7 @@ def _accepting(
     if stage.checkpoint.probe_rows and not all(is_below(key, same) for key in changed):
         checkpoint["probe_rows"] = 0
         notes.append(
-            f"stages.{name}.checkpoint.probe_rows=0: the stored loss is of the old settings and cannot come out again"
+            f"stages.{name}.checkpoint.probe_rows=0: the stored loss belongs to the old settings and cannot be reproduced"
         )
     updates: dict[str, Any] = {"checkpoint": stage.checkpoint.model_copy(update=checkpoint)}
     if stage.pause_at_step is not None and stage.pause_at_step <= found.step:

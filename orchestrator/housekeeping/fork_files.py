@@ -27,7 +27,7 @@ def write_fork(fork: Fork) -> None:
     """Write the whole run folder; only a complete one gets its final name."""
     final = fork.folder.root
     if final.exists():
-        raise ConfigError(f"{final} is there already; choose another name=")
+        raise ConfigError(f"{final} exists already; choose another name=")
     staging = RunFolder(final.with_name(f".{final.name}.fork-{os.getpid()}"))
     with all_or_nothing(final.parent):
         check_writable(final)
@@ -57,7 +57,7 @@ def _fill(fork: Fork, staging: RunFolder) -> None:
     stale = [name for name in earlier if name not in up_to_date_stages(fork.config, staging)]
     if stale:
         raise ConfigError(
-            f"{stale[0]} is finished in {fork.parent.root}, and the change concerns it; fork it with --stage {stale[0]}"
+            f"{stale[0]} is finished in {fork.parent.root}, and the change affects it; fork it with --stage {stale[0]}"
         )
 
 

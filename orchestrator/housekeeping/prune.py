@@ -72,7 +72,9 @@ def _runs_of(folders: Sequence[Path]) -> tuple[list[RunFolder], bool]:
     for folder in folders:
         runs = find_runs(folder.resolve()) if folder.is_dir() else []
         if not runs:
-            raise ConfigError(f"{folder} is no run folder, and holds none: neither run.json nor NAME/run.json is in it")
+            raise ConfigError(
+                f"{folder} is not a run folder, and holds none: neither run.json nor NAME/run.json is in it"
+            )
         whole |= not (folder / "run.json").is_file()
         found |= {run.root: run for run in runs}
     return list(found.values()), whole
@@ -107,7 +109,7 @@ def dispensable(run: RunFolder) -> list[Dispensable]:
         found += _checkpoints(files, name, flat)
         found += _entries(files.quarantine, "*", "a checkpoint that failed its proof, or that a rollback left behind")
         if files.result.exists():
-            found += _entries(run.superseded, f"{name}-*", f"{name} was run again since, and is proven")
+            found += _entries(run.superseded, f"{name}-*", f"{name} has been rerun since and is proven")
     return [entry for entry in found if _is_inside(entry.path, run.root)]
 
 

@@ -88,7 +88,7 @@ def refusals(folder: Path) -> Iterator[str]:
     yield from _foreign(folder, known, inner)
     yield from (f"{folder} also holds the run {run}; move that away first" for run in inner)
     if Path.cwd().is_relative_to(folder.resolve()):
-        yield f"{folder}: you are inside this folder; go elsewhere first"
+        yield f"{folder}: you are inside this folder; leave it first"
 
 
 def _foreign(folder: Path, known: Container[str], runs: Sequence[Path]) -> Iterator[str]:
@@ -112,11 +112,11 @@ def _runs_below(folder: Path) -> Iterator[Path]:
 
 def _no_run(folder: Path) -> Iterator[str]:
     if not folder.is_dir():
-        yield f"{folder} is no folder"
+        yield f"{folder} is not a folder"
     elif runs := find_runs(folder):
         yield f"{folder} is a folder of {_counted(len(runs))}; name the runs themselves, such as {runs[0].root}"
     else:
-        yield f"{folder} is no run folder: it holds neither run.json nor {STUDY}"
+        yield f"{folder} is not a run folder: it holds neither run.json nor {STUDY}"
 
 
 def ask(question: str, *, yes: bool) -> None:
@@ -124,7 +124,7 @@ def ask(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise ConfigError(f"{question} Nobody can be asked here; add --yes if that is what you want")
+        raise ConfigError(f"{question} There is no terminal to ask on; add --yes to confirm")
     if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
         raise ConfigError("nothing was deleted")
 

@@ -39,7 +39,7 @@ class Gpu:
     def bfloat16_reason(self) -> str:
         """Why bfloat16 is native there, or is not."""
         if self.capability is None:
-            return f"{self.name} is taken to compute bfloat16 natively; the ranks check it"
+            return f"{self.name} is assumed to compute bfloat16 natively; the ranks check it"
         capability = ".".join(map(str, self.capability))
         if self.has_native_bfloat16:
             return f"{self.name} computes bfloat16 natively (compute capability {capability})"

@@ -68,7 +68,7 @@ def moved_sentence(name: str, reason: str, best: str, why: str) -> str:
     """Why a run begun on another kind of device keeps its type."""
     return (
         f"model.dtype stays {name}, chosen where the run began ({reason}); on this device auto would choose {best}: {why}. "
-        "A run keeps its type, since another one changes the result; start a run with another name= to use it"
+        "A run keeps its type, because another one would change the result; start a run with another name= to use it"
     )
 
 
@@ -114,7 +114,7 @@ def choose(config: RunConfig, machine: Machine) -> tuple[Name, str]:
         )
     return (
         "bfloat16",
-        "the ranks' GPU is not known and is taken to be of compute capability 8.0 or later; the ranks check it",
+        "the ranks' GPU is not known and is assumed to have compute capability 8.0 or later; the ranks check it",
     )
 
 
@@ -124,7 +124,7 @@ def dtype_problem(value: object) -> str | None:
         return None
     typed = str(value).lower()
     if typed in HALF_NAMES:
-        return f"{KEY}: {value} is not supported yet, it comes in a later version; type {KEY}=auto, float32 or bfloat16"
+        return f"{KEY}: {value} is not supported yet; type {KEY}=auto, float32 or bfloat16"
     hint = f"; did you mean {KEY}={SHORT_NAMES[typed]}?" if typed in SHORT_NAMES else ""
     return f"{KEY}: {value} is not one of {', '.join(CHOICES)}{hint}"
 

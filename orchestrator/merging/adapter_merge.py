@@ -34,7 +34,7 @@ class Way:
 
     name: str
     kl: float
-    """Mean KL(trained || merged), in nats a token."""
+    """Mean KL(trained || merged), in nats per token."""
     agreement: float
     """Share of the tokens for which both predict the same next token."""
     loss: float
@@ -67,7 +67,7 @@ def merge(
     for name, build in ways.items():
         model = build(source).to(runtime.device)
         measured.append(_compared(name, trained, _logits_of(model, batches, runtime), batches))
-        say(f"{name}: KL {measured[-1].kl:.2e} nats a token, same next token {measured[-1].agreement:.2%}")
+        say(f"{name}: KL {measured[-1].kl:.2e} nats per token, same next token {measured[-1].agreement:.2%}")
         del model
         gc.collect()
     best = min(measured, key=lambda way: way.kl)

@@ -164,7 +164,7 @@ def _read_adapter(ingredient: ParentArtifact) -> _Adapter:
     strange = [name for name, tensor in tensors.items() if not _is_factor(name) or tensor.dim() != 2]
     if strange or settings["use_dora"] or settings["rank_pattern"] or settings["alpha_pattern"]:
         raise CheckpointError(
-            f"{ingredient.folder}: this adapter is no plain sum of low-rank products ({', '.join(strange[:3]) or 'DoRA or ranks by layer'}): "
+            f"{ingredient.folder}: this adapter is not a plain sum of low-rank products ({', '.join(strange[:3]) or 'DoRA or ranks by layer'}): "
             "blend whole models, or leave it out"
         )
     rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
@@ -182,7 +182,7 @@ def _refuse_other_classes(ingredients: Sequence[ParentArtifact]) -> None:
         if theirs != classes[0]:
             raise CheckpointError(
                 f"{one.folder}: it learnt {theirs.problem} over {list(theirs.names)}, {ingredients[0].stage} {classes[0].problem} over "
-                f"{list(classes[0].names)}; ingredients have their classes in common: give both stages the same labels"
+                f"{list(classes[0].names)}; members of a soup must share their classes: give both stages the same labels"
             )
 
 
@@ -194,6 +194,6 @@ def _refuse_others(
     different += [name for name in own.keys() & first.keys() if shapes and own[name].shape != first[name].shape]
     if different:
         raise CheckpointError(
-            f"{ingredient.folder}: it does not have the parameters of the others ({', '.join(different[:3])}); ingredients have base "
-            "and tuning in common"
+            f"{ingredient.folder}: it does not have the parameters of the others ({', '.join(different[:3])}); members of a "
+            "soup must share base and tuning"
         )

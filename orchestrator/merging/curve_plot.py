@@ -27,7 +27,7 @@ def draw_curves(
         axes.plot([alphas[i] for i in order], values, "o--" if is_shift else "o-", label=label, markersize=4)
     axes.axvline(chosen, color="grey", linewidth=0.8, linestyle=":", label=f"chosen: a = {chosen:g}")
     axes.set_xlabel("a in (1 - a) theta_0 + a theta_1")
-    axes.set_ylabel(measure if measure == "accuracy" else "loss, nats a token")
+    axes.set_ylabel(measure if measure == "accuracy" else "loss, nats per token")
     axes.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     return f"picture: {path}"

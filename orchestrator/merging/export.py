@@ -44,7 +44,7 @@ def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_k
     model, best, ways = merge(source, rows, runtime, limit=ROWS, micro_size=MICRO_SIZE, say=phases.above(print))
     if best.kl > max_kl:
         raise CheckpointError(
-            f"merged into the {best.name}, the model differs from the trained one by {best.kl:.3g} nats a token, "
+            f"merged into the {best.name}, the model differs from the trained one by {best.kl:.3g} nats per token, "
             f"{max_kl:g} is allowed: publish the adapter itself ({artifact.path}), or type --max-kl {best.kl * 1.1:.2g}"
         )
     results = {
@@ -91,7 +91,7 @@ def main(phases: Phases | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     phases.end()
-    print(f"exported to {options.to}: merged into the {way.name}, {way.kl:.2e} nats a token from the trained model")
+    print(f"exported to {options.to}: merged into the {way.name}, {way.kl:.2e} nats per token from the trained model")
     return EXIT_DONE
 
 

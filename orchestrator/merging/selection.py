@@ -84,8 +84,6 @@ def inner_best(alphas: Sequence[float], values: Sequence[float]) -> str:
     """A sentence on where a curve is highest, and by how much it exceeds its ends."""
     best = max(range(len(values)), key=lambda i: values[i])
     first, last = min(range(len(alphas)), key=alphas.__getitem__), max(range(len(alphas)), key=alphas.__getitem__)
-    where = (
-        f"highest at a={alphas[best]:g} ({values[best]:.3f}); the ends have {values[first]:.3f} and {values[last]:.3f}"
-    )
+    where = f"highest at a={alphas[best]:g} ({values[best]:.3f}); the endpoints have {values[first]:.3f} and {values[last]:.3f}"
     passes = values[best] - max(values[first], values[last])
     return f"{where}: inside by {passes:.3f}" if passes > 0 else where

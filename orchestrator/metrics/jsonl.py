@@ -102,11 +102,11 @@ def follow(path: Path, *, from_offset: int = 0, stop: Callable[[], bool], poll_s
 def read_rows(path: Path) -> list[Row]:
     """All rows of a record; a missing file has none, and a torn last line is omitted.
 
-    Raises RunFolderError naming the line if any other line is no JSON object.
+    Raises RunFolderError naming the line if any other line is not a JSON object.
     """
     rows, damaged = readable_rows(path)
     if damaged:
-        raise RunFolderError(f"{damaged[0]}; delete that line to go on")
+        raise RunFolderError(f"{damaged[0]}; delete that line to continue")
     return rows
 
 
@@ -125,7 +125,7 @@ def readable_rows(path: Path) -> tuple[list[Row], list[str]]:
         if row is not None:
             rows.append(row)
         elif line and number < len(lines):
-            damaged.append(f"{path}:{number} is no JSON object: {line[:60]!r}")
+            damaged.append(f"{path}:{number} is not a JSON object: {line[:60]!r}")
     return rows, damaged
 
 
@@ -173,7 +173,7 @@ def encode(row: Mapping[str, object]) -> bytes:
 
 
 def decode(line: bytes) -> Row | None:
-    """The row of one line; None where the line is no JSON object."""
+    """The row of one line; None where the line is not a JSON object."""
     try:
         value: object = json.loads(line)
     except ValueError:

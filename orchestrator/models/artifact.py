@@ -131,7 +131,7 @@ def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None
                 still |= {mark: still.get(mark, True) and not bool(tensor.any()) for mark in FROM_ZERO if mark in name}
     missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems += [f"{name}: missing in the saved file" for name in missing[:5]]
-    problems += [f"{name}: nobody trained it" for name in surplus[:5]]
+    problems += [f"{name}: it was not trained" for name in surplus[:5]]
     problems += [
         f"{name}: shape {list(found[name])}, {list(expected[name])} was trained"
         for name in sorted(expected.keys() & found.keys())

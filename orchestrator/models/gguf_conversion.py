@@ -28,7 +28,7 @@ def dequantise(gguf: Path, *, cache: Path, say: Callable[[str], None]) -> Path:
     with locked(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
             return folder
-        say(f"dequantising {gguf.name} (4 bits to bfloat16), once; about a quarter of a minute")
+        say(f"dequantising {gguf.name} (4 bits to bfloat16), once; this takes about 15 s")
         temporary = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
         _write_dequantised(gguf, temporary)

@@ -40,7 +40,7 @@ def compile_layers(model: torch.nn.Module) -> int:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
-            "model.compile: the layers of this architecture are not known to transformers as such; type model.compile=false"
+            "model.compile: transformers does not identify the layers of this architecture; type model.compile=false"
         )
     for layer in layers:
         layer.compile()

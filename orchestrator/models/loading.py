@@ -95,7 +95,7 @@ def load_scorer(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, 
         ) from error
     if not hasattr(model, "score"):
         raise ModelError(
-            f"{folder}: {type(model).__name__} has no head named score; take a decoder such as Llama or Qwen"
+            f"{folder}: {type(model).__name__} has no head named score; use a decoder such as Llama or Qwen"
         )
     model.config.pad_token_id = model.config.pad_token_id or 0
     keep_weights_in_place(model)
@@ -170,11 +170,11 @@ def _downloaded(model: ModelConfig, *, say: Callable[[str], None]) -> Path:
         return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
     except RepositoryNotFoundError:
         raise ModelError(
-            f"model.base: the hub knows no {model.base} (or it is gated and no token is set: type hf auth login)"
+            f"model.base: the hub has no {model.base} (or it is gated and no token is set: type hf auth login)"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         state = (
-            "the hub is switched off (HF_HUB_OFFLINE)"
+            "the hub is disabled (HF_HUB_OFFLINE)"
             if hub_is_offline()
             else "the hub does not answer: this machine is offline"
         )

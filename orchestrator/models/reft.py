@@ -87,9 +87,7 @@ def attach_reft(model: Any, settings: LoreftTuning) -> None:
     chosen = tuple(range(len(layers))) if settings.layers == "all" else settings.layers
     beyond = sorted(number for number in chosen if number >= len(layers))
     if beyond:
-        raise ConfigError(
-            f"tuning.layers: {beyond}, but the {len(layers)} layers have the numbers 0 to {len(layers) - 1}"
-        )
+        raise ConfigError(f"tuning.layers: {beyond}, but the {len(layers)} layers are numbered 0 to {len(layers) - 1}")
     reft = Reft(settings=settings, layers=chosen)
     hidden = model.config.get_text_config().hidden_size
     for number in chosen:
@@ -117,7 +115,7 @@ def _decoder_layers(model: Any) -> nn.ModuleList:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if not lists:
         raise ConfigError(
-            f"tuning=loreft: {type(model).__name__} has no list of {count} layers; take tuning=lora for this model"
+            f"tuning=loreft: {type(model).__name__} has no list of {count} layers; use tuning=lora for this model"
         )
     return lists[0]
 
@@ -211,7 +209,9 @@ def read_settings(folder: Path) -> LoreftTuning:
     try:
         return LoreftTuning.model_validate_json((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / SETTINGS} is not LoReFT's: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(
+            f"{folder / SETTINGS} is not a LoReFT configuration: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def load_reft(model: Any, folder: Path) -> None:

@@ -23,8 +23,8 @@ def find_base_folder(config: RunConfig, run: RunFolder, stage: str) -> Path:
     folder = recorded if recorded.is_dir() else _fetched(config, recorded)
     if wanted is not None and base_digest(folder) != wanted:
         raise ModelError(
-            f"model.base: {folder} is not the base that {stage} was trained on: its weights or config.json are others; put "
-            "the old ones back"
+            f"model.base: {folder} is not the base that {stage} was trained on: its weights or config.json differ; "
+            "restore the old ones"
         )
     return folder
 

@@ -64,7 +64,7 @@ def runs_to_compare(folders: Sequence[Path]) -> list[RunFolder]:
     for folder in folders:
         runs = find_runs(folder.resolve()) if folder.is_dir() else []
         if not runs:
-            raise ConfigError(f"{folder} is no run folder: neither run.json nor NAME/run.json is in it")
+            raise ConfigError(f"{folder} is not a run folder: neither run.json nor NAME/run.json is in it")
         found |= {run.root: run for run in runs}
     if len(found) < 2:
         only = next(iter(found), None)
@@ -89,7 +89,7 @@ def compare_runs(runs: Sequence[RunFolder]) -> RunComparison:
                 stages={status.stage: stage_facts(run.stage(status.stage), config, status) for status in own},
             )
         )
-    damaged = [f"{sentence}; passed over" for status in statuses for sentence in status.damaged]
+    damaged = [f"{sentence}; skipped" for status in statuses for sentence in status.damaged]
     return RunComparison(
         runs=tuple(compared), differing=tuple(_differing(compared)), warnings=(*damaged, *_warnings(compared))
     )
@@ -146,15 +146,15 @@ def _content_warnings(name: str, own: Mapping[str, StageFacts]) -> Iterator[str]
     if unknown:
         yield f"{name}: {', '.join(unknown)} recorded no digests, so whether the losses can be compared is unknown"
     reasons = {
-        "tokenizer": "other tokenizers, so a loss per token means something else in each",
-        "template": "other chat templates",
-        "base": "other base models",
+        "tokenizer": "different tokenizers, so a loss per token means something else in each",
+        "template": "different chat templates",
+        "base": "different base models",
     }
     differing = [key for key in reasons if _differs([facts.digests.get(key) for facts in own.values()])]
     found = [reasons[key] for key in differing]
     # Rows are prepared with tokenizer and template: if those differ, the digest of the rows adds nothing.
     if not {"tokenizer", "template"} & set(differing) and _differs([facts.held_out for facts in own.values()]):
-        found.append("other held-out rows, or the same ones prepared otherwise (max_length, packing)")
+        found.append("different held-out rows, or the same ones prepared differently (max_length, packing)")
     if found:
         yield f"{name}: the losses are not comparable: {'; '.join(found)}"
 

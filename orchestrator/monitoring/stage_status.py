@@ -65,7 +65,7 @@ def stage_statuses(folders: Sequence[RunFolder]) -> list[StageStatus]:
 def warn_damaged(statuses: Sequence[StageStatus]) -> None:
     """Report on stderr the records that could only be read in part."""
     for sentence in dict.fromkeys(sentence for status in statuses for sentence in status.damaged):
-        print(f"warning: {sentence}; passed over", file=sys.stderr)
+        print(f"warning: {sentence}; skipped", file=sys.stderr)
 
 
 def pipeline_of(run: RunFolder) -> tuple[str, ...]:
@@ -126,7 +126,7 @@ def _state(run: RunFolder, files: StageFolder, attempts: Sequence[Attempt], fact
         return claimed
     closed = _closed_attempt(files)
     if closed is not None and not files.open_attempts():  # its record exists but cannot be read
-        return "lost", f"attempt {closed} ended; how cannot be read from {files.attempt(closed)}"
+        return "lost", f"attempt {closed} ended, but its record cannot be read: {files.attempt(closed)}"
     if facts is not None:
         return "failed", f"job {facts.job_id} {facts.sentence}"
     age = _seconds_since_last_sign(files)
@@ -134,10 +134,10 @@ def _state(run: RunFolder, files: StageFolder, attempts: Sequence[Attempt], fact
         return "not started", ""
     location = locate(run)
     if location.is_copy:  # recent files may come from the copying
-        return "lost", f"copied from {location.recorded}; nothing runs here; `resume` goes on with it"
+        return "lost", f"copied from {location.recorded}; nothing runs here; `resume` continues it"
     if age < SILENT_SECONDS:
         return "running", ""
-    return "lost", f"no sign for {duration(age)} and no record of its end; the same command goes on with it"
+    return "lost", f"no heartbeat for {duration(age)} and no record of its end; the same command continues it"
 
 
 def _claimed(run: RunFolder, files: StageFolder) -> tuple[str, str] | None:
@@ -149,15 +149,15 @@ def _claimed(run: RunFolder, files: StageFolder) -> tuple[str, str] | None:
     found = away(run, files.root.name)
     if found is not None:
         return "running", (
-            f"process {found.claim.process} works in {found.root}, from where the run folder was moved; `cancel` has it save "
-            "and end there"
+            f"process {found.claim.process} runs in {found.root}, from where the run folder was moved; `cancel` makes it "
+            "save and end there"
         )
     claim, location = open_claim(files.logs, files.attempts), locate(run)
     if location.is_copy and files.open_attempts():  # a process that works on them works on the original
         return (
             "lost",
             f"copied from {location.recorded} while attempt {files.open_attempts()[-1]} ran there; nothing runs here; `resume` "
-            "goes on with it",
+            "continues it",
         )
     if claim is None or not claim.is_of_this_machine:
         return None
@@ -169,7 +169,7 @@ def _claimed(run: RunFolder, files: StageFolder) -> tuple[str, str] | None:
             f"process {claim.process} ended; what it wrote after the run folder was moved is in {old}: type "
             f"`{bring_back(old, run)}` and resume"
         )
-    return "lost", f"process {claim.process} ended without a record of how; the same command goes on with it"
+    return "lost", f"process {claim.process} ended without a record of how; the same command continues it"
 
 
 def _is_newer_than(files: StageFolder, attempt: Attempt) -> bool:

@@ -87,7 +87,7 @@ def _resolved_source(source: SourceConfig, working_folder: Path) -> SourceConfig
 
 
 def _resolved_path(path: str, working_folder: Path) -> str:
-    """Make files absolute; keep keywords and hub ids (owner/name that is no file)."""
+    """Make files absolute; keep keywords and hub ids (owner/name that is not a file)."""
     if path in KEYWORDS:
         return path
     absolute = _absolute(path, working_folder)

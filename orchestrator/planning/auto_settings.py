@@ -114,7 +114,7 @@ def judgement(stage: StagePlan) -> Judgement:
     memory, time = stage.memory, stage.time
     if memory is None or memory.verdict is None:
         raise ConfigError(
-            f"stages.{stage.name}: what fits cannot be told without the memory of a device and the facts of the base; type for "
+            f"stages.{stage.name}: what fits is unknown without the memory of a device and the configuration of the base; type for "
             "example hardware@cluster.hardware=h100, or cluster.hardware.memory_gib=80"
         )
     if time is None or time.step_seconds is None:

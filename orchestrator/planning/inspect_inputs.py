@@ -58,7 +58,7 @@ def inspect_inputs(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
     }
     problems += _format_problems(config, sources, looks)
     problems += [
-        f"stages.{name}.data.chat_template: {stage.data.chat_template} is no file; give a Jinja file, or null for the tokenizer's own"
+        f"stages.{name}.data.chat_template: {stage.data.chat_template} is not a file; give a Jinja file, or null for the tokenizer's own"
         for name, stage in config.stages.items()
         if name in config.pipeline and stage.data.chat_template and not Path(stage.data.chat_template).is_file()
     ]

@@ -35,7 +35,7 @@ def plan_warnings(
 def _rate_warnings(config: RunConfig) -> list[str]:
     """`tuning=full` on an adapter experiment keeps its learning rate, at which a whole model diverges or forgets."""
     return [
-        f"stages.{name}.optimizer.lr={stage.optimizer.lr:g} is a rate for adapters; every parameter is trained, which takes about a "
+        f"stages.{name}.optimizer.lr={stage.optimizer.lr:g} is a rate for adapters; full fine-tuning needs about a "
         f"tenth of it: type stages.{name}.optimizer.lr={stage.optimizer.lr / 10:g}"
         for name, stage in training_pipeline(config).items()
         if isinstance(config.for_stage(name).tuning, FullTuning) and stage.optimizer.lr > MOST_FOR_WHOLE_MODELS
@@ -45,8 +45,8 @@ def _rate_warnings(config: RunConfig) -> list[str]:
 def _template_warnings(config: RunConfig, data: Mapping[str, DataFacts]) -> list[str]:
     """Plain prompts on a base that expects its chat template are legal but rarely intended."""
     return [
-        f"stages.{name}.data.train: format {facts.format} is plain text, past the chat template of {config.model.base}; "
-        f"to go through the template type {facts.templated}"
+        f"stages.{name}.data.train: format {facts.format} is plain text, which bypasses the chat template of {config.model.base}; "
+        f"to apply the template type {facts.templated}"
         for name, facts in data.items()
         if name in config.pipeline and facts.templated is not None
     ]
@@ -68,7 +68,7 @@ def _warnings(base: Base, stages: Sequence[StagePlan]) -> list[str]:
             )
             warnings.append(
                 f"stages.{stage.name}: {memory.verdict}: {memory.low:.1f} to {memory.high:.1f} GiB of {memory.memory_gib:g} in phase "
-                f"{memory.binding}{host}; `plan advise=true` with the same words tells what fits"
+                f"{memory.binding}{host}; `plan advise=true` with the same overrides shows what fits"
             )
     return warnings
 
@@ -109,7 +109,7 @@ def _sentence(name: str, stage: TrainingStage, data: DataFacts) -> str | None:
     )
     return (
         f"stages.{name}.max_steps={stage.max_steps} {seen}; for {'a whole pass' if is_short else f'{epochs} passes'} type "
-        f"stages.{name}.epochs={epochs} in its place ({about}{steps:,} steps)"
+        f"stages.{name}.epochs={epochs} instead ({about}{steps:,} steps)"
     )
 
 

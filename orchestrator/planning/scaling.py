@@ -89,7 +89,7 @@ def _problem(planned: StagePlan | None, stage: TrainingStage) -> str | None:
     if planned is None:
         prompts = f" (or {stage.rollout.prompts} prompts of a rollout)" if isinstance(stage, PolicyStage) else ""
         return (
-            f"so many devices cannot share a global batch of {stage.batch.global_size}{prompts}: raise it, or take a "
-            "divisor of it"
+            f"this many devices cannot share a global batch of {stage.batch.global_size}{prompts}: raise it, or use a "
+            "number of devices that divides it"
         )
     return planned.time.basis if planned.time is not None and planned.time.step_seconds is None else None

@@ -56,9 +56,9 @@ def table_rows(report: DataReport) -> list[tuple[str, str]]:
     if report.epoch is not None:
         rows += [
             ("steps per epoch", f"{report.epoch.steps:,}"),
-            ("fillers in the last step of an epoch", f"{report.epoch.fillers:,}"),
+            ("padding rows in the last step of an epoch", f"{report.epoch.fillers:,}"),
         ]
-    rows.append(("rows looked at", f"{report.checked_rows:,}"))
+    rows.append(("rows checked", f"{report.checked_rows:,}"))
     rows += [
         (f"not used: {name.removeprefix('dropped_').replace('_', ' ')}", f"{count:,}")
         for name, count in counted.dropped.items()

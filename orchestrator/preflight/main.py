@@ -142,7 +142,7 @@ def main(phases: Phases | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m orchestrator.preflight.main")
     parser.add_argument("verb", choices=("check", "prepare"))
     parser.add_argument("file", type=Path)
-    parser.add_argument("--result", type=Path, default=None, help="file that tells, last of all, that it is done")
+    parser.add_argument("--result", type=Path, default=None, help="file written last, once everything is done")
     options = parser.parse_args()
     silence_libraries()
     console = Console()

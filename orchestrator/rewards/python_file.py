@@ -110,7 +110,9 @@ def _source_and_function(name: str, form: Form) -> tuple[_Source, str]:
         path = Path(written).expanduser()
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise ConfigError(f"{form.what} '{name}': there is no file {written}, looked for from {Path.cwd()}") from error
+        raise ConfigError(
+            f"{form.what} '{name}': there is not a file {written}, looked for from {Path.cwd()}"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{form.what} '{name}': {written or 'the empty path'} cannot be read: {error}") from error
     try:
@@ -162,7 +164,9 @@ def _signature_problems(name: str, signature: inspect.Signature, options: Mappin
     parameters = signature.parameters.values()
     inputs = _inputs_of(signature, form)
     if inputs is None:
-        return [f"{name} takes ({', '.join(signature.parameters)}); allowed is {form.sentence}, with these very names"]
+        return [
+            f"{name} takes ({', '.join(signature.parameters)}); allowed is {form.sentence}, with exactly these names"
+        ]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     by_name = {
         parameter.name: parameter

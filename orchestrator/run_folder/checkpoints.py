@@ -90,7 +90,7 @@ def describe(found: VerifiedCheckpoint) -> str:
     saved = datetime.fromtimestamp(facts["created"]).strftime("%Y-%m-%d %H:%M")
     return (
         f"step {found.step}, saved {saved} by attempt {facts['attempt']} on {found.world_size} ranks under sharding={facts['sharding']} "
-        f"({size / (1 << 20):,.1f} MiB): weights, optimizer, random states, place in the data and schedule"
+        f"({size / (1 << 20):,.1f} MiB): weights, optimizer, random states, position in the data and schedule"
     )
 
 

@@ -44,19 +44,19 @@ def read_artifact(run: RunFolder, stage: str) -> Artifact:
     """The artifact of a stage; ConfigError if the stage is not done, or its artifact is not the proven one."""
     file = run.stage(stage).result
     if not file.exists():
-        raise ConfigError(f"{stage} is not done: there is no {file}; run the stages before this one first")
+        raise ConfigError(f"{stage} is not done: there is no {file}; run the earlier stages first")
     result = read_json(file)
     told = result["artifact"]
     path = run.stage(stage).artifact  # wherever the run folder is now
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise ConfigError(
-            f"{path}: the artifact that {stage} proved is gone; put it back, or train it again with --from {stage}"
+            f"{path}: the artifact that {stage} proved is missing; restore it, or retrain with --from {stage}"
         )
     if file_digest(manifest) != told["manifest_sha256"]:
         raise ConfigError(
-            f"{path} is not the artifact that {stage} proved: its {MANIFEST} changed since; put the old files back, or train "
-            f"it again with --from {stage}, which keeps what is there under superseded/"
+            f"{path} is not the artifact that {stage} proved: its {MANIFEST} changed since; restore the old files, or train "
+            f"it again with --from {stage}, which keeps the current files under superseded/"
         )
     return Artifact(
         stage=stage,
@@ -93,7 +93,7 @@ def _other_content(name: str, artifact: Artifact, content: Mapping[str, str]) ->
         if there is not None and here is not None and there != here:
             yield (
                 f"{artifact.stage}: its artifact was made with another {what} ({there[:12]}) than {name} has ({here[:12]}); "
-                f"put the old {what} back, or type --from {artifact.stage}"
+                f"restore the old {what}, or type --from {artifact.stage}"
             )
 
 

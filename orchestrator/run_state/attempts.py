@@ -144,7 +144,7 @@ def decide(folder: StageFolder, config: RunConfig, attempt: Attempt) -> Decision
     if len(failures) > config.launcher.max_failures:
         return _give_up(f"it failed {len(failures)} times, {config.launcher.max_failures} are allowed; {attempt.why}")
     if _no_progress(history):
-        return _give_up(f"two attempts in a row got no further than step {attempt.step or 0}; {attempt.why}")
+        return _give_up(f"two attempts in a row made no progress past step {attempt.step or 0}; {attempt.why}")
     return Decision(word="retry", why=attempt.why, exit_code=EXIT_DEFECT)
 
 
@@ -174,7 +174,7 @@ def _first_fault(folder: StageFolder, number: int) -> Attempt | None:
 def _silent_death(folder: StageFolder, number: int, exit_code: int, outside_cause: str | None) -> Attempt:
     """The record of an attempt without a rank's fault: killed from outside, or out of memory."""
     why = outside_cause or (
-        f"the ranks ended with exit code {exit_code} without a word: killed from outside, or out of host memory "
+        f"the ranks ended with exit code {exit_code} without a message: killed from outside, or out of host memory "
         f"(see {folder.logs})"
     )
     return Attempt(
@@ -207,7 +207,7 @@ def _read(path: Path) -> Attempt:
     try:
         return _from_json(read_json(path))
     except (KeyError, TypeError) as error:
-        raise RunFolderError(f"{path} is damaged: it is no record of an attempt ({error})") from None
+        raise RunFolderError(f"{path} is damaged: it is not a record of an attempt ({error})") from None
 
 
 def _from_json(raw: dict[str, Any]) -> Attempt:

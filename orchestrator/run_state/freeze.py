@@ -91,7 +91,7 @@ def refuse_inside_a_run(folder: Path) -> None:
         return  # not new: its owner may still resume it
     around = run_around(folder)
     if around is not None:
-        raise RunFolderError(f"{folder} would lie inside the run {around}; set output_dir to a folder outside of it")
+        raise RunFolderError(f"{folder} would be inside the run {around}; set output_dir to a folder outside of it")
 
 
 def run_around(path: Path) -> Path | None:

@@ -27,7 +27,7 @@ def held_out_examples(config: RunConfig, run: RunFolder, stage: str, count: int)
         yield from _split_off(data, run, stage, count)
     else:
         raise ConfigError(
-            f"--examples: {stage} held out no rows (stages.{stage}.data.eval.path=none); take --prompt TEXT"
+            f"--examples: {stage} held out no rows (stages.{stage}.data.eval.path=none); use --prompt TEXT"
         )
 
 
@@ -38,7 +38,7 @@ def _split_off(data: DataConfig, run: RunFolder, stage: str, count: int) -> Iter
     prepared = Path(str(read_json(run.stage(stage).prepared)["evaluation"]))
     if not prepared.is_dir():
         raise ConfigError(
-            f"--examples: the prepared rows of {stage} are no longer in {prepared}; type `prepare {run.root}`, or take --prompt TEXT"
+            f"--examples: the prepared rows of {stage} are no longer in {prepared}; type `prepare {run.root}`, or use --prompt TEXT"
         )
     wanted = [int(row) for row in PreparedFolder(prepared).unit_rows[:count]]
     found: dict[int, Example] = {}
@@ -54,7 +54,7 @@ def _split_off(data: DataConfig, run: RunFolder, stage: str, count: int) -> Iter
 def _examples(source: SourceConfig, *, field: str) -> Iterator[Example]:
     files = locate(source, field=field)
     if files is None:
-        raise ConfigError(f"--examples: {source.path} is not on this machine; take --prompt TEXT")
+        raise ConfigError(f"--examples: {source.path} is not on this machine; use --prompt TEXT")
     reading = reading_of(source, settle_format(source, files, field=field))
     for _, _, row in source_rows(files):
         yield parse_row(row, reading.format, reading.columns)

@@ -153,8 +153,8 @@ def _free_name(path: Path) -> Path:
 
 def _sentence(location: Location, with_wandb: list[str]) -> str | None:
     if location.kind == "moved":
-        return f"the run was moved here from {location.recorded}; it goes on as the same run"
+        return f"the run was moved here from {location.recorded}; it continues as the same run"
     if location.is_copy:
         wandb = f"; W&B gets a new run for {', '.join(with_wandb)}" if with_wandb else ""
-        return f"the run is a copy of {location.recorded} and goes on independently of it{wandb}"
+        return f"the run is a copy of {location.recorded} and continues independently of it{wandb}"
     return None

@@ -197,7 +197,7 @@ def write_card(
     hours = seconds / 3600 * config.world_size
     price = "" if price_per_hour is None else f", {hours * price_per_hour:,.2f} at {price_per_hour:g} an hour"
     lines += ["", f"Cost: {hours:.2f} device hours on {config.world_size} device(s){price}.", "", "## Merge", ""]
-    lines += ["| way | KL to the trained model, nats a token | same next token | loss |", "|---|---|---|---|"]
+    lines += ["| way | KL to the trained model, nats per token | same next token | loss |", "|---|---|---|---|"]
     lines += [f"| {way['name']} | {way['kl']:.2e} | {way['agreement']:.2%} | {way['loss']:.4f} |" for way in ways]
     lines += ["", "## Digests", ""]
     lines += [

@@ -78,7 +78,7 @@ def _left_behind(run: RunFolder, stages: Sequence[str]) -> Iterator[str]:
         if is_finished or newest > own:
             what = "its result" if is_finished else f"its newest checkpoint (step {newest})"
             yield (
-                f"{stage}: {what} is in {there.root}, where its process still wrote after the folder was moved; "
+                f"{stage}: {what} is in {there.root}, where its process kept writing after the folder was moved; "
                 f"type `{bring_back(old, run)}`, then repeat this command"
             )
 

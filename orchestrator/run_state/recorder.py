@@ -77,7 +77,7 @@ class Recorder:
                     del self._unwritten[0]
             except OSError as error:
                 if len(self._unwritten) == 1:
-                    warn(f"the record cannot be written ({error.strerror}); its rows wait in memory")
+                    warn(f"the record cannot be written ({error.strerror}); its rows are kept in memory")
 
     def skipped_update(self, step: int, why: str, rows: list[int]) -> None:
         """Record that a step left the weights unchanged."""

@@ -104,7 +104,7 @@ def elsewhere(values: JsonObject, *, nodes: int, processes_per_node: int) -> tup
         fitting = fitting_micro_size(global_size=global_size, micro_size=micro_size, world_size=ranks)
         if fitting is None:
             raise ConfigError(
-                f"stages.{name}.batch: {ranks} ranks cannot share {global_size} rows; take a number of ranks that divides it"
+                f"stages.{name}.batch: {ranks} ranks cannot share {global_size} rows; use a number of ranks that divides it"
             )
         moved[name] = {**stage, "batch": {**batch, "micro_size": fitting}}
         told.append(

@@ -68,5 +68,5 @@ def move_superseded(run: RunFolder, names: Sequence[str]) -> list[str]:
         target = run.superseded / f"{name}-{taken + 1}"
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)
-        told.append(f"{name}: is run anew; what was there is in {target}")
+        told.append(f"{name}: is rerun; its previous files are in {target}")
     return told

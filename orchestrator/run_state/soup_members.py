@@ -80,7 +80,7 @@ def _member_problems(config: RunConfig, name: str) -> Iterator[str]:
             }
         for key, (one, other) in pairs.items():
             if one != other:
-                yield f"{field}: {member} has {key} {one}, this run {other}; ingredients of a soup have base and tuning in common"
+                yield f"{field}: {member} has {key} {one}, this run {other}; members of a soup must share base and tuning"
 
 
 def _place(member: str) -> tuple[Path, str]:

@@ -31,7 +31,7 @@ def make_recipe(session: Session) -> Recipe:
     stage = cast("PolicyStage", context.stage)
     if rows.meta.kind != "prompt":
         raise DataError(
-            f"stages.{context.name}.data: rows of format {rows.meta.format} are no prompts; set data.train.format=prompts"
+            f"stages.{context.name}.data: rows of format {rows.meta.format} are not prompts; set data.train.format=prompts"
         )
     module = runtime.accelerator.unwrap_model(session.model)
     end_ids = end_ids_of(module, context.base_folder)

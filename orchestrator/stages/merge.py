@@ -36,7 +36,7 @@ def run(context: StageContext) -> int:
     model, best, ways = merge(source, rows, runtime, limit=stage.rows, micro_size=stage.micro_size, say=record.say)
     if best.kl > stage.max_kl:
         raise CheckpointError(
-            f"merged into the {best.name}, the model differs from the trained one by {best.kl:.3g} nats a token, "
+            f"merged into the {best.name}, the model differs from the trained one by {best.kl:.3g} nats per token, "
             f"max_kl={stage.max_kl:g}: keep the adapter apart, or raise stages.{context.name}.max_kl if that is acceptable"
         )
     run_folder = RunFolder(context.run_file.parent)

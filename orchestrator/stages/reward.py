@@ -23,7 +23,7 @@ def make_recipe(session: Session) -> Recipe:
     stage = cast("RewardStage", session.context.stage)
     if session.rows.meta.kind != "pair":
         raise DataError(
-            f"stages.{session.context.name}.data: rows of format {session.rows.meta.format} are no pairs; a reward model "
+            f"stages.{session.context.name}.data: rows of format {session.rows.meta.format} are not pairs; a reward model "
             "needs format=preference (chosen, rejected)"
         )
     recipe = supervised_recipe(session, reward_objective(session.runtime, stage))

@@ -30,7 +30,9 @@ SOURCES = {"seeds.weights": "seed of new weights", "seeds.data": "seed of the da
 def write_report(folder: StudyFolder) -> str:
     """Write the files of the report; return its text. ConfigError if the folder has no study."""
     if not folder.record.is_file():
-        raise ConfigError(f"{folder.root} is no folder of a study: it holds no study.json; those of runs end in -study")
+        raise ConfigError(
+            f"{folder.root} is not a folder of a study: it holds no study.json; those of runs end in -study"
+        )
     record: dict[str, Any] = read_json(folder.record)
     study = parse(record["config"]).study
     if isinstance(study, SeedsStudy):

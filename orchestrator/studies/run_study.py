@@ -33,7 +33,7 @@ def run_study(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int
     if config.launcher.kind == "slurm":
         print(f"when the jobs have ended: python -m orchestrator report {folder.root}")
     elif code == EXIT_SAVED:
-        print("the same command goes on with the study from here")
+        print("the same command continues the study from here")
     return code
 
 
@@ -75,5 +75,5 @@ def outlook(config: RunConfig, planned: Plan) -> list[str]:
         else ""
     )
     early = study.stopping if isinstance(study, SeedsStudy) else study.pruning
-    less = "" if early is None else ", less what weak trials are spared"
+    less = "" if early is None else ", minus what stopping weak trials saves"
     return [f"study {study.kind}: {trials} such runs ({how}){time}{less}; report in {study_folder(config).root}"]

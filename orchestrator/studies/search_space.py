@@ -65,7 +65,7 @@ def split_space(arguments: Sequence[str]) -> tuple[list[str], list[Axis]]:
     ]
     if not keys and not problems:
         problems.append(
-            "study=optuna: no word holds several values, so there is nothing to search; type for example "
+            "study=optuna: no override holds several values, so there is nothing to search; type for example "
             "-m 'stages.sft.optimizer.lr=tag(log, interval(1e-4,1e-2))' tuning.rank=4,8,16"
         )
     if problems:
@@ -163,4 +163,4 @@ def _interval_axis(word: str, key: str, sweep: IntervalSweep) -> Range:
 def _refuse_tags(word: str, tags: set[str], *, allowed: Sequence[str]) -> None:
     unknown = sorted(set(tags) - set(allowed))
     if unknown:
-        raise ConfigError(f"{word}: {', '.join(unknown)} is no tag of a search; log on an interval is the only one")
+        raise ConfigError(f"{word}: {', '.join(unknown)} is not a tag of a search; log on an interval is the only one")

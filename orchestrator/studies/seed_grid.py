@@ -103,7 +103,7 @@ def run_seeds(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int
         codes |= {name: code} if code != EXIT_DONE else {}
     judged = judgement(grid.study, {name: grid.standing(name) for name in grid.runs}, step=grid.step)
     print(
-        f"judged at step {judged.step}: {', '.join(judged.kept)} go on; stopped as weak: {', '.join(judged.weak) or 'none'}"
+        f"judged at step {judged.step}: {', '.join(judged.kept)} continue; stopped as weak: {', '.join(judged.weak) or 'none'}"
     )
     code = _run_each(grid, judged.kept)
     return next(iter(codes.values()), code) if code != EXIT_SAVED else code

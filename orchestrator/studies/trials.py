@@ -160,7 +160,7 @@ def run_of(config: RunConfig) -> RunFolder:
 
 def _no_metric(metric: str, stage: str, row: Row) -> str:
     there = ", ".join(key for key in row if key.startswith("eval_") and key not in BESIDE_METRICS)
-    return f"study.metric: {metric} is no result of {stage}'s evaluation; there are {there}"
+    return f"study.metric: {metric} is not a result of {stage}'s evaluation; there are {there}"
 
 
 def finite(value: float | None) -> float | None:

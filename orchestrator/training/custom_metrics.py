@@ -35,7 +35,7 @@ def with_metrics(settings: MetricsConfig, runtime: Runtime, score: Score, answer
         measured = _measured(functions, _gathered(runtime, mine), runtime)
         clashes = sorted(measured.keys() & {*found.measures, "loss", "trained_tokens", "seconds"})
         if clashes:
-            raise ConfigError(f"metrics: {', '.join(clashes)} is a column of the tool; give another name")
+            raise ConfigError(f"metrics: {', '.join(clashes)} is a built-in column; give another name")
         return replace(found, measures={**found.measures, **measured})
 
     return scored

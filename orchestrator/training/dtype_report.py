@@ -42,7 +42,7 @@ def native_bfloat16(device: torch.device) -> tuple[bool, str]:
         gpu = Gpu(name=torch.cuda.get_device_name(device), capability=torch.cuda.get_device_capability(device))
         # AMD numbers its architectures differently; torch knows which of them support it
         if torch.version.hip is not None:
-            return torch.cuda.is_bf16_supported(including_emulation=False), f"{gpu.name}, as torch says"
+            return torch.cuda.is_bf16_supported(including_emulation=False), f"{gpu.name}, as torch reports it"
         return gpu.has_native_bfloat16, gpu.bfloat16_reason()
     processor = this_processor()
     # a torch built without oneDNN computes bfloat16 in plain loops, whatever the processor supports

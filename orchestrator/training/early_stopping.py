@@ -48,7 +48,7 @@ def judged(
         facts = {"metric": settings.metric, "best_step": after.best_step, "best_value": after.best_value}
         record.event("early_stop", step=step, **facts)
         record.say(
-            f"stopped early: {settings.metric} has had no gain in {after.without_gain} evaluations; the best was "
+            f"stopped early: {settings.metric} has not improved in {after.without_gain} evaluations; the best was "
             f"{after.best_value} at step {after.best_step}"
         )
     return after
@@ -63,7 +63,7 @@ def metric_of(scored: Evaluation | None, settings: EarlyStoppingConfig, *, stage
     values = values_of(scored)
     if settings.metric not in values:
         raise ConfigError(
-            f"stages.{stage}.early_stopping.metric: {settings.metric} is no result of this stage's evaluation; there are "
+            f"stages.{stage}.early_stopping.metric: {settings.metric} is not a result of this stage's evaluation; there are "
             f"{', '.join(values)}"
         )
     return values[settings.metric]

@@ -65,7 +65,7 @@ def _mean(objective: Objective, rows: PreparedRows, sums: Sequence[float], count
     if weight == 0:
         raise DataError(
             f"the first {count} of {rows.rows} rows to score (format {rows.meta.format}, packing {rows.meta.packing}) have no trained "
-            "token; see `orchestrator check`, or take packing=none"
+            "token; see `orchestrator check`, or use packing=none"
         )
     loss, *measures = (total / weight for total in sums)
     return Evaluation(

@@ -160,7 +160,7 @@ def update(job: LoopInputs, step: int, *, fault: str | None) -> float:
 
 def _fault(job: LoopInputs, step: int, health: FaultState, loss: float) -> str | None:
     if step in health.omitted:
-        return "a rollback left out its data"
+        return "a rollback skipped its data"
     return find_fault(health, loss, job.stage.faults)
 
 
@@ -171,7 +171,7 @@ def _gone_back(job: LoopInputs, progress: Progress, hooks: LoopCallbacks, fault:
     earlier = None if why is not None else hooks.roll_back(progress)
     if earlier is None:
         raise TrainingFailed(
-            f"step {step}: {fault}; {why or 'there is no earlier checkpoint to go back to'}. Rows of the batch: {row_ids_of(job, step)}. "
+            f"step {step}: {fault}; {why or 'there is no earlier checkpoint to roll back to'}. Rows of the batch: {row_ids_of(job, step)}. "
             "Usual causes: a learning rate that is too high, damaged weights, a corrupt row"
         )
     return earlier

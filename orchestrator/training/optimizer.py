@@ -51,7 +51,7 @@ def _head_rates(trainable: Iterable[str], settings: OptimizerConfig) -> dict[str
     heads = [name for name in trainable if is_head(name)]
     if not heads:
         raise ConfigError(
-            "optimizer.head_lr: no head is trained that stands by itself (one that is tied to the embeddings does not); "
+            "optimizer.head_lr: no separate head is trained (one tied to the embeddings does not count); "
             "type optimizer.head_lr=null"
         )
     return dict.fromkeys(heads, settings.head_lr / settings.lr)

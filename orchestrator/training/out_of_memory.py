@@ -98,4 +98,4 @@ def _changes(context: StageContext) -> list[str]:
             for words in smaller_settings(context.config, context.name)
         ]
     except OrchestratorError as error:
-        return [f"type `orchestrator plan advise=true` with the same words for what fits ({error.problems[0]})"]
+        return [f"type `orchestrator plan advise=true` with the same overrides to see what fits ({error.problems[0]})"]

@@ -122,7 +122,7 @@ class Profiler:
         collectives = [event for event in events if event.key.startswith(COLLECTIVES)]
         seconds = sum(max(event.cpu_time_total, event.device_time_total) for event in collectives) / 1e6
         table = events.table(sort_by=order, row_limit=TOP_OPERATORS)
-        head = f"collectives in the traced steps, beside others' work or not: {seconds:.3f} s\n"
+        head = f"collectives in the traced steps, overlapped with computation or not: {seconds:.3f} s\n"
         write_text(self._folder / f"{self._label}.operators.txt", head + table + "\n")
 
 

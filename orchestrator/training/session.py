@@ -163,7 +163,7 @@ def assemble(session: Session, make_recipe: MakeRecipe) -> tuple[LoopInputs, Rec
     checkpointer = Checkpointer(context, subject, record)
     progress = checkpointer.resume()
     if progress is not None:
-        record.say(f"going on from step {progress.step} of {steps}")
+        record.say(f"resuming from step {progress.step} of {steps}")
     return job, recipe, checkpointer, progress or Progress(step=0, tokens=0, trained_tokens=0)
 
 
@@ -255,7 +255,7 @@ def _ledger(context: StageContext, runtime: Runtime) -> Callable[[int, Sequence[
 
 def _stopped(record: Recorder, runtime: Runtime, progress: Progress, why: str) -> int:
     record.event("stop", step=progress.step, why=why)
-    record.say(f"stopped after step {progress.step} ({why}); the same command goes on from here")
+    record.say(f"stopped after step {progress.step} ({why}); the same command continues from here")
     record.finish({}, outcome="stopped")
     record.close_attempt("stopped", why, exit_code=EXIT_SAVED)
     runtime.end()

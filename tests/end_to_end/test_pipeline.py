@@ -136,7 +136,7 @@ def test_killed_in_each_stage_it_ends_as_if_nothing_had_happened(pipeline: Done,
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Every tensor of two artifacts, to the last bit."""
+    """Every tensor of two artifacts, bit for bit."""
     files = sorted(one.glob("*.safetensors"))
     assert files
     for file in files:

@@ -93,7 +93,7 @@ def remove_the_settings(run: RunFolder) -> None:
 
 
 DAMAGES: dict[Callable[[RunFolder], None], str] = {
-    flip_a_byte: "its sha256 is not the one that was written",
+    flip_a_byte: "its sha256 differs from the one that was written",
     empty_a_tensor: "empty|shape|size mismatch",
     leave_out_a_tensor: "lora_B",
     add_a_tensor: "layers.9",

@@ -95,7 +95,7 @@ def test_when_the_first_stage_fails_nothing_stays_pending(cluster: Cluster, tmp_
     wait_until(lambda: not run("squeue", "--noheader"), seconds=30, what="an empty queue")
     assert [cluster.state(job) for job in jobs[1:]] == ["CANCELLED", "CANCELLED"]
     assert attempts_of(first) == {1: "failed"}
-    assert query([jobs[0]])[jobs[0]].sentence == "ended with another exit code than 0"
+    assert query([jobs[0]])[jobs[0]].sentence == "ended with a nonzero exit code"
 
 
 def test_one_dead_rank_ends_the_job_within_30_s_and_is_named(cluster: Cluster, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def _find_answer(chat: Chat, i: int, text: str, template: ChatTemplate, turns: T
     if start is None:
         raise NotRendered(
             f"messages[{i}]",
-            "cannot be found for certain in the rendered conversation: give a template with {% generation %} marks (chat_template=FILE)",
+            "cannot be located with certainty in the rendered conversation: give a template with {% generation %} marks (chat_template=FILE)",
             code="lost_answer",
         )
     end = _turn_end(chat, i, text, start, template, turns)
@@ -217,7 +217,7 @@ def _open_end(chat: Chat, i: int, text: str, start: int, template: ChatTemplate)
         return len(until)
     raise NotRendered(
         f"messages[{i}]",
-        "ends at no certain place: the chat template closes it with no special token",
+        "has no definite end: the chat template closes it without a special token",
         code="lost_answer",
     )
 

@@ -147,4 +147,4 @@ def check_date(value: str) -> date:
     try:
         return date.fromisoformat(value)
     except ValueError as error:
-        raise DataError(f"template_date={value} is no date: YYYY-MM-DD expected") from error
+        raise DataError(f"template_date={value} is not a date: YYYY-MM-DD expected") from error

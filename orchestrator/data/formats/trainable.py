@@ -52,7 +52,7 @@ def format_problem(stage: Section, data_format: DataFormat | None, row: Row | No
             if mapping
             else f"it needs format {name}: {EXPECTED_FIELDS[name]}"
         )
-    return f"{field}: rows of format {data_format} {why or f'are nothing that {_name(stage)} trains on'}; {advice}"
+    return f"{field}: rows of format {data_format} {why or f'cannot train stage={_name(stage)}'}; {advice}"
 
 
 def _name(stage: Section) -> str:
@@ -68,20 +68,20 @@ def _untrained(data_format: DataFormat, row: Row | None, *, field: str) -> tuple
             mapping = suggested(names, "text") or {"instruction": "prompt", "output": "COLUMN"}
             return "hold no answer to train on", f"name the answer's column with {mapping_override(field, mapping)}"
         case "preference":
-            why = "are pairs, and the rejected answers would be trained too"
+            why = "are pairs, and the rejected answers would be trained on too"
             return (
                 why,
                 f"for the chosen answers alone type {mapping_override(field, _chosen(row))}; dpo and reward take pairs",
             )
         case "feedback":
             return (
-                "say of answers whether they are good, and the bad ones would be trained too",
+                "rate answers as good or bad, and the bad ones would be trained on too",
                 f"keep the good ones in a file of their own and type {field}.format=prompt_completion; stage=dpo with loss=kto takes both",
             )
         case "classification":
             return (
-                "are texts with a label, which sft does not train",
-                "a classifier is +experiment=llama_classify; for the label as an answer type "
+                "are texts with a label, which sft does not train on",
+                "for a classifier use +experiment=llama_classify; to train on the label as an answer type "
                 + mapping_override(field, {"instruction": "text", "output": "label"}),
             )
         case _:

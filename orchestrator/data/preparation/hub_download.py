@@ -25,7 +25,7 @@ def fetch(source: SourceConfig, field: str) -> tuple[Path, ...]:
         folder = snapshot_download(source.path, repo_type="dataset", revision=source.revision, allow_patterns=patterns)
     except RepositoryNotFoundError as error:
         raise DataError(
-            f"{field}.path={source.path} is neither a local path nor a data set that the hub shows you"
+            f"{field}.path={source.path} is neither a local path nor a data set on the hub that you can access"
         ) from error
     except RevisionNotFoundError as error:
         raise DataError(f"{field}.revision={source.revision} is not a revision of {source.path}") from error

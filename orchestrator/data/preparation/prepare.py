@@ -121,7 +121,7 @@ def _prepare(part: PreparedSplit, build: Build) -> None:
             changed = changed_components(root, PreparedKey(part.key))
             if changed:
                 build.say(
-                    f"preparing {part.role} rows; against the most alike prepared set, other {'; '.join(changed)}"
+                    f"preparing {part.role} rows; compared with the most similar prepared set, these differ: {'; '.join(changed)}"
                 )
             building = _fresh_folder(root, part.digest)
             try:
@@ -190,12 +190,12 @@ def _overlap(root: Path, parts: tuple[PreparedSplit, ...], config: DataConfig, s
     shared = np.flatnonzero(np.isin(rows.unit_hashes, PreparedFolder(root / parts[0].digest).unit_hashes))
     if not len(shared):
         return []
-    what = f"{len(shared)} of {len(rows.unit_hashes)} rows of data.eval stand in data.train word by word"
+    what = f"{len(shared)} of {len(rows.unit_hashes)} rows of data.eval also appear verbatim in data.train"
     if config.overlap == "accept":
         say(f"warning: {what} (overlap=accept)")
         return []
     units = shared[:SHOWN_FAULTS].tolist()
-    faults = [_fault("overlap", rows, parts[1], unit, "stands in data.train too") for unit in units]
+    faults = [_fault("overlap", rows, parts[1], unit, "also appears in data.train") for unit in units]
     return [what, *fault_sentences(faults, {"overlap": len(shared)})]
 
 

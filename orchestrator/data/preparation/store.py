@@ -187,7 +187,7 @@ def _segments(config: DataConfig, units: Units, picked: Ints) -> Segments:
     documents = (picked[:, None] * per_unit + np.arange(per_unit)).reshape(-1)
     if config.packing == "split":
         if per_unit > 1:
-            raise DataError("packing=split would tear a preference pair apart: set packing=best_fit or packing=none")
+            raise DataError("packing=split would split a preference pair: set packing=best_fit or packing=none")
         cut = split_rows(lengths[documents], config.max_length)
         return replace(cut, documents=documents[cut.documents])
     if config.packing == "best_fit":

@@ -108,7 +108,7 @@ def tokenizer_digest(folder: Path, hashes: FileHashes) -> str:
 
 
 def template_digest(config: DataConfig, folder: Path) -> str:
-    """sha256 of the chat template in use. Raises DataError if a configured one is no file."""
+    """sha256 of the chat template in use. Raises DataError if a configured one is not a file."""
     if config.chat_template is not None:
         path = Path(config.chat_template).expanduser()
         if not path.is_file():

@@ -103,7 +103,7 @@ def _part(
         settle_format(source, paths, field=field) for source, paths in zip(sources, files, strict=True)
     )
     if len({KINDS[data_format] for data_format in formats}) > 1:
-        raise DataError(f"{field} mixes formats that cannot stand in one batch: {', '.join(formats)}")
+        raise DataError(f"{field} mixes formats that cannot share a batch: {', '.join(formats)}")
     key: PreparedKey = prepared_key(
         config,
         tuple(zip(sources, files, formats, strict=True)),

@@ -52,14 +52,14 @@ def _sample(path: Path, *, differences: bool = False) -> tuple[int, ...]:
             sample = tuple(numbers[i + 1] - numbers[i] if differences else numbers[i] for i in places)
             numbers.release()
     except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{path} is no array of lengths: {error}") from error
+        raise DataError(f"{path} is not an array of lengths: {error}") from error
     return sample
 
 
 def _data_start(content: mmap.mmap, path: Path) -> int:
     """Offset of the first number: magic, version, length of the header in two bytes (version 1) or four, header."""
     if content[:6] != b"\x93NUMPY":
-        raise DataError(f"{path} is no .npy file")
+        raise DataError(f"{path} is not an .npy file")
     size = 2 if content[6] == 1 else 4
     start = 8 + size
     end = start + int.from_bytes(content[8:start], "little")

@@ -63,7 +63,9 @@ def locate(source: SourceConfig, *, field: str) -> tuple[Path, ...] | None:
     if HUB_ID.match(source.path) and path.suffix not in SUFFIXES:
         cached = cached_hub_folder(source.path, source.revision)
         return None if cached is None else hub_files(cached, source, field=field)
-    raise DataError(f"{field}.path={source.path} is not there: give a file, a glob, a folder or a hub id (owner/name)")
+    raise DataError(
+        f"{field}.path={source.path} does not exist: give a file, a glob, a folder or a hub id (owner/name)"
+    )
 
 
 def cached_hub_folder(name: str, revision: str | None) -> Path | None:
@@ -95,7 +97,7 @@ def _folder_files(folder: Path, split: str | None, *, field: str) -> tuple[Path,
     if wanted is None:
         return tuple(found)
     if wanted not in splits:
-        raise DataError(f"{field}.split={wanted} is not in {folder}: found {', '.join(splits) or 'no splits by name'}")
+        raise DataError(f"{field}.split={wanted} is not in {folder}: found {', '.join(splits) or 'no named splits'}")
     return tuple(splits[wanted])
 
 
@@ -128,5 +130,5 @@ def known_kind(path: Path) -> FileKind:
     """The kind of a data file. Raises DataError for an unknown one."""
     kind = file_kind(path)
     if kind is None:
-        raise DataError(f"{path} is of no known kind: {', '.join(SUFFIXES)} are known, also with .gz")
+        raise DataError(f"{path} is of an unknown kind: {', '.join(SUFFIXES)} are known, also with .gz")
     return kind

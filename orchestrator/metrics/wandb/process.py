@@ -98,7 +98,7 @@ def finish(run: WandbProcess, summary: Mapping[str, JsonValue], *, outcome: Outc
     if code == 0:
         return sentence
     limit = f" within {timeout_seconds:g} s" if code is None or code == TIMED_OUT else ""
-    return f"W&B did not take everything{limit}. {sentence}"
+    return f"W&B did not receive everything{limit}. {sentence}"
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -112,7 +112,7 @@ def how_to_see(directory: Path) -> str:
     ours = shlex.join([sys.executable, "-m", MODULE, str(directory / SETTINGS_FILE)])
     theirs = shlex.join(["wandb", "sync", str(directory)])
     if state.mode is None:
-        return f"W&B has nothing of this run yet; when the job has ended, send it with: {ours}"
+        return f"W&B has no data of this run yet; when the job has ended, send it with: {ours}"
     if state.mode == "online":
         rest = f"; if the job has ended, W&B may lack steps: send them with: {ours}" if state.server_uncertain else ""
         return f"W&B run: {state.url}{rest}"

@@ -144,7 +144,7 @@ class Session:
         try:
             self.run.log(table, step=step, commit=False)
         except Exception as error:
-            say(f"the table of step {step} was not taken: {_first_line(error)}")
+            say(f"the table of step {step} was not accepted: {_first_line(error)}")
 
     def _send_profile(self) -> None:
         """Send traces and breakdowns as files of the run; a refused one does not affect the others."""
@@ -152,7 +152,7 @@ class Session:
             try:
                 self.run.save(str(file), str(self.profile_folder.parent), "now")  # pyright: ignore[reportUnknownMemberType]
             except Exception as error:
-                say(f"{file.name} was not taken: {_first_line(error)}")
+                say(f"{file.name} was not accepted: {_first_line(error)}")
 
     def close(self, ending: Ending) -> None:
         """End the run at W&B, then say in the state file that everything is safe. How it ended is noted first: W&B may not answer."""
@@ -194,7 +194,7 @@ def open_session(settings: WandbSettings, mode: Mode, *, worker_pid: int | None)
     except Exception as error:
         if mode == "offline":
             raise
-        raise CannotOpenError(f"the server did not take the run: {_first_line(error)}") from error
+        raise CannotOpenError(f"the server did not accept the run: {_first_line(error)}") from error
     # A resumed run goes on after the server's last line; offline the state file is the only memory.
     next_step = run.starting_step if mode == "online" else state.through_step + 1
     online = mode == "online"

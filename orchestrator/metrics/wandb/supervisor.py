@@ -111,7 +111,7 @@ class _Supervisor:
             self._sender = None
         else:
             self._num_restarts += 1
-            say(f"the sender ended with code {code}; starting it again ({self._num_restarts} of {_MAX_RESTARTS})")
+            say(f"the sender ended with code {code}; restarting it ({self._num_restarts} of {_MAX_RESTARTS})")
             time.sleep(_RESTART_PAUSE_SECONDS * (self._num_restarts - 1))
             self._sender = self._start(self._sender.mode)
 

@@ -145,7 +145,7 @@ class Checkpointer:
             seconds=time.perf_counter() - start,
         )
         self._record.say(
-            f"went back from step {progress.step} to {found.step}; the data of steps {list(streak)} is left out"
+            f"rolled back from step {progress.step} to {found.step}; the data of steps {list(streak)} is skipped"
         )
         self._record.rollbacks = health.rollbacks
         return replace(earlier, health=health)
@@ -158,11 +158,11 @@ class Checkpointer:
         found = newest_proven(self._subject.runtime, self._context.folder, self._tell, before=step + 1)
         if found is None or found.step != step:
             self._record.event("best_lost", step=step)
-            self._record.say(f"warning: the best checkpoint, of step {step}, is not there; the last weights are taken")
+            self._record.say(f"warning: the best checkpoint, of step {step}, is missing; the last weights are used")
             return False
         self._restored(found)
         self._record.event("best", step=step)
-        self._record.say(f"the weights of step {step}, the best, are put back")
+        self._record.say(f"the best weights, of step {step}, are restored")
         return True
 
     def close(self) -> int | None:
@@ -186,7 +186,7 @@ class Checkpointer:
         free = free_bytes(self._context.folder.checkpoints)
         self._record.event("space", checkpoint_bytes=one, most_bytes=most, free_bytes=free)
         told = f"a checkpoint takes {one / MEBIBYTE:,.1f} MiB, all of them at most {most / MEBIBYTE:,.1f}; {free / MEBIBYTE:,.0f} are free"
-        self._record.say(told if most < free else f"warning: {told}: saves will fail until somebody makes room")
+        self._record.say(told if most < free else f"warning: {told}: saves will fail until space is freed")
 
     def _restored(self, found: VerifiedCheckpoint) -> Progress:
         subject, state = self._subject, found.state
@@ -216,7 +216,7 @@ class Checkpointer:
         allowed = PROBE_TOLERANCE[self._context.config.model.dtype]
         if not abs(loss - stored) <= allowed * abs(stored):
             raise CheckpointError(
-                f"step {step} was put back, but its loss on the probe's rows is {loss:.7g}, {stored:.7g} was stored; they differ by "
+                f"step {step} was restored, but its loss on the probe's rows is {loss:.7g}, {stored:.7g} was stored; they differ by "
                 f"{abs(loss - stored) / abs(stored):.2g}, {allowed:g} is allowed. Nothing was trained"
             )
 
@@ -268,7 +268,7 @@ class Checkpointer:
         return {
             "world_size": [found.world_size, self._subject.runtime.world_size],
             "sharding": [found.manifest["sharding"], config.sharding.strategy],
-            "random_states": "kept" if found.world_size == self._subject.runtime.world_size else "seeded anew",
+            "random_states": "kept" if found.world_size == self._subject.runtime.world_size else "re-seeded",
             "micro_size": stage.batch.micro_size,
             "micro_batches_per_rank": accumulation_steps(config, stage),
         }

@@ -53,4 +53,4 @@ def _problems(folder: StageFolder, step: int) -> list[str]:
         checkpoints.verify(folder.checkpoint(step))
     except CheckpointError as error:
         return list(error.problems)
-    return ["a rank read something else than rank 0; see the log"]
+    return ["a rank read other content than rank 0; see the log"]

@@ -71,8 +71,8 @@ def restore(
         written.check_names(trained_parameters(runtime, model))
         if written.is_bound_to_ranks and not same_ranks:
             raise CheckpointError(
-                "8-bit optimizer states under ZeRO are bound to the ranks that wrote them; go on with the same sharding and "
-                "number of ranks, or start anew with optimizer=adamw"
+                "8-bit optimizer states under ZeRO are tied to the ranks that wrote them; resume with the same sharding and "
+                "number of ranks, or start over with optimizer=adamw"
             )
         states = base_optimizer(runtime, optimizer).state
         for number, (master, members) in enumerate(_by_master(local_fragments(runtime, model))):
@@ -121,9 +121,9 @@ class Written:
         """Raise CheckpointError if the trained parameters differ from the saved ones."""
         shapes = self._shapes
         wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
-        problems = [f"{name}: the checkpoint does not hold it" for name in sorted(wanted.keys() - shapes.keys())]
+        problems = [f"{name}: missing from the checkpoint" for name in sorted(wanted.keys() - shapes.keys())]
         problems += [
-            f"{name}: the checkpoint holds it, nobody trains it" for name in sorted(shapes.keys() - wanted.keys())
+            f"{name}: in the checkpoint, but not trained here" for name in sorted(shapes.keys() - wanted.keys())
         ]
         problems += [
             f"{name}: shape {list(shapes[name])} in the checkpoint, {list(wanted[name])} here"
@@ -205,8 +205,8 @@ def _master_state(
         extras = written.extras(fragment.name)
         if extras and not fragment.is_whole:
             raise CheckpointError(
-                f"{fragment.name}: 8-bit optimizer states cannot be moved into ZeRO's partitions; go on with sharding=none, "
-                "or start anew with optimizer=adamw"
+                f"{fragment.name}: 8-bit optimizer states cannot be moved into ZeRO's partitions; resume with sharding=none, "
+                "or start over with optimizer=adamw"
             )
         for key in written.state_keys(fragment.name):
             values = written.read(key, fragment)

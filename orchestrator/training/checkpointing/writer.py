@@ -95,9 +95,9 @@ class CheckpointWriter:
         if problem is not None:
             free = free_bytes(self._folder.root)
             raise CheckpointError(
-                f"the checkpoint that is tried after the first step could not be written: {problem}; this rank's part takes "
+                f"the trial checkpoint after the first step could not be written: {problem}; this rank's part takes "
                 f"{size / MEBIBYTE:,.1f} MiB, {self._world_size} ranks write, {free / MEBIBYTE:,.1f} MiB are free there. Free some space or "
-                "set output_dir to another disk (checkpoint.rehearse=false leaves the trial out)"
+                "set output_dir to another disk (checkpoint.rehearse=false skips the trial)"
             )
         self._record.event("rehearsal", step=pending.step, seconds=time.perf_counter() - start, rank_0_bytes=size)
 

@@ -225,7 +225,7 @@ def _brief_model(bench: Bench) -> str:
         (("stages.grpo.rewards=[]",), "stages.grpo.rewards: there is none"),
         (
             ("stages.grpo.rewards=[{source: 'stage:nope', weight: 1.0, options: {}}]",),
-            "nope is no stage of kind reward",
+            "nope is not a stage of kind reward",
         ),
         (("stages.grpo.rewards=[{source: exact_mach, weight: 1.0, options: {}}]",), "exact_match"),
         (
@@ -233,7 +233,7 @@ def _brief_model(bench: Bench) -> str:
             "is not a multiple of batch.global_size",
         ),
         (("stages.grpo.rollout.group_size=1",), "group_size"),
-        (("stages.grpo.start_from=reward",), "reward is no stage of kind sft or dpo or grpo"),
+        (("stages.grpo.start_from=reward",), "reward is not a stage of kind sft or dpo or grpo"),
         (("stages.grpo.data.packing=best_fit",), "prompts are not packed"),
     ],
 )

@@ -297,7 +297,7 @@ def test_held_out_rows_that_stand_in_train(tokenizer: Path, tmp_path: Path) -> N
     settings: dict[str, Any] = {"train__path": str(train), "eval__path": str(held)}
     with pytest.raises(DataError, match=r"2 of 7 rows of data\.eval stand in data\.train") as caught:
         prepare(data_config(**settings), tokenizer, tmp_path / "cache")
-    assert f"{held}:6 stands in data.train too [overlap]" in caught.value.problems
+    assert f"{held}:6 also appears in data.train [overlap]" in caught.value.problems
     assert prepare(data_config(**settings, overlap="accept"), tokenizer, tmp_path / "cache").was_hit
 
 
@@ -340,7 +340,7 @@ def test_mixture_of_two_files(tokenizer: Path, tmp_path: Path) -> None:
     assert found.meta.file_rows == (50, 30)
     assert found.where(55, 6, (first, second)) == f"{second}:6"
     preference = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
-    with pytest.raises(DataError, match="mixes formats that cannot stand in one batch: alpaca, preference"):
+    with pytest.raises(DataError, match="mixes formats that cannot share a batch: alpaca, preference"):
         prepare(data_config(train__path=str(first), mix=[{"path": str(preference)}]), tokenizer, tmp_path / "cache")
 
 

@@ -45,7 +45,7 @@ def test_a_killed_run_is_proven_equal_and_a_difference_is_found(
     print_proof(proof)
     assert proof.first_difference is None and len(proof.steps) == 12 and proof.tensors == 21
     assert proof.went_on_from >= 3 and all(not pair.differences for pair in proof.steps)
-    assert "equal: 12 steps and 21 tensors, to the last bit" in capsys.readouterr().out
+    assert "equal: 12 steps and 21 tensors, bit for bit" in capsys.readouterr().out
     straight, killed = (RunFolder(run_directory_of(run)).stage("sft") for run in small_runs(config, steps=12))
     assert sorted(read_json(straight.result)) == sorted(read_json(killed.result))
     weights = killed.artifact / "model.safetensors"

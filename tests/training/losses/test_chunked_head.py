@@ -236,7 +236,7 @@ def test_a_model_that_scales_its_logits_makes_its_own() -> None:
 
 def test_the_head_in_words_and_the_rows_of_a_chunk() -> None:
     for tuning, words in {
-        "full": "chunked cross-entropy in plain torch (cpu), on trained tokens alone",
+        "full": "chunked cross-entropy in plain torch (cpu), on trained tokens only",
         "lora-head": "chunked cross-entropy",
         "saved-head": "chunked cross-entropy",
         "dora-head": "logits of the trained tokens: the head is a Linear",

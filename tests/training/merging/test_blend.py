@@ -235,11 +235,11 @@ def test_the_greedy_soup_takes_in_what_does_not_hurt() -> None:
 def test_what_is_told() -> None:
     before, after = scores(0.8, 0.7), scores(0.9, 0.6)
     line = regressions_line(before, after, {"data": False, "o": True})
-    assert line == "lost against the base: o (shift) accuracy 0.700 -> 0.600 (one standard error 0.046)"
-    assert regressions_line(before, before, {}) == "lost against the base: nothing on 2 sets"
+    assert line == "worse than the base: o (shift) accuracy 0.700 -> 0.600 (one standard error 0.046)"
+    assert regressions_line(before, before, {}) == "worse than the base: nothing on 2 sets"
     worse = {**before, "forgetting": SetScores(rows=3, loss=1.0)}
     told = regressions_line(worse, {**before, "forgetting": replace(worse["forgetting"], loss=2.0)}, {})
-    assert told == "lost against the base: forgetting perplexity 2.72 -> 7.39"
+    assert told == "worse than the base: forgetting perplexity 2.72 -> 7.39"
     assert "| o (shift) | accuracy | 0.700 | 0.600 |" in score_table({"base": before, "tuned": after}, {"o": True})
     assert inner_best([1.0, 0.0, 0.5], [0.7, 0.6, 0.9]).endswith("the ends have 0.600 and 0.700: inside by 0.200")
     assert "inside" not in inner_best([0.0, 0.5, 1.0], [0.7, 0.6, 0.9])

@@ -98,7 +98,7 @@ def test_every_a_scores_what_transformers_says_of_its_weights(bench: Bench, done
     assert len(seen) == 2 * len(ALPHAS), "every a is another model"
     for name in ("wise", "ev"):
         logs = "".join(file.read_text() for file in done.folder.stage(name).logs.glob("*.log"))
-        assert "set forgetting: left out, a classifier has no loss on a text" in logs, name
+        assert "set forgetting: skipped, a classifier has no loss on a text" in logs, name
 
 
 def test_the_chosen_classifier_is_proven_and_others_go_on_from_it(bench: Bench, done: Done) -> None:
@@ -130,7 +130,7 @@ def test_the_chosen_classifier_is_proven_and_others_go_on_from_it(bench: Bench, 
         (["stages.ev.start_from=null"], "stages.ev.start_from: null; it must be a stage before ev that makes"),
         (["stages.classify.problem=regression", "stages.wise.choose_by=accuracy"], "classify predicts a number, which has no accuracy"),
         (["pipeline=[head,classify,wise,merge]", "+stage@stages.merge=merge", "stages.merge.start_from=wise"], "it makes a classifier; there is none"),
-        (["pipeline=[classify,wise]", "stages.classify.start_from=null"], "stages.wise.origin: head is no stage of kind classify"),
+        (["pipeline=[classify,wise]", "stages.classify.start_from=null"], "stages.wise.origin: head is not a stage of kind classify"),
     ],
 )  # fmt: skip
 def test_what_is_no_interpolation_of_classifiers_is_refused(bench: Bench, words: list[str], told: str) -> None:

@@ -66,7 +66,7 @@ def test_the_report_says_what_plain_passes_say(bench: Bench, lpft: Done) -> None
     assert lpft.code == 0, lpft.told
     files = lpft.folder.stage("ev")
     report = read_json(files.artifact / "report.json")
-    assert report["sets"].keys() == {"data", "outside", "forgetting"} and "lost against the base:" in report["lost"]
+    assert report["sets"].keys() == {"data", "outside", "forgetting"} and "worse than the base: " in report["lost"]
     assert [report["sets"][name]["shift"] for name in report["sets"]] == [False, True, None]
     assert report["base"]["loss"] == report["sets"]["data"]["base"]["loss"]
     rows = PreparedRows.open(Path(read_json(files.prepared)["sets"]["outside"]))

@@ -63,7 +63,7 @@ def begin(stage: Path, *, mode: Any = "auto") -> WandbProcess:
 
 
 def append(stage: Path, first: int, last: int, *, attempt: int, pause: float = 0.0) -> None:
-    """What a trainer writes: a row each step, an evaluation every fifth, and one loss that is no number."""
+    """What a trainer writes: a row each step, an evaluation every fifth, and one loss that is not a number."""
     with RecordFile(stage / "metrics.jsonl") as record:
         for step in range(first, last + 1):
             loss = float("nan") if step == 7 else 1 / step
@@ -161,7 +161,7 @@ def test_an_offline_attempt_that_was_killed_is_written_anew(tmp_path: Path) -> N
     os.killpg(run.process.pid, signal.SIGKILL)
     run.process.wait()
     sentence = finish(run, {}, outcome="failed", timeout_seconds=15)
-    assert sentence.startswith("W&B did not take everything. ") and "-m orchestrator.metrics.wandb " in sentence
+    assert sentence.startswith("W&B did not receive everything. ") and "-m orchestrator.metrics.wandb " in sentence
     torn = offline_files(stage / "wandb")
     assert len(torn) == 1
     attempt(stage, 16, 30, number=2)

@@ -258,5 +258,5 @@ def test_the_folder_opens_again_and_a_wrong_one_is_refused(folder: Path, tmp_pat
 
 
 def test_a_layer_that_is_not_there_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tuning.layers: \[3\], but the 3 layers have the numbers 0 to 2"):
+    with pytest.raises(ConfigError, match=r"tuning.layers: \[3\], but the 3 layers are numbered 0 to 2"):
         _model(folder, _config(folder, "tuning.layers=[0,3]"))

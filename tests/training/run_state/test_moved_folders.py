@@ -51,7 +51,7 @@ def test_a_copy_and_a_moved_run_end_as_the_straight_one(bench: Bench, straight: 
     copy = bench.root / "elsewhere" / "a copy"
     shutil.copytree(cut.root, copy)
     told = resumed(bench, copy).out
-    assert f"the run is a copy of {cut.root} and goes on independently of it" in told
+    assert f"the run is a copy of {cut.root} and continues independently of it" in told
     assert (copy / "sft" / "artifact" / ADAPTER).read_bytes() == straight
     steps = [
         row["step"]

@@ -65,7 +65,7 @@ def test_a_metric_that_no_evaluation_writes_ends_the_first_trial_at_once(tmp_pat
     files.metrics.write_text(json.dumps(row) + "\n")
     assert watch("dpo") is False, "another stage"
     with pytest.raises(
-        WrongMetric, match=r"eval_acuracy is no result of sft's evaluation; there are eval_loss, eval_accuracy$"
+        WrongMetric, match=r"eval_acuracy is not a result of sft's evaluation; there are eval_loss, eval_accuracy$"
     ):
         watch("sft")
 

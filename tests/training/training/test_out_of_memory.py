@@ -67,7 +67,7 @@ def cramped(tmp_path: Path) -> Iterator[Bench]:
 
 def test_a_disk_that_is_too_small_is_known_after_the_first_step(cramped: Bench) -> None:
     done = cramped.run("cramped", "launcher=local")
-    assert done.code == 93 and "the checkpoint that is tried after the first step could not be written" in done.error
+    assert done.code == 93 and "the trial checkpoint after the first step could not be written" in done.error
     assert "MiB are free there" in done.error
     assert max(int(str(row["step"])) for row in read_rows(done.sft.metrics) if "loss" in row) == 1
 

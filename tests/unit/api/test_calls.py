@@ -82,9 +82,9 @@ def test_plan_is_typed_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_folders_that_hold_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no run folder, and holds none"):
+    with pytest.raises(ConfigError, match="is not a run folder, and holds none"):
         status(tmp_path)
-    with pytest.raises(ConfigError, match="is no run folder: it holds no"):
+    with pytest.raises(ConfigError, match="is not a run folder: it holds no"):
         resume(tmp_path)
 
 

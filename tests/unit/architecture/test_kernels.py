@@ -21,8 +21,8 @@ from orchestrator.planning.plan import make_plan
 
 LORA = "+experiment=llama_lora"
 H100 = ("cluster=h100x8", "stages.sft.batch.global_size=32")
-TORCH = "chunked cross-entropy in plain torch ({}), on trained tokens alone"
-LIGER = "Liger's fused linear cross-entropy ({}), on trained tokens alone"
+TORCH = "chunked cross-entropy in plain torch ({}), on trained tokens only"
+LIGER = "Liger's fused linear cross-entropy ({}), on trained tokens only"
 BLOCKS = "documents: blocks by document, one by one where one is longer than 512 tokens (CPU, 16 bits)"
 VARLEN = "documents: torch varlen_attn (CUDA, 16 bits)"
 ONE_BY_ONE = "documents: torch sdpa, document by document ({} bits)"
@@ -111,7 +111,7 @@ def test_text_and_json_name_them(ask: Asker) -> None:
 
 def test_liger_by_name_is_refused_where_it_cannot_run(ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    needs_gpu = "model.loss_head: liger needs a GPU, and the ranks have a CPU; type model.loss_head=auto"
+    needs_gpu = "model.loss_head: liger needs a GPU, and the ranks run on the CPU; type model.loss_head=auto"
     assert ask.refused("plan", LORA, "model.loss_head=liger", "cluster.device=cpu") == (needs_gpu,)
     assert liger_problem("liger", ("cpu",), has_liger=True) == needs_gpu
     missing = liger_problem("liger", ("cuda",), has_liger=False)

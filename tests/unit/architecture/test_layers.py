@@ -109,9 +109,9 @@ def test_a_new_head_is_always_trained() -> None:
             {},
             "nothing is trained; choose layers, a switch or a pattern in tuning.also; the parameters of this model are",
         ),
-        ({"also": ("*.qkv.*",)}, "tuning.also: *.qkv.* meets nothing; the parameters of this model are"),
+        ({"also": ("*.qkv.*",)}, "tuning.also: *.qkv.* matches nothing; the parameters of this model are"),
         ({"layers": "last 13"}, "tuning.layers: last 13, but the model has 12 layers; type tuning.layers=all"),
-        ({"layers": (11, 12)}, "tuning.layers: [12], but the 12 layers have the numbers 0 to 11"),
+        ({"layers": (11, 12)}, "tuning.layers: [12], but the 12 layers are numbered 0 to 11"),
     ],
 )
 def test_what_meets_nothing_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -158,7 +158,7 @@ def test_rates_of_ulmfit() -> None:
     assert list(adapters.values()) == [0.5, 1.0], "what stands highest of the trained has the whole rate"
     assert set(rates_of(NAMES, 12, None).values()) == {1.0}
     with pytest.raises(
-        ConfigError, match=r"layer_decay: none of what is trained stands in a numbered layer: prompt.weight"
+        ConfigError, match=r"layer_decay: no trained parameter belongs to a numbered layer: prompt.weight"
     ):
         rates_of(["prompt.weight"], 12, 0.5)
 

@@ -116,9 +116,7 @@ def foreign_folder(ask: Asker) -> Iterator[Path]:
 def test_no_permission_to_write(ask: Asker, foreign_folder: Path, place: str) -> None:
     for verb in ("run", "render"):
         answer = ask(verb, LORA, f"output_dir={foreign_folder}/{place}")
-        sentence = (
-            f"{foreign_folder}/{place}/llama_lora: no permission to write there; set output_dir to a folder of yours"
-        )
+        sentence = f"{foreign_folder}/{place}/llama_lora: no permission to write there; set output_dir to a folder you can write to"
         assert (answer.code, answer.errors[-1]) == (2, sentence)
     assert files_of(foreign_folder) == {}
 
@@ -179,4 +177,7 @@ def test_a_disk_that_fills_up_later_leaves_an_older_run_as_it_was(ask: Asker, ti
 @pytest.mark.parametrize("tiny_disk", ["size=64k,ro"], indirect=True)
 def test_a_read_only_disk(ask: Asker, tiny_disk: Path) -> None:
     (told,) = ask.refused("render", LORA, f"output_dir={tiny_disk}/runs")
-    assert told == f"{tiny_disk}/runs/llama_lora: no permission to write there; set output_dir to a folder of yours"
+    assert (
+        told
+        == f"{tiny_disk}/runs/llama_lora: no permission to write there; set output_dir to a folder you can write to"
+    )

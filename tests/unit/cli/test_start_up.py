@@ -70,4 +70,4 @@ def test_ctrl_c_ends_what_only_looks_silently_and_says_how_a_run_goes_on(
         assert (answer.code, answer.errors) == (130, ()), (words, answer)
     monkeypatch.setattr("orchestrator.commands.resume.resume", lambda _folder: interrupt(0))
     answer = ask("resume", "a")
-    assert (answer.code, answer.errors) == (75, ("interrupted; the same command goes on with what is left",))
+    assert (answer.code, answer.errors) == (75, ("interrupted; the same command continues with what is left",))

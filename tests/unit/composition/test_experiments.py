@@ -108,4 +108,4 @@ def test_stages_that_read_each_other_share_a_chat_template(ask: Asker) -> None:
     assert told.startswith(
         "stages.reward.data.chat_template: /x/other.jinja, but it reads sft, which uses the tokenizer's own"
     )
-    assert missing.startswith("stages.reward.data.chat_template: /x/other.jinja is no file")
+    assert missing.startswith("stages.reward.data.chat_template: /x/other.jinja is not a file")

@@ -11,10 +11,10 @@ LORA = "+experiment=llama_lora"
 
 TOLD_TOGETHER = {
     "words": [
-        ("two words", "'two words' is no override (token recognition error at: ' '); type key=value or group=choice, quoted for the shell"),
+        ("two words", "'two words' is not an override (token recognition error at: ' '); type key=value or group=choice, quoted for the shell"),
         ("seed=1,2", "'seed=1,2' holds several values; give one, a list in brackets (key=[a,b]), or -m for a run each"),
         ("hydra.run.dir=x", "'hydra.run.dir=x' sets Hydra itself, which writes nothing here; the run folder is output_dir/name"),
-        ("llama_full", "llama_full is no override; did you mean +experiment=llama_full?"),
+        ("llama_full", "llama_full is not an override; did you mean +experiment=llama_full?"),
     ],
     "groups": [
         ("tuning=lorra", "tuning=lorra: there is no such tuning; did you mean lora? There are: adalora, freeze, full, ia3, lora, loreft, oft, prefix, prompt, vera"),
@@ -39,7 +39,7 @@ TOLD_TOGETHER = {
         ("stages.sft.data.mix=[{path: x, formatt: text}]", "stages.sft.data.mix.0.formatt: unknown key; did you mean format?"),
         ("~sede", "sede: unknown key; did you mean seed?"),
         ("~stages.sft.optimizer.lr", "stages.sft.optimizer.lr: this key is missing"),
-        ("+name=3", "+name=3: this key is there already; type name=3"),
+        ("+name=3", "+name=3: this key exists already; type name=3"),
     ],
     "types": [
         ("stages.sft.max_steps=many", 'stages.sft.max_steps: input should be a valid integer, not "many"'),
@@ -50,7 +50,7 @@ TOLD_TOGETHER = {
         ("stages.sft.data.train.path=", 'stages.sft.data.train.path: string should have at least 1 character, not ""'),
         ("stages.sft.optimizer.lr=-1", "stages.sft.optimizer.lr: input should be greater than 0, not -1"),
         ("stages.sft.optimizer.beta1=nan", "stages.sft.optimizer.beta1: input should be less than or equal to 1, not NaN"),
-        ("model.dtype=fp16", "model.dtype: fp16 is not supported yet, it comes in a later version; type model.dtype=auto, float32 or bfloat16"),
+        ("model.dtype=fp16", "model.dtype: fp16 is not supported yet; type model.dtype=auto, float32 or bfloat16"),
         ("tuning.method=lorra", "tuning.method: 'lorra' is not one of 'full', 'freeze', 'lora', 'ia3', 'prompt', 'prefix', 'vera', 'oft', 'adalora', 'loreft'"),
         ("name=a/b", 'name: letters, digits, ".", "_" and "-" are allowed, up to 100 of them, the first a letter or a digit, not "a/b"; try name=a_b'),
         ("stages.sft.data.deduplicate=maybe", 'stages.sft.data.deduplicate: input should be a valid boolean, not "maybe"'),
@@ -64,7 +64,7 @@ ONE_WORD = [
     ("format=xml", "format=xml: json or table is allowed"),
     ("pipeline=[]", "pipeline: no stage to run; add an experiment, such as +experiment=llama_lora"),
     ("pipeline=[sft,dpo]", "pipeline: dpo has no entry under stages; there are ['sft']"),
-    ("pipeline=[sft,sft]", "pipeline: a stage stands twice in ['sft', 'sft']"),
+    ("pipeline=[sft,sft]", "pipeline: a stage appears twice in ['sft', 'sft']"),
     ("stages.sft.max_steps=null", "stages.sft: both max_steps and epochs are null; set one of them"),
 ]  # fmt: skip
 
@@ -174,9 +174,9 @@ def test_faults_of_keys_and_types_are_told_together(ask: Asker) -> None:
             ("resume", "a", "b"),
             "resume takes one run folder and nothing else: python -m orchestrator resume runs/llama_lora",
         ),
-        (("resume", "nowhere"), "nowhere is no run folder: it holds no run.json, since there is no such folder"),
+        (("resume", "nowhere"), "nowhere is not a run folder: it holds no run.json, since there is no such folder"),
         (("logs", "--wibble"), "--wibble: logs has no such option; it has --help, --stage, "),
-        (("cancel", "."), ". is no run folder: it holds no run.json"),
+        (("cancel", "."), ". is not a run folder: it holds no run.json"),
         (
             ("generate", "x", "--repetition-penalty", "1.2"),
             "--repetition-penalty: generate has no such option; it has --help, --stage, ",
@@ -204,11 +204,11 @@ def test_faults_of_keys_and_types_are_told_together(ask: Asker) -> None:
             ),
             "stages.sft.batch: global_size 9 is not a multiple of micro_size x ranks = 2 x (1 node x 8 processes) = 16",
         ),
-        (("plan", LORA, "llama_full"), "llama_full is no override; did you mean +experiment=llama_full?"),
-        (("plan", LORA, ""), "'' is no override ("),
+        (("plan", LORA, "llama_full"), "llama_full is not an override; did you mean +experiment=llama_full?"),
+        (("plan", LORA, ""), "'' is not an override ("),
         (("plan", LORA, "x="), "x: unknown key"),
-        (("plan", "--config-dir"), "--config-dir: a value must follow"),
-        (("plan", "--config-dir", "nowhere"), "--config-dir: nowhere is no folder"),
+        (("plan", "--config-dir"), "--config-dir: a value is required"),
+        (("plan", "--config-dir", "nowhere"), "--config-dir: nowhere is not a folder"),
     ],
 )
 def test_verbs_and_folders(ask: Asker, words: tuple[str, ...], sentence: str) -> None:

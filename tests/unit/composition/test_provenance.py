@@ -63,7 +63,9 @@ def test_a_part_and_the_difference_from_the_experiment(ask: Asker) -> None:
     assert ask.refused("config", LORA, "stages.sft.optimiser") == (
         "stages.sft.optimiser: unknown key; did you mean stages.sft.optimizer?",
     )
-    assert ask.refused("config", "llama_lora") == ("llama_lora is no override; did you mean +experiment=llama_lora?",)
+    assert ask.refused("config", "llama_lora") == (
+        "llama_lora is not an override; did you mean +experiment=llama_lora?",
+    )
 
 
 def test_an_experiment_file_and_a_frozen_run(ask: Asker) -> None:
@@ -74,7 +76,7 @@ def test_an_experiment_file_and_a_frozen_run(ask: Asker) -> None:
     frozen = yaml.safe_load(ask("config", "runs/mine").out)
     assert frozen["tuning"]["rank"] == 4 and frozen["seed"] == 5
     assert yaml.safe_load(ask("config", "runs/mine", "tuning").out) == {"tuning": frozen["tuning"]}
-    assert ask.refused("config", "runs") == ("runs is no run folder: it holds no run.json; type runs/mine",)
+    assert ask.refused("config", "runs") == ("runs is not a run folder: it holds no run.json; type runs/mine",)
     assert ask.refused("config", "runs/mine", "seed=3")[0].startswith("runs/mine is a run: type config runs/mine")
 
 
@@ -125,7 +127,7 @@ def test_patterns_and_other_tools_names(ask: Asker, keys: list[Key]) -> None:
     assert takes_auto >= {"model.dtype", "model.gradient_checkpointing", "stages.STAGE.batch.micro_size"}
     answer = ask("keys", "learning_rate")
     assert answer.out.startswith("learning_rate is optimizer.lr here\nstages.STAGE.optimizer.lr ")
-    assert ask.refused("keys", "wibble") == ("wibble: no key holds this; type keys without a pattern for all",)
+    assert ask.refused("keys", "wibble") == ("wibble: no key contains this; type keys without a pattern for all",)
 
 
 def test_the_page_in_docs_is_the_reference(keys: list[Key]) -> None:

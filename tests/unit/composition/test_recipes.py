@@ -197,18 +197,18 @@ def test_a_recipe_reaches_the_tuning_of_the_run_where_it_has_the_key(
             1000,
             ("stages.sft.max_steps=10", "stages.sft.batch.global_size=4"),
             "stages.sft.max_steps=10 sees 0.04 of a pass over the 1,000 rows: most are never trained on; for a whole pass type "
-            "stages.sft.epochs=1 in its place (250 steps)",
+            "stages.sft.epochs=1 instead (250 steps)",
         ),
         (
             40,
             ("stages.sft.max_steps=130", "stages.sft.batch.global_size=4"),
-            "stages.sft.max_steps=130 is 13 passes over the 40 rows; for 3 passes type stages.sft.epochs=3 in its place (30 steps)",
+            "stages.sft.max_steps=130 is 13 passes over the 40 rows; for 3 passes type stages.sft.epochs=3 instead (30 steps)",
         ),
         (
             40,
             ("stages.sft.max_steps=9", "stages.sft.batch.global_size=4"),
             "stages.sft.max_steps=9 ends before one pass over the 40 rows (0.90 of it); for a whole pass type "
-            "stages.sft.epochs=1 in its place (10 steps)",
+            "stages.sft.epochs=1 instead (10 steps)",
         ),
         (40, ("stages.sft.max_steps=20", "stages.sft.batch.global_size=4"), None),
         (40, ("stages.sft.epochs=13",), None),

@@ -77,14 +77,14 @@ def test_a_group_of_the_users_own_is_judged_like_ours(ask: Asker) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("name: [mine\n", "FILE:7 is no YAML: expected ',' or ']', but got '<stream end>'"),
-        (b"\tname: mine\n", "FILE:1 is no YAML: found character '\\t' that cannot start any token"),
-        ("name: a\nname: b\n", "FILE:7 is no YAML: found duplicate key name"),
-        (b"name: \xff\n", "FILE is no YAML: 'utf-8' codec can't decode byte 0xff in position 6: invalid start byte"),
+        ("name: [mine\n", "FILE:7 is not YAML: expected ',' or ']', but got '<stream end>'"),
+        (b"\tname: mine\n", "FILE:1 is not YAML: found character '\\t' that cannot start any token"),
+        ("name: a\nname: b\n", "FILE:7 is not YAML: found duplicate key name"),
+        (b"name: \xff\n", "FILE is not YAML: 'utf-8' codec can't decode byte 0xff in position 6: invalid start byte"),
         (b"defaults: 3\n", "FILE: defaults must be a list of `- group: choice`"),
-        (b"name: mine\n", "FILE:1 must say `# @package _global_`, so that the file's keys stand at the root"),
-        (b"- a\n- b\n", "FILE:1 must say `# @package _global_`, so that the file's keys stand at the root"),
-        (b"", "FILE:1 must say `# @package _global_`, so that the file's keys stand at the root"),
+        (b"name: mine\n", "FILE:1 must say `# @package _global_`, so that the file's keys are at the root"),
+        (b"- a\n- b\n", "FILE:1 must say `# @package _global_`, so that the file's keys are at the root"),
+        (b"", "FILE:1 must say `# @package _global_`, so that the file's keys are at the root"),
         (
             b"# @package _global_\ndefaults:\n  - /stage@stages.sft: stf\n",
             "In 'experiment/mine': Could not find 'stage/stf' Available options in 'stage': classify dpo evaluate grpo interpolate merge reward self_training sft soup",
@@ -154,12 +154,12 @@ def test_faults_of_an_experiment_file_have_its_path_and_line(ask: Asker) -> None
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("a: [1\n", "mine.yaml:2 is no YAML: expected ',' or ']', but got '<stream end>'"),
+        ("a: [1\n", "mine.yaml:2 is not YAML: expected ',' or ']', but got '<stream end>'"),
         ("- a\n", "mine.yaml holds a list; lines of `key: value` are expected"),
         ("just a text\n", "mine.yaml holds a str; lines of `key: value` are expected"),
         ("", "mine.yaml holds no keys; `init mine_new.yaml` writes an experiment file"),
-        ("a: 1\n", "mine.yaml:1 is no experiment file: its first line must be `# @package _global_`, so that its keys stand at the root"),
-        ("# mine\n# @package _global_\na: 1\n", "mine.yaml:1 is no experiment file: its first line must be `# @package _global_`, so that its keys stand at the root"),
+        ("a: 1\n", "mine.yaml:1 is not an experiment file: its first line must be `# @package _global_`, so that its keys are at the root"),
+        ("# mine\n# @package _global_\na: 1\n", "mine.yaml:1 is not an experiment file: its first line must be `# @package _global_`, so that its keys are at the root"),
     ],
 )  # fmt: skip
 def test_a_yaml_file_that_is_no_experiment(ask: Asker, text: str, sentence: str) -> None:

@@ -96,16 +96,16 @@ def test_other_rows_in_a_set_make_the_stage_anew(ask: Asker, tmp_path: Path) -> 
         ((*EVALUATE, "stages.e.sets={forgetting: {path: x}}"), "stages.e.sets.forgetting: this name is taken"),
         ((*EVALUATE, "stages.e.sets={far: {paht: x}}"), "stages.e.sets.far.paht: unknown key; did you mean path?"),
         ((*EVALUATE, "stages.e.options=[yes]"), "stages.e.options"),
-        ((*EVALUATE, "stages.e.start_from=e"), "stages.e.start_from: e is no stage of kind"),
+        ((*EVALUATE, "stages.e.start_from=e"), "stages.e.start_from: e is not a stage of kind"),
         ((*EVALUATE, "stages.e.data.packing=best_fit"), "stages.e.data.packing: rows are scored one by one"),
         (WISE, "stages.w.choose_on: choose=id_within needs a set with shift=true; name one (there are data (no shift))"),
         ((*WISE, "stages.w.choose=best_id"), "stages.w.choose_on: choose=best_id needs a set without shift"),
         ((*WISE, "stages.w.choose_on=[yelp]"), "stages.w.choose_on: yelp: no such set; there are data"),
-        ((*WISE, "stages.w.origin=w"), "stages.w.origin: w is no stage of kind"),
+        ((*WISE, "stages.w.origin=w"), "stages.w.origin: w is not a stage of kind"),
         ((*WISE, "pipeline=[w]"), "stages.w.start_from: no stage before w makes a policy"),
         (SOUP, "stages.s.members: a soup needs two or more different ingredients, these are stage:sft"),
         ((*SOUP, "stages.s.members=['stage:sft']"), "a soup needs two or more different ingredients"),
-        ((*SOUP, "stages.s.members=['stage:x']"), "stages.s.members: x is no stage of kind"),
+        ((*SOUP, "stages.s.members=['stage:x']"), "stages.s.members: x is not a stage of kind"),
         ((*SOUP, "stages.s.members=[x]"), "no run folder (run.json expected); give FOLDER, FOLDER:STAGE or stage:NAME"),
         ((*SOUP, "stages.s.members=[x]", "stages.s.recipe=greedy"), "recipe=greedy looks at held-out scores"),
         ((*WISE, "tuning=lora", "tuning.use_dora=true"), "weights are no sum of base and product"),
@@ -138,7 +138,7 @@ def test_a_member_of_another_run_has_the_same_base_and_tuning(ask: Asker, tmp_pa
     assert told.endswith(f"sft is not done: there is no {folder}/sft/result.json")
     (folder / "sft" / "result.json").write_text("{}")
     (dtype, tuning) = ask.refused("plan", *words)
-    assert "has model.dtype float32, this run bfloat16; ingredients of a soup have base and tuning in common" in dtype
+    assert "has model.dtype float32, this run bfloat16; members of a soup must share base and tuning" in dtype
     assert "has tuning.method lora, this run full" in tuning
     (told,) = ask.refused("plan", *SOUP, "stages.s.members=['runs/other:merge']")
     assert told.endswith("merge makes no policy; its stages that do are sft")

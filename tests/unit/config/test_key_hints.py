@@ -140,7 +140,7 @@ def test_every_pattern_is_told_in_words() -> None:
         (("seed=1", "seed=2"), "seed is given twice, seed=1 and seed=2: leave one out"),
         (("tuning=full", "tuning=lora"), "tuning is given twice, tuning=full and tuning=lora: leave one out"),
         (("status",), "status: one verb at a time; leave it out"),
-        (("zero2",), "zero2 is no override; did you mean sharding=zero2?"),
+        (("zero2",), "zero2 is not an override; did you mean sharding=zero2?"),
         (("stages.sft.data.max_length=~3",), 'stages.sft.data.max_length: input should be a valid integer, not "~3"'),
     ],
 )  # fmt: skip
@@ -153,7 +153,7 @@ def test_one_fault_is_one_sentence(ask: Asker, words: tuple[str, ...], sentence:
     [
         (("+experiment=llama_lora,llama_full",), "+experiment=llama_lora,llama_full: a run has one experiment; type +experiment=llama_lora, or put -m before it for a run of each"),
         (("+experiment=[llama_lora,llama_full]",), "+experiment=llama_lora,llama_full: a run has one experiment; type +experiment=llama_lora, or put -m before it for a run of each"),
-        (("llama_lora",), "llama_lora is no override; did you mean +experiment=llama_lora?"),
+        (("llama_lora",), "llama_lora is not an override; did you mean +experiment=llama_lora?"),
     ],
 )  # fmt: skip
 def test_without_an_experiment_nothing_else_is_blamed(ask: Asker, words: tuple[str, ...], sentence: str) -> None:
@@ -167,11 +167,11 @@ def test_run_folders_and_rows_where_overrides_are_expected(ask: Asker) -> None:
         (told,) = ask.refused("plan", LORA, typed)
         assert (
             told
-            == f"{typed} is a run, not an override; type resume {run} to go on with it, or config {run} to see its keys"
+            == f"{typed} is a run, not an override; type resume {run} to continue it, or config {run} to see its keys"
         )
     write_rows(ask.folder / "rows.jsonl", [ROW])
     assert ask.refused("plan", LORA, "rows.jsonl") == (
-        "rows.jsonl is no override; did you mean stages.sft.data.train.path=rows.jsonl?",
+        "rows.jsonl is not an override; did you mean stages.sft.data.train.path=rows.jsonl?",
     )
 
 
@@ -179,9 +179,9 @@ def test_the_run_that_was_meant_by_a_folder_without_run_json(ask: Asker) -> None
     assert ask("render", LORA).code == 0
     run = "runs/llama_lora"
     assert ask.refused("resume", f"{run}/scripts") == (
-        f"{run}/scripts is no run folder: it is a part of the run {run}; type that",
+        f"{run}/scripts is not a run folder: it is part of the run {run}; type that",
     )
-    assert ask.refused("logs", "runs") == (f"runs is no run folder: it holds no run.json; type {run}",)
+    assert ask.refused("logs", "runs") == (f"runs is not a run folder: it holds no run.json; type {run}",)
     assert ask.refused("audit", "runs/llama_lara") == (
-        f"runs/llama_lara is no run folder: it holds no run.json, since there is no such folder; did you mean {run}?",
+        f"runs/llama_lara is not a run folder: it holds no run.json, since there is no such folder; did you mean {run}?",
     )

@@ -116,6 +116,6 @@ def test_shapes_that_do_not_fit_are_told() -> None:
     uneven = _composed("tuning=oft", "tuning.block_size=28").tuning
     assert shape_problems(model, uneven)[0].endswith("type tuning.block_size=24")
     beyond = _composed("tuning=loreft", "tuning.layers=[0,30]").tuning
-    assert shape_problems(model, beyond) == ["tuning.layers: [30], but the layers have the numbers 0 to 29"]
+    assert shape_problems(model, beyond) == ["tuning.layers: [30], but the layers are numbered 0 to 29"]
     narrow = model.model_copy(update={"head_dim": 32})
     assert "type tuning=prompt" in shape_problems(narrow, _composed("tuning=prefix").tuning)[0]

@@ -84,7 +84,7 @@ def test_many_runs_fit_the_terminal(ask: Asker) -> None:
     ("digests", "held_out", "reason"),
     [
         (DIGESTS | {"tokenizer": "t2"}, "rows2", "other tokenizers"),
-        (DIGESTS | {"base": "b2"}, "rows1", "other base models"),
+        (DIGESTS | {"base": "b2"}, "rows1", "different base models"),
         (DIGESTS, "rows2", "other held-out rows"),
         ({}, "rows1", "recorded no digests"),
     ],
@@ -116,7 +116,7 @@ def test_what_is_no_run_is_named(ask: Asker) -> None:
     trained(ask.folder, "a")
     (ask.folder / "empty").mkdir()
     assert ask.refused("compare", "a", "empty") == (
-        "empty is no run folder: neither run.json nor NAME/run.json is in it",
+        "empty is not a run folder: neither run.json nor NAME/run.json is in it",
     )
     assert "a is the only one" in ask.refused("compare", "a", "a")[0]
     (ask.folder / "torn").mkdir()
@@ -139,9 +139,9 @@ def test_a_damaged_line_costs_no_more_than_itself(ask: Asker) -> None:
     for words in (["status", "a"], ["logs", "a"], ["compare", "a", "b", "format=json"]):
         told = ask(*words)
         text = " ".join((*told.errors, *told.out.split()))
-        assert told.code == 0 and f"{files.events}:2 is no JSON object" in text and f"{files.metrics}:2 is" in text, (
-            told
-        )
+        assert (
+            told.code == 0 and f"{files.events}:2 is not a JSON object" in text and f"{files.metrics}:2 is" in text
+        ), told
     assert "stopped" in ask("status", "a").out and "4/4" in ask("status", "a").out
     for damage in ('{"attempt": 1, "st', '{"attempt": 1}', "[]"):
         files.attempt(1).write_text(damage)

@@ -156,7 +156,7 @@ def test_a_policy_stage_generates_and_keeps_its_judges() -> None:
     told = memory_forecast(preset("llama3_8b"), config, config.stages[name])
     assert "rollout" in [one.name for one in told.phases]
     assert phase(told, "rollout").device["KV cache"] > 0
-    judges = [one for one in told.phases if "models beside" in one.device]
+    judges = [one for one in told.phases if "other models" in one.device]
     assert len(judges) >= 4
 
 

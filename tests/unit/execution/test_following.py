@@ -187,7 +187,7 @@ def test_a_second_ctrl_c_is_recorded_as_what_it_is(bench: Bench, capfd: pytest.C
     assert (attempt.state, attempt.step, attempt.exit_code) == ("stopped", 53, INTERRUPTED)
     assert attempt.why == "ended by a second Ctrl-C at step 53; the last checkpoint is of step 50"
     told = capfd.readouterr()
-    assert f"sft: {attempt.why}; the same command goes on from there" in told.out
+    assert f"sft: {attempt.why}; the same command continues from there" in told.out
     assert "killed" not in told.out + told.err and "memory" not in told.err
 
 
@@ -244,13 +244,13 @@ def test_a_job_whose_folder_was_moved_saves_where_it_was_started(
     )
     with pytest.raises(RunFolderError) as refused:
         bench.follow()
-    assert f"process {owner.process_id} (attempt 1) still works in {old}" in str(refused.value)
+    assert f"process {owner.process_id} (attempt 1) is still running in {old}" in str(refused.value)
     assert f"type `cancel {moved.root}`" in str(refused.value) and "kill" not in str(refused.value)
     (alive,) = stage_statuses([moved])
-    assert alive.state == "running" and f"works in {old}, from where the run folder was moved" in alive.why
+    assert alive.state == "running" and f"runs in {old}, from where the run folder was moved" in alive.why
     assert cancel(moved, pipeline) == EXIT_DONE
     told = capfd.readouterr().out
-    assert f"process {owner.process_id} still works in {old}" in told and f"cp -a {old}/. {moved.root}" in told
+    assert f"process {owner.process_id} is still running in {old}" in told and f"cp -a {old}/. {moved.root}" in told
     wait_until(lambda: not owner.is_running(), seconds=30, what="the end")
     assert (old / "sft" / "step.json").exists() and not bench.files.stop.exists()
     (ended,) = stage_statuses([moved])

@@ -85,11 +85,11 @@ def later(seconds: float, act: Callable[[], object]) -> None:
 @pytest.mark.parametrize(
     ("answer", "told", "code"),
     [
-        (PENDING, "sft: job 7 (PENDING, Priority) waits for its turn: other jobs come first\n", EXIT_DONE),
+        (PENDING, "sft: job 7 (PENDING, Priority) is waiting for its turn: other jobs come first\n", EXIT_DONE),
         (RUNNING, "sft: job 7 (RUNNING) runs, at step 3 of 3\n", EXIT_DONE),
         (
             SILENT,
-            "sft: nothing is known of job 7: Slurm gives no answer about it, which is not a failure\n",
+            "sft: the state is unknown of job 7: Slurm gives no answer about it, which is not a failure\n",
             EXIT_SAVED,
         ),
     ],
@@ -110,8 +110,10 @@ def test_run_and_resume_join_what_was_submitted(ask: Asker, queue: Queue) -> Non
     write_json(RunFolder(ask.folder / "runs" / "again").stage("sft").submission, {"token": "t", "job": "7"})
     for again in (("resume", "runs/again"), ("run", *words, "cluster.processes_per_node=1")):
         answer = ask(*again)
-        assert answer.code == EXIT_DONE and "sft: submitted before, as job 7\n" in answer.out, answer
-        assert "sft: job 7 (PENDING, Priority) waits for its turn" in answer.out and "\nfollow it" not in answer.out
+        assert answer.code == EXIT_DONE and "sft: already submitted, as job 7\n" in answer.out, answer
+        assert (
+            "sft: job 7 (PENDING, Priority) is waiting for its turn" in answer.out and "\nfollow it" not in answer.out
+        )
 
 
 def test_a_terminal_shows_the_queue_then_the_progress_then_the_result(
@@ -125,8 +127,8 @@ def test_a_terminal_shows_the_queue_then_the_progress_then_the_result(
     assert queue.join() == EXIT_DONE
     out = capsys.readouterr().out
     shown = (
-        "waits for its turn: other jobs come first",
-        "nothing is known of job 7",
+        "is waiting for its turn: other jobs come first",
+        "the state is unknown of job 7",
         "3/3 steps",
         "is done and proven",
     )
@@ -161,4 +163,4 @@ def test_how_a_job_ended_is_told_from_the_record_of_its_attempt(
     stopped = Attempt(number=1, state="stopped", why="a signal", host="h", rank=None, exit_code=75, step=3)
     write_attempt(queue.files, stopped)
     assert queue.join() == EXIT_SAVED
-    assert "saved at step 3 (a signal); the same command goes on from there" in capsys.readouterr().out
+    assert "saved at step 3 (a signal); the same command continues from there" in capsys.readouterr().out

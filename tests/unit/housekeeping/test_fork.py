@@ -118,7 +118,7 @@ def test_no_run_is_written_inside_another_one(ask: Asker) -> None:
     run = parent(ask)
     (ask.folder / "link").symlink_to(run.stage("sft").root)
     write_json(ask.folder / "run.json", {"of": "another program"})  # bars nothing: the folder around it is no run
-    why = f"would lie inside the run {run.root}; "
+    why = f"would be inside the run {run.root}; "
     verbs = [("fork", "runs/a", "name=ff", "--dry-run", f"output_dir={where}") for where in ("runs/a", "link")]
     verbs += [(verb, LORA, "name=ff", "output_dir=runs/a/sft") for verb in ("render", "run")]
     for words in verbs:
@@ -131,7 +131,7 @@ def test_no_run_is_written_inside_another_one(ask: Asker) -> None:
 def test_a_damaged_checkpoint_and_a_taken_name_are_refused(ask: Asker) -> None:
     run = parent(ask)
     write_run(ask.folder / "runs", "b")
-    assert "b is there already; choose another name=" in ask.refused("fork", "runs/a", "name=b", "--no-start")[0]
+    assert "b exists already; choose another name=" in ask.refused("fork", "runs/a", "name=b", "--no-start")[0]
     for step in (2, 4):
         (run.stage("sft").checkpoint(step) / "state.json").write_text("{}")
     told = ask.refused("fork", "runs/a", "name=c", "--no-start")
@@ -141,6 +141,6 @@ def test_a_damaged_checkpoint_and_a_taken_name_are_refused(ask: Asker) -> None:
 def test_a_run_that_never_began_has_nothing_to_fork(ask: Asker) -> None:
     write_model(ask.folder / "model")
     write_rows(ask.folder / "rows.jsonl", ROWS)
-    assert ask("fork", "runs", "name=b").errors[0].startswith("runs is no run folder")
+    assert ask("fork", "runs", "name=b").errors[0].startswith("runs is not a run folder")
     write_json(ask.folder / "empty" / "run.json", {"config": read_config(write_run(ask.folder / "runs", "a"))})
     assert "has neither a checkpoint nor an artifact yet" in ask.refused("fork", "empty", "name=b")[0]

@@ -170,4 +170,4 @@ def test_the_cache_loses_what_no_run_refers_to(ask: Asker) -> None:
     assert "nothing to prune" in ask("prune", "runs/a", "--yes").out, "one run does not know who else uses the cache"
     assert ask("prune", "--yes").code == 0
     assert sorted(path.name for path in data.iterdir()) == ["fresh", "no_set", "used"]
-    assert ask.refused("prune", "nowhere")[0].startswith("nowhere is no run folder, and holds none")
+    assert ask.refused("prune", "nowhere")[0].startswith("nowhere is not a run folder, and holds none")

@@ -105,7 +105,7 @@ def test_a_frozen_node_is_named_and_the_others_end(tmp_path: Path) -> None:
     wait_until((state / "node-1.alive").exists, seconds=5, what="a beat")
     os.kill(guards[1].pid, signal.SIGSTOP)
     assert guards[0].wait(30) != 0
-    assert "node 1 (" in str(cause_of(tmp_path)) and "showed no life for" in str(cause_of(tmp_path))
+    assert "node 1 (" in str(cause_of(tmp_path)) and "sent no heartbeat for" in str(cause_of(tmp_path))
     state_of(tmp_path, 2)  # another attempt has begun: the thawed node must not save
     os.kill(guards[1].pid, signal.SIGCONT)
     assert guards[1].wait(10) == 128 + signal.SIGKILL
@@ -115,7 +115,7 @@ def test_a_frozen_node_is_named_and_the_others_end(tmp_path: Path) -> None:
 def test_a_node_that_never_came_is_named(tmp_path: Path) -> None:
     guard = start_guard(state_of(tmp_path), node=0, nodes=2, silence=1)
     assert guard.wait(30) != 0
-    assert str(cause_of(tmp_path)) == "node 1 never showed life"
+    assert str(cause_of(tmp_path)) == "node 1 never sent a heartbeat"
 
 
 def test_a_rank_does_not_outlive_its_launcher(tmp_path: Path) -> None:

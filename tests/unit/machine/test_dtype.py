@@ -28,7 +28,7 @@ CPUINFO = (
 OLD = Processor(name="AMD EPYC", flags=frozenset({"avx2"}), onednn_limit="", aten_limit="")
 NEW = Processor(name="Xeon", flags=frozenset({"avx2", "avx512_bf16"}), onednn_limit="", aten_limit="")
 V100, H200 = Gpu(name="Tesla V100", capability=(7, 0)), Gpu(name="NVIDIA H200", capability=(9, 0))
-FLOAT16 = "float16 is not supported yet, it comes in a later version"
+FLOAT16 = "float16 is not supported yet"
 
 
 def processor_of(folder: Path, flags: str, environment: dict[str, str]) -> Processor:

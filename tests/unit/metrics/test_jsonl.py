@@ -72,7 +72,7 @@ def test_a_file_that_is_one_torn_line_becomes_empty(tmp_path: Path) -> None:
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:2 is no JSON object"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:2 is not a JSON object"):
         read_rows(path)
     assert [row["step"] for row in Tail(path).poll()] == [1, 3]
 

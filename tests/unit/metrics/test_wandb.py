@@ -38,7 +38,7 @@ def test_how_to_see_the_run(tmp_path: Path) -> None:
     write_state(directory, replace(online, mode="offline", is_open=True))
     assert how_to_see(directory).endswith(ours) and "when the job has ended" in how_to_see(directory)
     write_state(directory, WandbState(run_id="abcd1234"))
-    assert how_to_see(directory).startswith("W&B has nothing of this run yet")
+    assert how_to_see(directory).startswith("W&B has no data of this run yet")
 
 
 @pytest.mark.parametrize(

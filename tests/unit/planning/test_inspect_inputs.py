@@ -57,7 +57,7 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "config with no heads": (
         write("config.json", '{"num_attention_heads": 0, "hidden_size": 8, "model_type": "x", "vocab_size": 1, '
               '"intermediate_size": 1, "num_hidden_layers": 1}'),
-        "MODEL/config.json is no model's config: integer division or modulo by zero",
+        "MODEL/config.json is not a model's config: integer division or modulo by zero",
     ),
     "no weights": (remove("model.safetensors"), "MODEL has no weights (model.safetensors or model.safetensors.index.json)"),
     "weights of another kind": (
@@ -71,7 +71,7 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
         "MODEL/model.safetensors is a Git LFS pointer: type git lfs pull",
     ),
-    "weights that are empty": (write("model.safetensors", ""), "MODEL/model.safetensors is cut off or no safetensors"),
+    "weights that are empty": (write("model.safetensors", ""), "MODEL/model.safetensors is truncated or not a safetensors file"),
     "weights with another header": (
         write("model.safetensors", (2).to_bytes(8, "little") + b"[]"),
         "MODEL/model.safetensors is damaged: its header is not that of a safetensors file",
@@ -113,21 +113,21 @@ def test_a_whole_model_folder_is_planned_with_its_own_facts(ask: Asker) -> None:
 
 def test_a_path_that_is_no_folder(ask: Asker) -> None:
     (told,) = ask.refused("plan", LORA, "model.base=./nowhere")
-    assert told.endswith("/nowhere is no folder; give a folder with config.json, weights and tokenizer, or a hub id")
+    assert told.endswith("/nowhere is not a folder; give a folder with config.json, weights and tokenizer, or a hub id")
 
 
 DATA_FAULTS: dict[str, tuple[str, str | bytes | None, str]] = {
     "missing": (
         "rows.jsonl",
         None,
-        "stages.sft.data.train.path=FILE is not there: give a file, a glob, a folder or a hub id",
+        "stages.sft.data.train.path=FILE does not exist: give a file, a glob, a folder or a hub id",
     ),
     "empty": ("rows.jsonl", "", "stages.sft.data.train.path=FILE holds no rows: FILE is empty"),
     "blank": ("rows.jsonl", "\n \n", "stages.sft.data.train.path=FILE holds no rows: FILE is empty"),
     "no text": ("rows.jsonl", b"\xff\xfe\x00", "stages.sft.data.train.path=FILE: FILE holds no readable row"),
     "half a list": ("rows.json", '[{"text": "a"}', "FILE is not JSON"),
     "other columns": ("rows.jsonl", '{"foo": 1}\n', "stages.sft.data.train.path=FILE: no format has the columns foo"),
-    "unknown kind": ("rows.xyz", "a", "FILE is of no known kind"),
+    "unknown kind": ("rows.xyz", "a", "FILE is of an unknown kind"),
     "no Parquet": ("rows.parquet", "a", "FILE"),
 }
 
@@ -150,7 +150,7 @@ def test_empty_and_missing_data_are_refused_before_anything_is_written(ask: Aske
     told = ask.refused("run", LORA, "stages.sft.data.train.path=empty.jsonl", "stages.sft.data.eval.path=no.jsonl")
     assert told == (
         f"stages.sft.data.train.path={ask.folder}/empty.jsonl holds no rows: {ask.folder}/empty.jsonl is empty",
-        f"stages.sft.data.eval.path={ask.folder}/no.jsonl is not there: give a file, a glob, a folder or a hub id (owner/name)",
+        f"stages.sft.data.eval.path={ask.folder}/no.jsonl does not exist: give a file, a glob, a folder or a hub id (owner/name)",
     )
 
 

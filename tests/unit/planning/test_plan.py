@@ -113,7 +113,7 @@ def test_json_holds_all(ask: Asker) -> None:
 
 def test_unknown_hardware_is_no_forecast_and_says_what_to_type(ask: Asker) -> None:
     answer = ask("plan", "+experiment=llama_lora", "cluster.device=cuda")
-    assert answer.code == 0 and "not forecast" in answer.out and "hardware@cluster.hardware=h100" in answer.out
+    assert answer.code == 0 and "no forecast" in answer.out and "hardware@cluster.hardware=h100" in answer.out
     assert "estimate)" not in answer.out
 
 

@@ -73,7 +73,7 @@ def test_the_probe_compares_an_emulated_type_with_float32() -> None:
 def test_nothing_is_measured_or_promised_where_it_is_switched_off(ask: Asker) -> None:
     answer = ask("plan", *LORA)
     assert not any(MEASURING in line for line in answer.errors)
-    assert "not forecast" in answer.out and "this processor's speed was not measured" in " ".join(answer.out.split())
+    assert "no forecast" in answer.out and "this processor's speed was not measured" in " ".join(answer.out.split())
 
 
 def test_emulated_bfloat16_is_never_forecast_by_a_table(ask: Asker) -> None:
@@ -84,7 +84,7 @@ def test_emulated_bfloat16_is_never_forecast_by_a_table(ask: Asker) -> None:
         "cluster.hardware.native_bfloat16=false",
     )
     told = " ".join(ask("plan", *words).out.split())
-    assert "not forecast" in told and "bfloat16 is emulated here" in told
+    assert "no forecast" in told and "bfloat16 is emulated here" in told
 
 
 def test_threads_and_shapes_are_those_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:

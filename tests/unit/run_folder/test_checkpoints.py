@@ -80,7 +80,7 @@ def _edit_manifest(change: Callable[[dict[str, Any]], None], *, sign: bool) -> C
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "bit flip": (_flip_a_bit, "rank-00001.safetensors: its sha256 is not the one that was written"),
+    "bit flip": (_flip_a_bit, "rank-00001.safetensors: its sha256 differs from the one that was written"),
     "truncation": (_truncate, "rank-00000.safetensors: 849 bytes, 850 were written"),
     "missing shard": (lambda newest: (newest / checkpoints.rank_file(1)).unlink(), "rank-00001.safetensors: missing"),
     "empty manifest": (lambda newest: (newest / MANIFEST).write_text(""), "is damaged or empty"),
@@ -94,7 +94,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         _edit_manifest(lambda manifest: manifest["files"].pop(checkpoints.rank_file(1)), sign=True),
         "rank-00001.safetensors is not in the manifest, 2 ranks wrote it",
     ),
-    "swapped files": (_swap, "its sha256 is not the one that was written"),
+    "swapped files": (_swap, "its sha256 differs from the one that was written"),
     "wrong world size": (
         _edit_manifest(lambda manifest: manifest.update(world_size=1), sign=True),
         "rank-00001.safetensors is in the manifest, 1 ranks wrote it",

@@ -97,7 +97,7 @@ def edit(text: str) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a flipped bit": (flip_a_bit, "/weights: its sha256 is not the one that was written"),
+    "a flipped bit": (flip_a_bit, "/weights: its sha256 differs from the one that was written"),
     "a byte less": (lambda f: os.truncate(f / "weights", 4095), "/weights: 4095 bytes, 4096 were written"),
     "a byte more": (lambda f: (f / "weights").open("ab").write(b"x"), "/weights: 4097 bytes, 4096 were written"),
     "an empty file": (lambda f: os.truncate(f / "weights", 0), "/weights: 0 bytes, 4096 were written"),

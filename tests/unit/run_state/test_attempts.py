@@ -138,7 +138,7 @@ def test_a_death_without_a_word_is_described_by_what_is_known(stage: StageFolder
     stage.metrics.write_text("\n".join([*rows, '{"step": 8, "att']))
     closed = close_attempt(stage, 2, 137)
     assert (closed.state, closed.exit_code, closed.step) == ("failed", 137, 6)
-    assert "exit code 137 without a word: killed from outside, or out of host memory" in closed.why
+    assert "exit code 137 without a message: killed from outside, or out of host memory" in closed.why
     assert close_attempt(stage, 3, 0, outside_cause="the node was lost").why == "the node was lost"
     assert read_attempts(stage)[-1].exit_code == 1  # an end without a result is no success
 

@@ -50,7 +50,7 @@ def test_a_moved_run_is_the_same_run(run: RunFolder) -> None:
     before = read_json(begun(run).location)
     moved = RunFolder(run.root.rename(run.root.with_name("second")))
     assert locate(moved).kind == "moved"
-    assert settle(moved, ("sft",)) == f"the run was moved here from {run.root}; it goes on as the same run"
+    assert settle(moved, ("sft",)) == f"the run was moved here from {run.root}; it continues as the same run"
     assert read_json(moved.location) == {**before, "path": str(moved.root)}
     assert moved.stage("sft").submission.exists() and moved.stage("sft").wandb.exists()
     assert settle(moved, ("sft",)) is None
@@ -63,7 +63,7 @@ def test_a_copy_leaves_what_belongs_to_its_original(run: RunFolder, is_recorded:
     copy = copy_of(run)
     assert locate(copy).kind == "copied" and locate(run).kind != "copied"
     told = settle(copy, ("sft",))
-    assert told == f"the run is a copy of {run.root} and goes on independently of it; W&B gets a new run for sft"
+    assert told == f"the run is a copy of {run.root} and continues independently of it; W&B gets a new run for sft"
     stage = copy.stage("sft")
     assert not stage.submission.exists() and not stage.jobs.exists() and not stage.wandb.exists()
     assert (stage.root / "wandb.of-original-1" / "state.json").exists()
@@ -93,5 +93,5 @@ def test_a_copy_put_in_the_place_of_a_run_that_was_moved(run: RunFolder) -> None
 def test_a_finished_stage_of_a_copy_keeps_its_records(run: RunFolder) -> None:
     write_json(begun(run).stage("sft").result, {})
     copy = copy_of(run)
-    assert settle(copy, ("sft",)) == f"the run is a copy of {run.root} and goes on independently of it"
+    assert settle(copy, ("sft",)) == f"the run is a copy of {run.root} and continues independently of it"
     assert copy.stage("sft").wandb.exists()

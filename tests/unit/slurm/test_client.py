@@ -123,7 +123,7 @@ def test_facts_come_from_whoever_still_knows_the_job(tmp_path: Path) -> None:
         "4": ("NODE_FAIL", "completion file"),
         "5": ("UNKNOWN", "none"),
     }
-    assert facts["2"].sentence == "waits for its turn: it is the next, and waits until enough nodes are free"
+    assert facts["2"].sentence == "is waiting for its turn: it is next, and waits until enough nodes are free"
     assert (facts["1"].elapsed, facts["1"].time_limit, facts["1"].nodes) == ("1:00", "10:00", "n[1-2]")
     assert site.count("squeue") == 1
 
@@ -132,7 +132,7 @@ def test_a_failed_start_is_explained() -> None:
     row = "7|7|FAILED|JobLaunchFailure|0:00|10:00|N/A|\n8|8|FAILED|NonZeroExitCode|0:00|10:00|N/A|\n"
     facts = query(["7", "8"], run=Site(squeue=[Answer(0, row, "")]).run)
     assert "a log folder that is not there" in facts["7"].sentence
-    assert facts["8"].sentence == "ended with another exit code than 0"
+    assert facts["8"].sentence == "ended with a nonzero exit code"
 
 
 def test_no_source_at_all_is_unknown_and_not_failed() -> None:
@@ -207,7 +207,7 @@ def test_a_missing_program_and_a_slow_one_are_told(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(SlurmError, match="no-such-program is not on the PATH"):
         run_command(["no-such-program"], 5)
-    assert run_command(["sleep", "5"], 0.1) == Answer(None, "", "sleep gave no answer within 0.1 s")
+    assert run_command(["sleep", "5"], 0.1) == Answer(None, "", "sleep did not answer within 0.1 s")
 
 
 def test_secrets_stand_in_a_private_file_only(tmp_path: Path) -> None:
