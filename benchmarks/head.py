@@ -83,9 +83,9 @@ def score(way: str, hidden_TW: torch.Tensor, weight_VW: torch.Tensor, labels_T: 
     if way == "plain":
         loss = token_cross_entropy_sum((hidden_TW @ weight_VW.t())[None], labels_T[None])
     else:
-        places_K = (labels_T[1:] != -100).nonzero().squeeze(1)
-        terms = [Term(hidden_KW=hidden_TW[places_K], weight_VW=weight_VW)]
-        logprobs_K, _ = chunked_logprobs_K(terms, None, labels_T[1:][places_K], Shape(is_summed=True))
+        positions_K = (labels_T[1:] != -100).nonzero().squeeze(1)
+        terms = [Term(hidden_KW=hidden_TW[positions_K], weight_VW=weight_VW)]
+        logprobs_K, _ = chunked_logprobs_K(terms, None, labels_T[1:][positions_K], Shape(is_summed=True))
         loss = -logprobs_K.sum()
     loss.backward()
 

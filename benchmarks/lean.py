@@ -70,7 +70,7 @@ def step(model: Any, ids_BT: torch.Tensor, labels_BT: torch.Tensor, variant: tup
         if way == "logits":
             loss = token_cross_entropy_sum(model(input_ids=ids_BT, use_cache=False).logits, labels_BT)
         else:
-            query = Query(labels_BT=labels_BT, places_K=labelled_positions(labels_BT))
+            query = Query(labels_BT=labels_BT, positions_K=labelled_positions(labels_BT))
             loss = -model(input_ids=ids_BT, use_cache=False, query=query)[0].sum()
     (loss / labels_BT.numel()).backward()
     return time.process_time() - start

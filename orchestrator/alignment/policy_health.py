@@ -21,7 +21,7 @@ SAME = 1e-9
 class PolicyHealth:
     """Health after one rollout, with the history that the limits need."""
 
-    told: dict[str, Any]
+    metrics: dict[str, Any]
     """Its columns in the row of metrics."""
     first_length: float
     """Mean completion length of the stage's first rollout."""
@@ -40,7 +40,7 @@ def health_of(
     tokens = sum(len(one.completion) for one in sequences)
     length = tokens / len(sequences)
     names = list(sequences[0].rewards)
-    told: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.pstdev(rewards),
         **{f"reward_{name}": statistics.fmean(one.rewards[name] for one in sequences) for name in names},
@@ -55,11 +55,11 @@ def health_of(
         "reward_length_correlation": _correlation(rewards, [float(len(one.completion)) for one in sequences]),
     }
     first_length = length if before is None else before.first_length
-    first_reward = told["reward"] if before is None else before.first_reward
+    first_reward = metrics["reward"] if before is None else before.first_reward
     streaks = {} if before is None else before.streaks
-    beyond = _beyond(told, stage, first_length=first_length, first_reward=first_reward)
+    beyond = _beyond(metrics, stage, first_length=first_length, first_reward=first_reward)
     return PolicyHealth(
-        told=told,
+        metrics=metrics,
         first_length=first_length,
         first_reward=first_reward,
         streaks={name: streaks.get(name, 0) + 1 for name in beyond},
@@ -68,8 +68,8 @@ def health_of(
 
 def judge(health: PolicyHealth, stage: PolicyStage) -> str | None:
     """The reason to abort the stage; None if it may continue."""
-    told, limits = health.told, stage.limits
-    difference = told["generator_difference"]
+    metrics, limits = health.metrics, stage.limits
+    difference = metrics["generator_difference"]
     if limits.logprob_difference is not None and difference > limits.logprob_difference:
         return (
             f"generator and trainer differ by {difference:.3g} nats per token, {limits.logprob_difference:g} is allowed: they do "
@@ -81,31 +81,31 @@ def judge(health: PolicyHealth, stage: PolicyStage) -> str | None:
     return None
 
 
-def _beyond(told: dict[str, Any], stage: PolicyStage, *, first_length: float, first_reward: float) -> list[str]:
+def _beyond(metrics: dict[str, Any], stage: PolicyStage, *, first_length: float, first_reward: float) -> list[str]:
     limits = stage.limits
     tests = {
-        "kl": limits.kl is not None and told["kl"] is not None and told["kl"] > limits.kl,
+        "kl": limits.kl is not None and metrics["kl"] is not None and metrics["kl"] > limits.kl,
         "length": limits.length_growth is not None
-        and told["completion_tokens"] > limits.length_growth * first_length
-        and told["reward"] > first_reward,
-        "entropy": limits.entropy is not None and told["entropy"] < limits.entropy,
+        and metrics["completion_tokens"] > limits.length_growth * first_length
+        and metrics["reward"] > first_reward,
+        "entropy": limits.entropy is not None and metrics["entropy"] < limits.entropy,
     }
     return [name for name, is_beyond in tests.items() if is_beyond]
 
 
 def _sentence(name: str, health: PolicyHealth, stage: PolicyStage) -> str:
-    told, limits = health.told, stage.limits
+    metrics, limits = health.metrics, stage.limits
     match name:
         case "kl":
-            return f"the KL to the reference is {told['kl']:.3g} nats per completion, limits.kl={limits.kl:g}"
+            return f"the KL to the reference is {metrics['kl']:.3g} nats per completion, limits.kl={limits.kl:g}"
         case "length":
             return (
-                f"completions grew from {health.first_length:.0f} to {told['completion_tokens']:.0f} tokens while the reward rose "
-                f"(correlation of reward and length {told['reward_length_correlation']:.2f}): the reward is being hacked by "
+                f"completions grew from {health.first_length:.0f} to {metrics['completion_tokens']:.0f} tokens while the reward rose "
+                f"(correlation of reward and length {metrics['reward_length_correlation']:.2f}): the reward is being hacked by "
                 f"length; limits.length_growth={limits.length_growth:g}"
             )
         case _:
-            return f"the entropy fell to {told['entropy']:.3g} nats per token, limits.entropy={limits.entropy:g}"
+            return f"the entropy fell to {metrics['entropy']:.3g} nats per token, limits.entropy={limits.entropy:g}"
 
 
 def _has_reference(stage: PolicyStage) -> bool:

@@ -93,7 +93,7 @@ def _score(session: Session, rows: Scored) -> torch.Tensor:
     """Score all documents, split over the ranks, with the same number of forward passes on each."""
     runtime, model = session.runtime, session.model
     micro_size = training_stage(session.context).batch.micro_size
-    session.record.say(f"scoring {rows.rows:,} rows once with the reference policy, the model the stage starts from")
+    session.record.log(f"scoring {rows.rows:,} rows once with the reference policy, the model the stage starts from")
     logprobs_D = torch.zeros(len(rows.document_offsets) - 1, dtype=torch.float64)
     was_training = model.training
     model.eval()

@@ -48,7 +48,7 @@ def make_report(session: Session, stage: RewardStage, scores_D: np.ndarray) -> R
     )
 
 
-def told(report: RewardReport) -> Mapping[str, Any]:
+def report_fields(report: RewardReport) -> Mapping[str, Any]:
     """The report's entries in result.json."""
     return {"reward_report": report.as_json()}
 

@@ -51,7 +51,7 @@ def make_rewards(context: StageContext, runtime: Runtime, sources: Sequence[Rewa
 def _names(sources: Sequence[RewardSource]) -> list[str]:
     """A short name for each, numbered where two would be equal."""
     short = [source.source.rsplit(":", 1)[-1].rsplit("/", 1)[-1] for source in sources]
-    return [name if short.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(short)]
+    return [name if short.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(short)]
 
 
 def _score(context: StageContext, runtime: Runtime, source: RewardSource) -> Score:

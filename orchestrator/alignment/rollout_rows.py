@@ -153,9 +153,9 @@ def prompts_of(rows: PreparedRows, stage: PolicyStage, number: int, seed: int) -
     """The prompts of a rollout: each epoch visits all once, in its own order; the last rollout is filled up."""
     size = stage.rollout.prompts
     per_epoch = -(-rows.rows // size)
-    epoch, place = divmod(number, per_epoch)
+    epoch, index = divmod(number, per_epoch)
     order = permutation(rows.rows, seed, f"prompts:{epoch}")
-    return [int(order[i % rows.rows]) for i in range(place * size, (place + 1) * size)]
+    return [int(order[i % rows.rows]) for i in range(index * size, (index + 1) * size)]
 
 
 def share(runtime: Runtime, mine: list[ScoredCompletion]) -> list[ScoredCompletion]:
@@ -205,14 +205,14 @@ def read_rollout(folder: Path, number: int) -> tuple[list[ScoredCompletion], dic
             columns = {name: content.get_tensor(name).tolist() for name in COLUMNS}
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file} is required to resume between two steps of a rollout: {error}") from error
-    places = dict.fromkeys(COLUMNS, 0)
+    offsets = dict.fromkeys(COLUMNS, 0)
     sequences: list[ScoredCompletion] = []
     for fact in facts:
         values: dict[str, Any] = {}
         for name in COLUMNS:
             length = fact["prompt"] if name == "prompt" else fact["completion"]
-            values[name] = tuple(columns[name][places[name] : places[name] + length])
-            places[name] += length
+            values[name] = tuple(columns[name][offsets[name] : offsets[name] + length])
+            offsets[name] += length
         sequences.append(ScoredCompletion(**{**fact, **values}))
     return sequences, state
 

@@ -41,7 +41,7 @@ SHOWN_SAMPLES = 4
 
 @dataclass(kw_only=True)
 class RolloutMaker:
-    """Owns the current rollout. Every rank calls `begin` at the same step."""
+    """Owns the current rollout. Every rank calls `before_step` at the same step."""
 
     session: Session
     stage: PolicyStage
@@ -52,7 +52,7 @@ class RolloutMaker:
     reference: UseReference | None
     health: PolicyHealth | None = None
 
-    def begin(self, step: int) -> Mapping[str, Any]:
+    def before_step(self, step: int) -> Mapping[str, Any]:
         """Make the rollout if `step` (from 1) is its first, else load the saved one; return its row of metrics."""
         number, within = self.order.rollout(step - 1)
         folder = self.session.context.folder.rollouts
@@ -63,7 +63,7 @@ class RolloutMaker:
         elif not within:
             self._make(number, step)
         assert self.health is not None
-        return self.health.told
+        return self.health.metrics
 
     def _make(self, number: int, step: int) -> None:
         context, runtime = self.session.context, self.session.runtime

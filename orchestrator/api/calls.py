@@ -77,13 +77,13 @@ class RunResult:
 
 def compose(*overrides: Override, config_directory: Folder | None = None) -> RunConfig:
     """The validated configuration; ConfigError with every problem."""
-    words = _words(overrides, config_directory=None)
-    return compose_overrides(words, None if config_directory is None else Path(config_directory)).config
+    arguments = _arguments(overrides, config_directory=None)
+    return compose_overrides(arguments, None if config_directory is None else Path(config_directory)).config
 
 
 def plan(*overrides: Override, config_directory: Folder | None = None) -> Plan:
     """What `run` would do: data, steps, memory, time. Writes nothing."""
-    return planned_run(_words(overrides, config_directory=config_directory))[1]
+    return planned_run(_arguments(overrides, config_directory=config_directory))[1]
 
 
 def run(*overrides: Override, config_directory: Folder | None = None) -> RunResult:
@@ -93,13 +93,13 @@ def run(*overrides: Override, config_directory: Folder | None = None) -> RunResu
     """
     from orchestrator.execution.run_pipeline import ALL_STAGES
 
-    words = _words(overrides, config_directory=config_directory)
-    config, planned = planned_run(words)
+    arguments = _arguments(overrides, config_directory=config_directory)
+    config, planned = planned_run(arguments)
     if config.study.kind != "none":
         raise ConfigError(
             f"study={config.study.kind}: a study is many runs; use the command line, or call run for each of them"
         )
-    return _ended(RunFolder(Path(planned.run_directory)), run_overrides(words, part=ALL_STAGES))
+    return _ended(RunFolder(Path(planned.run_directory)), run_overrides(arguments, part=ALL_STAGES))
 
 
 def resume(folder: Folder) -> RunResult:
@@ -127,23 +127,23 @@ def load(folder: Folder, *, stage: str | None = None) -> OpenedModel:
     return opened.open_run(_run_folder(folder), stage)
 
 
-def _words(overrides: Sequence[object], *, config_directory: Folder | None) -> list[str]:
-    words = [] if config_directory is None else ["--config-dir", str(config_directory)]
+def _arguments(overrides: Sequence[object], *, config_directory: Folder | None) -> list[str]:
+    arguments = [] if config_directory is None else ["--config-dir", str(config_directory)]
     for override in overrides:
         if isinstance(override, str):
             if override.startswith("-"):
                 raise ConfigError(f"{override}: options belong to the command line; give overrides, such as name=mine")
-            words.append(override)
+            arguments.append(override)
         elif not isinstance(override, Mapping):
             raise ConfigError(
                 f"{override!r} is not an override; give strings and mappings one by one: run(*overrides), not run(overrides)"
             )
         else:
             entries = cast("Mapping[str, object]", override).items()
-            words += [f"{key}={_hydra_text(value)}" for key, value in entries]
-    if problems := duplicated_keys(words):
+            arguments += [f"{key}={_hydra_text(value)}" for key, value in entries]
+    if problems := duplicated_keys(arguments):
         raise ConfigError(problems)
-    return words
+    return arguments
 
 
 def _hydra_text(value: object) -> str:

@@ -88,8 +88,8 @@ def shape_problems(model: Architecture, tuning: FullTuning | FreezeTuning | Adap
     match tuning:
         case OftTuning():
             uneven = [linear for linear in _chosen(model, tuning.target_modules) if linear.inputs % tuning.block_size]
-            told = ", ".join(f"{linear.name} has {linear.inputs}" for linear in uneven)
-            return [_uneven_blocks(tuning, told, uneven)] if uneven else []
+            widths = ", ".join(f"{linear.name} has {linear.inputs}" for linear in uneven)
+            return [_uneven_blocks(tuning, widths, uneven)] if uneven else []
         case LoreftTuning():
             layers = () if tuning.layers == "all" else tuning.layers
             beyond = sorted(number for number in layers if number >= model.num_hidden_layers)
@@ -107,10 +107,10 @@ def shape_problems(model: Architecture, tuning: FullTuning | FreezeTuning | Adap
             return []
 
 
-def _uneven_blocks(tuning: OftTuning, told: str, uneven: Iterable[Linear]) -> str:
+def _uneven_blocks(tuning: OftTuning, widths: str, uneven: Iterable[Linear]) -> str:
     allowed = [size for size in range(2, 65) if all(linear.inputs % size == 0 for linear in uneven)]
     return (
-        f"tuning.block_size: {tuning.block_size} does not divide the input widths ({told}); "
+        f"tuning.block_size: {tuning.block_size} does not divide the input widths ({widths}); "
         f"type tuning.block_size={min(allowed, key=lambda size: abs(size - tuning.block_size)) if allowed else 2}"
     )
 

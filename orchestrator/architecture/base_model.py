@@ -23,7 +23,7 @@ class Base:
     """Where the base model comes from."""
 
     source: Literal["folder", "package", "hub"]
-    place: str
+    location: str
     """Folder, name of the distribution, or hub id."""
     architecture: Architecture | None
     """None if it is only known after a download."""
@@ -36,12 +36,12 @@ def find_base(model: ModelConfig) -> Base:
         problems = folder_problems(folder, model.base)
         if problems:
             raise ModelError(problems)
-        return Base(source="folder", place=str(folder.resolve()), architecture=read_architecture(folder))
+        return Base(source="folder", location=str(folder.resolve()), architecture=read_architecture(folder))
     preset = model.preset if model.preset is not None and model.preset.base == model.base else None
     architecture = preset.architecture if preset is not None else _cached_architecture(model)
     if preset is not None and preset.package is not None and package_gguf(preset.package) is not None:
-        return Base(source="package", place=preset.package, architecture=architecture)
-    return Base(source="hub", place=model.base, architecture=architecture)
+        return Base(source="package", location=preset.package, architecture=architecture)
+    return Base(source="hub", location=model.base, architecture=architecture)
 
 
 def looks_like_folder(base: str) -> bool:
@@ -99,9 +99,9 @@ def local_folder(model: ModelConfig, cache: Path) -> Path | None:
     """The folder of the base if it is already on this machine; None if it must be converted or downloaded first."""
     base = find_base(model)
     if base.source == "folder":
-        return Path(base.place)
+        return Path(base.location)
     if base.source == "package":
-        gguf = package_gguf(base.place)
+        gguf = package_gguf(base.location)
         assert gguf is not None, "find_base saw it"
         if not (cache / "models").is_dir():
             return None

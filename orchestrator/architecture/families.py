@@ -128,22 +128,22 @@ def linear_layers(model: Architecture) -> tuple[Linear, ...]:
             name=name,
             inputs=rows,
             outputs=width,
-            has_bias=_has_bias(model, place),
-            is_attention=place < len(family.attention),
+            has_bias=_has_bias(model, index),
+            is_attention=index < len(family.attention),
         )
-        for place, (name, (rows, width)) in enumerate(zip(names, shapes, strict=True))
+        for index, (name, (rows, width)) in enumerate(zip(names, shapes, strict=True))
     )
 
 
-def _has_bias(model: Architecture, place: int) -> bool:
+def _has_bias(model: Architecture, index: int) -> bool:
     family = family_of(model)
-    is_attention = place < len(family.attention)
+    is_attention = index < len(family.attention)
     match family.bias:
         case "none":
             return False
         case "all":
             return True
         case "qkv":
-            return place < len(family.attention) - 1
+            return index < len(family.attention) - 1
         case "config":
             return model.attention_bias if is_attention else model.feed_forward_bias

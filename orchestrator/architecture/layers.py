@@ -53,16 +53,16 @@ def depth_of(name: str, num_layers: int) -> int:
     return BELOW_ALL_LAYERS if is_embedding(name) else num_layers
 
 
-def places_of(names: Iterable[str]) -> list[str]:
+def describe_locations(names: Iterable[str]) -> list[str]:
     """Names of the parameters' locations without duplicates: layer 3, head, norm, embeddings."""
 
-    def place(name: str) -> str:
+    def location(name: str) -> str:
         layer = layer_of(name)
         if layer is not None:
             return f"layer {layer}"
         return "embeddings" if is_embedding(name) else "norm" if is_norm(name) else "head"
 
-    return list(dict.fromkeys(place(name) for name in names))
+    return list(dict.fromkeys(location(name) for name in names))
 
 
 def levels_of(trained: Iterable[str], num_layers: int) -> dict[str, int]:
@@ -138,7 +138,7 @@ def _chosen_layers(layers: str | tuple[int, ...], num_layers: int, problems: lis
         if count > num_layers:
             problems.append(f"tuning.layers: {layers}, but the model has {num_layers} layers; type tuning.layers=all")
         wanted = frozenset(range(min(count, num_layers)))
-        wanted = wanted if end == "first" else frozenset(num_layers - 1 - place for place in wanted)
+        wanted = wanted if end == "first" else frozenset(num_layers - 1 - index for index in wanted)
     beyond = sorted(number for number in wanted if number >= num_layers)
     if beyond:
         problems.append(f"tuning.layers: {beyond}, but the {num_layers} layers are numbered 0 to {num_layers - 1}")

@@ -43,13 +43,13 @@ def classify_texts(
         batch = batch_of([(np.array(ids), np.zeros(len(ids), dtype=np.bool_))], [0], pad_id=facts.pad_id)
         with torch.no_grad():
             logits_DC, _ = document_answers(runtime, model, batch.to(runtime.device))
-        print(f"{told(logits_DC[0].cpu(), classes)}  {text.text}{' | ' + text.pair if text.pair else ''}")
+        print(f"{describe(logits_DC[0].cpu(), classes)}  {text.text}{' | ' + text.pair if text.pair else ''}")
     if not count:
         raise ConfigError("no text: give --prompt TEXT, or one text per line on standard input")
     return 0
 
 
-def told(logits_C: torch.Tensor, classes: Classes) -> str:
+def describe(logits_C: torch.Tensor, classes: Classes) -> str:
     """The line for one text, such as `stop 0.93, fault 0.04, ...`."""
     if classes.problem == "regression":
         return f"{float(logits_C[0]):.4f}"

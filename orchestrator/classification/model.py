@@ -22,7 +22,7 @@ from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import CheckpointError, DataError, ModelError
 from orchestrator.models.causal_lm import NOT_FOR_A_BACKBONE
-from orchestrator.models.loading import attention_of, keep_weights_in_place, nf4_settings
+from orchestrator.models.loading import attention_of, disable_cpu_weight_repacking, nf4_settings
 from orchestrator.models.tuning import apply_tuning, cast_trained_to_fp32, load_adapter
 from orchestrator.run_state.stage_context import StageContext
 
@@ -89,7 +89,7 @@ def load_classifier(
         raise ModelError(
             f"{folder}: {type(model).__name__} is an encoder, in which packed texts would see each other; type packing=none"
         )
-    keep_weights_in_place(model)
+    disable_cpu_weight_repacking(model)
     return _answering_by_document(model, separator_of(facts))
 
 
@@ -149,7 +149,7 @@ def _encoder_answer(
 def document_answers(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits_DC, features_DW) of a batch's documents, fp32; part of the graph even if there is no document."""
     width = batch.input_ids_BT.shape[1]
-    ends = [place.sequence * width + place.stop - 1 for place in batch.documents]
+    ends = [span.sequence * width + span.stop - 1 for span in batch.documents]
     ends_D = torch.tensor(ends, dtype=torch.int64, device=batch.input_ids_BT.device)
     mask = {} if batch.position_ids_BT is not None else {"attention_mask": batch.attention_mask_BT}
     with runtime.forward_context():

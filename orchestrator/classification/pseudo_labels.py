@@ -39,7 +39,7 @@ class PseudoLabels:
         self.periods: list[dict[str, float]] = []
         """Quality of the labels of each period of this attempt."""
 
-    def begin(self, step: int) -> Mapping[str, Any]:
+    def before_step(self, step: int) -> Mapping[str, Any]:
         """Make or load the labels of a step (from 1); return their part of its row of metrics."""
         first = step - (step - 1) % self._stage.period
         if step == first:
@@ -47,8 +47,8 @@ class PseudoLabels:
             self._tell(first)
         elif first != self._first_step:
             self._take(self._read(first), first)
-        told = quality_of(self._labels_DC, self._weights_D, self._targets, threshold=self._stage.threshold)
-        return {f"pseudo_{name}": value for name, value in told.items()}
+        quality = quality_of(self._labels_DC, self._weights_D, self._targets, threshold=self._stage.threshold)
+        return {f"pseudo_{name}": value for name, value in quality.items()}
 
     def of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(labels_DC, weights_D) of a batch's documents; a weight is 0 below the threshold."""
@@ -81,11 +81,11 @@ class PseudoLabels:
         return self._session.context.folder.reference / f"pseudo-labels-{first:08d}.safetensors"
 
     def _tell(self, first: int) -> None:
-        told = quality_of(self._labels_DC, self._weights_D, self._targets, threshold=self._stage.threshold)
-        self.periods.append({"step": first, **told})
-        self._session.record.event("pseudo_labels", step=first, **told)
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in told.items())
-        self._session.record.say(f"pseudo-labels from step {first}: {shown}")
+        quality = quality_of(self._labels_DC, self._weights_D, self._targets, threshold=self._stage.threshold)
+        self.periods.append({"step": first, **quality})
+        self._session.record.event("pseudo_labels", step=first, **quality)
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in quality.items())
+        self._session.record.log(f"pseudo-labels from step {first}: {shown}")
 
 
 def quality_of(
@@ -93,23 +93,23 @@ def quality_of(
 ) -> dict[str, float]:
     """Share of the rows that are trained on; if true labels are known, the accuracy of all labels and of these."""
     kept_D = weights_D >= threshold
-    told = {"share_kept": float(kept_D.float().mean())}
+    quality = {"share_kept": float(kept_D.float().mean())}
     known_D = targets.true_D != NO_CLASS
     right_D = labels_DC.argmax(1) == targets.true_D
     if known_D.any():
-        told["accuracy"] = float(right_D[known_D].float().mean())
+        quality["accuracy"] = float(right_D[known_D].float().mean())
     if (known_D & kept_D).any():
-        told["accuracy_kept"] = float(right_D[known_D & kept_D].float().mean())
-    return told
+        quality["accuracy_kept"] = float(right_D[known_D & kept_D].float().mean())
+    return quality
 
 
-def weak_labels_told(targets: Targets) -> dict[str, float]:
+def weak_label_quality(targets: Targets) -> dict[str, float]:
     """Share of the rows with a weak label, and if true labels are known the share of these that are right."""
     has_D, known_D = targets.has_label_D, targets.has_label_D & (targets.true_D != NO_CLASS)
-    told = {"coverage": float(has_D.float().mean())}
+    quality = {"coverage": float(has_D.float().mean())}
     if known_D.any():
-        told["accuracy"] = float((targets.of_D == targets.true_D)[known_D].float().mean())
-    return told
+        quality["accuracy"] = float((targets.of_D == targets.true_D)[known_D].float().mean())
+    return quality
 
 
 def _write(labels_DC: torch.Tensor, file: Path, *, data: str, step: int) -> None:

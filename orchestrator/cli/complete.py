@@ -73,11 +73,11 @@ def _overrides(before: Sequence[str], current: str) -> list[str]:
 
 def _own_folder(before: Sequence[str]) -> list[Path]:
     """The folder of --config-dir."""
-    for place, word in enumerate(before):
+    for index, word in enumerate(before):
         if word.startswith("--config-dir="):
             return [Path(word.partition("=")[2]).expanduser()]
-        if word == "--config-dir" and place + 1 < len(before):
-            return [Path(before[place + 1]).expanduser()]
+        if word == "--config-dir" and index + 1 < len(before):
+            return [Path(before[index + 1]).expanduser()]
     return []
 
 

@@ -26,7 +26,7 @@ def export(folder: RunFolder, *, stage: str | None, to: str | None, max_kl: floa
     if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
         raise ConfigError(f"--to {target}: it exists and was not made by export; give a new folder")
     check_writable(target, advice="type --to FOLDER with a folder of yours")
-    words = [] if max_kl is None else ["--max-kl", str(max_kl)]
+    arguments = [] if max_kl is None else ["--max-kl", str(max_kl)]
     argv = [
         sys.executable,
         "-m",
@@ -37,7 +37,7 @@ def export(folder: RunFolder, *, stage: str | None, to: str | None, max_kl: floa
         stage,
         "--to",
         str(target),
-        *words,
+        *arguments,
     ]
     return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False).returncode
 

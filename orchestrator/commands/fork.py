@@ -13,7 +13,7 @@ from orchestrator.run_state.freeze import refuse_inside_a_run
 
 def fork(
     parent: RunFolder,
-    words: Sequence[str],
+    overrides: Sequence[str],
     *,
     stage: str | None,
     source: Literal["checkpoint", "artifact"] | None,
@@ -26,7 +26,7 @@ def fork(
     from orchestrator.housekeeping.fork import describe, plan_fork
     from orchestrator.housekeeping.fork_files import write_fork
 
-    planned = plan_fork(parent, words, stage=stage, source=source, step=step)
+    planned = plan_fork(parent, overrides, stage=stage, source=source, step=step)
     refuse_inside_a_run(planned.folder.root)
     print("\n".join(describe(planned)), flush=True)
     if until == "describe":

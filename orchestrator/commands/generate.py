@@ -28,8 +28,17 @@ def generate(folder: RunFolder, *, stage: str | None, options: Mapping[str, str]
     if not folder.stage(stage).result.exists():
         raise ConfigError(f"{stage} is not done: there is no {folder.stage(stage).result}; see `status {folder.root}`")
     _refuse_before_loading(folder, stage, options)
-    words = [f"{name}={value}" for name, value in options.items()]  # joined: a value may begin with a dash
-    argv = [sys.executable, "-m", FOREGROUND, "evaluation.compare_with_base", str(folder.run), "--stage", stage, *words]
+    arguments = [f"{name}={value}" for name, value in options.items()]  # joined: a value may begin with a dash
+    argv = [
+        sys.executable,
+        "-m",
+        FOREGROUND,
+        "evaluation.compare_with_base",
+        str(folder.run),
+        "--stage",
+        stage,
+        *arguments,
+    ]
     return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False).returncode
 
 

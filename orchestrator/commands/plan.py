@@ -27,13 +27,13 @@ def plan(arguments: Sequence[str], *, advise: bool, as_json: bool, everything: b
     if advise:
         from orchestrator.commands.advise import print_advice
 
-        words, config_directory = take_config_directory(arguments)
-        print_advice(compose_overrides(words, config_directory), config_directory, as_json=as_json)
+        overrides, config_directory = take_config_directory(arguments)
+        print_advice(compose_overrides(overrides, config_directory), config_directory, as_json=as_json)
         return EXIT_DONE
-    words, counts = take_node_counts(arguments)
+    overrides, counts = take_node_counts(arguments)
     if counts is not None:
-        return _scaling(words, counts, as_json=as_json)
-    runs = plans_of(words, measures=True)
+        return _scaling(overrides, counts, as_json=as_json)
+    runs = plans_of(overrides, measures=True)
     if not as_json and not everything and len(runs) > 1:
         print_plans(runs)
         return EXIT_DONE
@@ -57,8 +57,8 @@ def _scaling(arguments: Sequence[str], counts: Sequence[int], *, as_json: bool) 
     """Plans for several numbers of nodes, side by side; arithmetic only, so no launcher has to be able to start
     them.
     """
-    words, config_directory = take_config_directory(arguments)
-    composed = examine([*words, f"cluster.nodes={counts[0]}"], config_directory=config_directory)
+    overrides, config_directory = take_config_directory(arguments)
+    composed = examine([*overrides, f"cluster.nodes={counts[0]}"], config_directory=config_directory)
     problems = [problem for problem in composed.problems if not any(rule in problem for rule in SHARED)]
     problems += [
         f"{key}: auto is resolved for one number of nodes at a time; give a value here" for key in composed.autos

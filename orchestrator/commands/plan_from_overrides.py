@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from launchers.spec import InvalidValueError
 from orchestrator.architecture.zero_buckets import with_zero_buckets
 from orchestrator.composition.compose import Composed, examine
-from orchestrator.composition.multirun import FLAGS, combinations, first_words, is_sweep
+from orchestrator.composition.multirun import FLAGS, combinations, first_overrides, is_sweep
 from orchestrator.config.run import RunConfig
 from orchestrator.config.study import NoStudy
 from orchestrator.errors import (
@@ -37,7 +37,7 @@ def plans_of(arguments: Sequence[str], *, measures: bool = False) -> list[tuple[
         return [planned_run(arguments, measures=measures)]
     is_study = not isinstance(first_config(arguments).study, NoStudy)
     if is_study:
-        return [planned_run(first_words(arguments), measures=measures)]
+        return [planned_run(first_overrides(arguments), measures=measures)]
     return planned_runs(arguments, measures=measures)
 
 
@@ -45,13 +45,13 @@ def first_config(arguments: Sequence[str]) -> RunConfig:
     """The configuration of the first run of a multirun; ConfigError with every problem, including those of a search's
     space.
     """
-    words, config_directory = take_config_directory([word for word in arguments if word not in FLAGS])
+    overrides, config_directory = take_config_directory([argument for argument in arguments if argument not in FLAGS])
     try:
-        return compose_overrides(first_words(words), config_directory).config
+        return compose_overrides(first_overrides(overrides), config_directory).config
     except ConfigError as error:
         from orchestrator.studies.run_study import space_problems
 
-        raise ConfigError([*error.problems, *space_problems(words)]) from None
+        raise ConfigError([*error.problems, *space_problems(overrides)]) from None
 
 
 @busy(LOOKING)
@@ -65,12 +65,12 @@ def planned_run(arguments: Sequence[str], *, measures: bool = False) -> tuple[Ru
 
 
 def _planned_run(arguments: Sequence[str], *, measures: bool) -> tuple[RunConfig, Plan]:
-    words, config_directory = take_config_directory(arguments)
-    composed = examine(words, config_directory=config_directory)
+    overrides, config_directory = take_config_directory(arguments)
+    composed = examine(overrides, config_directory=config_directory)
     if composed.autos and not composed.problems:
         from orchestrator.planning.auto_settings import resolve_auto_overrides
 
-        kept = [word for word in words if word != "sharding=auto"]
+        kept = [argument for argument in overrides if argument != "sharding=auto"]
         composed = examine(
             [*kept, *resolve_auto_overrides(composed, config_directory)], config_directory=config_directory
         )
@@ -90,9 +90,9 @@ def _planned_run(arguments: Sequence[str], *, measures: bool) -> tuple[RunConfig
     return with_zero_buckets(config, base.architecture), planned
 
 
-def compose_overrides(words: Sequence[str], config_directory: Path | None) -> Composed:
+def compose_overrides(overrides: Sequence[str], config_directory: Path | None) -> Composed:
     """The composed overrides; ConfigError with every problem."""
-    composed = examine(words, config_directory=config_directory)
+    composed = examine(overrides, config_directory=config_directory)
     if composed.problems:
         raise ConfigError(composed.problems)
     return composed
@@ -100,23 +100,23 @@ def compose_overrides(words: Sequence[str], config_directory: Path | None) -> Co
 
 def planned_runs(arguments: Sequence[str], *, measures: bool = False) -> list[tuple[RunConfig, Plan]]:
     """Every run of a multirun; one error with the problems of all of them before anything is written."""
-    words, config_directory = take_config_directory([word for word in arguments if word not in FLAGS])
-    first = examine(first_words(words), config_directory=config_directory)
+    overrides, config_directory = take_config_directory([argument for argument in arguments if argument not in FLAGS])
+    first = examine(first_overrides(overrides), config_directory=config_directory)
     problems = first.problems
     if problems:
         raise ConfigError(problems)
     folder = [] if config_directory is None else ["--config-dir", str(config_directory)]
     found: list[tuple[RunConfig, Plan]] = []
-    told: dict[str, None] = {}
+    failures: dict[str, None] = {}
     with busy(LOOKING, unit="runs") as phases:
-        for combination in combinations(words, name=first.config.name):
+        for combination in combinations(overrides, name=first.config.name):
             try:
                 found.append(_planned_run([*folder, *combination], measures=measures))
             except OrchestratorError as error:
-                told |= dict.fromkeys(error.problems)
+                failures |= dict.fromkeys(error.problems)
             phases.advance(len(found), unit="runs")
-    if told:
-        raise ConfigError(list(told))
+    if failures:
+        raise ConfigError(list(failures))
     return found
 
 
@@ -134,16 +134,16 @@ def _script_problems(config: RunConfig) -> list[str]:
 def take_config_directory(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     rest: list[str] = []
     directory: Path | None = None
-    words = iter(arguments)
-    for word in words:
-        name, _, value = word.partition("=")
+    overrides = iter(arguments)
+    for argument in overrides:
+        name, _, value = argument.partition("=")
         if name == "--config-dir":
-            value = value or next(words, "")
+            value = value or next(overrides, "")
             if not value or directory is not None:
                 raise ConfigError("--config-dir: give one folder after it, and give it once")
             directory = Path(value).expanduser()
-        elif word.startswith("-"):
-            raise ConfigError(f"{word}: no such option")
+        elif argument.startswith("-"):
+            raise ConfigError(f"{argument}: no such option")
         else:
-            rest.append(word)
+            rest.append(argument)
     return rest, directory

@@ -92,14 +92,14 @@ def examine(overrides: Sequence[str], *, config_directory: Path | None = None) -
         try:
             config = parse_types(plain)
         except ConfigError as error:
-            places = _places(found.choices, found.values, sources)
-            places |= {key: places[own] for key, own in moved.items() if own in places}
-            sentences = [_with_place(problem, places) for problem in [*wrong, *error.problems]]
+            locations = _locations(found.choices, found.values, sources)
+            locations |= {key: locations[own] for key, own in moved.items() if own in locations}
+            sentences = [_with_location(problem, locations) for problem in [*wrong, *error.problems]]
             raise ConfigError([*problems, *sentences]) from None
         # while an experiment file is open, because it looks up where values come from
         config, notes = fit(config, origins)
         if wrong:
-            problems.append(_with_place(wrong[0], _places(found.choices, found.values, sources)))
+            problems.append(_with_location(wrong[0], _locations(found.choices, found.values, sources)))
     number_type = settle(config, this_machine(config.cluster.environment), is_auto=is_auto)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": number_type.name})})
     problems += rule_problems(config) + pipeline_problems(config)
@@ -229,22 +229,22 @@ def _set(tree: DictConfig, override: Override) -> None:
         del node[name]
 
 
-def _places(choices: Sequence[str], values: Sequence[Override], sources: Sources) -> dict[str, str]:
+def _locations(choices: Sequence[str], values: Sequence[Override], sources: Sources) -> dict[str, str]:
     """FILE:LINE of every key that a file gave its value; keys that the command line set are left out."""
     files = chosen_files(choices, sources.roots)
-    places = {key: sources.as_given(place) for key, place in find_key_locations(files).items()}
+    locations = {key: sources.as_given(location) for key, location in find_key_locations(files).items()}
     for file in [file for file, package in files if package == "experiment"]:
-        places["experiment"] = f"{file}:1"
+        locations["experiment"] = f"{file}:1"
     typed = {override.key for override in values}
-    return {key: place for key, place in places.items() if not any(related(key, other) for other in typed)}
+    return {key: location for key, location in locations.items() if not any(related(key, other) for other in typed)}
 
 
 def origins_of(found: Tree, sources: Sources) -> Origins:
     """Sources of the values. Files are searched only if one of the user's takes part, because it costs a second
     composition.
     """
-    find = None if len(sources.roots) == 1 else cache(lambda: _places(found.choices, (), sources))
-    return Origins(typed=tuple(override.key for override in found.values), find_places=find)
+    find = None if len(sources.roots) == 1 else cache(lambda: _locations(found.choices, (), sources))
+    return Origins(typed=tuple(override.key for override in found.values), find_locations=find)
 
 
 def related(key: str, other: str) -> bool:
@@ -252,8 +252,8 @@ def related(key: str, other: str) -> bool:
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
-def _with_place(problem: str, places: dict[str, str]) -> str:
+def _with_location(problem: str, locations: dict[str, str]) -> str:
     key = problem.partition(": ")[0]
-    if key == "experiment" and key in places:
-        return f"{places[key]} must say `# @package _global_`, so that the file's keys are at the root"
-    return f"{places[key]} {problem}" if key in places else problem
+    if key == "experiment" and key in locations:
+        return f"{locations[key]} must say `# @package _global_`, so that the file's keys are at the root"
+    return f"{locations[key]} {problem}" if key in locations else problem

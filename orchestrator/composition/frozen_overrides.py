@@ -21,19 +21,19 @@ from orchestrator.config.base import JsonValue
 from orchestrator.errors import ConfigError
 
 
-def changed_values(values: dict[str, JsonValue], words: Sequence[str]) -> dict[str, JsonValue]:
+def changed_values(values: dict[str, JsonValue], overrides: Sequence[str]) -> dict[str, JsonValue]:
     """The configuration with the overrides applied; ConfigError with every problem. Groups whose files need no others
     may be chosen.
     """
     tree = copy.deepcopy(values)
     known = dotted_keys(tree)
-    problems = duplicated_keys(words)
-    for text in words:
+    problems = duplicated_keys(overrides)
+    for text in overrides:
         try:
-            word = parse_override(text)
-            found = _problems(word, known)
+            override = parse_override(text)
+            found = _problems(override, known)
             if not found:
-                _apply(tree, word)
+                _apply(tree, override)
             problems += found
         except ConfigError as error:
             problems += error.problems
@@ -42,31 +42,31 @@ def changed_values(values: dict[str, JsonValue], words: Sequence[str]) -> dict[s
     return tree
 
 
-def _problems(word: Override, known: Sequence[str]) -> list[str]:
-    if chooses_group(word, [CONF]):
-        return group_problems(word, [CONF])
-    if word.deletes:
-        return [f"{word.text}: a fork keeps every key; give it another value"]
-    return key_problems(word, known)
+def _problems(override: Override, known: Sequence[str]) -> list[str]:
+    if chooses_group(override, [CONF]):
+        return group_problems(override, [CONF])
+    if override.deletes:
+        return [f"{override.text}: a fork keeps every key; give it another value"]
+    return key_problems(override, known)
 
 
-def _apply(tree: dict[str, JsonValue], word: Override) -> None:
-    if chooses_group(word, [CONF]):
-        _set(tree, word.key.partition("@")[2] or word.key, _preset(word))
+def _apply(tree: dict[str, JsonValue], override: Override) -> None:
+    if chooses_group(override, [CONF]):
+        _set(tree, override.key.partition("@")[2] or override.key, _preset(override))
         return
     seeds = tree.get("seeds")
-    if word.key == "seed" and isinstance(seeds, dict):  # in a composed file the seeds follow it
+    if override.key == "seed" and isinstance(seeds, dict):  # in a composed file the seeds follow it
         tree["seeds"] = {
-            key: cast(JsonValue, word.value) if value == tree["seed"] else value for key, value in seeds.items()
+            key: cast(JsonValue, override.value) if value == tree["seed"] else value for key, value in seeds.items()
         }
-    _set(tree, word.key, cast(JsonValue, word.value))
+    _set(tree, override.key, cast(JsonValue, override.value))
 
 
-def _preset(word: Override) -> JsonValue:
-    content: Any = presets(word.group)[str(word.value)]
+def _preset(override: Override) -> JsonValue:
+    content: Any = presets(override.group)[str(override.value)]
     if "defaults" in content or "${" in str(content):
         raise ConfigError(
-            f"{word.text}: this file includes others, which a fork does not compose; set its keys one by one"
+            f"{override.text}: this file includes others, which a fork does not compose; set its keys one by one"
         )
     return content
 

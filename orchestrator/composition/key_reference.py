@@ -258,15 +258,15 @@ def _default(key: Key, trees: dict[str, Any]) -> str:
     """The value in conf/; if several files set the key, each value with the files' names."""
     parts = key.name.split(".")
     if parts[:2] == ["stages", "STAGE"]:
-        places: dict[str, list[Any]] = {kind: [stage, *parts[2:]] for kind, stage in trees["stages"].items()}
+        locations: dict[str, list[Any]] = {kind: [stage, *parts[2:]] for kind, stage in trees["stages"].items()}
     elif parts[0] in trees[_WHERE] and len(parts) > 1:
         choices = trees[_WHERE][parts[0]].items()
-        places = {
+        locations = {
             name: [content, *parts[1:]] for name, content in choices if not key.only or _chooses(content) in key.only
         }
     else:
-        places = {"": [trees, *parts]}
-    values = {name: value for name, (tree, *path) in places.items() if (value := _value(tree, path)) is not None}
+        locations = {"": [trees, *parts]}
+    values = {name: value for name, (tree, *path) in locations.items() if (value := _value(tree, path)) is not None}
     names: dict[str, list[str]] = {}
     for name, value in values.items():
         names.setdefault(value, []).append(name)

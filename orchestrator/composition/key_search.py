@@ -21,12 +21,12 @@ def _with_placeholders(pattern: str) -> str:
     `stages.STAGE.data.mix.0.path`.
     """
     parts = pattern.split(".")
-    for place, (above, part) in enumerate(pairwise(parts), start=1):
+    for index, (above, part) in enumerate(pairwise(parts), start=1):
         if part.isdecimal():
-            parts[place] = "0"
+            parts[index] = "0"
         else:
             # The first part may be `optimizer@stages`.
-            parts[place] = MAP_NAMES.get(above.rpartition("@")[2], part)
+            parts[index] = MAP_NAMES.get(above.rpartition("@")[2], part)
     return ".".join(parts)
 
 

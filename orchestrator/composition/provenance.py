@@ -36,11 +36,11 @@ def sourced(overrides: Sequence[str], *, config_directory: Path | None) -> Sourc
         with as_sentences(sources.roots):
             moved = take_recipes(found.tree, origins_of(found, sources))
             values: Any = OmegaConf.to_container(found.tree, resolve=True)
-        places = _places(found, sources)
-        places |= {key: places[own] for key, own in moved.items() if own in places}
+        locations = _locations(found, sources)
+        locations |= {key: locations[own] for key, own in moved.items() if own in locations}
     return Sourced(
         values=values,
-        sources={key: _source(key, places) for key, _ in leaves(values)},
+        sources={key: _source(key, locations) for key, _ in leaves(values)},
         problems=tuple(found.problems),
     )
 
@@ -59,31 +59,31 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _places(found: Tree, sources: Sources) -> dict[str, str]:
+def _locations(found: Tree, sources: Sources) -> dict[str, str]:
     """The source of every key's value, including inner nodes."""
     files = find_key_locations(chosen_files(found.choices, sources.roots), with_references=True)
-    places = {key: _short(sources.as_given(place)) for key, place in files.items()}
+    locations = {key: _short(sources.as_given(location)) for key, location in files.items()}
     if sources.default_name() is not None:
-        places["name"] = f"{sources.file} (its own name)"
+        locations["name"] = f"{sources.file} (its own name)"
     for override in found.values:
         inner = dotted_keys(override.value)
         if not inner:
             # Values that an earlier file set below this key are overwritten.
-            places = {key: place for key, place in places.items() if not key.startswith(f"{override.key}.")}
-        places |= dict.fromkeys([override.key, *(f"{override.key}.{key}" for key in inner)], COMMAND_LINE)
-    return places
+            locations = {key: location for key, location in locations.items() if not key.startswith(f"{override.key}.")}
+        locations |= dict.fromkeys([override.key, *(f"{override.key}.{key}" for key in inner)], COMMAND_LINE)
+    return locations
 
 
-def _source(key: str, places: Mapping[str, str]) -> str:
+def _source(key: str, locations: Mapping[str, str]) -> str:
     """The source of the key itself or of its nearest ancestor."""
     parts = key.split(".")
     above = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-    return next((places[name] for name in above if name in places), "")
+    return next((locations[name] for name in above if name in locations), "")
 
 
-def _short(place: str) -> str:
+def _short(location: str) -> str:
     """Our files as conf/GROUP/FILE:LINE, others relative to the working folder if they are below it."""
     for folder, prefix in ((CONF, "conf/"), (Path.cwd(), "")):
-        if place.startswith(f"{folder}/"):
-            return prefix + place.removeprefix(f"{folder}/")
-    return place
+        if location.startswith(f"{folder}/"):
+            return prefix + location.removeprefix(f"{folder}/")
+    return location

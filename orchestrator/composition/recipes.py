@@ -33,17 +33,17 @@ class Origins:
 
     typed: tuple[str, ...]
     """Keys of the command line."""
-    find_places: Callable[[], Mapping[str, str]] | None
+    find_locations: Callable[[], Mapping[str, str]] | None
     """FILE:LINE of every key, at the cost of a second composition; None if no folder of the user's takes part."""
 
     def of(self, key: str) -> Origin:
         """The origin of a leaf; a typed section (batch={...}) applies to all keys below it."""
         if any(f"{key}.".startswith(f"{word}.") for word in self.typed):
             return Origin.TYPED
-        if self.find_places is None:
+        if self.find_locations is None:
             return Origin.PRESET
-        place = self.find_places().get(key)
-        return Origin.PRESET if place is None or place.startswith(f"{CONF}/") else Origin.FILE
+        location = self.find_locations().get(key)
+        return Origin.PRESET if location is None or location.startswith(f"{CONF}/") else Origin.FILE
 
 
 def take_recipes(tree: DictConfig, origins: Origins) -> dict[str, str]:
@@ -82,10 +82,10 @@ def fit(config: RunConfig, origins: Origins) -> tuple[RunConfig, tuple[str, ...]
     notes: list[str] = []
     stages = dict(config.stages)
     for name, stage in training_pipeline(config).items():
-        fitted, told = _with_length(name, stage, origins)
-        notes += told
-        fitted, told = _with_batch(name, fitted, origins, ranks=config.world_size)
-        notes += told
+        fitted, changes = _with_length(name, stage, origins)
+        notes += changes
+        fitted, changes = _with_batch(name, fitted, origins, ranks=config.world_size)
+        notes += changes
         stages[name] = fitted  # pyright: ignore[reportArgumentType]  # a copy of the same class
     return (config.model_copy(update={"stages": stages}) if notes else config), tuple(notes)
 

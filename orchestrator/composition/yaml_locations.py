@@ -20,16 +20,16 @@ def find_key_locations(files: Iterable[tuple[Path, str]], *, with_references: bo
     Values that refer to another key (`${seed}`) are omitted unless asked for, since an error in them belongs to that
     key.
     """
-    places: dict[str, str] = {}
+    locations: dict[str, str] = {}
     for file, package in files:
         node = cast(Any, yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))  # pyright: ignore
         prefix = f"{package}." if package else ""
-        places |= {
+        locations |= {
             key: f"{file}:{line}"
             for key, line in _key_lines(node, prefix, with_references)
             if key != f"{prefix}defaults"
         }
-    return places
+    return locations
 
 
 def unreadable_files(roots: Sequence[Path]) -> list[str]:

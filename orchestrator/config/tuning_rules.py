@@ -267,9 +267,9 @@ def stage_tuning_problems(config: RunConfig) -> list[str]:
             ] = None
     differing = [name for name, tuning in tunings.items() if tuning != next(iter(tunings.values()))]
     if differing and not all(not tuning.is_adapter for tuning in tunings.values()):
-        told = ", ".join(f"{name} {tuning.method}" for name, tuning in tunings.items())
+        methods = ", ".join(f"{name} {tuning.method}" for name, tuning in tunings.items())
         problems[
-            f"stages.{differing[0]}.tuning: the stages are tuned differently ({told}), and an adapter fits only the settings it was "
+            f"stages.{differing[0]}.tuning: the stages are tuned differently ({methods}), and an adapter fits only the settings it was "
             "made with; whole models alone (full, freeze) may differ: set every stage's tuning to null, or tune whole models throughout"
         ] = None
     return list(problems)

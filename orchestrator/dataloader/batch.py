@@ -28,7 +28,7 @@ class Batch:
     input_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
     """-100 where nothing is trained, else the token at this position: the loss shifts by one, as in transformers."""
-    places_K: torch.Tensor
+    positions_K: torch.Tensor
     """Positions of the trained tokens in the flattened labels: made here, since asking a GPU would wait for it."""
     attention_mask_BT: torch.Tensor | None
     """1 on real tokens; None without padding or for packed rows. A causal model does not need it (`model_inputs`)."""
@@ -86,7 +86,7 @@ class Batch:
             self,
             input_ids_BT=move(self.input_ids_BT),
             labels_BT=move(self.labels_BT),
-            places_K=move(self.places_K),
+            positions_K=move(self.positions_K),
             attention_mask_BT=None if self.attention_mask_BT is None else move(self.attention_mask_BT),
             position_ids_BT=None if self.position_ids_BT is None else move(self.position_ids_BT),
             boundaries=move(self.boundaries),
@@ -129,7 +129,7 @@ def batch_of(
     return Batch(
         input_ids_BT=ids_BT,
         labels_BT=labels_BT,
-        places_K=labelled_positions(labels_BT),
+        positions_K=labelled_positions(labels_BT),
         attention_mask_BT=mask_BT if bool((mask_BT == 0).any()) else None,
         position_ids_BT=None,
         boundaries=torch.tensor(edges, dtype=torch.int32),

@@ -52,27 +52,27 @@ class PreparedRows(PreparedFolder):
         units: list[int] = []
         edges = [0]
         for b, sequence in enumerate(sequences):
-            place = 0
+            start_in_row = 0
             for document, start, stop in sequence:
-                end = place + stop - start
+                end = start_in_row + stop - start
                 if document >= 0:
-                    self._fill(ids[b, place:end], labels[b, place:end], document, start, stop)
-                    spans.append(Span(b, place, end))
+                    self._fill(ids[b, start_in_row:end], labels[b, start_in_row:end], document, start, stop)
+                    spans.append(Span(b, start_in_row, end))
                     trained = self.trained[int(self.document_offsets[document]) + start :][: stop - start]
-                    prompts.append(prompt_span(b, place, trained))
+                    prompts.append(prompt_span(b, start_in_row, trained))
                     known.append(document)
                     units.append(self.unit_of(document))
-                positions[b, place:end] = np.arange(end - place)
-                mask[b, place:end] = 1
+                positions[b, start_in_row:end] = np.arange(end - start_in_row)
+                mask[b, start_in_row:end] = 1
                 edges.append(b * width + end)
-                place = end
-            if place < width:
-                positions[b, place:] = np.arange(width - place)
+                start_in_row = end
+            if start_in_row < width:
+                positions[b, start_in_row:] = np.arange(width - start_in_row)
                 edges.append((b + 1) * width)
         return Batch(
             input_ids_BT=torch.from_numpy(ids),
             labels_BT=torch.from_numpy(labels),
-            places_K=labelled_positions(torch.from_numpy(labels)),
+            positions_K=labelled_positions(torch.from_numpy(labels)),
             attention_mask_BT=torch.from_numpy(mask) if not self.is_packed and bool((mask == 0).any()) else None,
             position_ids_BT=torch.from_numpy(positions) if self.is_packed else None,
             boundaries=torch.tensor(edges, dtype=torch.int32),

@@ -29,15 +29,15 @@ def memory_line(memory: MemoryForecast | None) -> str:
     """The forecast in a sentence."""
     if memory is None:
         return "known once the base is fetched"
-    told = f"{memory.expected:.2f} GiB ({memory.low:.2f} to {memory.high:.2f}) in phase {memory.binding}; states {memory.total:.2f}"
+    forecast = f"{memory.expected:.2f} GiB ({memory.low:.2f} to {memory.high:.2f}) in phase {memory.binding}; states {memory.total:.2f}"
     if memory.verdict is None:
-        return f"{told}; set cluster.hardware.memory_gib to see whether it fits"
+        return f"{forecast}; set cluster.hardware.memory_gib to see whether it fits"
     host = (
         ""
         if memory.node_memory_gib is None
         else f"; host of a node {memory.node_gib:.0f} of {memory.node_memory_gib:g}"
     )
-    return f"{memory.verdict} of {memory.memory_gib:.4g} GiB: {told}{host}"
+    return f"{memory.verdict} of {memory.memory_gib:.4g} GiB: {forecast}{host}"
 
 
 def memory_table(memory: MemoryForecast) -> Table:

@@ -49,7 +49,7 @@ def print_result(folder: StageFolder, config: RunConfig, *, wall_seconds: float)
     """
     result = read_result(folder)
     is_trained = "eval_loss_before" in result
-    rows = [*(_trained_rows(result) if is_trained else _told(result)), ("time", time_line(result, wall_seconds))]
+    rows = [*(_trained_rows(result) if is_trained else _result_rows(result)), ("time", time_line(result, wall_seconds))]
     print(f"\nstage {result['stage']} is done and proven")
     for name, value in rows:
         print(f"{name:<17} {value}" if name else value)
@@ -113,12 +113,12 @@ def _speed(tokens_per_second: float | None) -> str:
     return "unknown" if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s (median of the steps)"
 
 
-def _told(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _result_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Results of an evaluation or a merge."""
     made = (result["artifact"]["kind"].replace("_", " "), result["artifact"]["path"])
     match result["kind"]:
         case "evaluate" if "scores" not in result:  # of a classifier
-            return [made, *(_told_set(name, found) for name, found in result["sets"].items())]
+            return [made, *(_describe_set(name, found) for name, found in result["sets"].items())]
         case "evaluate":
             base, tuned = result["scores"]["base"], result["scores"]["tuned"]
             scores = [(name, f"{base[name]:.4f} base, {value:.4f} tuned") for name, value in tuned.items()]
@@ -134,24 +134,24 @@ def _told(result: dict[str, Any]) -> list[tuple[str, str]]:
             return [made, ("merged", f"into the {result['way']}: {merged}")]
 
 
-def _told_set(name: str, told: dict[str, Any]) -> tuple[str, str]:
+def _describe_set(name: str, scores: dict[str, Any]) -> tuple[str, str]:
     """Results of a classifier on one set."""
-    numbers = [f"{key} {value:.4f}" for key, value in told.items() if isinstance(value, float)]
-    return name + (" (shift)" if told["shift"] else ""), f"{told['rows']} rows: {', '.join(numbers)}"
+    numbers = [f"{key} {value:.4f}" for key, value in scores.items() if isinstance(value, float)]
+    return name + (" (shift)" if scores["shift"] else ""), f"{scores['rows']} rows: {', '.join(numbers)}"
 
 
 def _judged(result: dict[str, Any]) -> list[tuple[str, str]]:
     """A classifier's metrics and its confusion matrix."""
-    told = result.get("classification")
-    if told is None or told["held_out"] is None:
+    scores = result.get("classification")
+    if scores is None or scores["held_out"] is None:
         return []
-    held = told["held_out"]
+    held = scores["held_out"]
     numbers = [f"{name} {value:.4f}" for name, value in held.items() if isinstance(value, float) and name != "loss"]
     rows = [("held-out rows", f"{held['rows']}: {', '.join(numbers)}")]
-    if "confusion" in held and len(told["names"]) <= SHOWN_CLASSES:
+    if "confusion" in held and len(scores["names"]) <= SHOWN_CLASSES:
         rows += [
-            ("confusion" if place == 0 else " ", text)
-            for place, text in enumerate(_matrix(told["names"], held["confusion"]))
+            ("confusion" if index == 0 else " ", text)
+            for index, text in enumerate(_matrix(scores["names"], held["confusion"]))
         ]
     return rows
 

@@ -14,21 +14,21 @@ def explanation(advice: Advice) -> list[str]:
     """Why the first option is first, compared with the best of those that differ in one setting."""
     best = advice.best
     assert best is not None
-    told = [f"the fastest that fits: {' '.join(best.words())}"]
+    lines = [f"the fastest that fits: {' '.join(best.overrides())}"]
     for what in ("sharding", "checkpointing"):
         others = [option for option in advice.options if getattr(option, what) != getattr(best, what)]
         if others:
-            told.append(f"  against {_difference(best, others[0])}")
-    return told
+            lines.append(f"  against {_difference(best, others[0])}")
+    return lines
 
 
 def _difference(best: Option, other: Option) -> str:
-    words = " ".join(other.words(best))
+    overrides = " ".join(other.overrides(best))
     if other.verdict == "NO":
-        return f"{words}: does not fit ({other.high_gib:.1f} GiB)"
+        return f"{overrides}: does not fit ({other.high_gib:.1f} GiB)"
     slower = other.seconds / best.seconds - 1
     pace = f"{slower:+.0%} time" if abs(slower) >= 0.005 else "the same time"
-    return f"{words}: {other.verdict}, {pace}, {other.high_gib - best.high_gib:+.1f} GiB"
+    return f"{overrides}: {other.verdict}, {pace}, {other.high_gib - best.high_gib:+.1f} GiB"
 
 
 def settings_table(advice: Advice, config: RunConfig) -> Table:

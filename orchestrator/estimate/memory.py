@@ -71,7 +71,7 @@ def memory_forecast(
     low, expected, high = (
         _phases(model, config, stage, loss or Loss(), level) for level in ("low", "expected", "high")
     )
-    phases = tuple(_told(*same) for same in zip(low, expected, high, strict=True))
+    phases = tuple(_phase_forecast(*same) for same in zip(low, expected, high, strict=True))
     binding = max(phases, key=lambda phase: phase.expected)
     states = _states(model, config, stage)
     ranks = config.cluster.processes_per_node if isinstance(stage, TrainingStage) else 1
@@ -258,7 +258,7 @@ def _at(figure: Range, level: Level) -> float:
     return {"low": figure.low, "expected": figure.expected, "high": figure.high}[level]
 
 
-def _told(low: Phase, expected: Phase, high: Phase) -> PhaseForecast:
+def _phase_forecast(low: Phase, expected: Phase, high: Phase) -> PhaseForecast:
     return PhaseForecast(
         name=expected.name,
         device={name: part / GIB for name, part in {**expected.static, **expected.changing}.items() if part},

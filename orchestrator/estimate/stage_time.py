@@ -216,9 +216,9 @@ def _unknown_time(known: ForecastInputs, why: str) -> TimePlan:
 
 
 def _row_words(shape: RowShape) -> str:
-    told = {
+    sentences = {
         "prepared": f"rows of {shape.tokens:,.0f} tokens, counted in the prepared data",
         "guessed": f"rows of {shape.tokens:,.0f} tokens, guessed from the size of the files",
         "longest": f"rows of {shape.tokens:,.0f} tokens, the longest that are allowed",
     }
-    return told[shape.source]
+    return sentences[shape.source]

@@ -52,9 +52,9 @@ def answered_rows(rows: PreparedRows, count: int) -> list[AnsweredRow] | None:
     found: list[AnsweredRow] = []
     for index in range(min(count, rows.rows)):
         ids, trained = rows.document(rows.document_of(index))
-        places = trained.nonzero()[0]
-        first, last = int(places[0]), int(places[-1])
-        if first == 0 or len(places) != last - first + 1:
+        positions = trained.nonzero()[0]
+        first, last = int(positions[0]), int(positions[-1])
+        if first == 0 or len(positions) != last - first + 1:
             return None
         found.append(AnsweredRow(prompt=tuple(ids[:first].tolist()), answer=tuple(ids[first : last + 1].tolist())))
     if all(len(row.prompt) <= 1 for row in found):  # plain text: its first token is not a question

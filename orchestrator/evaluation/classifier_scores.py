@@ -88,6 +88,6 @@ def class_table(scores: Mapping[str, ClassScores]) -> list[str]:
     for name, one in scores.items():
         label = f"{name} (shift)" if one.shift else name
         cells = [str(one.report[key]) if key == "rows" else f"{one.report[key]:.3f}" for key in measures]
-        told = "" if one.commonest is None else f"{one.commonest:.3f}"
-        lines.append(f"| {label} | {' | '.join(cells)} | {told} |")
+        baseline = "" if one.commonest is None else f"{one.commonest:.3f}"
+        lines.append(f"| {label} | {' | '.join(cells)} | {baseline} |")
     return lines

@@ -31,8 +31,8 @@ def generated_rewards(
     seed = context.config.seeds.data
     prompts = [prompt_of(context, rows, index) for index in range(min(stage.rows, rows.rows))]
     asked = [
-        (Request(prompt=ids, seed=seed_of(seed, "evaluate", place, turn)), row)
-        for place, (ids, row) in enumerate(prompts)
+        (Request(prompt=ids, seed=seed_of(seed, "evaluate", index, turn)), row)
+        for index, (ids, row) in enumerate(prompts)
         for turn in range(stage.rollout.group_size)
     ]
     completions = generate([request for request, _ in asked], stage.rollout)

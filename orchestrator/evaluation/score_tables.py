@@ -13,7 +13,7 @@ from orchestrator.evaluation.set_scores import NO_GENERAL_TEXT, OpenSet, Scorer,
 def describe_sets(scorer: Scorer) -> list[str]:
     """A line per set: rows, shift, and the source of its options."""
 
-    def told(one: OpenSet) -> str:
+    def describe(one: OpenSet) -> str:
         if scorer.classes is not None:
             return f"classes {', '.join(scorer.classes.names)}" if scorer.classes.names else "a number"
         return "no options, so no accuracy" if one.choices is None else f"options {', '.join(one.choices.names)}"
@@ -21,7 +21,7 @@ def describe_sets(scorer: Scorer) -> list[str]:
     left_out = cast("ScoringStage", scorer.context.stage).forgetting and scorer.classes is not None
     return [
         *(
-            f"set {one.name}: {one.count} rows, {'out of distribution' if one.shift else 'in distribution'}, {told(one)}"
+            f"set {one.name}: {one.count} rows, {'out of distribution' if one.shift else 'in distribution'}, {describe(one)}"
             for one in scorer.sets
         ),
         *([NO_GENERAL_TEXT] if left_out else []),

@@ -151,8 +151,8 @@ def _refuse_moved_away(run: RunFolder, stage: str) -> None:
     # Once the process has recreated its old folder, `mv` would put the run inside it.
     back = "" if found.root.exists() else f"move it back with `mv {run.root} {found.root}`, or "
     raise RunFolderError(
-        f"{stage}: process {found.claim.process} (attempt {found.claim.attempt}) is still running in {found.root}, from where the run "
-        f"folder was moved: {back}type `cancel {run.root}`, which makes it save and end there and prints how to continue"
+        f"{stage}: process {found.claim.process} (attempt {found.claim.attempt}) is still running in {found.root}, from where the "
+        f"run folder was moved: {back}type `cancel {run.root}`, which makes it save and end there and prints how to continue"
     )
 
 
@@ -205,9 +205,7 @@ def _follow(stage: Followed) -> Outcome | None:
                 _end(stage, INTERRUPTED, None)
         except BrokenPipeError:  # `run | head`: the display never decides whether a job continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print(
-                f"{stage.job.name}: the output of this command is closed; the job continues without it", file=sys.stderr
-            )
+            print(f"{stage.job.name}: this command's output is closed; the job continues without it", file=sys.stderr)
             return None
         except OrchestratorError as error:  # a study that cannot use the stage
             _end(stage, MACHINE_LOST, f"ended by its command: {error}")
@@ -290,11 +288,11 @@ def _after(config: RunConfig, files: StageFolder, stage: str, outcome: Outcome) 
         end = attempt.why if attempt.exit_code == INTERRUPTED else f"saved at step {attempt.step} ({attempt.why})"
         print(f"{stage}: {end}; the same command continues from there")
         return EXIT_SAVED
-    tell_failure(stage, decision.why, cause, str(files.logs))
+    report_failure(stage, decision.why, cause, str(files.logs))
     return decision.exit_code
 
 
-def tell_failure(stage: str, why: str, cause: str | None, logs: str) -> None:
+def report_failure(stage: str, why: str, cause: str | None, logs: str) -> None:
     """Report on stderr: the reason, the first cause if it adds something, and the path of the log."""
     print(f"error: {stage}: {why}", file=sys.stderr)
     if cause is not None and cause not in why:

@@ -141,13 +141,13 @@ def print_proof(proof: Proof) -> None:
     for column in ("step", "attempt", "loss", "lr", "rows", "the same"):
         table.add_column(column, justify="left" if column == "the same" else "right")
     for pair in proof.steps:
-        told = (
+        difference = (
             ", ".join(f"{key} {pair.straight.get(key)} != {pair.resumed.get(key)}" for key in pair.differences) or "yes"
         )
         attempt = str(attempt_of(pair.resumed)) if pair.resumed else "-"
         lr = f"{float(str(pair.straight['lr'])):.3e}"
         table.add_row(
-            str(pair.step), attempt, str(pair.straight["loss"]), lr, str(pair.straight.get("rows_digest")), told
+            str(pair.step), attempt, str(pair.straight["loss"]), lr, str(pair.straight.get("rows_digest")), difference
         )
     console = Console()
     console.print(table)

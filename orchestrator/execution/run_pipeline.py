@@ -239,9 +239,9 @@ def freeze_run(config: RunConfig, planned: Plan, scripts: Iterable[Script]) -> N
     check_writable(folder.root)
     with all_or_nothing(folder.root):
         freeze(folder, record, may_differ=may_differ(config) | rerunnable_keys(config, folder) | filled)
-        told = settle(folder, config.pipeline)
-        if told is not None:
-            print(f"{config.name}: {told}", flush=True)
+        notice = settle(folder, config.pipeline)
+        if notice is not None:
+            print(f"{config.name}: {notice}", flush=True)
         if not is_planned:
             write_json(folder.plan, planned.model_dump(mode="json"))
         if not folder.environment.exists():

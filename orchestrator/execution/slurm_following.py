@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from orchestrator.config.run import RunConfig
 from orchestrator.display.result_text import print_result
 from orchestrator.errors import EXIT_DONE, EXIT_LAUNCH_FAILED, EXIT_SAVED
-from orchestrator.execution.following import StageJob, ask, tell_failure
+from orchestrator.execution.following import StageJob, ask, report_failure
 from orchestrator.metrics.console import duration
 from orchestrator.monitoring.stage_status import stage_statuses
 from orchestrator.run_folder.folder import RunFolder, StageFolder
@@ -145,9 +145,9 @@ def _show_queue(joined: _Joined, watch: JobWatch) -> None:
     with Console().status("") as line:
         while watch.phase in ("waiting", "unknown"):
             facts = watch.facts
-            told = f"{joined.stage.name}: asking Slurm" if facts is None else sentence_of(joined.stage.name, facts)
+            sentence = f"{joined.stage.name}: asking Slurm" if facts is None else sentence_of(joined.stage.name, facts)
             starts = "" if facts is None or not facts.starts else f"; expected to start {facts.starts}"
-            line.update(Text(f"{told}{starts}  {duration(time.time() - began)}"))
+            line.update(Text(f"{sentence}{starts}  {duration(time.time() - began)}"))
             time.sleep(DRAW_SECONDS)
 
 
@@ -173,15 +173,17 @@ def _show_running(joined: _Joined, watch: JobWatch) -> None:
 def _ended(joined: _Joined, facts: JobFacts) -> int:
     """Report a job that ended without a result, from its attempt's record, or from Slurm if there is none."""
     name, attempts = joined.stage.name, read_attempts(joined.files)
-    told = sentence_of(name, facts)
+    sentence = sentence_of(name, facts)
     if not attempts or joined.files.open_attempts():
-        tell_failure(name, told.removeprefix(f"{name}: "), None, str(joined.files.logs))
+        report_failure(name, sentence.removeprefix(f"{name}: "), None, str(joined.files.logs))
         return EXIT_LAUNCH_FAILED if not attempts else EXIT_SAVED
     decision = decide(joined.files, joined.config, attempts[-1])
     if decision.exit_code == EXIT_SAVED:
-        print(f"{told}; saved at step {attempts[-1].step} ({attempts[-1].why}); the same command continues from there")
+        print(
+            f"{sentence}; saved at step {attempts[-1].step} ({attempts[-1].why}); the same command continues from there"
+        )
         return EXIT_SAVED
-    tell_failure(name, decision.why, None, str(joined.files.logs))
+    report_failure(name, decision.why, None, str(joined.files.logs))
     return decision.exit_code
 
 

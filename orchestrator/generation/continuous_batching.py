@@ -32,35 +32,35 @@ POLL_SECONDS = 1.0
 class _Sampler(ContinuousBatchingLogitsProcessor):
     """Samples each sequence's token with its own noise, at any position in the current batch."""
 
-    supported_kwargs = {"place": int}  # noqa: RUF012 - the base class declares it so
+    supported_kwargs = {"sequence": int}  # noqa: RUF012 - the base class declares it so
     ignored_kwargs = ()
 
     def __init__(self, draws: SeededDraws) -> None:
         self._draws = draws
-        self._places: list[int] = []
+        self._sequences: list[int] = []
         self.logprobs: list[tuple[list[int], torch.Tensor]] = []
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.fill_(0)
 
     def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> torch.Tensor:
-        self._places = [request.state.logit_processor_kwargs["place"] for request in requests_with_new_token]
-        return torch.tensor(self._places, dtype=torch.int32)
+        self._sequences = [request.state.logit_processor_kwargs["sequence"] for request in requests_with_new_token]
+        return torch.tensor(self._sequences, dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        count = len(self._places)
-        chosen_N, logprobs_N = self._draws.draw(scores[:count], self._places)
-        self.logprobs.append((list(self._places), logprobs_N))
+        count = len(self._sequences)
+        chosen_N, logprobs_N = self._draws.draw(scores[:count], self._sequences)
+        self.logprobs.append((list(self._sequences), logprobs_N))
         only_NV = torch.full_like(scores, -torch.inf)
         only_NV[:count].scatter_(1, chosen_N[:, None], 0.0)
         return only_NV
 
-    def of_places(self, number: int) -> list[list[float]]:
+    def by_sequence(self, number: int) -> list[list[float]]:
         """The log-probabilities of each sequence's tokens, in their order."""
         found: list[list[float]] = [[] for _ in range(number)]
-        for places, logprobs_N in self.logprobs:
-            for place, logprob in zip(places, logprobs_N.tolist(), strict=True):
-                found[place].append(logprob)
+        for sequences, logprobs_N in self.logprobs:
+            for sequence, logprob in zip(sequences, logprobs_N.tolist(), strict=True):
+                found[sequence].append(logprob)
         return found
 
 
@@ -86,14 +86,14 @@ def generate_continuously(
         manager.logit_processor.tensors_required = 1
         manager.start()
         try:
-            for place, prompt in enumerate(prompts):
-                manager.add_request(list(prompt), request_id=str(place), place=place)
+            for sequence, prompt in enumerate(prompts):
+                manager.add_request(list(prompt), request_id=str(sequence), sequence=sequence)
             found = _collect(manager, len(prompts))
         finally:
             manager.stop(block=True, timeout=LONGEST_WAIT_SECONDS)
             manager.destroy()
-    logprobs = sampler.of_places(len(prompts))
-    return [(ids, logprobs[place][: len(ids)]) for place, ids in enumerate(found)]
+    logprobs = sampler.by_sequence(len(prompts))
+    return [(ids, logprobs[sequence][: len(ids)]) for sequence, ids in enumerate(found)]
 
 
 def _collect(manager: Any, number: int) -> list[list[int]]:
@@ -108,7 +108,7 @@ def _collect(manager: Any, number: int) -> list[list[int]]:
             raise TrainingFailed(f"the generator failed: {result.error}; type rollout.engine=batch")
         if result.is_finished():
             found[int(result.request_id)] = list(result.generated_tokens)
-    return [found[place] for place in range(number)]
+    return [found[sequence] for sequence in range(number)]
 
 
 def _settings(prompts: Sequence[Sequence[int]], settings: RolloutConfig) -> ContinuousBatchingConfig:

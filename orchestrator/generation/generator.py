@@ -135,7 +135,7 @@ def _generate(
 
 
 def _completion(new: list[int], logprobs: list[float], end_ids: Sequence[int]) -> Completion:
-    stop = next((place for place, token in enumerate(new) if token in end_ids), None)
+    stop = next((index for index, token in enumerate(new) if token in end_ids), None)
     length = len(new) if stop is None else stop + 1
     return Completion(ids=tuple(new[:length]), logprobs=tuple(logprobs[:length]), is_finished=stop is not None)
 

@@ -25,17 +25,17 @@ class SeededDraws:
         if settings.top_p < 1:
             self._warpers.append(TopPLogitsWarper(settings.top_p))
 
-    def draw(self, scores_NV: torch.Tensor, places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(token, its log-probability at the temperature before top-p and top-k) of sequences `places`, N each."""
+    def draw(self, scores_NV: torch.Tensor, sequences: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(token, its log-probability at the temperature before top-p and top-k) of sequences `sequences`, N each."""
         logits_NV = scores_NV.float() / (self._temperature or 1.0)
         kept_NV = logits_NV
         if self._temperature:
             kept_NV = self._warpers(torch.zeros(0, dtype=torch.long), logits_NV)  # pyright: ignore[reportArgumentType]  # the warpers read no ids
-            kept_NV = kept_NV + self._noise(places, logits_NV.shape[1]).to(logits_NV.device)
+            kept_NV = kept_NV + self._noise(sequences, logits_NV.shape[1]).to(logits_NV.device)
         chosen_N = kept_NV.argmax(dim=-1)
         return chosen_N, logits_NV.log_softmax(dim=-1).gather(1, chosen_N[:, None])[:, 0]
 
-    def _noise(self, places: Sequence[int], size: int) -> torch.Tensor:
+    def _noise(self, sequences: Sequence[int], size: int) -> torch.Tensor:
         """-log(-log(u)): the argmax of logits + noise is a sample from their softmax (Gumbel-max)."""
-        uniform_NV = torch.stack([torch.rand(size, generator=self._generators[place]) for place in places])
+        uniform_NV = torch.stack([torch.rand(size, generator=self._generators[sequence]) for sequence in sequences])
         return -torch.log(-torch.log(uniform_NV.clamp(min=1e-20, max=1 - 1e-7)))

@@ -48,12 +48,12 @@ class Fork:
 
 
 def plan_fork(
-    parent: RunFolder, words: Sequence[str], *, stage: str | None, source: Source | None, step: int | None
+    parent: RunFolder, overrides: Sequence[str], *, stage: str | None, source: Source | None, step: int | None
 ) -> Fork:
     """Check everything that can be known before the first byte is copied; ConfigError with every problem."""
     refuse_newer(parent)
     old = load_frozen(parent).values  # with the parent's current path, and defaults for keys newer than it
-    values = changed_values(old, words)
+    values = changed_values(old, overrides)
     if values.get("name") == old.get("name"):
         raise ConfigError("fork: the new run needs a name of its own, such as name=second")
     before = resolve(parse_types(old), Path.cwd())

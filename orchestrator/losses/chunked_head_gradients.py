@@ -63,11 +63,11 @@ class HeadGradients:
 
     def add(self, chunk: slice, by_products_CV: torch.Tensor) -> None:
         """Add the gradient of the negative log-probabilities by the products of a chunk, in the compute dtype."""
-        for place, hidden_KW in enumerate(self._hiddens):
-            if (gradient_KW := self._by_hidden[place]) is not None:
-                torch.mm(by_products_CV, self._weights[place], out=gradient_KW[chunk])
-            if (gradient_VW := self._by_weight[place]) is not None:
-                _add_product(gradient_VW, by_products_CV.t(), hidden_KW[chunk], self._scratch[place])
+        for index, hidden_KW in enumerate(self._hiddens):
+            if (gradient_KW := self._by_hidden[index]) is not None:
+                torch.mm(by_products_CV, self._weights[index], out=gradient_KW[chunk])
+            if (gradient_VW := self._by_weight[index]) is not None:
+                _add_product(gradient_VW, by_products_CV.t(), hidden_KW[chunk], self._scratch[index])
 
     def as_types_of(self, bias_V: torch.Tensor | None, weights: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Gradients of the bias, of every hidden state and of every weight, each in the dtype of its tensor."""

@@ -19,7 +19,7 @@ ENTROPY_ROWS = 512
 
 
 def labelled_positions(labels_BT: torch.Tensor) -> torch.Tensor:
-    """Positions `places_K` of the labelled tokens in the flattened labels, without first positions.
+    """Positions `positions_K` of the labelled tokens in the flattened labels, without first positions.
 
     On a GPU this waits for the device: batches compute it before they are moved there.
     """
@@ -66,7 +66,7 @@ def sums_by_document(values_BT: torch.Tensor, documents: Sequence[Place]) -> tor
     """values_D: the sum of each document's values. Part of the graph even if a batch has no document."""
     if not documents:
         return values_BT.reshape(-1)[:0]
-    return torch.stack([values_BT[place.sequence, place.start : place.stop].sum() for place in documents])
+    return torch.stack([values_BT[span.sequence, span.start : span.stop].sum() for span in documents])
 
 
 def _labelled_rows(

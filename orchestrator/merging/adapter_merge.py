@@ -186,10 +186,10 @@ def _compared(
     kl = same = loss = 0.0
     tokens = 0
     for one_BTV, other_BTV, batch in zip(trained, merged, batches, strict=True):
-        places = [(place.sequence, slice(place.start, place.stop - 1)) for place in batch.documents]
-        one_KV = torch.cat([one_BTV[b, span] for b, span in places]).log_softmax(-1)
-        other_KV = torch.cat([other_BTV[b, span] for b, span in places]).log_softmax(-1)
-        next_K = torch.cat([batch.input_ids_BT.cpu()[b, span.start + 1 : span.stop + 1] for b, span in places])
+        spans = [(document.sequence, slice(document.start, document.stop - 1)) for document in batch.documents]
+        one_KV = torch.cat([one_BTV[b, span] for b, span in spans]).log_softmax(-1)
+        other_KV = torch.cat([other_BTV[b, span] for b, span in spans]).log_softmax(-1)
+        next_K = torch.cat([batch.input_ids_BT.cpu()[b, span.start + 1 : span.stop + 1] for b, span in spans])
         kl += float(functional.kl_div(other_KV, one_KV, log_target=True, reduction="sum"))
         same += float((one_KV.argmax(-1) == other_KV.argmax(-1)).sum())
         loss += float(functional.nll_loss(other_KV, next_K, reduction="sum"))

@@ -78,7 +78,7 @@ def _write(context: StageContext, model: torch.nn.Module, used: Sequence[Share],
     if is_whole or any(share.weight for share in used):
         check_tensors(context.folder.artifact, adapter_names(model, weights, config))
     else:
-        record.say("warning: the chosen blend is the base itself; the adapter that is written changes nothing")
+        record.log("warning: the chosen blend is the base itself; the adapter that is written changes nothing")
 
 
 def _write_expectation(context: StageContext, runtime: Runtime, model: torch.nn.Module) -> None:

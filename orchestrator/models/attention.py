@@ -148,8 +148,8 @@ def boundaries_of(position_ids: torch.Tensor | None, num_rows: int, length: int)
     positions = position_ids.expand(num_rows, -1)
     starts = torch.ones_like(positions, dtype=torch.bool)
     starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    places = starts.reshape(-1).nonzero().view(-1)
-    return torch.cat([places, places.new_tensor([num_rows * length])]).to(torch.int32)
+    edges = starts.reshape(-1).nonzero().view(-1)
+    return torch.cat([edges, edges.new_tensor([num_rows * length])]).to(torch.int32)
 
 
 def _same_dtype(

@@ -33,17 +33,17 @@ def attend_in_blocks(
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """n documents of at most L tokens. `places` are the positions of their tokens, row by row, each row padded to L."""
+    """n documents of at most L tokens. `positions` are the positions of their tokens, row by row, each row padded to L."""
 
     num: int
     length: int
-    places_nL: torch.Tensor
+    positions_nL: torch.Tensor
     real: torch.Tensor | None
     """Which of these positions are real; None if all are."""
 
     @property
-    def real_places(self) -> torch.Tensor:
-        return self.places_nL if self.real is None else self.places_nL[self.real]
+    def real_positions(self) -> torch.Tensor:
+        return self.positions_nL if self.real is None else self.positions_nL[self.real]
 
 
 @lru_cache(maxsize=16)
@@ -67,8 +67,8 @@ def _group(members: Sequence[tuple[int, int]]) -> Group:
     longest = int(lengths[0])
     steps = torch.arange(longest)
     real = (steps[None, :] < lengths[:, None]).reshape(-1)
-    places = (starts[:, None] + torch.minimum(steps[None, :], lengths[:, None] - 1)).reshape(-1)
-    return Group(len(members), longest, places, None if bool(real.all()) else real)
+    positions = (starts[:, None] + torch.minimum(steps[None, :], lengths[:, None] - 1)).reshape(-1)
+    return Group(len(members), longest, positions, None if bool(real.all()) else real)
 
 
 @lru_cache(maxsize=64)
@@ -104,7 +104,7 @@ class Blocks(torch.autograd.Function):
                 .permute(0, 3, 1, 2, 4)
                 .reshape(-1, H, out.shape[-1])
             )
-            out_SHD.index_copy_(0, group.real_places, out if group.real is None else out[group.real])
+            out_SHD.index_copy_(0, group.real_positions, out if group.real is None else out[group.real])
             if group.length <= KEPT_TOKENS:
                 kept.append(weights)
         ctx.save_for_backward(query_HSD, key_KSD, value_KSD, *kept)
@@ -121,7 +121,7 @@ class Blocks(torch.autograd.Function):
         for group in ctx.plan:
             q, k, v = (_gather(tensor, group, heads) for tensor, heads in ((query, G), (key, 1), (value, 1)))
             weights = next(kept) if group.length <= KEPT_TOKENS else _weights(q, k, group.length, G, scale)
-            grad = grad_SHD.index_select(0, group.places_nL)
+            grad = grad_SHD.index_select(0, group.positions_nL)
             if group.real is not None:
                 grad[~group.real] = 0
             grad = (
@@ -147,7 +147,7 @@ def _gather(tensor_HSD: torch.Tensor, group: Group, heads_per_key: int) -> torch
     """[H, S, D] -> [n*K, G*L, D]: the group's documents, with the query heads of one key head below each other."""
     H, _, D = tensor_HSD.shape
     K = H // heads_per_key
-    picked = tensor_HSD.index_select(1, group.places_nL).view(K, heads_per_key, group.num, group.length, D)
+    picked = tensor_HSD.index_select(1, group.positions_nL).view(K, heads_per_key, group.num, group.length, D)
     return picked.permute(2, 0, 1, 3, 4).reshape(group.num * K, heads_per_key * group.length, D)
 
 
@@ -156,4 +156,4 @@ def _scatter(grad_HSD: torch.Tensor, group: Group, part: torch.Tensor, heads_per
     H, _, D = grad_HSD.shape
     K = H // heads_per_key
     laid = part.view(group.num, K, heads_per_key, group.length, D).permute(1, 2, 0, 3, 4).reshape(H, -1, D)
-    grad_HSD.index_copy_(1, group.real_places, laid if group.real is None else laid[:, group.real])
+    grad_HSD.index_copy_(1, group.real_positions, laid if group.real is None else laid[:, group.real])

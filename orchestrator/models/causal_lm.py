@@ -39,7 +39,7 @@ class Query:
 
     labels_BT: torch.Tensor
     """-100 where nothing is scored; the first position is never scored."""
-    places_K: torch.Tensor
+    positions_K: torch.Tensor
     """Positions of the labelled tokens in the flattened labels, from `token_logprobs.labelled_positions`."""
     temperature: float = 1.0
     entropies: bool = False
@@ -116,8 +116,8 @@ def _scores_BT(model: Any, query: Query, inputs: dict[str, Any]) -> tuple[torch.
     known = {name: value for name, value in inputs.items() if value is not None and name not in NOT_FOR_A_BACKBONE}
     hidden_BTW = getattr(model, model.base_model_prefix)(**known).last_hidden_state
     hidden_BTW = _of_real_tokens(hidden_BTW, query)
-    before_KW = hidden_BTW.flatten(0, 1).index_select(0, query.places_K - 1)
-    targets_K = query.labels_BT.flatten().index_select(0, query.places_K)
+    before_KW = hidden_BTW.flatten(0, 1).index_select(0, query.positions_K - 1)
+    targets_K = query.labels_BT.flatten().index_select(0, query.positions_K)
     shape = Shape(
         softcap=_softcap(model),
         temperature=query.temperature,
@@ -140,7 +140,7 @@ def _of_real_tokens(values_BTX: torch.Tensor, query: Query) -> torch.Tensor:
 
 def _placed(values_K: torch.Tensor, query: Query) -> torch.Tensor:
     flat = values_K.new_zeros(query.labels_BT.numel())
-    return flat.index_copy(0, query.places_K, values_K).view(query.labels_BT.shape)
+    return flat.index_copy(0, query.positions_K, values_K).view(query.labels_BT.shape)
 
 
 def _logprobs_of_logits(

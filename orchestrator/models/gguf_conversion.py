@@ -38,13 +38,13 @@ def dequantise(gguf: Path, *, cache: Path, say: Callable[[str], None]) -> Path:
 
 
 def _write_dequantised(gguf: Path, folder: Path) -> None:
-    place = str(gguf.parent)
+    source = str(gguf.parent)
     with _parsed_once():
         model = AutoModelForCausalLM.from_pretrained(
-            place, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            source, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(place, gguf_file=gguf.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(folder)
 
 
 @contextmanager

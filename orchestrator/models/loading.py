@@ -50,9 +50,9 @@ def fetch_base(model: ModelConfig, *, cache: Path, say: Callable[[str], None]) -
     base = find_base(model)
     match base.source:
         case "folder":
-            return Path(base.place)
+            return Path(base.location)
         case "package":
-            gguf = package_gguf(base.place)
+            gguf = package_gguf(base.location)
             assert gguf is not None, "find_base saw it"
             return dequantise(gguf, cache=cache, say=say)
         case "hub":
@@ -71,7 +71,7 @@ def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, p
         model = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.base: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    keep_weights_in_place(model)
+    disable_cpu_weight_repacking(model)
     attach_head(model, choice=config.model.loss_head)
     return model
 
@@ -98,7 +98,7 @@ def load_scorer(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, 
             f"{folder}: {type(model).__name__} has no head named score; use a decoder such as Llama or Qwen"
         )
     model.config.pad_token_id = model.config.pad_token_id or 0
-    keep_weights_in_place(model)
+    disable_cpu_weight_repacking(model)
     return _scoring_every_token(model)
 
 
@@ -123,7 +123,7 @@ def attention_of(config: RunConfig, *, packed: bool) -> str:
     return name
 
 
-def keep_weights_in_place(model: torch.nn.Module) -> None:
+def disable_cpu_weight_repacking(model: torch.nn.Module) -> None:
     """Prevent bitsandbytes from repacking 4-bit weights for a CPU's AVX-512 in evaluation.
 
     It replaces `weight.data` behind ZeRO-3's back (the base silently changes), and fails for layers whose input

@@ -162,11 +162,11 @@ def make_up_for_rounding(model: Any, folder: Path) -> None:
     from peft.utils.loftq_utils import _low_rank_decomposition, _SafetensorLoader
 
     written = _SafetensorLoader(model, str(folder))
-    for place, module in model.named_modules():
+    for path, module in model.named_modules():
         if not isinstance(module, Linear4bit):
             continue
         layer: Any = module
-        exact = written.get_tensor(f"{place.removeprefix('base_model.model.')}.weight")
+        exact = written.get_tensor(f"{path.removeprefix('base_model.model.')}.weight")
         parts = _low_rank_decomposition(exact.float() - dequantised(layer.base_layer), layer.r["default"])
         layer.lora_A["default"].weight.copy_(parts["R"])
         layer.lora_B["default"].weight.copy_(parts["L"] / layer.scaling["default"])

@@ -72,7 +72,7 @@ class Reft:
 
     settings: LoreftTuning
     layers: tuple[int, ...]
-    places: Mapping[Site, torch.Tensor] | None = None
+    positions: Mapping[Site, torch.Tensor] | None = None
     """Flat indices into B x T; None if no token belongs to a prompt: a generation step with a cache."""
     is_on: bool = True
 
@@ -121,14 +121,14 @@ def _decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def _intervene(reft: Reft, layer: Any, _inputs: Any, output: Any) -> Any:
-    if not reft.is_on or reft.places is None:
+    if not reft.is_on or reft.positions is None:
         return output
     hidden_BTW = output[0] if isinstance(output, tuple) else output
     flat = hidden_BTW.reshape(-1, hidden_BTW.shape[-1])
     for site, intervention in layer.reft.items():
-        places_N = reft.places[site]
-        added_NW = intervention(flat.index_select(0, places_N)).to(flat.dtype)
-        flat = flat.index_add(0, places_N, added_NW)
+        positions_N = reft.positions[site]
+        added_NW = intervention(flat.index_select(0, positions_N)).to(flat.dtype)
+        flat = flat.index_add(0, positions_N, added_NW)
     changed = flat.view(hidden_BTW.shape)
     return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
@@ -138,7 +138,7 @@ def _reading_class(original: type) -> type:
 
     @functools.wraps(original.forward)  # generate() reads the signature
     def forward(self: Any, *arguments: Any, **inputs: Any) -> Any:
-        self.reft.places = _places_of(self.reft.settings, arguments, inputs)
+        self.reft.positions = _site_positions(self.reft.settings, arguments, inputs)
         return original.forward(self, *arguments, **inputs)
 
     members = {"forward": forward, "disable_adapter": _switched_off, "__module__": original.__module__}
@@ -155,7 +155,7 @@ def _switched_off(self: Any) -> Generator[None]:
         self.reft.is_on = before
 
 
-def _places_of(
+def _site_positions(
     settings: LoreftTuning, arguments: Sequence[Any], inputs: Mapping[str, Any]
 ) -> dict[Site, torch.Tensor] | None:
     tokens = inputs.get("input_ids", arguments[0] if arguments else None)
@@ -163,14 +163,14 @@ def _places_of(
         tokens = inputs["inputs_embeds"][..., 0]
     query, cache = inputs.get("query"), inputs.get("past_key_values")
     if query is not None and query.prompts is not None:
-        spans = [(place.sequence, place.start, place.stop) for place in query.prompts]
+        spans = [(span.sequence, span.start, span.stop) for span in query.prompts]
     elif cache is not None and cache.get_seq_length() > 0:
         return None
     else:
         spans = _whole_rows(tokens, inputs.get("attention_mask"))
     return {
-        site: torch.tensor(places, dtype=torch.int64, device=tokens.device)
-        for site, places in places_in(spans, settings, width=tokens.shape[1]).items()
+        site: torch.tensor(positions, dtype=torch.int64, device=tokens.device)
+        for site, positions in site_positions(spans, settings, width=tokens.shape[1]).items()
     }
 
 
@@ -179,10 +179,12 @@ def _whole_rows(tokens: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[i
     if mask is None or mask.dim() != 2:
         return [(row, 0, tokens.shape[1]) for row in range(tokens.shape[0])]
     real = [row.nonzero().flatten().tolist() for row in mask.cpu()]
-    return [(number, places[0], places[-1] + 1) for number, places in enumerate(real) if places]
+    return [(number, positions[0], positions[-1] + 1) for number, positions in enumerate(real) if positions]
 
 
-def places_in(prompts: Sequence[tuple[int, int, int]], settings: LoreftTuning, *, width: int) -> dict[Site, list[int]]:
+def site_positions(
+    prompts: Sequence[tuple[int, int, int]], settings: LoreftTuning, *, width: int
+) -> dict[Site, list[int]]:
     """Flat positions of each site's tokens in rows of `width`, from prompts as (row, start, stop).
 
     A prompt shorter than both ends together is divided, the first end getting the odd token: none is changed twice.

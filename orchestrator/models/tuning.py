@@ -93,10 +93,10 @@ def load_adapter_weights(
     from peft.utils import ModulesToSaveWrapper
 
     try:
-        for place, module in model.named_modules():  # a head unknown to the adapter keeps its new weights
+        for path, module in model.named_modules():  # a head unknown to the adapter keeps its new weights
             if isinstance(module, ModulesToSaveWrapper):
                 for key, parameter in module.modules_to_save[name].named_parameters():
-                    weights.setdefault(f"{place}.{key}", parameter.detach())
+                    weights.setdefault(f"{path}.{key}", parameter.detach())
         report: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{source}: PEFT cannot load it: {' '.join(str(error).split())[:300]}") from None

@@ -65,7 +65,7 @@ def resolve_auto_overrides(composed: Composed, config_directory: Path | None) ->
             [f"{', '.join(composed.autos)}: auto finds no setting that fits", *nearest_sentences(advice, config)]
         )
     wanted = tuple(composed.autos)
-    return [word for word in advice.best.words() if word.split("=")[0] in wanted]
+    return [override for override in advice.best.overrides() if override.split("=")[0] in wanted]
 
 
 def smaller_settings(config: RunConfig, stage: str, *, number: int = 3) -> list[str]:
@@ -92,7 +92,7 @@ def found_advice(config: RunConfig, axes: Axes, judge: Judge, choices: Presets) 
     whole = axes_of(config, shardings=choices.shardings, quantizations=choices.quantizations)
     wider = advise(config, whole, judge).best
     if wider is not None:
-        return replace(advice, nearest=(" ".join(wider.words()),))
+        return replace(advice, nearest=(" ".join(wider.overrides()),))
     return advice if nf4 is None else replace(advice, nearest=nearest_changes(config, whole, judge, nf4=nf4))
 
 
@@ -154,12 +154,18 @@ def choices_of(config: RunConfig, config_directory: Path | None) -> Presets:
 def nearest_sentences(advice: Advice, config: RunConfig) -> list[str]:
     least = min((option.high_gib for option in advice.options), default=None)
     room = config.cluster.hardware.memory_gib
-    told = [] if least is None else [f"the least that any setting needs is {least:.1f} GiB of {room:.1f} GiB a device"]
+    sentences = (
+        [] if least is None else [f"the least that any setting needs is {least:.1f} GiB of {room:.1f} GiB a device"]
+    )
     hosts = min((option.node_gib for option in advice.options), default=0.0)
     if config.cluster.node_memory_gib is not None and hosts > config.cluster.node_memory_gib:
-        told.append(f"a node's host needs {hosts:.0f} GiB at least, it has {config.cluster.node_memory_gib:g}")
-    told += [f"this would fit: {words}" for words in advice.nearest]
-    return told if advice.nearest else [*told, "no single change of nodes, quantization or max_length makes it fit"]
+        sentences.append(f"a node's host needs {hosts:.0f} GiB at least, it has {config.cluster.node_memory_gib:g}")
+    sentences += [f"this would fit: {overrides}" for overrides in advice.nearest]
+    return (
+        sentences
+        if advice.nearest
+        else [*sentences, "no single change of nodes, quantization or max_length makes it fit"]
+    )
 
 
 def _changed_words(option: Option, config: RunConfig) -> list[str]:
@@ -169,7 +175,7 @@ def _changed_words(option: Option, config: RunConfig) -> list[str]:
         "quantization": config.quantization.scheme,
         **{f"stages.{name}.batch.micro_size": str(_micro_size(config, name)) for name in option.micro_sizes},
     }
-    return [word for word in option.words() if own.get(word.split("=")[0]) != word.split("=")[1]]
+    return [override for override in option.overrides() if own.get(override.split("=")[0]) != override.split("=")[1]]
 
 
 def _open_axes(axes: Axes, composed: Composed) -> Axes:
@@ -201,16 +207,16 @@ def _frozen_words(config: RunConfig, autos: Sequence[str]) -> list[str] | None:
     except RunFolderError:
         return None
     leaves = flatten(frozen)
-    words: list[str] = []
+    overrides: list[str] = []
     for key in autos:
         if key == "sharding":
-            words.append("sharding=none" if leaves["sharding.strategy"] == "none" else _sharding_word(leaves))
+            overrides.append("sharding=none" if leaves["sharding.strategy"] == "none" else _sharding_override(leaves))
         elif key in leaves:
-            words.append(f"{key}={str(leaves[key]).lower()}")
-    return words
+            overrides.append(f"{key}={str(leaves[key]).lower()}")
+    return overrides
 
 
-def _sharding_word(leaves: Mapping[str, Any]) -> str:
+def _sharding_override(leaves: Mapping[str, Any]) -> str:
     is_offloaded = leaves.get("sharding.offload_optimizer") == "cpu"
     return f"sharding={leaves['sharding.strategy']}{'_offload' if is_offloaded else ''}"
 

@@ -50,8 +50,8 @@ def _gone(config: RunConfig) -> list[str]:
 def _is_there(path: str) -> bool:
     if path in DEMONSTRATIONS or HUB_ID.match(path):
         return True  # nothing that a user could restore
-    place = Path(path).expanduser()
-    return place.exists() or (glob.has_magic(path) and bool(glob.glob(str(place), recursive=True)))  # noqa: PTH207
+    file = Path(path).expanduser()
+    return file.exists() or (glob.has_magic(path) and bool(glob.glob(str(file), recursive=True)))  # noqa: PTH207
 
 
 def _sentence(key: str, path: str, accepting: str | None) -> str:

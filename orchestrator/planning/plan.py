@@ -50,7 +50,7 @@ def make_plan(
         name=config.name,
         run_directory=str(run_directory),
         launcher=config.launcher.kind,
-        base=base.place,
+        base=base.location,
         base_source=base.source,
         dtype=config.model.dtype,
         dtype_is_auto=number_type.is_auto,
@@ -76,7 +76,7 @@ def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_d
     return StagePlan(
         name=name,
         kind=stage.kind,
-        input=", ".join(inputs_of(config, name)) or base.place,
+        input=", ".join(inputs_of(config, name)) or base.location,
         train_rows=data.train_rows,
         evaluation_rows=data.evaluation_rows,
         data_format=data.format,

@@ -56,7 +56,7 @@ def _warnings(base: Base, stages: Sequence[StagePlan]) -> list[str]:
     warnings: list[str] = []
     if base.source == "package":
         warnings.append(
-            f"the base comes from the package {base.place}: 4-bit weights, dequantised; not the hub's original"
+            f"the base comes from the package {base.location}: 4-bit weights, dequantised; not the hub's original"
         )
     for stage in stages:
         memory = stage.memory

@@ -119,10 +119,10 @@ def _measure(config: RunConfig, setting: Mapping[str, Any], environment: Mapping
             timeout=PROBE_SECONDS,
             check=True,
         )
-        told: dict[str, Any] = json.loads(answer.stdout)
+        measured: dict[str, Any] = json.loads(answer.stdout)
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    return {**told, "time": time.time()}
+    return {**measured, "time": time.time()}
 
 
 def _rate(known: Mapping[str, Any], machine: Machine, dtype: str) -> Rate:

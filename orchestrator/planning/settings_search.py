@@ -67,7 +67,7 @@ class Option:
     """Of all steps of all stages."""
     step_seconds: Mapping[str, float]
 
-    def words(self, than: Option | None = None) -> list[str]:
+    def overrides(self, than: Option | None = None) -> list[str]:
         """The overrides for this option; with `than`, only those that differ from it."""
         typed = {
             "sharding": self.sharding,
@@ -75,7 +75,7 @@ class Option:
             "quantization": self.quantization,
             **{f"stages.{name}.batch.micro_size": str(size) for name, size in self.micro_sizes.items()},
         }
-        known = {} if than is None else dict(word.split("=", 1) for word in than.words())
+        known = {} if than is None else dict(override.split("=", 1) for override in than.overrides())
         return [f"{key}={value}" for key, value in typed.items() if known.get(key) != value]
 
 
@@ -135,10 +135,10 @@ def nearest_changes(config: RunConfig, axes: Axes, judge: Judge, *, nf4: Quantiz
     """For each kind of change by itself, the smallest one that makes something fit."""
     found: list[str] = []
     for kind in (_more_nodes, _four_bits, _shorter):
-        for words, changed, wider in kind(config, axes, nf4):
+        for overrides, changed, wider in kind(config, axes, nf4):
             best = advise(changed, wider, judge).best
             if best is not None:
-                found.append(" ".join([*words, *best.words()]))
+                found.append(" ".join([*overrides, *best.overrides()]))
                 break
     return tuple(found)
 
@@ -167,8 +167,8 @@ def _variants(config: RunConfig, axes: Axes) -> Iterator[_Variant]:
 def _options(variant: _Variant, axes: Axes, judge: Judge) -> list[Option]:
     """One option with the best micro-batch of each stage, and one option for every other size of a stage."""
     judged: dict[str, dict[int, Judgement]] = {name: {} for name in axes.micro_sizes}
-    for place in range(max((len(sizes) for sizes in axes.micro_sizes.values()), default=0)):
-        sizes = {name: known[min(place, len(known) - 1)] for name, known in axes.micro_sizes.items()}
+    for index in range(max((len(sizes) for sizes in axes.micro_sizes.values()), default=0)):
+        sizes = {name: known[min(index, len(known) - 1)] for name, known in axes.micro_sizes.items()}
         changed = with_micro_sizes(variant.config, sizes)
         if rule_problems(changed):
             continue
@@ -203,14 +203,14 @@ def _option(variant: _Variant, sizes: Mapping[str, int], judged: Mapping[str, Ju
 def _order_of(options: Sequence[Option], axes: Axes) -> Callable[[Option], tuple[int, float, int, bool, int]]:
     """Verdict, then time in steps of 1 % of the fastest, then simplicity."""
     fastest = min((option.seconds for option in options), default=1.0) or 1.0
-    places = {name: place for place, name in enumerate(axes.shardings)}
+    ranking = {name: index for index, name in enumerate(axes.shardings)}
 
     def key(option: Option) -> tuple[int, float, int, bool, int]:
         time = round(option.seconds / fastest / SAME_TIME)
         return (
             RANK[option.verdict],
             time,
-            places[option.sharding],
+            ranking[option.sharding],
             option.checkpointing,
             sum(option.micro_sizes.values()),
         )
@@ -248,7 +248,7 @@ def _four_bits(config: RunConfig, axes: Axes, nf4: Quantization) -> Iterator[Cha
 def _shorter(config: RunConfig, axes: Axes, _nf4: Quantization) -> Iterator[Change]:
     for factor in (2, 4, 8):
         stages: dict[str, Stage] = dict(config.stages)
-        words: list[str] = []
+        overrides: list[str] = []
         for name, stage in config.stages.items():
             if name not in axes.micro_sizes or not isinstance(stage, TrainingStage):
                 continue
@@ -257,5 +257,5 @@ def _shorter(config: RunConfig, axes: Axes, _nf4: Quantization) -> Iterator[Chan
                 return
             data = stage.data.model_copy(update={"max_length": length})
             stages[name] = stage.model_copy(update={"data": data})
-            words.append(f"stages.{name}.data.max_length={length}")
-        yield words, config.model_copy(update={"stages": stages}), axes
+            overrides.append(f"stages.{name}.data.max_length={length}")
+        yield overrides, config.model_copy(update={"stages": stages}), axes

@@ -46,14 +46,14 @@ def read_artifact(run: RunFolder, stage: str) -> Artifact:
     if not file.exists():
         raise ConfigError(f"{stage} is not done: there is no {file}; run the earlier stages first")
     result = read_json(file)
-    told = result["artifact"]
+    recorded = result["artifact"]
     path = run.stage(stage).artifact  # wherever the run folder is now
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise ConfigError(
             f"{path}: the artifact that {stage} proved is missing; restore it, or retrain with --from {stage}"
         )
-    if file_digest(manifest) != told["manifest_sha256"]:
+    if file_digest(manifest) != recorded["manifest_sha256"]:
         raise ConfigError(
             f"{path} is not the artifact that {stage} proved: its {MANIFEST} changed since; restore the old files, or train "
             f"it again with --from {stage}, which keeps the current files under superseded/"
@@ -61,8 +61,8 @@ def read_artifact(run: RunFolder, stage: str) -> Artifact:
     return Artifact(
         stage=stage,
         path=path,
-        kind=told["kind"],
-        digest=told["manifest_sha256"],
+        kind=recorded["kind"],
+        digest=recorded["manifest_sha256"],
         base=result["base"]["name"],
         report=result.get("reward_report"),
         content=result.get("digests", {}),

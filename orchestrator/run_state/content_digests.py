@@ -50,16 +50,16 @@ def content_digests(config: RunConfig, name: str, *, base_folder: Path) -> dict[
 
 def changed_content(config: RunConfig, run: RunFolder, name: str) -> list[str]:
     """Inputs that changed since the stage finished. A code change alone does not invalidate it."""
-    told: Mapping[str, str] = read_json(run.stage(name).result).get("digests", {})
+    recorded: Mapping[str, str] = read_json(run.stage(name).result).get("digests", {})
     try:
         base_folder = local_folder(config.model, cache_folder(config.cluster.scratch))
-        if base_folder is None or not told:
+        if base_folder is None or not recorded:
             return []
         now = content_digests(config, name, base_folder=base_folder)
     except (DataError, ModelError):  # a missing input cannot have changed the finished result
         return []
     members = [key for key in now if key.startswith("member ")]
-    return [key for key in (*SHARED, "data", *members) if key in now and key in told and now[key] != told[key]]
+    return [key for key in (*SHARED, "data", *members) if key in now and key in recorded and now[key] != recorded[key]]
 
 
 def base_digest(folder: Path) -> str:
@@ -69,8 +69,8 @@ def base_digest(folder: Path) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}\n".encode())
         with open(file, "rb") as handle:
-            for place in range(SAMPLES + 1):
-                handle.seek(max(0, size - SAMPLE_BYTES) * place // SAMPLES)
+            for sample in range(SAMPLES + 1):
+                handle.seek(max(0, size - SAMPLE_BYTES) * sample // SAMPLES)
                 digest.update(handle.read(SAMPLE_BYTES))
     return digest.hexdigest()
 

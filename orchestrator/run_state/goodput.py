@@ -84,8 +84,8 @@ def _attempt(number: int, events: Sequence[Row], rows: Sequence[Row]) -> _Attemp
     times = [
         time for row in [*own, *rows] if attempt_of(row) == number and (time := number_of(row, "time")) is not None
     ]
-    told = number_of(_of(own, "start")[0], "began")
-    began = min(times) if told is None else told
+    recorded = number_of(_of(own, "start")[0], "began")
+    began = min(times) if recorded is None else recorded
     ended = max(times)
     train, trained, finish = (_time_of(own, name) for name in ("train", "trained", "finish"))
     startup = (ended if train is None else train) - began - _seconds_between(scored, began, train)
@@ -98,11 +98,11 @@ def _attempt(number: int, events: Sequence[Row], rows: Sequence[Row]) -> _Attemp
 def _steps(rows: Sequence[Row]) -> tuple[float, float, float]:
     """Seconds of steps that counted, of their rollouts, and of repeated work; the newest execution of a step counts."""
     trained = [row for row in rows if number_of(row, "step_seconds") is not None]
-    owner = {step: place for place, row in enumerate(trained) for step in _covered(row)}
+    owner = {step: index for index, row in enumerate(trained) for step in _covered(row)}
     training, rollout, replayed = 0.0, 0.0, 0.0
-    for place, row in enumerate(trained):
+    for index, row in enumerate(trained):
         covered = _covered(row)
-        counted = sum(owner[step] == place for step in covered) / len(covered)
+        counted = sum(owner[step] == index for step in covered) / len(covered)
         seconds = (number_of(row, "step_seconds") or 0.0) * len(covered)
         made = number_of(row, "rollout_seconds") or 0.0
         training += seconds * counted

@@ -62,9 +62,9 @@ def settle(run: RunFolder, stages: tuple[str, ...]) -> str | None:
     if location.kind in ("here", "mounted"):
         return None
     earlier = _read(run)
-    told: list[str] = []
+    with_wandb: list[str] = []
     if location.is_copy:
-        told = [name for name in stages if _leave_to_original(run.stage(name), location)]
+        with_wandb = [name for name in stages if _leave_to_original(run.stage(name), location)]
     is_same_run = earlier is not None and not location.is_copy
     record = {
         "id": earlier.id if earlier is not None and is_same_run else secrets.token_hex(8),
@@ -72,7 +72,7 @@ def settle(run: RunFolder, stages: tuple[str, ...]) -> str | None:
         "inode": location.path.stat().st_ino,
     }
     write_json(run.location, record)
-    return _sentence(location, told)
+    return _sentence(location, with_wandb)
 
 
 @dataclass(frozen=True, kw_only=True)

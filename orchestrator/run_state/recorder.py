@@ -82,9 +82,9 @@ class Recorder:
     def skipped_update(self, step: int, why: str, rows: list[int]) -> None:
         """Record that a step left the weights unchanged."""
         self.event("skip", step=step, why=why, rows=rows)
-        self.say(f"warning: step {step} updated nothing: {why}; rows {rows}")
+        self.log(f"warning: step {step} updated nothing: {why}; rows {rows}")
 
-    def say(self, sentence: str) -> None:
+    def log(self, sentence: str) -> None:
         """Print to the log."""
         if self._is_main:
             self._context.phases.spoken()
@@ -98,9 +98,9 @@ class Recorder:
         assert isinstance(tracking, WandbTracking)
         timeout = tracking.finish_timeout_seconds
         with self._context.phases.during(TRACKING):
-            told = wandb.finish(self._wandb, summary, outcome=outcome, timeout_seconds=timeout)
+            wandb_state = wandb.finish(self._wandb, summary, outcome=outcome, timeout_seconds=timeout)
         self._wandb = None
-        return told
+        return wandb_state
 
     def close_attempt(self, state: State, why: str, *, exit_code: int) -> None:
         """Write attempts/K.json."""

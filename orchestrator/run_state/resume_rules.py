@@ -92,7 +92,7 @@ def elsewhere(values: JsonObject, *, nodes: int, processes_per_node: int) -> tup
     """
     cluster, stages = _object(values["cluster"]), _object(values["stages"])
     ranks = nodes * processes_per_node
-    told: list[str] = []
+    changes: list[str] = []
     moved: JsonObject = {}
     for name, section in stages.items():
         stage = _object(section)
@@ -107,11 +107,11 @@ def elsewhere(values: JsonObject, *, nodes: int, processes_per_node: int) -> tup
                 f"stages.{name}.batch: {ranks} ranks cannot share {global_size} rows; use a number of ranks that divides it"
             )
         moved[name] = {**stage, "batch": {**batch, "micro_size": fitting}}
-        told.append(
+        changes.append(
             f"{name}: {ranks} ranks x {global_size // ranks // fitting} micro-batches x {fitting} rows = {global_size}"
         )
     cluster = {**cluster, "nodes": nodes, "processes_per_node": processes_per_node}
-    return {**values, "cluster": cluster, "stages": moved}, told
+    return {**values, "cluster": cluster, "stages": moved}, changes
 
 
 def _object(value: JsonValue) -> JsonObject:

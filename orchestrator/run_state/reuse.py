@@ -59,7 +59,7 @@ def rerunnable_keys(config: RunConfig, run: RunFolder) -> frozenset[str]:
 
 def move_superseded(run: RunFolder, names: Sequence[str]) -> list[str]:
     """Move the folders of stages that are run again below superseded/; return a sentence for each."""
-    told: list[str] = []
+    messages: list[str] = []
     for name in names:
         folder = run.stage(name).root
         if not folder.is_dir():
@@ -68,5 +68,5 @@ def move_superseded(run: RunFolder, names: Sequence[str]) -> list[str]:
         target = run.superseded / f"{name}-{taken + 1}"
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)
-        told.append(f"{name}: is rerun; its previous files are in {target}")
-    return told
+        messages.append(f"{name}: is rerun; its previous files are in {target}")
+    return messages

@@ -19,7 +19,7 @@ def make_recipe(session: Session) -> Recipe:
     targets = session_targets(session, classes)
     judge = ClassificationEvaluator(session, classes, targets)
     objective = classify_objective(session.runtime, classes, targets)
-    session.record.say(f"classes: {', '.join(classes.names) or 'none, a number is predicted'}")
+    session.record.log(f"classes: {', '.join(classes.names) or 'none, a number is predicted'}")
     return replace(
         supervised_recipe(session, objective),
         score=judge.score,

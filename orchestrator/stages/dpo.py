@@ -40,7 +40,7 @@ def _kto(session: Session, stage: DpoStage) -> Recipe:
     divergence = Divergence(session)
     objective = kto_objective(session.runtime, stage, make_reference(session).of, divergence.value)
     recipe = supervised_recipe(session, objective)
-    return replace(recipe, begin=lambda step: divergence.measure(recipe.order.global_batch(step - 1)))
+    return replace(recipe, before_step=lambda step: divergence.measure(recipe.order.global_batch(step - 1)))
 
 
 def run(context: StageContext) -> int:

@@ -39,31 +39,31 @@ def run(context: StageContext) -> int:
         return _finish(context, record, report, report, started)
     scorer = open_scorer(context, runtime)
     for line in describe_sets(scorer):
-        record.say(line)
+        record.log(line)
     sets, rewards = _before_and_after(context, runtime, scorer)
     shifts = shift_labels(scorer.sets)
-    told = {name: {"loss": scores[FIRST_SET].loss, **rewards[name]} for name, scores in sets.items()}
-    for name in told["tuned"]:
-        record.say(f"{name:<24} {told['base'][name]:.4f} base, {told['tuned'][name]:.4f} tuned")
+    scores_by_model = {name: {"loss": scores[FIRST_SET].loss, **rewards[name]} for name, scores in sets.items()}
+    for name in scores_by_model["tuned"]:
+        record.log(f"{name:<24} {scores_by_model['base'][name]:.4f} base, {scores_by_model['tuned'][name]:.4f} tuned")
     for line in score_table(sets, shifts):
-        record.say(line)
+        record.log(line)
     lost = regressions_line(sets["base"], sets["tuned"], shifts)
-    record.say(lost)
+    record.log(lost)
     by_set = {
         name: {"shift": shifts.get(name), **{model: sets[model][name].to_json() for model in sets}}
         for name in sets["base"]
     }
     report = {"sets": by_set, "lost": lost}
-    return _finish(context, record, {**told, **report}, {"scores": told, **report}, started)
+    return _finish(context, record, {**scores_by_model, **report}, {"scores": scores_by_model, **report}, started)
 
 
 def _classifier_report(context: StageContext, runtime: Runtime, record: Recorder) -> dict[str, Any]:
     context.phases.begin(phase.SCORING, unit=phase.ROWS)
     scores = classifier_scores(context, runtime)
     if cast("EvaluateStage", context.stage).forgetting:
-        record.say(NO_GENERAL_TEXT)
+        record.log(NO_GENERAL_TEXT)
     for line in class_table(scores):
-        record.say(line)
+        record.log(line)
     return {"sets": {name: one.to_json() for name, one in scores.items()}}
 
 
@@ -110,11 +110,11 @@ def _tuned(context: StageContext) -> torch.nn.Module:
     )
 
 
-def _write(context: StageContext, told: Mapping[str, Any]) -> None:
+def _write(context: StageContext, report: Mapping[str, Any]) -> None:
     folder = context.folder.artifact
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write_json(temporary / "report.json", told)
+    write_json(temporary / "report.json", report)
     write_manifest(temporary, {"run": context.config.name, "stage": context.name, "kind": "evaluate"})
     publish(temporary, folder)

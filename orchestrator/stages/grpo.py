@@ -46,9 +46,9 @@ def make_recipe(session: Session) -> Recipe:
     )
     probe = prompt_objective(runtime)
 
-    def begin(step: int) -> Mapping[str, Any]:
+    def before_step(step: int) -> Mapping[str, Any]:
         with context.phases.during(ROLLOUTS, unit=COMPLETIONS):
-            return sampler.begin(step)
+            return sampler.before_step(step)
 
     micro_size, count = stage.batch.micro_size, stage.checkpoint.probe_rows
     return Recipe(
@@ -60,7 +60,7 @@ def make_recipe(session: Session) -> Recipe:
         if count
         else None,
         proof=lambda: proof_of(session),
-        begin=begin,
+        before_step=before_step,
         answers=None if session.held is None else greedy_answers(context, runtime, session.model, session.held),
     )
 

@@ -32,7 +32,7 @@ def run(context: StageContext) -> int:
     scorer = open_scorer(context, runtime)
     shifts = shift_labels(scorer.sets)
     for line in describe_sets(scorer):
-        record.say(line)
+        record.log(line)
     scores = _scores_of_grid(context, runtime, scorer, record)
     chosen = choose_blend(stage, scores, shifts)
     alpha = stage.alphas[chosen.number]
@@ -56,13 +56,13 @@ def _tell(
     stage = cast("InterpolateStage", context.stage)
     alpha = stage.alphas[chosen.number]
     columns = {f"a={a:g}": one for a, one in zip(stage.alphas, scores, strict=True)}
-    for line in [*score_table(columns, shifts), *_told_curves(stage, scores, shifts)]:
-        record.say(line)
-    record.say(f"chosen: a={alpha:g}, {chosen.why}")
-    told = {"alphas": list(stage.alphas), "shift": dict(shifts), "scores": [_plain(one) for one in scores]}
-    write_json(context.folder.curves, {**told, "chosen": alpha, "why": chosen.why})
+    for line in [*score_table(columns, shifts), *_describe_curves(stage, scores, shifts)]:
+        record.log(line)
+    record.log(f"chosen: a={alpha:g}, {chosen.why}")
+    curves = {"alphas": list(stage.alphas), "shift": dict(shifts), "scores": [_plain(one) for one in scores]}
+    write_json(context.folder.curves, {**curves, "chosen": alpha, "why": chosen.why})
     plot = context.folder.curves.with_suffix(".png")
-    record.say(draw_curves(plot, stage.alphas, scores, shifts=shifts, chosen=alpha))
+    record.log(draw_curves(plot, stage.alphas, scores, shifts=shifts, chosen=alpha))
 
 
 def _plain(scores: Scores) -> dict[str, dict[str, float | int | None]]:
@@ -80,7 +80,7 @@ def _scores_of_grid(context: StageContext, runtime: Runtime, scorer: Scorer, rec
         blend.put(_weights(context, alpha))
         scores.append(scorer.of(blend.model))
         context.phases.advance(len(scores), unit=phase.BLENDS)
-        record.say(f"a={alpha:g}: scored in {time.time() - began:.0f} s")
+        record.log(f"a={alpha:g}: scored in {time.time() - began:.0f} s")
     del blend
     gc.collect()
     return scores
@@ -96,7 +96,7 @@ def _weights(context: StageContext, alpha: float) -> list[float]:
     return [1.0 - alpha, alpha] if context.other_models else [alpha]
 
 
-def _told_curves(stage: InterpolateStage, scores: Sequence[Scores], shifts: Mapping[str, bool]) -> list[str]:
+def _describe_curves(stage: InterpolateStage, scores: Sequence[Scores], shifts: Mapping[str, bool]) -> list[str]:
     """For each set with accuracy, where its curve is highest."""
     lines: list[str] = []
     for name, is_shift in shifts.items():

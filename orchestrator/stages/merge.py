@@ -33,7 +33,7 @@ def run(context: StageContext) -> int:
     source = Source(config=context.config, base_folder=context.base_folder, artifact=start.folder, kind=start.kind)
     rows = PreparedRows.open(context.train_data)
     context.phases.begin(phase.MERGING, unit=phase.ROWS)
-    model, best, ways = merge(source, rows, runtime, limit=stage.rows, micro_size=stage.micro_size, say=record.say)
+    model, best, ways = merge(source, rows, runtime, limit=stage.rows, micro_size=stage.micro_size, say=record.log)
     if best.kl > stage.max_kl:
         raise CheckpointError(
             f"merged into the {best.name}, the model differs from the trained one by {best.kl:.3g} nats per token, "
@@ -45,8 +45,8 @@ def run(context: StageContext) -> int:
         for name in context.config.pipeline
         if name != context.name and run_folder.stage(name).result.exists()
     }
-    told = [asdict(way) for way in ways]
-    card = write_card(context.config, results, ways=told, price_per_hour=stage.price_per_hour, folder=start.folder)
+    described = [asdict(way) for way in ways]
+    card = write_card(context.config, results, ways=described, price_per_hour=stage.price_per_hour, folder=start.folder)
     facts = {"run": context.config.name, "stage": context.name, "kind": "merge", "base": context.config.model.base}
     context.phases.begin(phase.WRITING)
     write_merged(model, context.folder.artifact, source=source, card=card, facts=facts)
@@ -67,7 +67,7 @@ def run(context: StageContext) -> int:
         "kl": best.kl,
         "agreement": best.agreement,
         "way": best.name,
-        "ways": told,
+        "ways": described,
         "seconds": time.time() - started,
     }
     return finish_scoring(context, record, summary, kind="merged")

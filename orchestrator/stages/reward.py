@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from orchestrator.alignment.reward_report import held_out_scores, make_report, told
+from orchestrator.alignment.reward_report import held_out_scores, make_report, report_fields
 from orchestrator.config.alignment import RewardStage
 from orchestrator.errors import DataError
 from orchestrator.models.tuning import build_reward_model
@@ -34,7 +34,7 @@ def make_recipe(session: Session) -> Recipe:
         return recipe.proof()
 
     scores: list[np.ndarray] = []
-    return replace(recipe, proof=proof, summary=lambda: told(make_report(session, stage, scores[-1])))
+    return replace(recipe, proof=proof, summary=lambda: report_fields(make_report(session, stage, scores[-1])))
 
 
 def run(context: StageContext) -> int:

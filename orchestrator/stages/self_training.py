@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from orchestrator.classification.model import build_classifier, refuse_other_rows, stage_classes
 from orchestrator.classification.objective import classify_objective
-from orchestrator.classification.pseudo_labels import PseudoLabels, weak_labels_told
+from orchestrator.classification.pseudo_labels import PseudoLabels, weak_label_quality
 from orchestrator.classification.report import ClassificationEvaluator, classifier_proof, session_targets
 from orchestrator.classification.self_training import self_training_objective, uniform_objective
 from orchestrator.config.classification import SelfTrainingStage
@@ -30,9 +30,9 @@ def make_recipe(session: Session) -> Recipe:
             f"stages.{context.name}: pseudo-labels are one class of several, its classifier learnt problem={classes.problem}"
         )
     targets = session_targets(session, classes)
-    weak = weak_labels_told(targets[session.rows.digest])
+    weak = weak_label_quality(targets[session.rows.digest])
     session.record.event("weak_labels", **weak)
-    session.record.say("weak labels: " + ", ".join(f"{name} {value:.3f}" for name, value in weak.items()))
+    session.record.log("weak labels: " + ", ".join(f"{name} {value:.3f}" for name, value in weak.items()))
     labels = PseudoLabels(session, stage, classes, targets[session.rows.digest])
     judge = ClassificationEvaluator(session, classes, targets)
     proof_objective = classify_objective(runtime, classes, targets)
@@ -49,7 +49,7 @@ def make_recipe(session: Session) -> Recipe:
         if count
         else None,
         proof=lambda: classifier_proof(session, proof_objective),
-        begin=labels.begin,
+        before_step=labels.before_step,
         summary=summary,
     )
 

@@ -32,7 +32,7 @@ def run(context: StageContext) -> int:
     scorer = open_scorer(context, runtime)
     shifts = shift_labels(scorer.sets)
     for line in describe_sets(scorer):
-        record.say(line)
+        record.log(line)
     ingredients = ingredients_of(context)
     blend = open_blend(context, ingredients)
     blend.model.to(runtime.device).eval()
@@ -42,16 +42,16 @@ def run(context: StageContext) -> int:
     gc.collect()
     names = [ingredients[number].stage for number in kept]
     for line in score_table(columns, shifts):
-        record.say(line)
-    record.say(f"the soup: {', '.join(names)}, each with weight 1/{len(kept)}")
-    record.say(regressions_line(columns["base"], columns["soup"], shifts))
-    told = {
+        record.log(line)
+    record.log(f"the soup: {', '.join(names)}, each with weight 1/{len(kept)}")
+    record.log(regressions_line(columns["base"], columns["soup"], shifts))
+    curves = {
         "members": names,
         "shift": shifts,
         "scores": {name: {key: one.to_json() for key, one in by_set.items()} for name, by_set in columns.items()},
     }
-    write_json(context.folder.curves, told)
-    summary = {"members": names, "scores": told["scores"]["soup"], "curves": context.folder.curves.name}
+    write_json(context.folder.curves, curves)
+    summary = {"members": names, "scores": curves["scores"]["soup"], "curves": context.folder.curves.name}
     shares = [
         Share(ingredient=one, weight=1 / len(kept) if number in kept else 0.0) for number, one in enumerate(ingredients)
     ]

@@ -24,11 +24,11 @@ from orchestrator.studies.search_space import (
     Axis,
     CategoricalAxis,
     axis_of,
-    first_words,
+    first_overrides,
+    override_list,
     samples,
     split_space,
     text_of,
-    words_of,
 )
 from orchestrator.studies.seed_grid import PlanRun, as_resolved, plan_trials
 from orchestrator.studies.statistics import best_first
@@ -69,7 +69,7 @@ class Outcome:
 class Search:
     """Settings common to all trials."""
 
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     axes: tuple[Axis, ...]
     study: SearchStudy
     stage: str
@@ -88,17 +88,17 @@ def trial_name(name: str, number: int) -> str:
     return f"{name}-trial_{number}"
 
 
-def run_search(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
+def run_search(overrides: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
     """Run the remaining trials; return the exit code."""
     study = config.study
     assert isinstance(study, SearchStudy)
     if find_spec("optuna") is None:
         raise ConfigError("study=optuna: Optuna is not installed; type pip install 'finetune-orchestrator[sweep]'")
-    plain, axes = split_space(words)
+    plain, axes = split_space(overrides)
     listed: list[JsonValue] = json.loads(json.dumps([asdict(axis) for axis in axes]))  # as read back
     folder = freeze_study(as_resolved(config, _checked(plain, axes, plan_run)), {"axes": listed})
     search = Search(
-        words=tuple(plain),
+        overrides=tuple(plain),
         axes=tuple(axes),
         study=study,
         stage=studied_stage(config),
@@ -208,9 +208,9 @@ def search_report(folder: StudyFolder, record: Mapping[str, Any], study: SearchS
 
 def _checked(plain: Sequence[str], axes: Sequence[Axis], plan_run: PlanRun) -> RunConfig:
     """The run with the first values; ConfigError with every problem of every choice and both ends of every range."""
-    first = first_words(axes)
+    first = first_overrides(axes)
     corners = [first, *({**first, axis.key: text} for axis in axes for text in samples(axis)[1:])]
-    runs, problems = plan_trials([[*plain, *words_of(corner)] for corner in corners], plan_run)
+    runs, problems = plan_trials([[*plain, *override_list(corner)] for corner in corners], plan_run)
     if problems:
         raise ConfigError(problems)
     return runs[0][0]
@@ -219,11 +219,11 @@ def _checked(plain: Sequence[str], axes: Sequence[Axis], plan_run: PlanRun) -> R
 def _run_trial(search: Search, number: int, values: Mapping[str, str], report: Report) -> Outcome:
     trial = Trial(name=trial_name(search.name, number), values=values)
     folder = search.folder.trial(trial.name)
-    print(f"trial {number + 1} of {search.study.num_trials}: {', '.join(words_of(values))}", flush=True)
+    print(f"trial {number + 1} of {search.study.num_trials}: {', '.join(override_list(values))}", flush=True)
     weak_at: list[int] = []
     judge = partial(_judge, search, Tail(folder.stage(search.stage).metrics), report, weak_at)
     try:
-        config, planned = search.plan_run([*search.words, *trial.words])
+        config, planned = search.plan_run([*search.overrides, *trial.overrides])
         check = metric_watch(config)
         code = EXIT_SAVED
         if not judge(search.stage):

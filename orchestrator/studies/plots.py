@@ -51,7 +51,7 @@ def draw_search(report: dict[str, Any], path: Path) -> None:
     colour_map: Any = colormaps[COLOURS if report["mode"] == "min" else COLOURS.removesuffix("_r")]
     scales = [_scale(axis) for axis in axis_of.values()]
     for trial in sorted(report["trials"], key=lambda trial: trial["value"] is not None):
-        heights = [place(trial["values"][key]) for key, (place, _) in zip(keys, scales, strict=True)]
+        heights = [position(trial["values"][key]) for key, (position, _) in zip(keys, scales, strict=True)]
         if trial["value"] is None:
             axes.plot(range(len(keys)), heights, color="0.7", linestyle=":", linewidth=1)
             continue
@@ -105,10 +105,10 @@ def _scale(axis: dict[str, Any]) -> tuple[Callable[[str], float], list[tuple[flo
     measure = math.log if axis["log"] else float
     low, high = measure(axis["low"]), measure(axis["high"])
 
-    def place(text: str) -> float:
+    def position(text: str) -> float:
         return (measure(float(text)) - low) / (high - low)
 
-    return place, [(0.0, f"{axis['low']:.3g}"), (1.0, f"{axis['high']:.3g}")]
+    return position, [(0.0, f"{axis['low']:.3g}"), (1.0, f"{axis['high']:.3g}")]
 
 
 def _draw_scales(axes: Axes, keys: Sequence[str], ticks: Sequence[Sequence[tuple[float, str]]]) -> None:

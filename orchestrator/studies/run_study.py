@@ -18,13 +18,13 @@ from orchestrator.studies.seed_grid import PlanRun, run_seeds
 from orchestrator.studies.trials import study_folder
 
 
-def run_study(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
+def run_study(overrides: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
     """Run the rest of the study and report the results so far; return the exit code."""
-    if isinstance(config.study, SeedsStudy) and is_sweep(words):
+    if isinstance(config.study, SeedsStudy) and is_sweep(overrides):
         raise ConfigError("study=seeds makes its own runs; leave out -m, and run it once for each other value")
     folder = study_folder(config)
     try:
-        code = _run(words, config, plan_run)
+        code = _run(overrides, config, plan_run)
     except KeyboardInterrupt:  # between two trials, or before a trial's display existed; its job has been ended
         if not folder.record.exists():
             raise
@@ -37,20 +37,20 @@ def run_study(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int
     return code
 
 
-def _run(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
+def _run(overrides: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
     if isinstance(config.study, SeedsStudy):
-        return run_seeds(words, config, plan_run)
+        return run_seeds(overrides, config, plan_run)
     from orchestrator.studies.optuna_search import run_search
 
-    return run_search(words, config, plan_run)
+    return run_search(overrides, config, plan_run)
 
 
-def space_problems(words: Sequence[str]) -> list[str]:
+def space_problems(overrides: Sequence[str]) -> list[str]:
     """Problems of the space of a search, if the overrides ask for one."""
-    if "study=optuna" not in words:
+    if "study=optuna" not in overrides:
         return []
     try:
-        split_space(words)
+        split_space(overrides)
     except ConfigError as error:
         return list(error.problems)
     return []

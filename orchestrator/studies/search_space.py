@@ -50,13 +50,13 @@ def split_space(arguments: Sequence[str]) -> tuple[list[str], list[Axis]]:
     plain: list[str] = []
     axes: list[Axis] = []
     problems: list[str] = []
-    for word in [word for word in arguments if word not in FLAGS]:
-        override = _sweep(word)
+    for argument in [argument for argument in arguments if argument not in FLAGS]:
+        override = _sweep(argument)
         if override is None:
-            plain.append(word)
+            plain.append(argument)
             continue
         try:
-            axes.append(_axis(word, override))
+            axes.append(_axis(argument, override))
         except ConfigError as error:
             problems += error.problems
     keys = [axis.key for axis in axes]
@@ -88,7 +88,7 @@ def text_of(axis: Axis, value: float | str) -> str:
     return str(int(value)) if axis.whole else repr(float(value))
 
 
-def first_words(axes: Sequence[Axis]) -> dict[str, str]:
+def first_overrides(axes: Sequence[Axis]) -> dict[str, str]:
     """The first value of every axis, by key."""
     return {axis.key: samples(axis)[0] for axis in axes}
 
@@ -100,67 +100,71 @@ def axis_of(values: Mapping[str, Any]) -> Axis:
     )
 
 
-def words_of(values: Mapping[str, str]) -> list[str]:
+def override_list(values: Mapping[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def _sweep(word: str) -> Override | None:
+def _sweep(argument: str) -> Override | None:
     """An override with several values; None for one with a single value, or no override (reported by the
     composition).
     """
-    if word.startswith("-") or "=" not in word:
+    if argument.startswith("-") or "=" not in argument:
         return None
     try:
-        override = OverridesParser.create().parse_override(word)
+        override = OverridesParser.create().parse_override(argument)
     except HydraException:
         return None
     return override if override.is_sweep_override() else None
 
 
-def _axis(word: str, override: Override) -> Axis:
+def _axis(argument: str, override: Override) -> Axis:
     key, value = override.get_key_element(), override.value()
     plain = key.lstrip("+")
     if plain == "seeds.split":
-        raise ConfigError(f"{word}: trials with other held-out rows cannot be compared; give it one value")
+        raise ConfigError(f"{argument}: trials with other held-out rows cannot be compared; give it one value")
     if plain.split(".")[0] in NOT_SEARCHED or plain == "experiment":
-        raise ConfigError(f"{word}: {plain} is not searched; give it one value")
+        raise ConfigError(f"{argument}: {plain} is not searched; give it one value")
     if isinstance(value, ChoiceSweep | RangeSweep) and value.shuffle:
-        raise ConfigError(f"{word}: an order means nothing to a search; leave out shuffle")
+        raise ConfigError(f"{argument}: an order means nothing to a search; leave out shuffle")
     if isinstance(value, ChoiceSweep):
-        _refuse_tags(word, value.tags, allowed=())
+        _refuse_tags(argument, value.tags, allowed=())
         return CategoricalAxis(key=key, options=tuple(str(text) for text in override.sweep_string_iterator()))
     if isinstance(value, RangeSweep):
-        _refuse_tags(word, value.tags, allowed=())
-        return _range_axis(word, key, list(override.sweep_string_iterator()), value)
+        _refuse_tags(argument, value.tags, allowed=())
+        return _range_axis(argument, key, list(override.sweep_string_iterator()), value)
     if isinstance(value, IntervalSweep):
-        _refuse_tags(word, value.tags, allowed=("log",))
-        return _interval_axis(word, key, value)
-    raise ConfigError(f"{word}: a search takes choices (a,b), range(1,9) and interval(1e-5,1e-3)")
+        _refuse_tags(argument, value.tags, allowed=("log",))
+        return _interval_axis(argument, key, value)
+    raise ConfigError(f"{argument}: a search takes choices (a,b), range(1,9) and interval(1e-5,1e-3)")
 
 
-def _range_axis(word: str, key: str, values: Sequence[Any], sweep: RangeSweep) -> Range:
+def _range_axis(argument: str, key: str, values: Sequence[Any], sweep: RangeSweep) -> Range:
     numbers = [float(value) for value in values]
     if len(numbers) < 2:
-        raise ConfigError(f"{word}: this range holds {len(numbers)} value; give one with two or more")
+        raise ConfigError(f"{argument}: this range holds {len(numbers)} value; give one with two or more")
     ends = sorted((numbers[0], numbers[-1]))
     whole = all(isinstance(part, int) for part in (sweep.start, sweep.stop, sweep.step))
     return Range(key=key, low=ends[0], high=ends[1], whole=whole, log=False, step=abs(float(sweep.step)))
 
 
-def _interval_axis(word: str, key: str, sweep: IntervalSweep) -> Range:
+def _interval_axis(argument: str, key: str, sweep: IntervalSweep) -> Range:
     assert sweep.start is not None and sweep.end is not None
     whole = isinstance(sweep.start, int) and isinstance(sweep.end, int)
     low, high, log = float(sweep.start), float(sweep.end), "log" in sweep.tags
     if low >= high:
-        raise ConfigError(f"{word}: the interval goes from {low:g} to {high:g}; the first end must be the lower one")
+        raise ConfigError(
+            f"{argument}: the interval goes from {low:g} to {high:g}; the first end must be the lower one"
+        )
     if log and low <= 0:
         raise ConfigError(
-            f"{word}: {low:g} has no logarithm; the lower end must be above 0, or leave out tag(log, ...)"
+            f"{argument}: {low:g} has no logarithm; the lower end must be above 0, or leave out tag(log, ...)"
         )
     return Range(key=key, low=low, high=high, whole=whole, log=log, step=None)
 
 
-def _refuse_tags(word: str, tags: set[str], *, allowed: Sequence[str]) -> None:
+def _refuse_tags(argument: str, tags: set[str], *, allowed: Sequence[str]) -> None:
     unknown = sorted(set(tags) - set(allowed))
     if unknown:
-        raise ConfigError(f"{word}: {', '.join(unknown)} is not a tag of a search; log on an interval is the only one")
+        raise ConfigError(
+            f"{argument}: {', '.join(unknown)} is not a tag of a search; log on an interval is the only one"
+        )

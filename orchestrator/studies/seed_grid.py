@@ -88,9 +88,9 @@ def judge(values: Mapping[str, float], *, step: int, keep: int, mode: str) -> Ju
     return Judged(step=step, kept=tuple(order[:keep]), weak=tuple(order[keep:]))
 
 
-def run_seeds(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
+def run_seeds(overrides: Sequence[str], config: RunConfig, plan_run: PlanRun) -> int:
     """Run the rest of every trial; return the exit code."""
-    grid = _grid(words, config, plan_run)
+    grid = _grid(overrides, config, plan_run)
     if config.launcher.kind == "slurm":
         return execute_all([(as_trial(run), planned) for run, planned in grid.runs.values()])
     if grid.step is None:
@@ -127,11 +127,11 @@ def judgement(study: SeedsStudy, standings: Mapping[str, Standing], *, step: int
     return judge(values, step=step, keep=study.stopping.keep, mode=study.mode)
 
 
-def _grid(words: Sequence[str], config: RunConfig, plan_run: PlanRun) -> Grid:
+def _grid(overrides: Sequence[str], config: RunConfig, plan_run: PlanRun) -> Grid:
     study = config.study
     assert isinstance(study, SeedsStudy)
     trials = seed_trials(config.name, study)
-    runs, problems = plan_trials([[*words, *trial.words] for trial in trials], plan_run)
+    runs, problems = plan_trials([[*overrides, *trial.overrides] for trial in trials], plan_run)
     if problems:
         raise ConfigError(problems)
     stage = studied_stage(config)
@@ -158,13 +158,13 @@ def as_resolved(config: RunConfig, resolved: RunConfig) -> RunConfig:
 def plan_trials(runs: Sequence[Sequence[str]], plan_run: PlanRun) -> tuple[list[tuple[RunConfig, Plan]], list[str]]:
     """Every run that can be planned, and every problem once."""
     found: list[tuple[RunConfig, Plan]] = []
-    told: dict[str, None] = {}
-    for words in runs:
+    problems: dict[str, None] = {}
+    for overrides in runs:
         try:
-            found.append(plan_run(words))
+            found.append(plan_run(overrides))
         except OrchestratorError as error:
-            told |= dict.fromkeys(error.problems)
-    return found, list(told)
+            problems |= dict.fromkeys(error.problems)
+    return found, list(problems)
 
 
 def _to_the_judgement(grid: Grid, name: str) -> int:
@@ -182,8 +182,8 @@ def _to_the_judgement(grid: Grid, name: str) -> int:
 
 def _run(grid: Grid, name: str, *, pause_at_step: int | None) -> int:
     config, planned = grid.runs[name]
-    place = list(grid.runs).index(name) + 1
-    print(f"trial {place} of {len(grid.runs)}: {name}", flush=True)
+    number = list(grid.runs).index(name) + 1
+    print(f"trial {number} of {len(grid.runs)}: {name}", flush=True)
     try:
         return execute(as_trial(config, pause_at_step=pause_at_step), planned, watch=metric_watch(config))
     except LaunchFailed as error:

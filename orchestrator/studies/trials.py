@@ -67,7 +67,7 @@ class Trial:
     """The values that distinguish the trial, by key."""
 
     @property
-    def words(self) -> list[str]:
+    def overrides(self) -> list[str]:
         """The overrides that make it."""
         return [*(f"{key}={value}" for key, value in self.values.items()), f"name={self.name}"]
 

@@ -48,7 +48,7 @@ def _gathered(runtime: Runtime, mine: Sequence[Sample]) -> list[Sample]:
     parts: list[Any] = [None] * runtime.world_size
     dist.all_gather_object(parts, [asdict(sample) for sample in mine])
     longest = max(len(part) for part in parts)
-    return [Sample(**part[place]) for place in range(longest) for part in parts if place < len(part)]
+    return [Sample(**part[index]) for index in range(longest) for part in parts if index < len(part)]
 
 
 def _measured(functions: Sequence[Metric], samples: Sequence[Sample], runtime: Runtime) -> dict[str, float]:

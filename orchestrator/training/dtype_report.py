@@ -27,13 +27,13 @@ def report_number_type(context: StageContext, record: Recorder, device: torch.de
     is_native, why = native_bfloat16(device)
     reason = frozen_reason(read_json(context.run_file))
     record.event("dtype", dtype=name, why=reason or "as configured")
-    record.say(f"number type: {name} ({'as configured' if reason is None else f'auto: {reason}'})")
+    record.log(f"number type: {name} ({'as configured' if reason is None else f'auto: {reason}'})")
     warning = _warning(name, reason, is_native=is_native, why=why)
     if warning is None:
         return
     factor = factor_words(_factor(device)) if _is_slow(name, is_native) else ""
     record.event("warning", message=f"{warning}{factor}")
-    record.say(f"warning: {warning}{factor}")
+    record.log(f"warning: {warning}{factor}")
 
 
 def native_bfloat16(device: torch.device) -> tuple[bool, str]:

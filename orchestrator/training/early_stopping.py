@@ -47,7 +47,7 @@ def judged(
     if after.is_over:
         facts = {"metric": settings.metric, "best_step": after.best_step, "best_value": after.best_value}
         record.event("early_stop", step=step, **facts)
-        record.say(
+        record.log(
             f"stopped early: {settings.metric} has not improved in {after.without_gain} evaluations; the best was "
             f"{after.best_value} at step {after.best_step}"
         )

@@ -159,7 +159,7 @@ def finish_scoring(context: StageContext, record: Recorder, summary: dict[str, A
     """Finish a stage that trains nothing: write its result, last of all."""
     manifest = context.folder.artifact / MANIFEST
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
-    told = record.finish(numbers, outcome="finished")
+    wandb_state = record.finish(numbers, outcome="finished")
     result = {
         "stage": context.name,
         "kind": context.stage.kind,
@@ -171,14 +171,14 @@ def finish_scoring(context: StageContext, record: Recorder, summary: dict[str, A
         "inputs": dict(context.input_digests),
         "artifact": {"kind": kind, "path": context.folder.artifact.name, "manifest_sha256": file_digest(manifest)},
         "base": {"name": context.config.model.base, "folder": str(context.base_folder)},
-        "wandb": told,
+        "wandb": wandb_state,
     }
     context.phases.end()
     record.event("finish", step=0)
     _write_card(context, result)
     record.close_attempt("finished", "the artifact was proven", exit_code=EXIT_DONE)
     write_json(context.folder.result, result)
-    record.say(json.dumps(result, indent=2, ensure_ascii=False))
+    record.log(json.dumps(result, indent=2, ensure_ascii=False))
     return EXIT_DONE
 
 
@@ -227,7 +227,7 @@ def _goodput(context: StageContext) -> dict[str, Any] | None:
 
 def _report(context: StageContext, record: Recorder, summary: dict[str, Any]) -> None:
     proof = read_json(context.folder.proof)
-    told = record.finish({key: value for key, value in summary.items() if value is not None}, outcome="finished")
+    wandb_state = record.finish({key: value for key, value in summary.items() if value is not None}, outcome="finished")
     manifest = context.folder.artifact / MANIFEST
     context.phases.end()
     record.event("finish", step=summary["steps"])
@@ -249,9 +249,9 @@ def _report(context: StageContext, record: Recorder, summary: dict[str, Any]) ->
         },
         "base": {"name": context.config.model.base, "folder": str(context.base_folder)},
         "proof": {"loss": proof["loss"], "reopened_loss": proof["reopened_loss"], "rows": proof["rows"]},
-        "wandb": told,
+        "wandb": wandb_state,
     }
     _write_card(context, result)
     record.close_attempt("finished", "the artifact was proven", exit_code=EXIT_DONE)
     write_json(context.folder.result, result)
-    record.say(json.dumps(result, indent=2, ensure_ascii=False))
+    record.log(json.dumps(result, indent=2, ensure_ascii=False))

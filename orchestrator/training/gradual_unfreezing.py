@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.architecture.layers import count_layers, levels_of, places_of
+from orchestrator.architecture.layers import count_layers, describe_locations, levels_of
 from orchestrator.config.run import Tuning
 from orchestrator.config.tuning import FreezeTuning
 from orchestrator.run_state.recorder import Recorder
@@ -51,10 +51,12 @@ class Unfreezing:
         assert isinstance(tuning, FreezeTuning)
         self.every_steps = tuning.unfreeze_every_steps or (tuning.unfreeze_every_epochs or 0.0) * steps_per_epoch
         opens = {level: level_opens_at(level, every_steps=self.every_steps) for level in range(self.count)}
-        record.event("unfreezing", levels=[[step, places_of(self.names(level))] for level, step in opens.items()])
+        record.event(
+            "unfreezing", levels=[[step, describe_locations(self.names(level))] for level, step in opens.items()]
+        )
         for level, step in opens.items():
             never = "" if step <= steps else f" (warning: never, the stage has {steps} steps)"
-            record.say(f"from step {step} trained: {', '.join(places_of(self.names(level)))}{never}")
+            record.log(f"from step {step} trained: {', '.join(describe_locations(self.names(level)))}{never}")
 
     def go_to(self, step: int) -> int:
         """Open the levels due at a step (from 1); return the number of open levels."""

@@ -29,11 +29,11 @@ def train(job: LoopInputs, progress: Progress, hooks: LoopCallbacks) -> Progress
         step = progress.step + 1
         begin_step(job.profiler)
         start = time.perf_counter()
-        told = hooks.begin(step)
+        extra_metrics = hooks.before_step(step)
         seconds = time.perf_counter() - start
-        result = optimizer_step(job, step, progress.health, stop_wish=hooks.stop_reason() is not None)
-        result = replace(result, told=told, rollout_seconds=seconds)
-        hooks.took(step, [int(row) for indices in micro_batches_of(job, step) for row in indices])
+        result = optimizer_step(job, step, progress.health, votes_to_stop=hooks.stop_reason() is not None)
+        result = replace(result, extra_metrics=extra_metrics, rollout_seconds=seconds)
+        hooks.rows_consumed(step, [int(row) for indices in micro_batches_of(job, step) for row in indices])
         progress = _advanced(job, progress, result)
         window.append(result)
         stop = result.stop or pauses(job, progress)
@@ -68,7 +68,7 @@ def pauses(job: LoopInputs, progress: Progress) -> bool:
     return job.stage.pause_at_step is not None and progress.step >= job.stage.pause_at_step
 
 
-def optimizer_step(job: LoopInputs, step: int, health: FaultState, *, stop_wish: bool) -> StepResult:
+def optimizer_step(job: LoopInputs, step: int, health: FaultState, *, votes_to_stop: bool) -> StepResult:
     """Forward, backward and update over the global batch of `step` (from 1); a fault suppresses the update."""
     start = time.perf_counter()
     lr = learning_rate_at(job.stage, step, job.steps)
@@ -81,14 +81,14 @@ def optimizer_step(job: LoopInputs, step: int, health: FaultState, *, stop_wish:
         raise TrainingFailed(
             f"step {step}: the batch has no trained token; rows {row_ids_of(job, step)}; see `orchestrator check`"
         )
-    sums = accumulate_gradients(job, step, health, weight, stop_wish=stop_wish)
+    sums = accumulate_gradients(job, step, health, weight, votes_to_stop=votes_to_stop)
     with span(job.profiler, "optimizer"):
         grad_norm = update(job, step, fault=sums.fault)
     fault = sums.fault or (None if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}")
     return StepResult(
         sums=sums.totals,
         weight=weight,
-        told={},
+        extra_metrics={},
         grad_norm=grad_norm,
         tokens=int(job.rows.lengths[real].sum()),
         trained_tokens=int(job.rows.trained_tokens[real].sum()),
@@ -110,7 +110,7 @@ class Sums:
     data_seconds: float
 
 
-def accumulate_gradients(job: LoopInputs, step: int, health: FaultState, weight: float, *, stop_wish: bool) -> Sums:
+def accumulate_gradients(job: LoopInputs, step: int, health: FaultState, weight: float, *, votes_to_stop: bool) -> Sums:
     """Gradient of sum(losses) / `weight`, the units (such as trained tokens) of the global batch.
 
     Accelerate and DeepSpeed divide by accumulation steps, and DDP and ZeRO average over ranks: both are undone here,
@@ -131,9 +131,9 @@ def accumulate_gradients(job: LoopInputs, step: int, health: FaultState, weight:
             sums = replace(sums, data_seconds=sums.data_seconds + seconds)
             if position == len(micro_batches) - 1:
                 with span(job.profiler, "communication"):
-                    wishes, *totals = job.runtime.sum_over_ranks([float(stop_wish), *summed.tolist()])
+                    stop_votes, *totals = job.runtime.sum_over_ranks([float(votes_to_stop), *summed.tolist()])
                 fault = _fault(job, step, health, totals[0] / weight)
-                sums = replace(sums, totals=tuple(totals), stop=wishes > 0, fault=fault)
+                sums = replace(sums, totals=tuple(totals), stop=stop_votes > 0, fault=fault)
             with span(job.profiler, "backward"):
                 accelerator.backward(loss * (scale if sums.fault is None else math.nan))
     return sums
@@ -178,8 +178,8 @@ def _gone_back(job: LoopInputs, progress: Progress, hooks: LoopCallbacks, fault:
 
 
 def _agree_to_stop(job: LoopInputs, hooks: LoopCallbacks) -> bool:
-    (wishes,) = job.runtime.sum_over_ranks([float(hooks.stop_reason() is not None)])
-    return wishes > 0
+    (stop_votes,) = job.runtime.sum_over_ranks([float(hooks.stop_reason() is not None)])
+    return stop_votes > 0
 
 
 def _timed_batches(job: LoopInputs, step: int, micro_batches: Sequence[Any]) -> Iterator[tuple[Any, float]]:

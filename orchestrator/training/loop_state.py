@@ -74,17 +74,17 @@ class LoopCallbacks:
     """Report that the update of a step was skipped, why, and which rows the step contained."""
     stop_reason: Callable[[], str | None]
     """This rank's reason to stop, if it has one."""
-    begin: Callable[[int], Mapping[str, Any]]
+    before_step: Callable[[int], Mapping[str, Any]]
     """Prepare the rows of a step (from 1); return their part of its row of metrics."""
-    took: Callable[[int, Sequence[int]], None]
-    """Report the rows (including fillers) that this rank computed at a step."""
+    rows_consumed: Callable[[int, Sequence[int]], None]
+    """Report the rows (including padding rows) that this rank computed at a step."""
 
 
-def watched(hooks: LoopCallbacks, profiler: Profiler) -> LoopCallbacks:
+def profiled_callbacks(hooks: LoopCallbacks, profiler: Profiler) -> LoopCallbacks:
     """The same side effects, each as a span of the profile."""
     return replace(
         hooks,
-        begin=profiler.watch(hooks.begin, "rollout"),
+        before_step=profiler.watch(hooks.before_step, "rollout"),
         record=profiler.watch(hooks.record, "logging"),
         evaluate=profiler.watch(hooks.evaluate, "evaluation"),
         save=profiler.watch(hooks.save, "saving"),
@@ -100,7 +100,7 @@ class StepResult:
     """Of the loss and of the objective's measures."""
     weight: float
     """Units of the global batch, by which the sums are divided."""
-    told: Mapping[str, Any]
+    extra_metrics: Mapping[str, Any]
     grad_norm: float
     tokens: int
     trained_tokens: int

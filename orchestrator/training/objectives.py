@@ -50,7 +50,7 @@ def prompt_objective(runtime: Runtime) -> Objective:
         labels_BT = batch.input_ids_BT
         if batch.attention_mask_BT is not None:
             labels_BT = labels_BT.masked_fill(batch.attention_mask_BT == 0, IGNORED)
-        whole = replace(batch, labels_BT=labels_BT, places_K=labelled_positions(labels_BT))
+        whole = replace(batch, labels_BT=labels_BT, positions_K=labelled_positions(labels_BT))
         return (-token_scores_BT(runtime, model, whole, is_summed=True)[0].sum(),)
 
     def weight(rows: Rows, indices: Sequence[int]) -> float:
@@ -98,7 +98,7 @@ def token_scores_BT(
     """
     query = Query(
         labels_BT=batch.labels_BT,
-        places_K=batch.places_K,
+        positions_K=batch.positions_K,
         temperature=temperature,
         entropies=entropies,
         is_summed=is_summed,
@@ -114,7 +114,7 @@ def document_scores(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> t
         scores_BT = model(**batch.model_inputs())[..., 0].float()
     if not batch.documents:
         return scores_BT.reshape(-1)[:0]
-    return torch.stack([scores_BT[place.sequence, place.stop - 1] for place in batch.documents])
+    return torch.stack([scores_BT[span.sequence, span.stop - 1] for span in batch.documents])
 
 
 def document_logprobs(runtime: Runtime, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

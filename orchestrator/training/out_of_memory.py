@@ -94,8 +94,8 @@ def _changes(context: StageContext) -> list[str]:
 
     try:
         return [
-            f"this needs less at the same global batch: {words}"
-            for words in smaller_settings(context.config, context.name)
+            f"this needs less at the same global batch: {overrides}"
+            for overrides in smaller_settings(context.config, context.name)
         ]
     except OrchestratorError as error:
         return [f"type `orchestrator plan advise=true` with the same overrides to see what fits ({error.problems[0]})"]

@@ -16,8 +16,8 @@ T = TypeVar("T")
 def announced(hooks: LoopCallbacks, phases: Phases, *, total_steps: int) -> LoopCallbacks:
     """The same side effects; the phase becomes training once the first step is done."""
 
-    def took(step: int, rows: Sequence[int]) -> None:
-        hooks.took(step, rows)
+    def rows_consumed(step: int, rows: Sequence[int]) -> None:
+        hooks.rows_consumed(step, rows)
         # The first step compiles kernels and fills caches: its duration does not predict the next one's.
         if phases.is_at(phase.FIRST_STEP):
             phases.begin(phase.TRAINING, total=total_steps, unit=phase.STEPS)
@@ -28,7 +28,7 @@ def announced(hooks: LoopCallbacks, phases: Phases, *, total_steps: int) -> Loop
         evaluate=_within(phases, phase.EVALUATION, hooks.evaluate, unit=phase.ROWS),
         save=_within(phases, phase.SAVING, hooks.save),
         rehearse=_within(phases, phase.TRIAL, hooks.rehearse),
-        took=took,
+        rows_consumed=rows_consumed,
     )
 
 

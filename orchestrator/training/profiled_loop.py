@@ -8,8 +8,8 @@ from typing import Any
 from orchestrator.run_state.recorder import Recorder
 from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.loop import train
-from orchestrator.training.loop_state import LoopCallbacks, LoopInputs, Progress, watched
-from orchestrator.training.profiler import Profiler, told_shares
+from orchestrator.training.loop_state import LoopCallbacks, LoopInputs, Progress, profiled_callbacks
+from orchestrator.training.profiler import Profiler, describe_shares
 
 
 def train_profiled(
@@ -25,8 +25,8 @@ def train_profiled(
     )
     if job.runtime.uses_deepspeed:
         _watch_update(job.model, profiler)
-    progress = train(replace(job, profiler=profiler), progress, watched(hooks, profiler))
-    record.event("profile", step=progress.step, **told_shares(profiler.close()))
+    progress = train(replace(job, profiler=profiler), progress, profiled_callbacks(hooks, profiler))
+    record.event("profile", step=progress.step, **describe_shares(profiler.close()))
     return progress
 
 

@@ -106,10 +106,13 @@ class Profiler:
         self._torch.stop()
         steps = max(1, self._steps)
         by_span = {name: seconds / steps for name, seconds in self._seconds.items()}
-        told = {**by_span, "other": whole - sum(by_span.values()), "step": whole}
+        seconds_by_span = {**by_span, "other": whole - sum(by_span.values()), "step": whole}
         if self._is_main:
-            write_json(self._folder / f"{self._label}.breakdown.json", {"steps": self._steps, "seconds_a_step": told})
-        return told
+            write_json(
+                self._folder / f"{self._label}.breakdown.json",
+                {"steps": self._steps, "seconds_a_step": seconds_by_span},
+            )
+        return seconds_by_span
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -126,7 +129,9 @@ class Profiler:
         write_text(self._folder / f"{self._label}.operators.txt", head + table + "\n")
 
 
-def told_shares(told: Mapping[str, float]) -> dict[str, float | str]:
+def describe_shares(seconds_by_span: Mapping[str, float]) -> dict[str, float | str]:
     """Seconds per step, and every span's share of it, for the record."""
-    whole = told["step"]
-    return {"seconds": whole} | {name: f"{seconds / whole:.0%}" for name, seconds in told.items() if name != "step"}
+    whole = seconds_by_span["step"]
+    return {"seconds": whole} | {
+        name: f"{seconds / whole:.0%}" for name, seconds in seconds_by_span.items() if name != "step"
+    }

@@ -52,7 +52,7 @@ class Recipe:
     """The score that the reopened artifact must reproduce."""
     is_proof_scored: bool = False
     """Whether `score` uses the proof's objective: the proof then reuses its first rows, without another pass."""
-    begin: Callable[[int], Mapping[str, Any]] = lambda _step: {}
+    before_step: Callable[[int], Mapping[str, Any]] = lambda _step: {}
     answers: Answers | None = None
     """Model answers to held-out rows, for the user's own metrics; None for stages without answers."""
     summary: Callable[[], Mapping[str, Any]] = dict

@@ -40,7 +40,7 @@ from orchestrator.training.out_of_memory import autopsy, ran_out_of_memory
 from orchestrator.training.phased_loop import announced
 from orchestrator.training.profiled_loop import train_profiled
 from orchestrator.training.recipe import PROOF_ROWS, BuildModel, MakeRecipe, Recipe, Session
-from orchestrator.training.startup_report import flops_of, peak_flops, tell_kernels, tell_size
+from orchestrator.training.startup_report import flops_of, log_kernels, log_model_size, peak_flops
 from orchestrator.training.throughput import keep_measured, measuring
 
 
@@ -103,9 +103,9 @@ def open_session(context: StageContext, runtime: Runtime, record: Recorder, buil
     if config.model.compile:
         layers = compile_layers(model)
         record.event("compile", layers=layers)
-        record.say(f"{layers} layers are compiled at their first use, which may take minutes")
-    tell_size(record, model)
-    tell_kernels(context, record, model, runtime.device)
+        record.log(f"{layers} layers are compiled at their first use, which may take minutes")
+    log_model_size(record, model)
+    log_kernels(context, record, model, runtime.device)
     tuning = config.tuning
     is_gradual = isinstance(tuning, FreezeTuning) and tuning.is_gradual
     ratio = tuning.lora_plus_ratio if isinstance(tuning, LoraTuning) else None
@@ -163,7 +163,7 @@ def assemble(session: Session, make_recipe: MakeRecipe) -> tuple[LoopInputs, Rec
     checkpointer = Checkpointer(context, subject, record)
     progress = checkpointer.resume()
     if progress is not None:
-        record.say(f"resuming from step {progress.step} of {steps}")
+        record.log(f"resuming from step {progress.step} of {steps}")
     return job, recipe, checkpointer, progress or Progress(step=0, tokens=0, trained_tokens=0)
 
 
@@ -219,8 +219,8 @@ def hooks_of(session: Session, recipe: Recipe, checkpointer: Checkpointer) -> Lo
         roll_back=checkpointer.roll_back,
         fault=record.skipped_update,
         stop_reason=context.stop.reason,
-        begin=recipe.begin,
-        took=_ledger(context, session.runtime),
+        before_step=recipe.before_step,
+        rows_consumed=_ledger(context, session.runtime),
     )
 
 
@@ -240,8 +240,8 @@ def _scored(recipe: Recipe, record: Recorder, step: int) -> Evaluation | None:
     start = time.perf_counter()
     scored = recipe.score()
     if scored is not None:
-        told = {"eval_trained_tokens": scored.trained_tokens, "eval_seconds": time.perf_counter() - start}
-        record.metrics({"step": step, **told, **values_of(scored)})
+        facts = {"eval_trained_tokens": scored.trained_tokens, "eval_seconds": time.perf_counter() - start}
+        record.metrics({"step": step, **facts, **values_of(scored)})
     return scored
 
 
@@ -255,7 +255,7 @@ def _ledger(context: StageContext, runtime: Runtime) -> Callable[[int, Sequence[
 
 def _stopped(record: Recorder, runtime: Runtime, progress: Progress, why: str) -> int:
     record.event("stop", step=progress.step, why=why)
-    record.say(f"stopped after step {progress.step} ({why}); the same command continues from here")
+    record.log(f"stopped after step {progress.step} ({why}); the same command continues from here")
     record.finish({}, outcome="stopped")
     record.close_attempt("stopped", why, exit_code=EXIT_SAVED)
     runtime.end()

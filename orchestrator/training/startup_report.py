@@ -16,13 +16,13 @@ from orchestrator.run_state.stage_context import StageContext, training_stage
 from orchestrator.training.throughput import attended_tokens
 
 
-def tell_size(record: Recorder, model: torch.nn.Module) -> None:
+def log_model_size(record: Recorder, model: torch.nn.Module) -> None:
     trainable, total = count_trainable(model)
     record.event("model", trainable_parameters=trainable, parameters=total)
-    record.say(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
+    record.log(f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
 
 
-def tell_kernels(context: StageContext, record: Recorder, model: torch.nn.Module, device: torch.device) -> None:
+def log_kernels(context: StageContext, record: Recorder, model: torch.nn.Module, device: torch.device) -> None:
     """Report attention and loss head, in the plan's wording."""
     tuned: Any = model
     base = tuned.get_base_model() if hasattr(tuned, "get_base_model") else tuned
@@ -36,8 +36,8 @@ def tell_kernels(context: StageContext, record: Recorder, model: torch.nn.Module
     head = head_of(model, device, is_summed=sums_logprobs(training_stage(context)))
     record.event("attention", attention=attention)
     record.event("head", head=head)
-    record.say(f"attention: {attention}")
-    record.say(f"loss head: {head}")
+    record.log(f"attention: {attention}")
+    record.log(f"loss head: {head}")
 
 
 def flops_of(context: StageContext) -> float | None:

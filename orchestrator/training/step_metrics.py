@@ -26,7 +26,7 @@ def metrics_row(job: LoopInputs, progress: Progress, window: Sequence[StepResult
         "step": step,
         "epoch": step / job.order.steps_per_epoch,
         **_means(job, good),
-        **window[-1].told,
+        **window[-1].extra_metrics,
         "grad_norm": window[-1].grad_norm,
         "lr": learning_rate_at(job.stage, step, job.steps),
         "tokens": tokens,
@@ -49,8 +49,8 @@ def _means(job: LoopInputs, results: Sequence[StepResult]) -> dict[str, float]:
     weight = sum(result.weight for result in results)
     names = ("loss", *job.objective.measures)
     return {
-        name: sum(result.sums[place] for result in results) / weight if results else math.nan
-        for place, name in enumerate(names)
+        name: sum(result.sums[index] for result in results) / weight if results else math.nan
+        for index, name in enumerate(names)
     }
 
 

@@ -83,7 +83,7 @@ def make_inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_query(labels_BT: torch.Tensor, **more: Any) -> Query:
-    return Query(labels_BT=labels_BT, places_K=labelled_positions(labels_BT), **more)
+    return Query(labels_BT=labels_BT, positions_K=labelled_positions(labels_BT), **more)
 
 
 def gradients_of(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:

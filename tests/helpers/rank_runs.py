@@ -244,8 +244,8 @@ def _train_cell(cell: Cell) -> None:
         roll_back=checkpointer.roll_back,
         fault=record.skipped_update,
         stop_reason=stop_reason,
-        begin=course.begin,
-        took=lambda step, rows: None,
+        before_step=course.before_step,
+        rows_consumed=lambda step, rows: None,
     )
     train_job(_dying(_poisoned(job, cell.poison), cell, record), progress, hooks)
     checkpointer.close()

@@ -12,7 +12,7 @@ from command_line import ROW, Asker, write_rows
 
 from orchestrator.cli.verbs import VERBS
 from orchestrator.composition.compose import examine
-from orchestrator.composition.multirun import first_words
+from orchestrator.composition.multirun import first_overrides
 from orchestrator.composition.node_counts import take_node_counts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +103,7 @@ def overrides(words: list[str]) -> list[str]:
             next(rest)
         elif not word.startswith("-") or word == "-m":
             kept.append(word.replace("+experiment=NAME", MAIN))
-    return take_node_counts(first_words(kept))[0]
+    return take_node_counts(first_overrides(kept))[0]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -156,7 +156,7 @@ def test_a_plan_counts_rows_steps_and_warm_up() -> None:
     config = resolve(
         compose(["+experiment=llama_full", "stages.sft.max_steps=null", "stages.sft.epochs=2"]), Path("/w")
     )
-    base = Base(source="hub", place="x", architecture=None)
+    base = Base(source="hub", location="x", architecture=None)
     (stage,) = make_plan(
         config, base=base, data={"sft": DataFacts(train_rows=100, evaluation_rows=7, format="alpaca", bytes=1)}
     ).stages

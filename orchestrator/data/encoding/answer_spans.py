@@ -56,11 +56,11 @@ def render_chat(chat: Chat, template: ChatTemplate, turns: Turns) -> Rendered:
     num_open = 0
     answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
     by_marks = len(marked) == len(answers)  # otherwise the marks cannot be matched with answers
-    for place, i in enumerate(answers):
+    for index, i in enumerate(answers):
         if not chat.trained[i]:
             continue
         if by_marks:
-            start, end, closed = _close(text, marked[place], turns)
+            start, end, closed = _close(text, marked[index], turns)
             _prove(chat.messages[i], i, text[start:end])
         else:
             start, end, closed = _find_answer(chat, i, text, template, turns)

@@ -237,7 +237,7 @@ def _encode_with_offsets(plans: Sequence[_Plan], encoder: Encoder) -> list[_Toke
             over += starts[inside & movable & ((starts < start) | (ends > end))].tolist()
             trained |= inside & (movable | (starts >= start))
         pieces = _encode_apart(plan, tokenizer, tuple(added.values())) if over else None
-        blanks = sum(plan.text[place : place + 1].isspace() for place in over)
+        blanks = sum(plan.text[offset : offset + 1].isspace() for offset in over)
         found.append(pieces if pieces is not None else _Tokens(ids, trained, len(over) - blanks))
     return found
 

@@ -59,7 +59,7 @@ def knows_pairs(core: str) -> bool:
     """Whether the tokenizer puts a special token between two texts."""
     tokenizer = core_tokenizer(core)
     marked = tokenizer.encode("x", "y", add_special_tokens=True).special_tokens_mask
-    plain = [place for place, is_own in enumerate(marked) if not is_own]
+    plain = [index for index, is_own in enumerate(marked) if not is_own]
     return any(later - earlier > 1 for earlier, later in itertools.pairwise(plain))
 
 

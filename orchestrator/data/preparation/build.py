@@ -155,8 +155,8 @@ def _select(
     if part.splits:
         wanted = held_out_rows(num_rows, config.eval)
         is_held = held_out(units.hashes[usable], wanted, seed)
-        places = np.flatnonzero(usable)
-        evaluated = places[is_held]
+        usable_units = np.flatnonzero(usable)
+        evaluated = usable_units[is_held]
         usable[evaluated] = False
         if not usable.any() or not len(evaluated):
             raise DataError(

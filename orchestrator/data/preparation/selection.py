@@ -35,12 +35,12 @@ def held_out(hashes: Hashes, wanted: int, seed: int) -> npt.NDArray[np.bool_]:
     ]
     taken: list[int] = []
     left = wanted
-    for place in sorted(range(len(unique)), key=keyed.__getitem__):
+    for index in sorted(range(len(unique)), key=keyed.__getitem__):
         if left <= 0:
             break
-        if counts[place] <= left:
-            taken.append(place)
-            left -= int(counts[place])
+        if counts[index] <= left:
+            taken.append(index)
+            left -= int(counts[index])
     return np.isin(hashes, unique[taken])
 
 

@@ -48,8 +48,8 @@ def _sample(path: Path, *, differences: bool = False) -> tuple[int, ...]:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             numbers = memoryview(content)[_data_start(content, path) :].cast("q")
             last = len(numbers) - differences
-            places = range(0, last, max(1, last // SAMPLE))
-            sample = tuple(numbers[i + 1] - numbers[i] if differences else numbers[i] for i in places)
+            indices = range(0, last, max(1, last // SAMPLE))
+            sample = tuple(numbers[i + 1] - numbers[i] if differences else numbers[i] for i in indices)
             numbers.release()
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{path} is not an array of lengths: {error}") from error

@@ -128,9 +128,9 @@ class Session:
         held = max(by_step, default=0) if hold_newest else None
         for step, row in by_step.items():
             if step != held:
-                told = {key: value for key, value in row.items() if value is not None and key not in ("step", "time")}
+                values = {key: value for key, value in row.items() if value is not None and key not in ("step", "time")}
                 self._show_samples(step)
-                self.run.log(told, step=step, commit=True)
+                self.run.log(values, step=step, commit=True)
                 self.next_step = step + 1
         if self.next_step - 1 != self.state.last_step and time.monotonic() - self.state_written > _STATE_EVERY_SECONDS:
             self._keep(replace(self.state, last_step=self.next_step - 1))

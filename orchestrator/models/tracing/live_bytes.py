@@ -138,7 +138,7 @@ def trace(
         training = LiveBytes([*module.parameters(), *module.buffers(), ids_BT])
         with training:
             logits_BTV = _logits(module, ids_BT, precision)
-            place, kept = len(training.events), training.live
+            position, kept = len(training.events), training.live
             value = loss(logits_BTV)
             del logits_BTV
             value.backward()
@@ -147,7 +147,7 @@ def trace(
             _logits(module.eval(), ids_BT, precision)
     return Trace(
         events=tuple(training.events),
-        logits=place,
+        logits=position,
         kept=kept,
         peak=training.peak,
         evaluation=tuple(scoring.events),

@@ -85,7 +85,7 @@ class Checkpointer:
         probe = None if self._subject.probe is None else self._subject.probe()
         if probe is not None and not math.isfinite(probe):
             self._record.event("save_refused", step=progress.step, why=f"the probe's loss is {probe}")
-            self._record.say(f"warning: step {progress.step} is not saved: the loss on the probe's rows is {probe}")
+            self._record.log(f"warning: step {progress.step} is not saved: the loss on the probe's rows is {probe}")
             return
         probe_seconds = time.perf_counter() - start
         self._writer.start(self._pending(progress, probe=probe, start=start, probe_seconds=probe_seconds))
@@ -144,7 +144,7 @@ class Checkpointer:
             omitted_steps=list(streak),
             seconds=time.perf_counter() - start,
         )
-        self._record.say(
+        self._record.log(
             f"rolled back from step {progress.step} to {found.step}; the data of steps {list(streak)} is skipped"
         )
         self._record.rollbacks = health.rollbacks
@@ -158,11 +158,11 @@ class Checkpointer:
         found = newest_proven(self._subject.runtime, self._context.folder, self._tell, before=step + 1)
         if found is None or found.step != step:
             self._record.event("best_lost", step=step)
-            self._record.say(f"warning: the best checkpoint, of step {step}, is missing; the last weights are used")
+            self._record.log(f"warning: the best checkpoint, of step {step}, is missing; the last weights are used")
             return False
         self._restored(found)
         self._record.event("best", step=step)
-        self._record.say(f"the best weights, of step {step}, are restored")
+        self._record.log(f"the best weights, of step {step}, are restored")
         return True
 
     def close(self) -> int | None:
@@ -173,7 +173,7 @@ class Checkpointer:
     def _tell(self, event: str, **facts: Any) -> None:
         """Report a checkpoint that was moved aside, to the record and the log."""
         self._record.event(event, **facts)
-        self._record.say(
+        self._record.log(
             f"warning: the checkpoint of step {facts['step']} is not used: {facts['why'][0]}; it is in {facts['moved_to']}"
         )
 
@@ -185,8 +185,8 @@ class Checkpointer:
         most = most_bytes(one, stage.checkpoint, self._record.total_steps)
         free = free_bytes(self._context.folder.checkpoints)
         self._record.event("space", checkpoint_bytes=one, most_bytes=most, free_bytes=free)
-        told = f"a checkpoint takes {one / MEBIBYTE:,.1f} MiB, all of them at most {most / MEBIBYTE:,.1f}; {free / MEBIBYTE:,.0f} are free"
-        self._record.say(told if most < free else f"warning: {told}: saves will fail until space is freed")
+        message = f"a checkpoint takes {one / MEBIBYTE:,.1f} MiB, all of them at most {most / MEBIBYTE:,.1f}; {free / MEBIBYTE:,.0f} are free"
+        self._record.log(message if most < free else f"warning: {message}: saves will fail until space is freed")
 
     def _restored(self, found: VerifiedCheckpoint) -> Progress:
         subject, state = self._subject, found.state
@@ -206,7 +206,7 @@ class Checkpointer:
         context = self._context
         accepted = frozenset(training_stage(context).checkpoint.accept_changes)
         for sentence in refuse_changes(state["settings"], self._settings(), stage=context.name, accepted=accepted):
-            self._record.say(f"accepted: {sentence}")
+            self._record.log(f"accepted: {sentence}")
 
     def _check_probe(self, step: int, stored: float | None) -> None:
         """Raise CheckpointError if the restored model does not score as the saved one did."""

@@ -83,11 +83,15 @@ def _pieces(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
 
 def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    place = 0
+    offset = 0
     for name, tensor in tensors.items():
-        stop = place + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, stop]}
-        place = stop
+        stop = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
     text = json.dumps(entries, ensure_ascii=False).encode()
     return text + b" " * (-(8 + len(text)) % ALIGNMENT)
 

@@ -54,8 +54,8 @@ def collect(runtime: Runtime, model: torch.nn.Module, optimizer: Any) -> RankSta
             numbers[fragment.name] = {key: _number(value) for key, value in state.items() if key not in arrays}
         tensors |= _named_states(number, master, members, arrays)
     tensors |= {f"{RANDOM}:{key}": value for key, value in random_state(runtime.device).items()}
-    places = {f.name: {"shape": f.shape, "start": f.start, "length": f.length} for f in fragments}
-    return RankState(tensors=tensors, index={"fragments": places, "numbers": numbers})
+    ranges = {f.name: {"shape": f.shape, "start": f.start, "length": f.length} for f in fragments}
+    return RankState(tensors=tensors, index={"fragments": ranges, "numbers": numbers})
 
 
 def restore(
@@ -109,9 +109,9 @@ class Written:
         for file, handle in enumerate(handles):
             index = json.loads(handle.metadata()[INDEX])
             self.numbers |= index["numbers"]
-            for name, place in index["fragments"].items():
-                self._shapes[name] = tuple(place["shape"])
-                self._parts.setdefault(name, []).append((place["start"], place["start"] + place["length"], file))
+            for name, entry in index["fragments"].items():
+                self._shapes[name] = tuple(entry["shape"])
+                self._parts.setdefault(name, []).append((entry["start"], entry["start"] + entry["length"], file))
             for key in names_in(handle):
                 kind, _, name = key.partition(":")
                 self.is_bound_to_ranks |= kind.startswith(f"{FLAT}.")
@@ -159,16 +159,16 @@ class Written:
         """The elements of a fragment, assembled from the saved parts that cover it."""
         stop = fragment.start + fragment.length
         pieces: list[torch.Tensor] = []
-        place = fragment.start
+        position = fragment.start
         for part_start, part_stop, file in sorted(self._parts[fragment.name]):
-            if part_start <= place < min(part_stop, stop):
+            if part_start <= position < min(part_stop, stop):
                 last = min(part_stop, stop)
                 pieces.append(
-                    self._handles[file].get_slice(f"{key}:{fragment.name}")[place - part_start : last - part_start]
+                    self._handles[file].get_slice(f"{key}:{fragment.name}")[position - part_start : last - part_start]
                 )
-                place = last
-        if place != stop:
-            raise CheckpointError(f"{fragment.name}: the checkpoint holds elements up to {place}, {stop} are needed")
+                position = last
+        if position != stop:
+            raise CheckpointError(f"{fragment.name}: the checkpoint holds elements up to {position}, {stop} are needed")
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

@@ -187,7 +187,7 @@ class CheckpointWriter:
         try:
             checkpoints.delete(self._folder, leaving)
         except OSError as error:
-            self._record.say(f"warning: an old checkpoint could not be deleted: {error}")
+            self._record.log(f"warning: an old checkpoint could not be deleted: {error}")
 
     def _tell_saved(self, pending: Pending, seconds: float) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in pending.tensors.values())
@@ -203,7 +203,7 @@ class CheckpointWriter:
 
     def _tell_failed(self, pending: Pending, problem: str) -> None:
         self._record.event("save_failed", step=pending.step, why=problem)
-        self._record.say(f"warning: the checkpoint of step {pending.step} could not be written: {problem}")
+        self._record.log(f"warning: the checkpoint of step {pending.step} could not be written: {problem}")
 
     def _as_main(self, action: Callable[[], None]) -> Report:
         def act() -> Written:

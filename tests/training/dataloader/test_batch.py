@@ -368,7 +368,7 @@ def test_documents_too_long_for_blocks_go_one_by_one() -> None:
     assert attention_blocks.plan_groups((0, attention_blocks.BLOCK_TOKENS + 1)) is None
     plan = attention_blocks.plan_groups((0, 100, 190, 200, 210, 215))
     assert plan is not None and [(group.num, group.length) for group in plan] == [(2, 100), (2, 10), (1, 5)]
-    assert sorted(place for group in plan for place in group.real_places.tolist()) == list(range(215))
+    assert sorted(place for group in plan for place in group.real_positions.tolist()) == list(range(215))
 
 
 def test_json_extras_survive(folder: Path) -> None:

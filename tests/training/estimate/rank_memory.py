@@ -106,7 +106,7 @@ def measure(run: Path) -> None:
         seen.append(bytes_of(gradients(module, session.model if runtime.uses_deepspeed else None)))
         return job.objective.terms(model, batch)
 
-    optimizer_step(replace(job, objective=replace(job.objective, terms=terms)), 1, HEALTHY, stop_wish=False)
+    optimizer_step(replace(job, objective=replace(job.objective, terms=terms)), 1, HEALTHY, votes_to_stop=False)
     assert len(seen) == 2, "two micro-batches were planned"
     masters = [fragment.master for fragment in local_fragments(runtime, session.model)]
     found = {

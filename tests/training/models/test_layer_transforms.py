@@ -53,7 +53,7 @@ def _batch(seed: int) -> Batch:
 
 def _loss_and_gradients(model: Any, seed: int) -> tuple[float, dict[str, torch.Tensor]]:
     batch = _batch(seed)
-    query = Query(labels_BT=batch.labels_BT, places_K=labelled_positions(batch.labels_BT), is_summed=True)
+    query = Query(labels_BT=batch.labels_BT, positions_K=labelled_positions(batch.labels_BT), is_summed=True)
     model.zero_grad()
     loss = -model(**batch.model_inputs(), query=query)[0].sum()
     loss.backward()

@@ -122,7 +122,9 @@ def test_virtual_tokens_open_again_and_are_scored_past(folder: Path, tmp_path: P
     labels_BT = IDS_BT.masked_fill(torch.arange(20) < 8, -100)
     with torch.no_grad():
         told, _ = model(
-            input_ids=IDS_BT, use_cache=False, query=Query(labels_BT=labels_BT, places_K=labelled_positions(labels_BT))
+            input_ids=IDS_BT,
+            use_cache=False,
+            query=Query(labels_BT=labels_BT, positions_K=labelled_positions(labels_BT)),
         )
     own = _logits(model)[:, -20:].log_softmax(-1)[:, :-1].gather(2, IDS_BT[:, 1:, None]).squeeze(2)
     torch.testing.assert_close(told[:, 8:], own[:, 7:], rtol=0, atol=1e-5)
@@ -222,7 +224,7 @@ def test_sixteen_bits_train_every_parameter(folder: Path, method: str, precision
     else:
         keep_input_types(model)
     labels_BT = IDS_BT.masked_fill(torch.arange(20) < 8, -100)
-    query = Query(labels_BT=labels_BT, places_K=labelled_positions(labels_BT))
+    query = Query(labels_BT=labels_BT, positions_K=labelled_positions(labels_BT))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
         scores_BT, _ = model(input_ids=IDS_BT, use_cache=False, query=query)
     scores_BT.sum().backward()

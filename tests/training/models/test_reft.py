@@ -22,7 +22,7 @@ from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.losses.token_logprobs import labelled_positions
 from orchestrator.models.artifact import open_artifact, write_artifact
 from orchestrator.models.loading import load_model
-from orchestrator.models.reft import Intervention, orthonormal_RW, places_in
+from orchestrator.models.reft import Intervention, orthonormal_RW, site_positions
 from orchestrator.models.tuning import apply_tuning
 from orchestrator.training.objectives import token_scores_BT
 
@@ -152,7 +152,7 @@ def test_no_position_is_changed_twice(
     words = (f"tuning.first_positions={first}", f"tuning.last_positions={last}", "tuning.share_weights=false")
     tuning = _config(folder, *words).tuning
     assert isinstance(tuning, LoreftTuning)
-    assert places_in([prompt], tuning, width=100) == {"first": wanted[0], "last": wanted[1]}
+    assert site_positions([prompt], tuning, width=100) == {"first": wanted[0], "last": wanted[1]}
 
 
 @pytest.mark.parametrize("sites", SITES)
@@ -181,7 +181,7 @@ def _packed(documents: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
     return replace(
         one,
         labels_BT=labels_BT,
-        places_K=labelled_positions(labels_BT),
+        positions_K=labelled_positions(labels_BT),
         position_ids_BT=positions,
         boundaries=torch.tensor(edges, dtype=torch.int32),
         longest=max(len(ids) for ids, _ in documents),

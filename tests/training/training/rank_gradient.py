@@ -61,7 +61,7 @@ def main(model_folder: str, rows_file: str, micro_size: str, out: str) -> None:
     )
     indices = job.order.global_batch(0)
     trained = int(rows.trained_tokens[indices].sum())
-    accumulate_gradients(job, 1, FaultState(), trained, stop_wish=False)
+    accumulate_gradients(job, 1, FaultState(), trained, votes_to_stop=False)
     if runtime.is_main:
         module = runtime.accelerator.unwrap_model(model)
         gradients = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}

@@ -36,7 +36,7 @@ def planned(*words: str, has_liger: bool = False, **changes: Any) -> dict[str, t
     assert config.model.preset is not None
     model = Architecture.model_validate({**config.model.preset.architecture.model_dump(), **changes})
     data = DataFacts(train_rows=100, evaluation_rows=0, format="alpaca", bytes=1, has_liger=has_liger)
-    base = Base(source="hub", place="x", architecture=model)
+    base = Base(source="hub", location="x", architecture=model)
     stages = make_plan(config, base=base, data=dict.fromkeys(config.pipeline, data)).stages
     return {stage.name: (stage.attention, stage.loss_head) for stage in stages}
 

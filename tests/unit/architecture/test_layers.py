@@ -11,10 +11,10 @@ import yaml
 from orchestrator.architecture.layers import (
     count_freeze_parameters,
     depth_of,
+    describe_locations,
     levels_of,
     lowest_trained_layer,
     parameter_sizes,
-    places_of,
     rates_of,
     trained_names,
 )
@@ -60,7 +60,7 @@ def freeze(**changes: Any) -> FreezeTuning:
 
 def chosen(names: list[str] = NAMES, *, is_tied: bool = False, has_new_head: bool = False, **changes: Any) -> list[str]:
     trained = trained_names(names, freeze(**changes), is_tied=is_tied, has_new_head=has_new_head)
-    return places_of([name for name in names if name in trained])
+    return describe_locations([name for name in names if name in trained])
 
 
 @pytest.mark.parametrize(

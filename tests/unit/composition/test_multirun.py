@@ -7,7 +7,7 @@ import json
 import pytest
 from command_line import Asker
 
-from orchestrator.composition.multirun import combinations, first_words, is_sweep
+from orchestrator.composition.multirun import combinations, first_overrides, is_sweep
 from orchestrator.errors import ConfigError
 
 LORA = "+experiment=llama_lora"
@@ -22,7 +22,7 @@ def test_one_run_for_each_combination_named_by_its_values() -> None:
         for lr in ("0.0001", "0.0002")
         for rank in (4, 8)
     ]
-    assert first_words(words) == [LORA, "seed=3", "stages.sft.optimizer.lr=0.0001", "tuning.rank=4"]
+    assert first_overrides(words) == [LORA, "seed=3", "stages.sft.optimizer.lr=0.0001", "tuning.rank=4"]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_every_preset_fits_every_number_of_ranks(presets: dict[str, RunConfig]) 
     fitted = 0
     for (name, preset), count in product(presets.items(), COUNTS):
         cluster = preset.cluster.model_copy(update={"processes_per_node": count, "nodes": 1})
-        config, _ = fit(preset.model_copy(update={"cluster": cluster}), Origins(typed=(), find_places=None))
+        config, _ = fit(preset.model_copy(update={"cluster": cluster}), Origins(typed=(), find_locations=None))
         assert [problem for problem in rule_problems(config) if ".batch" in problem or ".rollout" in problem] == [], (
             name
         )

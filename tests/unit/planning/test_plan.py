@@ -55,7 +55,7 @@ def llama() -> Architecture:
 
 def planned(*words: str, data: DataFacts) -> Any:
     config = resolve(compose([LLAMA, *words]), Path("/w"))
-    base = Base(source="hub", place="x", architecture=llama())
+    base = Base(source="hub", location="x", architecture=llama())
     return make_plan(config, base=base, data={"sft": data}).stages[0]
 
 

@@ -54,7 +54,7 @@ def test_a_typed_bfloat16_that_is_emulated_is_warned_of_with_its_factor() -> Non
     config = compose([*LORA[:3], "model.dtype=bfloat16"])
     rate = Rate(flops_per_second=1e9, is_whole=False, rollout_seconds=None, basis="x", slowdown=7.61)
     facts = DataFacts(train_rows=9, evaluation_rows=1, format="alpaca", bytes=1, probed=rate)
-    base = Base(source="hub", place="x", architecture=None)
+    base = Base(source="hub", location="x", architecture=None)
     planned = make_plan(config, base=base, data={"sft": facts}, number_type=settle(config, old, is_auto=False))
     assert any("type model.dtype=auto; measured here" in one and "take 7.6x as long" in one for one in planned.warnings)
 
