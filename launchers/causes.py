@@ -43,6 +43,7 @@ class Cause:
 
 def read_first_cause(log_directory: str | Path, attempt: int) -> Cause | None:
     """The first cause of the attempt, or None if no guard saw a death (or the file is not readable)."""
+    # Exit codes cannot answer this: srun returns the highest of its tasks, so a killed peer hides the real cause.
     path = Path(log_directory) / f"attempt-{attempt}" / FAILURE_FILE
     try:
         content: object = json.loads(path.read_text(encoding="utf-8"))

@@ -77,6 +77,7 @@ def open_claim(log_directory: str | Path, attempts_directory: str | Path) -> Cla
 def identify(process: int) -> str:
     """As `identify` of functions.bash: empty for a process that has ended."""
     text = _text(Path(f"/proc/{process}/stat"))
+    # The program's name, in parentheses, may contain blanks: fields are counted after it.
     fields = text.rpartition(")")[2].split()
     if not fields or fields[_STATE] in "ZX":  # a zombie has ended; its parent only has not looked yet
         return ""

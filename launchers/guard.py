@@ -69,6 +69,7 @@ def main() -> int:
     if exit_code not in {0, SAVED_EXIT_CODE}:
         record_failure(settings, exit_code=exit_code, message=_read_message(error_file))
         _end_group()
+    # torchrun makes 1 of every exit code but 0, so a rank that saved ends with 0; the files say what happened.
     return 128 - exit_code if exit_code < 0 else 0 if _saved_under_torchrun(exit_code) else exit_code
 
 
@@ -85,6 +86,7 @@ def record_failure(settings: Settings, *, exit_code: int | None, message: str | 
     temporary = settings.state / f".failure.{settings.rank}.{socket.gethostname()}.{os.getpid()}"
     try:
         temporary.write_text(json.dumps(asdict(cause) | {"time": time.time()}) + "\n", encoding="utf-8")
+        # A link fails where the name exists, on NFS too: exactly one guard is the first.
         os.link(temporary, settings.state / FAILURE_FILE)
     except FileExistsError:
         pass
@@ -127,6 +129,7 @@ def _watch(child: subprocess.Popen[bytes], settings: Settings, told_to_end: Sequ
             return child.wait(TICK_SECONDS)
         except subprocess.TimeoutExpired:
             pass
+        # The kernel gives an orphan another parent.
         if os.getppid() != parent:
             record_failure(settings, exit_code=None, message="the launcher of this rank died")
             return _end(child, settings.grace_seconds)
@@ -158,6 +161,7 @@ def _beat_and_listen(settings: Settings, clock: Clock) -> bool:
     except OSError:  # a full disk is the worker's to report
         return True
     if now - clock.trusted > settings.silence_seconds:
+        # Both times come from the file server's clock: those of the nodes may differ.
         _listen(settings, own.stat().st_mtime)
     return True
 

@@ -138,6 +138,7 @@ def launch(script: Script, spec: JobSpec) -> Launch:
                 stdout=output,
                 stderr=output,
                 env={**os.environ, "LAUNCH_QUIET": "1"},
+                # Ctrl-C reaches the foreground process group only: the job must outlive the command.
                 start_new_session=True,
             )
     except OSError as error:
@@ -169,6 +170,7 @@ def _ask_to_stop(spec: JobSpec) -> None:
 
 
 def _kill_tree(process: int) -> None:
+    # The script first: when its ranks die it must not start another attempt.
     for member in [process, *descendants(process)]:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(member, signal.SIGKILL)
@@ -185,6 +187,7 @@ def descendants(process: int) -> list[int]:
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):
+            # A program's name is in parentheses and may itself contain blanks and parentheses.
             fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
             parents[int(stat.parent.name)] = int(fields[1])
     family = {process}

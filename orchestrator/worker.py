@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     run_file: Path = options.run_file.resolve()
     config = load_config(RunFolder(run_file.parent))
     folder = RunFolder(run_file.parent).stage(options.stage)
+    # A requeued or chained job may find its stage finished.
     if folder.result.exists():
         return EXIT_DONE
     attempt = options.attempt or next_attempt(folder)
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         with garbage_collection_paused():
             run = _made_ready(config, options.stage, run_file, attempt=attempt, stop=stop, phases=phases)
         return run()
+    # KeyboardInterrupt and SystemExit too: every end leaves a record of its cause.
     except BaseException as error:
         return _die(folder, attempt, rank, error)
 
@@ -90,11 +92,12 @@ def _made_ready(
     folder = RunFolder(run_file.parent).stage(name)
     stage, config = config.stages[name], config.for_stage(name)
     artifacts = {source: read_artifact(RunFolder(run_file.parent), source) for source in inputs_of(config, name)}
-    elsewhere = {member: read_artifact(found.run, found.stage) for member, found in _elsewhere(stage).items()}
-    check_artifacts(config, name, {**artifacts, **elsewhere})
+    external = {member: read_artifact(found.run, found.stage) for member, found in _external_artifacts(stage).items()}
+    # Before the base is fetched, which may take minutes; once more below, with the digests of its content.
+    check_artifacts(config, name, {**artifacts, **external})
     inputs = _inputs(config, name, folder, attempt, phases)
     content: dict[str, str] = inputs["content"]
-    check_artifacts(config, name, {**artifacts, **elsewhere}, content=content)
+    check_artifacts(config, name, {**artifacts, **external}, content=content)
     phases.begin(phase.IMPORTING)
     leave_out_unused(config, Path(inputs["base_folder"]))
     module = importlib.import_module(STAGES[stage.kind])
@@ -117,7 +120,9 @@ def _made_ready(
         evaluation_data=Path(inputs["evaluation"]) if inputs["evaluation"] is not None else None,
         sets={key: Path(folder) for key, folder in inputs["sets"].items()},
         start=_start(stage, artifacts),
-        other_models=[_as_start(artifact, member) for member, artifact in _beside(stage, artifacts, elsewhere).items()],
+        other_models=[
+            _as_start(artifact, member) for member, artifact in _blended_artifacts(stage, artifacts, external).items()
+        ],
         rewards={source: artifact.path for source, artifact in artifacts.items() if artifact.is_reward},
         input_digests={source: artifact.digest for source, artifact in artifacts.items()},
         content_digests=content,
@@ -136,13 +141,15 @@ def _as_start(artifact: Artifact, name: str) -> Any:
     return ParentArtifact(stage=name, folder=artifact.path, kind=artifact.kind)
 
 
-def _elsewhere(stage: Stage) -> dict[str, ExternalMember]:
+def _external_artifacts(stage: Stage) -> dict[str, ExternalMember]:
     return {member: read_member(member) for member in external_members(stage)}
 
 
-def _beside(stage: Stage, artifacts: Mapping[str, Artifact], elsewhere: Mapping[str, Artifact]) -> dict[str, Artifact]:
+def _blended_artifacts(
+    stage: Stage, artifacts: Mapping[str, Artifact], external: Mapping[str, Artifact]
+) -> dict[str, Artifact]:
     """The models blended with the artifact that the stage starts from, in configuration order."""
-    return {name: artifacts[name] for name in blended_stages(stage)} | dict(elsewhere)
+    return {name: artifacts[name] for name in blended_stages(stage)} | dict(external)
 
 
 def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int, phases: Phases) -> dict[str, Any]:
@@ -212,7 +219,7 @@ def _last_step(folder: StageFolder, attempt: int) -> int | None:
     return max((step for step in steps if isinstance(step, int)), default=None)
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """End the process without the interpreter's teardown, in which gloo ranks under ZeRO-3 abort occasionally."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -220,4 +227,4 @@ def leave(code: int) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

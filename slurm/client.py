@@ -41,10 +41,12 @@ def submit(
     argv = _submission_argv(script_path, token, after_success_of, "aftercorr" if task_by_task else "afterok")
     waited, pause = 0.0, 2.0
     while True:
+        # A frozen controller says "Socket timed out" after 10 s, but the job runs: look it up before another try.
         found, certain = find_by_token(token, run=run)
         if found is not None:
             return found
         answer = run(argv, _CALL_SECONDS) if certain else Answer(None, "", "squeue did not answer")
+        # --parsable prints JOB;CLUSTER where there are several clusters.
         job_id = answer.output.strip().split(";")[0]
         if answer.exit_code == 0 and job_id.isdigit():
             return job_id
@@ -62,6 +64,7 @@ def _submission_argv(script_path: str, token: str, after_success_of: str | None,
         raise SlurmError(f"The token is {token!r}: 8 to 200 letters, digits and _.:- are required.")
     argv = ["sbatch", "--parsable", f"--comment={token}"]
     if after_success_of is not None:
+        # Without the second option, afterok on a failed job stays pending for ever.
         argv += [f"--dependency={dependency}:{after_success_of}", "--kill-on-invalid-dep=yes"]
     return [*argv, script_path]
 
@@ -83,6 +86,7 @@ def cancel(job_ids: Sequence[str], *, run: Run = run_command) -> None:
 
 def ask_to_stop(job_ids: Sequence[str], *, run: Run = run_command) -> None:
     """Send the batch shells the signal on which they ask the ranks to save and end. Raises SlurmError."""
+    # The batch shell alone: USR2 would kill torchrun and orphan its workers.
     _scancel(["--batch", "--signal=USR2"], job_ids, run=run)
 
 
@@ -103,6 +107,7 @@ def _find_in_accounting(token: str, *, run: Run) -> str | None:
     argv = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobIDRaw,Comment", "--starttime=now-7days"]
     argv.append(f"--user={os.getuid()}")
     answer = run(argv, _CALL_SECONDS)
+    # Without slurmdbd, sacct exits with 1.
     rows = [line.split("|", 1) for line in answer.output.splitlines()] if answer.exit_code == 0 else []
     return next((row[0] for row in rows if len(row) == 2 and row[1] == token), None)
 

@@ -80,13 +80,17 @@ def render_header(header: Header) -> str:
     options = {
         "job-name": header.name,
         "output": header.output,
+        # Otherwise a requeue truncates the log.
         "open-mode": "append",
+        # Always absolute: with a missing one, Slurm runs in the temporary folder and ends with 0.
         "chdir": header.working_directory,
         "nodes": str(header.nodes),
         "ntasks-per-node": "1",
         "cpus-per-task": str(header.cpus_per_task),
+        # Without it some sites give the whole node's memory, others a tiny default.
         "mem": header.memory,
         "time": header.time_limit,
+        # B: only the batch shell gets it, and passes it on as the stop file; torchrun would be killed by it.
         "signal": f"B:USR2@{header.stop_lead_seconds}",
         "partition": header.partition,
         "account": header.account,
@@ -136,12 +140,14 @@ def quote(value: str) -> str:
 def _gpu_lines(header: Header) -> list[str]:
     if header.gpu_request == "none" or header.gpus_per_node == 0:
         return []
+    # One of the two options, never both, which Slurm mixes up; --gpus=4 might be split 3+1 between nodes.
     amount = f"{header.gpu_type}:{header.gpus_per_node}" if header.gpu_type else str(header.gpus_per_node)
     return [f"--gpus-per-node={amount}" if header.gpu_request == "gpus-per-node" else f"--gres=gpu:{amount}"]
 
 
 def _text_problems(header: Header) -> list[str]:
     problems: list[str] = []
+    # With a slash in the job name, as with a missing log folder, a job fails with 0:53 and leaves no log.
     if not header.name or "/" in header.name or _CONTROL.search(header.name):
         problems.append(
             f"The job name is {header.name!r}: slashes and newlines are not allowed; the log would be lost."

@@ -12,7 +12,9 @@ _CALL_SECONDS = 30.0
 _MAX_ARGUMENT = 100_000
 """Characters of one argument; Linux takes 131,072."""
 _MAX_SINGLE_QUESTIONS = 20
+# Text formats: squeue's JSON changes its shape between versions, and scontrol has none in 22.05.
 _SQUEUE_FORMAT = "%i|%A|%T|%r|%M|%l|%S|%N"
+# One invalid field fails the whole call: only fields that 22.05 knows.
 _SACCT_FIELDS = "JobIDRaw,JobID,State,ExitCode,Elapsed,NodeList"
 
 
@@ -36,6 +38,7 @@ class JobFacts:
     @property
     def sentence(self) -> str:
         """The state in plain English, and why it waits or failed if Slurm says so."""
+        # Slurm's code for a job whose log could not be opened, or that could not be launched otherwise.
         if self.exit_code == "0:53":
             return f"{self.state.sentence}: {explain_reason('JobLaunchFailure')}"
         tells_more = self.state.phase == "waiting" or (self.state.phase == "ended" and not self.state.succeeded)
@@ -130,6 +133,7 @@ def _ask_squeue(job_ids: Sequence[str], run: Run) -> dict[str, JobFacts]:
     answer = run(["squeue", "--noheader", "--states=all", f"--format={_SQUEUE_FORMAT}", *chosen], _CALL_SECONDS)
     if gave_no_answer(answer):
         raise NoAnswerError(last_words(answer))
+    # Exit code 0 without a row (a finished id) and 1 (an unknown id) are no answer: the next source is asked.
     return _only(parse_squeue(answer.output), job_ids) if answer.exit_code == 0 else {}
 
 

@@ -19,4 +19,4 @@ def run(arguments: argparse.Namespace) -> int:
     from orchestrator.commands.run import run as run_overrides
     from orchestrator.execution.run_pipeline import StageSelection
 
-    return run_overrides(overrides_of(arguments), part=StageSelection(only=arguments.only, anew_from=arguments.first))
+    return run_overrides(overrides_of(arguments), part=StageSelection(only=arguments.only, rerun_from=arguments.first))

@@ -10,7 +10,7 @@ from orchestrator.errors import DataError
 
 SHOWN_FAULTS = 20
 
-MENDS: Mapping[str, str] = {
+REMEDIES: Mapping[str, str] = {
     "unreadable": "correct or remove the row",
     "missing_field": "map the column with columns={field: column}, or fix the format with format=...",
     "wrong_type": "correct the row",
@@ -78,4 +78,4 @@ def fault_sentences(faults: Sequence[Fault], counts: Mapping[str, int]) -> list[
     if total > len(sentences):
         rest = ", ".join(f"{count} x {code}" for code, count in sorted(counts.items()))
         sentences.append(f"... {total} faulty rows in all: {rest}")
-    return sentences + [f"[{code}] {MENDS[code]}" for code in sorted(counts) if code in MENDS]
+    return sentences + [f"[{code}] {REMEDIES[code]}" for code in sorted(counts) if code in REMEDIES]

@@ -21,6 +21,7 @@ def gather_trainable(runtime: Runtime, model: torch.nn.Module) -> dict[str, torc
     for name, parameter in trained:
         whole = _whole(runtime, parameter)
         if runtime.is_main:
+            # Without `copy`, a CPU's fp32 parameters would be returned themselves, not copied.
             gathered[name] = whole.detach().to("cpu", torch.float32, copy=True)
     return gathered
 
@@ -32,6 +33,7 @@ def gather_frozen(runtime: Runtime, model: torch.nn.Module) -> dict[str, torch.T
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             continue
+        # Gathering is a collective: every rank enters, one parameter at a time, so only one is whole on a device.
         with _made_whole(parameter):
             if runtime.is_main:
                 gathered[name] = parameter.detach().to("cpu", copy=True)
@@ -51,6 +53,7 @@ def _whole(runtime: Runtime, parameter: torch.nn.Parameter) -> torch.Tensor:
         return parameter
     from deepspeed.utils import safe_get_full_fp32_param
 
+    # The fp32 master: the 16-bit weights of the forward pass have lost the small updates.
     whole = safe_get_full_fp32_param(parameter)
     assert whole is not None, "DeepSpeed keeps an fp32 master of every trained parameter"
     return whole

@@ -79,6 +79,7 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         import resource
 
+        # Linux counts ru_maxrss in KiB.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def end(self) -> None:
@@ -103,11 +104,13 @@ def start_runtime(config: RunConfig, stage: TrainingStage, phases: Phases | None
         raise ConfigError(refused)
     settings = deepspeed_dict(config, stage)
     bfloat16 = config.model.dtype == "bfloat16"
+    # Without a named backend, accelerate 1.15 sets up no distributed DeepSpeed on a machine without GPU.
     handlers: list[KwargsHandler] = (
         [InitProcessGroupKwargs(backend="gloo")] if uses_cpu and "RANK" in os.environ else []
     )
     accelerator = Accelerator(
         cpu=uses_cpu and settings is None,
+        # Without DeepSpeed `Runtime.forward_context` casts: in training, evaluation and proof alike.
         mixed_precision="bf16" if bfloat16 and settings is not None else "no",
         gradient_accumulation_steps=accumulation_steps(config, stage),
         deepspeed_plugin=_deepspeed_plugin(settings) if settings is not None else None,
@@ -143,9 +146,11 @@ def _uses_cpu(config: RunConfig) -> bool:
 
 
 def _deepspeed_plugin(settings: Any) -> Any:
+    # DeepSpeed compiles its CPU helpers at first use (37 s and 57 s with g++): in our cache, a machine pays once.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(compiled_folder()))
     from accelerate.utils import DeepSpeedPlugin
 
+    # The flag makes transformers load straight into ZeRO-3 shards: no rank holds a whole model.
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=settings["zero_optimization"]["stage"] == 3)
 
 

@@ -55,6 +55,7 @@ def local_fragments(runtime: Runtime, model: torch.nn.Module) -> list[Fragment]:
             Fragment(name=name, shape=tuple(p.shape), start=0, length=p.numel(), master=p, offset=0)
             for name, p in named
         ]
+    # DeepSpeed's engine hides its ZeRO stage behind Accelerate's wrapper; the layouts differ by stage.
     engine: Any = model
     if engine.zero_optimization_stage() == 3:
         found = [_zero3_fragment(engine.optimizer, name, parameter) for name, parameter in named]
@@ -73,18 +74,21 @@ def refresh_model(runtime: Runtime, model: torch.nn.Module) -> None:
     if not runtime.uses_deepspeed:
         return
     engine: Any = model
+    # A master that is written from outside leaves the forward's copy stale until the next step.
     zero = engine.optimizer
     if engine.zero_optimization_stage() < 3:
         zero.update_lp_params()
         return
     for group in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
+    # ZeRO-3 keeps small parameters gathered all the time: their whole copies need the new values as well.
     if zero.persistent_parameters:
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
 def _zero12_fragment(zero: Any, name: str, parameter: Any) -> Fragment | None:
+    # DeepSpeed leaves the mapping None where this rank's partition holds nothing of the parameter.
     mapping = parameter._hp_mapping
     if mapping is None:
         return None

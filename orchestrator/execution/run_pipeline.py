@@ -57,7 +57,7 @@ class StageSelection:
 
     only: str | None = None
     """Only this stage."""
-    anew_from: str | None = None
+    rerun_from: str | None = None
     """Run this stage again, with all that depend on it."""
 
 
@@ -80,7 +80,7 @@ def execute(
     folder = RunFolder(run_directory_of(config))
     if folder.run.exists():
         refuse_newer(folder)
-    unfinished, anew = _to_do(config, folder, part)
+    unfinished, to_rerun = _to_do(config, folder, part)
     scripts = {stage: render_script(config, stage) for stage in config.pipeline}
     steps = {stage.name: stage.steps or 0 for stage in planned.stages}
     jobs = [
@@ -89,14 +89,14 @@ def execute(
     ]
     running = [job.name for job in jobs if live_claim(job.spec, folder) is not None]
     if running:  # joined unchanged: no file of a running stage is rewritten
-        _refuse_changes(config, folder, running, anew)
+        _refuse_changes(config, folder, running, to_rerun)
     else:
         refuse_left_behind(folder, unfinished)
         if unfinished:
             _refuse_elsewhere(config, scripts[unfinished[0]])
             validate_data(config)
         freeze_run(config, planned, scripts.values())
-        print("\n".join(move_superseded(folder, anew)), end="\n" if anew else "")
+        print("\n".join(move_superseded(folder, to_rerun)), end="\n" if to_rerun else "")
         warn_lines(planned)
     for stage in config.pipeline:
         if stage not in unfinished and folder.stage(stage).result.exists():
@@ -123,22 +123,22 @@ def execute(
 
 def _to_do(config: RunConfig, folder: RunFolder, part: StageSelection) -> tuple[list[str], list[str]]:
     """(stages to run, stages among them whose old folders are moved aside)."""
-    for name in (part.only, part.anew_from):
+    for name in (part.only, part.rerun_from):
         if name is not None and name not in config.pipeline:
             raise ConfigError(f"{name}: no stage of this pipeline; there are {', '.join(config.pipeline)}")
     fresh = up_to_date_stages(config, folder)
     changed = {name for name in config.pipeline if name not in fresh and folder.stage(name).result.exists()}
-    if len(config.pipeline) == 1 and part.anew_from is None:
+    if len(config.pipeline) == 1 and part.rerun_from is None:
         _refuse_changed_content(config, folder, changed)
-    if part.anew_from is not None:
-        changed.add(part.anew_from)
-    anew = list(descendants(config, changed))
-    unfinished = [name for name in config.pipeline if name not in fresh or name in anew]
-    if part.anew_from is not None:
-        unfinished = [name for name in unfinished if name in anew]
+    if part.rerun_from is not None:
+        changed.add(part.rerun_from)
+    to_rerun = list(descendants(config, changed))
+    unfinished = [name for name in config.pipeline if name not in fresh or name in to_rerun]
+    if part.rerun_from is not None:
+        unfinished = [name for name in unfinished if name in to_rerun]
     if part.only is not None:
         unfinished = [name for name in unfinished if name == part.only]
-        anew = [name for name in anew if name == part.only]
+        to_rerun = [name for name in to_rerun if name == part.only]
     missing = {source for name in unfinished for source in inputs_of(config, name)} - {*fresh, *unfinished, PARENT}
     if missing:
         old = [name for name in sorted(missing) if folder.stage(name).result.exists()]
@@ -146,7 +146,7 @@ def _to_do(config: RunConfig, folder: RunFolder, part: StageSelection) -> tuple[
         raise ConfigError(
             f"{', '.join(sorted(missing))}: not done yet, and needed by {', '.join(unfinished)}; run it first{why}"
         )
-    return unfinished, anew
+    return unfinished, to_rerun
 
 
 def _refuse_changed_content(config: RunConfig, folder: RunFolder, changed: set[str]) -> None:
@@ -196,9 +196,9 @@ def _refuse_elsewhere(config: RunConfig, script: Script) -> None:
         )
 
 
-def _refuse_changes(config: RunConfig, folder: RunFolder, running: Sequence[str], anew: Sequence[str]) -> None:
+def _refuse_changes(config: RunConfig, folder: RunFolder, running: Sequence[str], to_rerun: Sequence[str]) -> None:
     """A running stage can be joined, not changed."""
-    moved = [name for name in anew if name in running]
+    moved = [name for name in to_rerun if name in running]
     if moved:
         raise ConfigError(
             f"{', '.join(moved)} is running and cannot be rerun: type `cancel {folder.root}` first, or leave out --from"

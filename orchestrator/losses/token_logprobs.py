@@ -28,7 +28,7 @@ def labelled_positions(labels_BT: torch.Tensor) -> torch.Tensor:
     return labelled_BT.flatten().nonzero().squeeze(1)
 
 
-class Place(Protocol):
+class TokenSpan(Protocol):
     """Tokens start..stop of sequence `sequence`, as `Span` in dataloader/batch.py has them."""
 
     @property
@@ -62,7 +62,7 @@ def token_entropies_BT(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, *, tem
     return entropies_K.new_zeros(labels_BT.shape).masked_scatter(labelled_BT, entropies_K)
 
 
-def sums_by_document(values_BT: torch.Tensor, documents: Sequence[Place]) -> torch.Tensor:
+def sums_by_document(values_BT: torch.Tensor, documents: Sequence[TokenSpan]) -> torch.Tensor:
     """values_D: the sum of each document's values. Part of the graph even if a batch has no document."""
     if not documents:
         return values_BT.reshape(-1)[:0]

@@ -149,6 +149,5 @@ def _from_file(hardware: HardwareConfig, is_native: bool) -> tuple[Name, str]:
     if is_native:
         return "bfloat16", f"{hardware.name} computes bfloat16 natively (hardware file)"
     return "float32", (
-        f"{hardware.name} does not compute bfloat16 natively (hardware file); float16 is not supported yet, it comes in a "
-        "later version"
+        f"{hardware.name} does not compute bfloat16 natively (hardware file); float16 is not supported yet"
     )

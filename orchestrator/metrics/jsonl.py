@@ -32,7 +32,7 @@ class RecordFile:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        _mend_last_line(self._descriptor)
+        _repair_last_line(self._descriptor)
 
     def append(self, row: Mapping[str, object]) -> None:
         """Write one line. On failure (a full disk) the file is left as it was, and the OSError goes to the caller."""
@@ -168,7 +168,7 @@ def encode(row: Mapping[str, object]) -> bytes:
     try:
         text = json.dumps(row, allow_nan=False, ensure_ascii=False)
     except ValueError:
-        text = json.dumps(_words_for_not_finite(row), allow_nan=False, ensure_ascii=False)
+        text = json.dumps(_names_for_not_finite(row), allow_nan=False, ensure_ascii=False)
     return text.encode("utf-8", errors="backslashreplace") + b"\n"
 
 
@@ -180,7 +180,7 @@ def decode(line: bytes) -> Row | None:
         return None
     if not isinstance(value, dict):
         return None
-    return {key: _numbers_for_words(item) for key, item in cast(Row, value).items()}
+    return {key: _numbers_for_names(item) for key, item in cast(Row, value).items()}
 
 
 def _turn(row: Row) -> tuple[int, int]:
@@ -190,27 +190,27 @@ def _turn(row: Row) -> tuple[int, int]:
     return attempt_of(row), rollbacks
 
 
-def _words_for_not_finite(value: object) -> object:
+def _names_for_not_finite(value: object) -> object:
     if isinstance(value, float):
         return next((word for word, number in _NOT_FINITE.items() if repr(number) == repr(value)), value)
     if isinstance(value, Mapping):
-        return {key: _words_for_not_finite(item) for key, item in cast(Mapping[str, object], value).items()}
+        return {key: _names_for_not_finite(item) for key, item in cast(Mapping[str, object], value).items()}
     if isinstance(value, list | tuple):
-        return [_words_for_not_finite(item) for item in cast(list[object], value)]
+        return [_names_for_not_finite(item) for item in cast(list[object], value)]
     return value
 
 
-def _numbers_for_words(value: object) -> object:
+def _numbers_for_names(value: object) -> object:
     if isinstance(value, str):
         return _NOT_FINITE.get(value, value)
     if isinstance(value, dict):
-        return {key: _numbers_for_words(item) for key, item in cast(Row, value).items()}
+        return {key: _numbers_for_names(item) for key, item in cast(Row, value).items()}
     if isinstance(value, list):
-        return [_numbers_for_words(item) for item in cast(list[object], value)]
+        return [_numbers_for_names(item) for item in cast(list[object], value)]
     return value
 
 
-def _mend_last_line(descriptor: int) -> None:
+def _repair_last_line(descriptor: int) -> None:
     """End a last line that lacks only its line feed; cut off one that is torn."""
     size = os.fstat(descriptor).st_size
     last = _last_line(descriptor, size)

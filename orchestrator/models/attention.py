@@ -136,7 +136,7 @@ def _refuse_unknown(settings: dict[str, Any], *, is_packed: bool, causal: bool) 
         unknown.append("attention in both directions over packed rows")
     if unknown:
         raise ConfigError(
-            f"model.attention={DOCUMENTS} does not compute {', '.join(unknown)}, which this architecture requires:  "
+            f"model.attention={DOCUMENTS} does not compute {', '.join(unknown)}, which this architecture requires: "
             "set model.attention=eager"
         )
 

@@ -26,7 +26,7 @@ from orchestrator.architecture.kernels import (
 )
 from orchestrator.losses import liger_head as liger
 from orchestrator.losses.chunked_head import Shape, Term, chunked_logprobs_K
-from orchestrator.losses.token_logprobs import Place, token_entropies_BT, token_logprobs_BT
+from orchestrator.losses.token_logprobs import TokenSpan, token_entropies_BT, token_logprobs_BT
 from orchestrator.models.small_copy import narrowed
 
 NOT_FOR_A_BACKBONE = ("labels", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep")
@@ -45,7 +45,7 @@ class Query:
     entropies: bool = False
     is_summed: bool = False
     """The caller promises to only sum the log-probabilities and multiply the sum."""
-    prompts: Sequence[Place] | None = None
+    prompts: Sequence[TokenSpan] | None = None
     """Each document's tokens before its first trained one, for models that treat them separately; None: derive them."""
 
 

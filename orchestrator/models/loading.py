@@ -68,6 +68,7 @@ def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, p
     if config.quantization.is_4bit:
         options["quantization_config"] = nf4_settings(config)
     try:
+        # safetensors only: unpickling a foreign file may run its code.
         model = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.base: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
@@ -165,6 +166,7 @@ def _downloaded(model: ModelConfig, *, say: Callable[[str], None]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    # Not *.bin: pickled weights are never loaded.
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))

@@ -121,9 +121,9 @@ def modules_of(targets: str | tuple[str, ...]) -> Any:
     return targets if isinstance(targets, str) else list(targets)
 
 
-def keep_first_values(model: Any) -> None:
+def save_initial_weights(model: Any) -> None:
     """Remember PiSSA's initial A and B, which were subtracted from the base (`plain_lora`)."""
-    model.first_values = {
+    model.initial_weights = {
         name: parameter.detach().to("cpu", torch.float32, copy=True)
         for name, parameter in model.named_parameters()
         if ".lora_A." in name or ".lora_B." in name
@@ -138,7 +138,7 @@ def plain_lora(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, tor
     """
     from peft import LoraConfig
 
-    first: Mapping[str, torch.Tensor] = model.first_values
+    first: Mapping[str, torch.Tensor] = model.initial_weights
     found = dict(weights)
     for name, values in first.items():
         if ".lora_A." in name:
@@ -153,7 +153,7 @@ def plain_lora(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 @torch.no_grad()
-def make_up_for_rounding(model: Any, folder: Path) -> None:
+def apply_loftq_init(model: Any, folder: Path) -> None:
     """LoftQ's first step (2310.08659, algorithm 1) on a base in 4 bits: s B A is the best approximation of W - Q(W).
 
     `folder` holds the weights before rounding. PEFT's own function needs a GPU and ignores the scale s.

@@ -26,8 +26,8 @@ from orchestrator.models.peft_adapters import (
     ADAPTER_WEIGHTS,
     PROMPT_WEIGHTS,
     adapter_settings,
-    keep_first_values,
-    make_up_for_rounding,
+    apply_loftq_init,
+    save_initial_weights,
 )
 from orchestrator.models.reft import attach_reft, load_reft
 from orchestrator.run_state.stage_context import StageContext
@@ -52,7 +52,7 @@ def _start(model: torch.nn.Module, context: StageContext) -> None:
         load_reft(model, start.folder) if isinstance(tuning, LoreftTuning) else load_adapter(model, start.folder)
     elif isinstance(tuning, LoraTuning) and tuning.init == "loftq":
         assert context.config.quantization.is_4bit, "the configuration's rules ask for it"
-        make_up_for_rounding(model, context.base_folder)
+        apply_loftq_init(model, context.base_folder)
 
 
 def build_reward_model(context: StageContext, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
@@ -158,7 +158,7 @@ def _with_adapter(model: PreTrainedModel, tuning: AdapterTuning, task: str) -> t
     except ValueError as error:
         raise ConfigError(f"tuning.target_modules: {error}; {_linear_layers(model)}") from None
     if isinstance(tuning, LoraTuning) and tuning.is_pissa:
-        keep_first_values(adapted)
+        save_initial_weights(adapted)
     if task == "CAUSAL_LM":
         attach_adapted_head(model)
     return adapted

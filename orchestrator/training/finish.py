@@ -33,6 +33,7 @@ from orchestrator.training.evaluation import Evaluation
 from orchestrator.training.loop_state import Progress
 from orchestrator.training.recipe import Recipe, Session
 
+# A child that inherited these would try to join the trainer's process group.
 NOT_FOR_CHILDREN = (
     "RANK",
     "LOCAL_RANK",
@@ -68,6 +69,7 @@ def finish_stage(
         _write(session, weights, step=progress.stopping.best_step or progress.step)
         _write_expectation(session, scored)
     summary = _summary(context, progress, before, after, seconds) | dict(recipe.summary() if runtime.is_main else {})
+    # The proof loads the model again on the same device: the trainer's memory must be free by then.
     del session, recipe, weights
     gc.collect()
     runtime.end()
@@ -176,6 +178,7 @@ def finish_scoring(context: StageContext, record: Recorder, summary: dict[str, A
     context.phases.end()
     record.event("finish", step=0)
     _write_card(context, result)
+    # The order matters: result.json comes last of all, because without it the stage is not done.
     record.close_attempt("finished", "the artifact was proven", exit_code=EXIT_DONE)
     write_json(context.folder.result, result)
     record.log(json.dumps(result, indent=2, ensure_ascii=False))

@@ -45,13 +45,16 @@ def train(job: LoopInputs, progress: Progress, hooks: LoopCallbacks) -> Progress
             if must_go_back(progress.health, job.stage.faults):
                 progress, window, save_is_owed = _gone_back(job, progress, hooks, result.fault), [], False
                 continue
+        # Optimizer states do not exist before the first step: only now has a trial checkpoint its real size.
         if step == 1 and result.fault is None and not _is_due(job.stage.checkpoint.every_steps, step):
             hooks.rehearse(progress)
         if _evaluates(job, step):
+            # Before the save, so that the checkpoint carries the held-out loss of its own step.
             progress = hooks.evaluate(progress)
             save_is_owed |= progress.stopping.best_step == step
             stop = _agree_to_stop(job, hooks) or stop
         save_is_owed |= _is_due(job.stage.checkpoint.every_steps, step)
+        # During a streak of faults the weights are in doubt, so a save that is due waits.
         if stop or is_over(job, progress) or (save_is_owed and not progress.health.streak):
             hooks.save(progress)
             save_is_owed = False
@@ -71,11 +74,13 @@ def pauses(job: LoopInputs, progress: Progress) -> bool:
 def optimizer_step(job: LoopInputs, step: int, health: FaultState, *, votes_to_stop: bool) -> StepResult:
     """Forward, backward and update over the global batch of `step` (from 1); a fault suppresses the update."""
     start = time.perf_counter()
+    # A function of the step number alone: a resumed run needs no scheduler state.
     lr = learning_rate_at(job.stage, step, job.steps)
     set_learning_rate(job.optimizer, lr)
     if job.unfreezing is not None:
         job.unfreezing.go_to(step)
     real = real_indices(job, step)
+    # Every rank knows the whole global batch, so all divide by the same number without communicating.
     weight = job.objective.weight(job.rows, real.tolist())
     if weight == 0:
         raise TrainingFailed(
@@ -129,12 +134,15 @@ def accumulate_gradients(job: LoopInputs, step: int, health: FaultState, weight:
                 loss, *measures = job.objective.terms(job.model, batch)
             summed += torch.stack([term.detach().double() for term in (loss, *measures)])
             sums = replace(sums, data_seconds=sums.data_seconds + seconds)
+            # Before the last backward, not after it: under DeepSpeed that backward already updates the weights.
             if position == len(micro_batches) - 1:
                 with span(job.profiler, "communication"):
+                    # One all-reduce carries losses and votes to stop: stopping costs no communication of its own.
                     stop_votes, *totals = job.runtime.sum_over_ranks([float(votes_to_stop), *summed.tolist()])
                 fault = _fault(job, step, health, totals[0] / weight)
                 sums = replace(sums, totals=tuple(totals), stop=stop_votes > 0, fault=fault)
             with span(job.profiler, "backward"):
+                # NaN instead of a skipped backward: its hooks communicate, so every rank must run it.
                 accelerator.backward(loss * (scale if sums.fault is None else math.nan))
     return sums
 

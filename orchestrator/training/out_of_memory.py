@@ -19,7 +19,7 @@ PHASES = {
     "open_session": "load",
     "resume": "resume",
     "restore": "resume",
-    "begin": "rollout",
+    "before_step": "rollout",
     "evaluate": "evaluation",
     "score": "evaluation",
     "terms": "forward",
@@ -49,7 +49,7 @@ def autopsy(
     first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     found = [
         f"out of memory in the {phase} of step {step}, rank {rank} on {socket.gethostname()}: {first}",
-        f"real: {_real(device)}",
+        f"actual: {_actual(device)}",
         *_planned(context, phase),
         *_changes(context),
     ]
@@ -62,7 +62,7 @@ def phase_of(error: BaseException) -> str:
     return next((PHASES[name] for name in reversed(names) if name in PHASES), "start")
 
 
-def _real(device: torch.device) -> str:
+def _actual(device: torch.device) -> str:
     if device.type != "cuda":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]

@@ -95,6 +95,7 @@ def open_session(context: StageContext, runtime: Runtime, record: Recorder, buil
     config, stage = context.config, training_stage(context)
     rows = PreparedRows.open(context.train_data, pad_to_multiple_of=stage.data.pad_to_multiple_of)
     held = None if context.evaluation_data is None else PreparedRows.open(context.evaluation_data)
+    # The same on every rank: new heads and adapters must start equal.
     set_seed(config.seeds.weights)
     dtype = weights_dtype(config, uses_deepspeed=runtime.uses_deepspeed)
     model = build_model(context, dtype, rows.is_packed)
@@ -112,6 +113,7 @@ def open_session(context: StageContext, runtime: Runtime, record: Recorder, buil
     optimizer = build_optimizer(model, stage.optimizer, is_gradual=is_gradual, lora_plus_ratio=ratio)
     unfreezing = gradual_unfreezing(model, optimizer) if is_gradual else None
     prepared_model, prepared_optimizer = runtime.accelerator.prepare(model, optimizer)
+    # From here on the ranks draw different noise, such as dropout.
     set_seed(config.seeds.weights + runtime.rank)
     return Session(
         context=context,
@@ -231,7 +233,7 @@ def _settled(
     best = progress.stopping.best_step
     if best is None or best == progress.step:
         return progress, _scored(recipe, record, progress.step)
-    if not checkpointer.put_back(best):
+    if not checkpointer.restore_step(best):
         progress = replace(progress, stopping=replace(progress.stopping, best_step=None))
     return progress, recipe.score()
 

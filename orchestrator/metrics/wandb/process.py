@@ -107,6 +107,3 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_KILL_GRACE_SECONDS)
-
-
-# ---- shared with the supervisor and the sender -----------------------------------------------------

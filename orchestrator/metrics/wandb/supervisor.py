@@ -78,7 +78,7 @@ class _Supervisor:
         deadline = start + ending.timeout_seconds * _ENDING_SHARE
         opening_deadline = start + ending.timeout_seconds * _OPENING_SHARE
         while self._sender is not None and time.monotonic() < deadline:
-            self._sender.tell(ending, deadline)
+            self._sender.pass_on(ending, deadline)
             code = self._sender.process.poll()
             if code == 0:
                 return 0
@@ -134,7 +134,7 @@ class _Sender:
     mode: str
     knows_the_end: bool = False
 
-    def tell(self, ending: Ending, deadline: float) -> None:
+    def pass_on(self, ending: Ending, deadline: float) -> None:
         """Pass the end on, once, with the time that is left."""
         if not self.knows_the_end:
             self.knows_the_end = True

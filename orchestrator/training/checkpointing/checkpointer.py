@@ -67,7 +67,7 @@ class Checkpointer:
         self._evaluated: tuple[int, float] | None = None
         self._best: dict[str, Any] | None = None
         if subject.runtime.is_main:
-            self._tell_space()
+            self._log_space()
 
     def note_evaluation(self, step: int, loss: float) -> None:
         """Note the held-out loss of a step; the checkpoint of the same step carries it."""
@@ -112,7 +112,7 @@ class Checkpointer:
 
         ConfigError if a relevant setting changed; CheckpointError if the probe loss is not reproduced.
         """
-        found = newest_proven(self._subject.runtime, self._context.folder, self._tell)
+        found = newest_proven(self._subject.runtime, self._context.folder, self._report_moved)
         if found is None:
             return None
         progress = self._restored(found)
@@ -128,7 +128,7 @@ class Checkpointer:
         start = time.perf_counter()
         self._writer.wait(for_newer=True)
         streak = progress.health.streak
-        found = newest_proven(self._subject.runtime, self._context.folder, self._tell, before=streak[0])
+        found = newest_proven(self._subject.runtime, self._context.folder, self._report_moved, before=streak[0])
         if found is None:
             return None
         earlier = self._restored(found)
@@ -150,12 +150,12 @@ class Checkpointer:
         self._record.rollbacks = health.rollbacks
         return replace(earlier, health=health)
 
-    def put_back(self, step: int) -> bool:
+    def restore_step(self, step: int) -> bool:
         """Restore the model of a retained checkpoint's step; warns and returns False if that is not proven.
 
         Call it after `close`: nothing may be trained or saved afterwards.
         """
-        found = newest_proven(self._subject.runtime, self._context.folder, self._tell, before=step + 1)
+        found = newest_proven(self._subject.runtime, self._context.folder, self._report_moved, before=step + 1)
         if found is None or found.step != step:
             self._record.event("best_lost", step=step)
             self._record.log(f"warning: the best checkpoint, of step {step}, is missing; the last weights are used")
@@ -170,14 +170,14 @@ class Checkpointer:
         self._writer.close()
         return self._writer.proven_step
 
-    def _tell(self, event: str, **facts: Any) -> None:
+    def _report_moved(self, event: str, **facts: Any) -> None:
         """Report a checkpoint that was moved aside, to the record and the log."""
         self._record.event(event, **facts)
         self._record.log(
             f"warning: the checkpoint of step {facts['step']} is not used: {facts['why'][0]}; it is in {facts['moved_to']}"
         )
 
-    def _tell_space(self) -> None:
+    def _log_space(self) -> None:
         """Log the disk space the checkpoints will take, next to the free space."""
         stage = training_stage(self._context)
         trained = count_trained(self._subject.runtime, self._subject.model)
@@ -190,7 +190,7 @@ class Checkpointer:
 
     def _restored(self, found: VerifiedCheckpoint) -> Progress:
         subject, state = self._subject, found.state
-        self._tell_accepted(state)
+        self._log_accepted(state)
         same_ranks = found.world_size == subject.runtime.world_size
         same_layout = same_ranks and found.manifest["sharding"] == self._context.config.sharding.strategy
         restore(found.rank_files, subject.runtime, subject.model, subject.optimizer, same_ranks=same_layout)
@@ -198,11 +198,12 @@ class Checkpointer:
         if same_ranks:
             restore_random_state(found.rank_files[subject.runtime.rank], subject.runtime.device)
         else:
+            # The stored generator states belong to other ranks; no rank may repeat the noise of another.
             set_seed(seed_of(self._context.config.seeds.weights, step=found.step, rank=subject.runtime.rank))
         self._best = state["best"]
         return _progress_from_json(state["progress"])
 
-    def _tell_accepted(self, state: dict[str, Any]) -> None:
+    def _log_accepted(self, state: dict[str, Any]) -> None:
         context = self._context
         accepted = frozenset(training_stage(context).checkpoint.accept_changes)
         for sentence in refuse_changes(state["settings"], self._settings(), stage=context.name, accepted=accepted):
@@ -225,9 +226,11 @@ class Checkpointer:
         for name, tensor in tensors.items():
             room = self._buffers.get(name)
             if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
+                # Pinned memory lets the copy from a GPU run asynchronously.
                 self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[name].copy_(tensor, non_blocking=True)
         if self._subject.runtime.device.type == "cuda":
+            # The copies are asynchronous; the next step would overwrite what they read.
             torch.cuda.synchronize(self._subject.runtime.device)
         return {name: self._buffers[name] for name in tensors}
 
@@ -278,7 +281,7 @@ class Checkpointer:
         folder = self._context.folder
         for newer in checkpoints.saved_steps(folder):
             if newer > step:
-                checkpoints.quarantine(folder, newer, [f"a rollback went back to step {step}"], self._tell)
+                checkpoints.quarantine(folder, newer, [f"a rollback went back to step {step}"], self._report_moved)
 
 
 def _progress_from_json(values: dict[str, Any]) -> Progress:

@@ -34,6 +34,7 @@ def _newest_step(runtime: Runtime, folder: StageFolder, before: int | None) -> i
     """As rank 0 sees the folder: other ranks might see a stale listing."""
     steps = [step for step in checkpoints.saved_steps(folder) if before is None or step < before]
     own = max(steps, default=-1) if runtime.is_main else 0
+    # The other ranks add 0: the sum broadcasts rank 0's answer.
     (step,) = runtime.sum_over_ranks([float(own)])
     return None if step < 0 else int(step)
 

@@ -45,12 +45,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """Write host tensors and fsync; return size and digest of what was in memory. OSError if the disk refuses."""
     digest = hashlib.sha256()
     size = 0
+    # Widest elements first: then every tensor starts at a multiple of its element size without padding.
     aligned = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     with open(path, "wb", buffering=0) as file:
         for piece in _pieces(aligned, metadata):
             view = memoryview(piece)
             digest.update(view)
             size += len(view)
+            # An unbuffered write may be short.
             while view:
                 view = view[file.write(view) :]
         os.fsync(file.fileno())
@@ -60,6 +62,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 def check_written(path: Path, written: Written) -> None:
     """Read a file back, bypassing the page cache where possible, and compare; CheckpointError if it differs."""
     with open(path, "rb") as file:
+        # Otherwise the comparison would read the page cache and not the disk; the pages were synced, so they can go.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     size, digest = path.stat().st_size, file_digest(path)
     if (size, digest) != (written.bytes, written.sha256):
@@ -93,6 +96,7 @@ def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
         }
         offset = stop
     text = json.dumps(entries, ensure_ascii=False).encode()
+    # safetensors pads its header with spaces, so that the data starts aligned.
     return text + b" " * (-(8 + len(text)) % ALIGNMENT)
 
 

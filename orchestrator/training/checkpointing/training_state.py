@@ -49,6 +49,7 @@ def collect(runtime: Runtime, model: torch.nn.Module, optimizer: Any) -> RankSta
     numbers: dict[str, Any] = {}
     for number, (master, members) in enumerate(_by_master(fragments)):
         state = base.state.get(master, {})
+        # A step count is a tensor in torch's fused AdamW and an int in others: it is stored as a number.
         arrays = {key: value for key, value in state.items() if torch.is_tensor(value) and key != "step"}
         for fragment in members:
             numbers[fragment.name] = {key: _number(value) for key, value in state.items() if key not in arrays}
@@ -189,6 +190,7 @@ def _by_master(fragments: Iterable[Fragment]) -> list[tuple[torch.Tensor, list[F
 def _named_states(
     number: int, master: torch.Tensor, members: Sequence[Fragment], arrays: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
+    # 8-bit states have a scale for each block of elements, so they cannot be cut at a parameter's boundary.
     extras = {key: value for key, value in arrays.items() if value.numel() != master.numel()}
     if extras and not all(fragment.is_whole for fragment in members):
         return {f"{FLAT}.{number}.{key}:": value.detach() for key, value in arrays.items()}
@@ -214,6 +216,7 @@ def _master_state(
                 state[key] = _room_for(values.dtype, master, live.get(key))
             fragment.of(state[key]).copy_(values)
         state |= {key: value.to(master.device, copy=True) for key, value in extras.items()}
+        # A forgotten step count gives a wrong bias correction, which shows only two steps later.
         state |= {key: _from_number(value, master.device) for key, value in written.numbers[fragment.name].items()}
     return state
 

@@ -69,6 +69,7 @@ class CheckpointWriter:
     ) -> None:
         self._folder, self._settings, self._record = folder, settings, record
         self._rank, self._world_size = rank, world_size
+        # A group of its own: the writing threads exchange reports while the training threads communicate.
         group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if world_size > 1 else None
         self._group = cast("dist.ProcessGroup | None", group)
         self._thread: threading.Thread | None = None
@@ -130,9 +131,9 @@ class CheckpointWriter:
             problem = self._try(pending)
             if problem is None:
                 self.proven_step = pending.step
-                self._tell_saved(pending, time.perf_counter() - start)
+                self._record_saved(pending, time.perf_counter() - start)
                 return
-            self._tell_failed(pending, problem)
+            self._record_failed(pending, problem)
             if trial > self._settings.retries or self._called_off():
                 return
 
@@ -154,7 +155,7 @@ class CheckpointWriter:
 
     def _write_all(self, partial: Path, pending: Pending) -> tuple[str | None, list[Report]]:
         """Write and prove every rank's file: (the error common to all ranks, or None; the reports of all ranks)."""
-        problem = _problem(self._exchange(self._as_main(lambda: _make_anew(partial))))
+        problem = _problem(self._exchange(self._as_main(lambda: _recreate(partial))))
         if problem is not None:
             return problem, []
         reports = self._exchange(_tried(lambda: self._write_own_file(partial, pending)))
@@ -173,7 +174,9 @@ class CheckpointWriter:
         files = {checkpoints.rank_file(rank): report.written for rank, report in enumerate(reports)}
         files[checkpoints.STATE] = Written(bytes=state.stat().st_size, sha256=file_digest(state))
         entries = {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in files.items()}
+        # The manifest and the final name come last: a folder without them was never finished.
         checkpoints.commit(partial, self._folder.checkpoint(pending.step), pending.facts, entries)
+        # Only now: at every moment at least one proven checkpoint is on disk.
         self._retain(pending.facts["best_step"])
 
     def _retain(self, best_step: int | None) -> None:
@@ -189,7 +192,7 @@ class CheckpointWriter:
         except OSError as error:
             self._record.log(f"warning: an old checkpoint could not be deleted: {error}")
 
-    def _tell_saved(self, pending: Pending, seconds: float) -> None:
+    def _record_saved(self, pending: Pending, seconds: float) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in pending.tensors.values())
         stall = pending.stall_seconds if self._settings.background else pending.stall_seconds + seconds
         self._record.event(
@@ -201,7 +204,7 @@ class CheckpointWriter:
             rank_0_bytes=size,
         )
 
-    def _tell_failed(self, pending: Pending, problem: str) -> None:
+    def _record_failed(self, pending: Pending, problem: str) -> None:
         self._record.event("save_failed", step=pending.step, why=problem)
         self._record.log(f"warning: the checkpoint of step {pending.step} could not be written: {problem}")
 
@@ -225,7 +228,7 @@ class CheckpointWriter:
         return [Report(status=status, written=Written(bytes=size, sha256=sha.hex())) for status, size, sha in unpacked]
 
 
-def _make_anew(folder: Path) -> None:
+def _recreate(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 

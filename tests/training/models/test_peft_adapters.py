@@ -21,7 +21,7 @@ from orchestrator.losses.token_logprobs import labelled_positions
 from orchestrator.models.artifact import open_adapter, write_artifact
 from orchestrator.models.causal_lm import Query
 from orchestrator.models.loading import load_model, silence_libraries
-from orchestrator.models.peft_adapters import dequantised, make_up_for_rounding, plain_lora
+from orchestrator.models.peft_adapters import apply_loftq_init, dequantised, plain_lora
 from orchestrator.models.tuning import apply_tuning, keep_input_types
 from orchestrator.training.adalora_ranks import KEPT, RankAllocation
 from orchestrator.training.optimizer import RATE, build_optimizer
@@ -151,7 +151,7 @@ def test_loftq_brings_the_rounded_base_nearer_to_the_whole_one(folder: Path) -> 
     whole = load_file(folder / "model.safetensors")
     model = _tuned(folder, config, moved=False)
     rounded = _logits(model)
-    make_up_for_rounding(model, folder)
+    apply_loftq_init(model, folder)
     exact = _logits(_base(folder, _config(folder, "tuning=lora")))
     assert (_logits(model) - exact).norm() < 0.9 * (rounded - exact).norm()
     layer: Any = model.base_model.model.model.layers[0].mlp.up_proj
