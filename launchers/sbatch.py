@@ -51,6 +51,7 @@ def render_array(
     specs: Sequence[JobSpec], *, name: str, path: str, log_directory: str, max_running: int | None = None
 ) -> Script:
     """One job array over single-stage runs of the same size: task i runs the i-th run's own script."""
+    # In an array %j would differ from the ids that users see; %A_%a is theirs.
     output = f"{log_directory.replace('%', '%%')}/slurm-%A_%a.log"
     shared = [replace(make_header(spec), name=name, output=output, working_directory="/") for spec in specs]
     for spec, header in zip(specs, shared, strict=True):
@@ -79,6 +80,7 @@ exec bash "${{scripts[SLURM_ARRAY_TASK_ID]}}"
 def make_header(spec: JobSpec) -> Header:
     """The #SBATCH facts of a job; what has no value although Slurm needs one is refused."""
     cluster = spec.cluster
+    # No default: without --mem some sites give the whole node's memory, others almost nothing.
     if cluster.cpus_per_task is None or cluster.memory is None or cluster.time_limit is None:
         raise InvalidValueError("\n".join(_missing(cluster)))
     return Header(

@@ -42,7 +42,7 @@ def common_values(spec: JobSpec) -> dict[str, str]:
 
 def port_seed(spec: JobSpec) -> int:
     """First port to try, different for each stage of each run."""
-    # Two jobs at one c10d endpoint silently share a store.
+    # Two jobs at one c10d endpoint silently share a store, so each stage starts from a port of its own.
     return zlib.crc32(spec.stage_directory.encode("utf-8", "surrogateescape")) % 100_000
 
 

@@ -44,11 +44,13 @@ def submit_chain(
     try:
         for stage in stages:
             _prepare(stage)
+            # All scripts before the first submission: half a chain is worse than none.
             check_submission(stage.script.path, run=run)
         job_ids: list[str] = []
         for stage in stages:
             before = job_ids[-1] if job_ids else after_success_of
             job_ids.append(submit_script(stage.script.path, token=stage.token, after_success_of=before, run=run))
+            # At once: a client that is killed between two submissions must not forget the first.
             record(stage, job_ids[-1])
     except (SlurmError, OSError) as error:
         raise LaunchError(str(error)) from error

@@ -38,7 +38,7 @@ class JobFacts:
     @property
     def sentence(self) -> str:
         """The state in plain English, and why it waits or failed if Slurm says so."""
-        # Slurm's code for a job whose log could not be opened, or that could not be launched otherwise.
+        # Slurm's code for a job whose log could not be opened.
         if self.exit_code == "0:53":
             return f"{self.state.sentence}: {explain_reason('JobLaunchFailure')}"
         tells_more = self.state.phase == "waiting" or (self.state.phase == "ended" and not self.state.succeeded)

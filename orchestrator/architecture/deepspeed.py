@@ -19,6 +19,7 @@ def deepspeed_dict(config: RunConfig, stage: TrainingStage) -> dict[str, JsonVal
         "train_batch_size": stage.batch.global_size,
         "train_micro_batch_size_per_gpu": stage.batch.micro_size,
         "gradient_accumulation_steps": accumulation_steps(config, stage),
+        # DeepSpeed updates inside its backward pass, so the loop cannot clip: it only reads the norm.
         "gradient_clipping": stage.optimizer.max_grad_norm or 0.0,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
         "zero_optimization": _zero_section(config.sharding),

@@ -37,6 +37,7 @@ TARGET_BYTES = 8
 def chunk_rows(vocabulary: int, device_type: str, *, trained_width: int = 0) -> int:
     """Tokens scored at a time; `trained_width` is the hidden size if the head's weight is trained."""
     allowed = CPU_CHUNK_BYTES if device_type == "cpu" else GPU_CHUNK_BYTES
+    # Each chunk of a trained head adds to a gradient of V x W, which too small chunks would do too often.
     return max(LEAST_ROWS, trained_width // 4, allowed // (4 * vocabulary))
 
 

@@ -52,6 +52,7 @@ def permutation(rows: int, seed: int, stream: str) -> Indices:
     """
     key = np.frombuffer(hashlib.blake2b(f"{stream}:{seed}".encode(), digest_size=16).digest(), dtype=np.uint64)
     words = np.random.Philox(key=key).random_raw(rows)
+    # Stable: the order of equal words must not depend on the sorting algorithm of the machine.
     return np.argsort(words, kind="stable").astype(np.int64)
 
 
@@ -89,9 +90,11 @@ class BatchOrder:
             assert self.lengths is not None
             order = _grouped(order, self.lengths, self.global_size, self.seed, epoch)
         filled = np.full(self.steps_per_epoch * self.global_size, FILLER, dtype=np.int64)
+        # The fillers come last, so that whole batches of an epoch do not depend on them.
         filled[: self.rows] = order
         if epoch == 0 and self.lengths is not None:
             _longest_first(filled, self.lengths, self.global_size)
+        # The array is cached and shared: a caller that changed it would change later batches.
         filled.flags.writeable = False
         return filled
 

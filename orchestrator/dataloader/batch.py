@@ -75,6 +75,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The batch on a device; tensors already there stay."""
+        # Asynchronous only from pinned memory; from other memory the call waits.
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Self:
@@ -124,6 +125,7 @@ def batch_of(
         labels_BT[b, : len(ids)] = torch.where(torch.from_numpy(trained), row, IGNORED)
         mask_BT[b, : len(ids)] = 1
         edges += [b * width + len(ids)] + ([(b + 1) * width] if len(ids) < width else [])
+    # Nothing precedes the first token of a document that could predict it.
     labels_BT[:, 0] = IGNORED
     real = [b for b, document in enumerate(document_ids) if document >= 0]
     return Batch(

@@ -39,6 +39,7 @@ class Batches:
 
     def _made(self, indices: tuple[int, ...]) -> MicroBatch:
         """Build the batch; for a GPU in pinned memory, so that the host does not wait for the copy."""
+        # On the prefetch thread, while a step is computed on the device: work of the host only.
         batch = self._rows.batch(indices)
         return batch.pinned() if self._device.type == "cuda" else batch
 

@@ -55,7 +55,7 @@ def local_fragments(runtime: Runtime, model: torch.nn.Module) -> list[Fragment]:
             Fragment(name=name, shape=tuple(p.shape), start=0, length=p.numel(), master=p, offset=0)
             for name, p in named
         ]
-    # DeepSpeed's engine hides its ZeRO stage behind Accelerate's wrapper; the layouts differ by stage.
+    # ZeRO 1 and 2 partition flat groups of parameters, ZeRO-3 every parameter by itself.
     engine: Any = model
     if engine.zero_optimization_stage() == 3:
         found = [_zero3_fragment(engine.optimizer, name, parameter) for name, parameter in named]

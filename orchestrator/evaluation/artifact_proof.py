@@ -40,6 +40,7 @@ def prove(config: RunConfig, name: str, folder: StageFolder) -> float:
     """The held-out loss of a stage's reopened artifact; CheckpointError if it differs from the trainer's."""
     stage, is_classifier = config.stages[name], makes_classifier(config, name)
     expected: dict[str, Any] = read_json(folder.proof)
+    # The bytes first: a damaged file would only show as another loss.
     read_manifest(folder.artifact)
     runtime = start_single_runtime(config, autocast=expected["autocast"], phases=Phases.joined(folder.phases))
     dtype = weights_dtype(config, uses_deepspeed=not expected["autocast"])
@@ -68,6 +69,7 @@ def prove(config: RunConfig, name: str, folder: StageFolder) -> float:
         objective = proof_objective(runtime, stage, rows.meta.kind)
     scored = evaluate(runtime, model, objective, rows, micro_size=expected["micro_size"], limit=expected["rows"])
     difference = abs(scored.loss - expected["loss"])
+    # Negated, so that NaN fails too.
     if not difference <= LOSS_TOLERANCE:
         raise CheckpointError(
             f"{folder.artifact}: re-opened, it scores {scored.loss:.5f} on {scored.rows} rows where the trainer scored "

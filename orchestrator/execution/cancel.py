@@ -32,6 +32,7 @@ def cancel(run: RunFolder, config: RunConfig) -> int:
     jobs = [job for name in (PREPARATION, *unfinished) for job in jobs_of(run.stage(name))]
     if jobs:
         specs = [job_spec(config, name) for name in unfinished]
+        # After the stop files: a job that ends by itself saves, one that Slurm ends does not.
         for job, facts in cancel_jobs(specs, also=jobs, gentle_seconds=GENTLE_SECONDS).items():
             print(f"job {job} {facts.sentence}")
     return EXIT_DONE

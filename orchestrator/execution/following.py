@@ -177,9 +177,6 @@ def _refuse_other_machine(spec: JobSpec) -> None:
             )
 
 
-# ---- following -----------------------------------------------------------------------------------
-
-
 def _follow(stage: Followed) -> Outcome | None:
     """How the attempt ended; None if it continues without this command."""
     running, interrupts, is_pending = stage.running, 0, stage.is_interrupted
@@ -204,6 +201,7 @@ def _follow(stage: Followed) -> Outcome | None:
             elif interrupts > 1:
                 _end(stage, INTERRUPTED, None)
         except BrokenPipeError:  # `run | head`: the display never decides whether a job continues
+            # Python flushes stdout once more at exit, which would raise again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             print(f"{stage.job.name}: this command's output is closed; the job continues without it", file=sys.stderr)
             return None

@@ -46,6 +46,7 @@ def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
+            # Before the rename: otherwise a power failure may leave the new name with an empty file.
             os.fsync(file.fileno())
         temporary.chmod(mode)
         temporary.replace(path)
@@ -91,6 +92,7 @@ def publish(temporary: Path, final: Path) -> None:
     aside = final.with_name(f".{final.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
+        # A folder cannot replace one that is not empty, so the old one goes first.
         final.rename(aside)
     temporary.rename(final)
     sync_folder(final.parent)

@@ -30,6 +30,7 @@ def compiled_folder() -> Path:
 def locked(path: Path) -> Generator[None]:
     """Lock for one process at a time, released when its holder ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The kernel releases the lock with its holder, however that ends: no stale locks.
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

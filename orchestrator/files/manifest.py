@@ -25,6 +25,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Fsync every file of a folder and write size and sha256 of each, with `facts`, as its last file."""
     files = {str(file.relative_to(folder)): file for file in _files(folder)}
     entries = {name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for name, file in files.items()}
+    # The libraries that wrote these files do not sync them.
     for file in files.values():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())

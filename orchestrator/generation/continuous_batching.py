@@ -92,6 +92,7 @@ def generate_continuously(
         finally:
             manager.stop(block=True, timeout=LONGEST_WAIT_SECONDS)
             manager.destroy()
+    # The manager may compute a token beyond the end of a sequence; the cut below drops its entry.
     logprobs = sampler.by_sequence(len(prompts))
     return [(ids, logprobs[sequence][: len(ids)]) for sequence, ids in enumerate(found)]
 

@@ -108,6 +108,7 @@ def _generate(
     ids_BT = torch.full((len(requests), width), pad_id, dtype=torch.int64, device=device)
     mask_BT = torch.zeros_like(ids_BT)
     for b, request in enumerate(requests):
+        # Padded on the left: new tokens must follow the prompt directly.
         ids_BT[b, width - len(request.prompt) :] = torch.tensor(request.prompt)
         mask_BT[b, width - len(request.prompt) :] = 1
     sampler = SeededSampler(SeededDraws([request.seed for request in requests], settings))
@@ -115,12 +116,14 @@ def _generate(
         input_ids=ids_BT,
         attention_mask=mask_BT,
         logits_processor=LogitsProcessorList([sampler]),
+        # The processor has already sampled, with the request's own seed: what is left is an argmax.
         do_sample=False,
         num_beams=1,
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=list(end_ids),
         pad_token_id=pad_id,
         use_cache=True,
+        # The weights are whole on every rank, so ranks need not generate equally long.
         synced_gpus=False,
         repetition_penalty=1.0,
         temperature=None,
@@ -168,6 +171,7 @@ def whole_weights(runtime: Runtime, model: torch.nn.Module) -> Generator[Any]:
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         for parameter in offload.module.parameters():
             parameter.ds_active_sub_modules.clear()
+        # DeepSpeed's hooks would release and gather the weights again at every token.
         for hook in [*offload.forward_hooks, *offload.backward_hooks]:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []

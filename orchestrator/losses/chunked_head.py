@@ -73,6 +73,7 @@ class _ChunkedHead(torch.autograd.Function):
         vocabulary, width = weights[0].shape
         rows = chunk_rows(vocabulary, targets_K.device.type, trained_width=width if trains_head else 0)
         shape = shape if shape.rows else replace(shape, rows=rows)
+        # The products run in the type of the hidden states, as chosen here; autocast would choose again.
         with torch.autocast(targets_K.device.type, enabled=False):
             run = _Run(shape, targets_K, bias_V, hiddens, weights)
             gradients = HeadGradients(needs, bias_V, run.hiddens, run.weights) if at_once else None
@@ -118,6 +119,7 @@ class _Run:
         rows = min(shape.rows, len(targets_K))
         self._block_rows = block_rows(vocabulary, targets_K.device.type, rows=rows)
         block = hiddens[0].new_empty(self._block_rows, vocabulary, dtype=self._precise)
+        # One buffer for all chunks: 48 MiB of fp32 on a CPU, 256 MiB on a GPU, never tokens x vocabulary.
         self._products = hiddens[0].new_empty(rows, vocabulary)
         self._probabilities = block
         self._logits = None if compute == self._precise else torch.empty_like(block)

@@ -41,6 +41,7 @@ class HeadGradients:
     ) -> None:
         """`needs`: whether the bias, every hidden state and every weight need a gradient."""
         compute = hiddens[0].dtype
+        # Sums over thousands of tokens: 16 bits would lose the later terms.
         precise, number = torch.promote_types(compute, torch.float32), len(hiddens)
         self._hiddens, self._weights = hiddens, weights
         self._bias_V = torch.zeros_like(bias_V, dtype=precise) if needs[0] else None  # pyright: ignore[reportArgumentType]  # a bias is there where it needs a gradient

@@ -27,6 +27,7 @@ def kl_BT(logprobs_BT: torch.Tensor, reference_BT: torch.Tensor, *, kind: KlEsti
         return -log_ratio_BT
     if kind == "k2":
         return log_ratio_BT.square() / 2
+    # expm1, because e^x - 1 loses all digits where the two policies are close.
     return torch.expm1(log_ratio_BT) - log_ratio_BT
 
 

@@ -49,6 +49,7 @@ def dpo_N(policy: PairLogprobs, reference: PairLogprobs, *, beta: float, label_s
 
     DPO (2305.18290, eq. 7); e is the share of labels believed to be flipped (cDPO, ericmitchell.ai/cdpo.pdf, eq. 3).
     """
+    # logsigmoid below, not log(sigmoid): the latter is -inf where the sigmoid rounds to 0.
     margin_N = beta * _margin_N(policy, reference)
     return -(1 - label_smoothing) * functional.logsigmoid(margin_N) - label_smoothing * functional.logsigmoid(-margin_N)
 

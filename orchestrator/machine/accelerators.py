@@ -45,7 +45,7 @@ class Gpu:
             return f"{self.name} computes bfloat16 natively (compute capability {capability})"
         return (
             f"{self.name} (compute capability {capability}) does not compute bfloat16 natively; float16 is not "
-            "supported yet, it comes in a later version"
+            "supported yet"
         )
 
 

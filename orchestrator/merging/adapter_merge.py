@@ -68,6 +68,7 @@ def merge(
         model = build(source).to(runtime.device)
         measured.append(_compared(name, trained, _logits_of(model, batches, runtime), batches))
         say(f"{name}: KL {measured[-1].kl:.2e} nats per token, same next token {measured[-1].agreement:.2%}")
+        # One model at a time: each is a whole copy in fp32.
         del model
         gc.collect()
     best = min(measured, key=lambda way: way.kl)
@@ -110,6 +111,7 @@ def fit_problems(folder: Path, model: Any) -> list[str]:
         content = json.loads(tokenizer.read_text(encoding="utf-8"))
         ids = [token["id"] for token in content.get("added_tokens", [])]
         ids += list(content["model"]["vocab"].values()) if isinstance(content["model"].get("vocab"), dict) else []
+        # Such a token would be an index error at the first user's prompt.
         if ids and max(ids) >= rows:
             problems.append(f"{folder}: the tokenizer knows the id {max(ids)}, the embedding has {rows} rows")
     head = model.get_output_embeddings()
@@ -162,6 +164,7 @@ def _merged_dequantised(source: Source) -> Any:
 
 def _with_adapter(base: Any, source: Source) -> Any:
     model: Any = open_adapter(base, source.artifact)
+    # safe_merge: PEFT checks the product for NaN before it touches the base.
     merged = model.merge_and_unload(safe_merge=True)
     merged.config.dtype = DTYPES[source.config.model.dtype]
     for parameter in merged.parameters():  # parameters only: rotary frequencies in 16 bits would change the model

@@ -44,6 +44,7 @@ class RecordFile:
                 written += os.write(self._descriptor, line[written:])
         except OSError:
             if written:
+                # Half a line would damage the row that follows it.
                 os.ftruncate(self._descriptor, start)
             raise
 
@@ -124,6 +125,7 @@ def readable_rows(path: Path) -> tuple[list[Row], list[str]]:
         row = decode(line)
         if row is not None:
             rows.append(row)
+        # A last line without its line feed is still being written.
         elif line and number < len(lines):
             damaged.append(f"{path}:{number} is not a JSON object: {line[:60]!r}")
     return rows, damaged

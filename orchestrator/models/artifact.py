@@ -63,6 +63,7 @@ def write_artifact(
     if isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
         dtype = DTYPES[config.model.dtype]
         saved.config.dtype = dtype
+        # Gradient checkpointing switched it off; whoever generates with the saved model needs it.
         saved.config.use_cache = True
         saved.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
     elif isinstance(config.tuning, LoreftTuning):
@@ -128,6 +129,7 @@ def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None
                 tensor = tensors.get_tensor(name)
                 found[name] = tuple(tensor.shape)
                 problems += _tensor_problems(name, tensor)
+                # A factor that is still zero is the silent failure of adapters: the file loads and changes nothing.
                 still |= {mark: still.get(mark, True) and not bool(tensor.any()) for mark in FROM_ZERO if mark in name}
     missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems += [f"{name}: missing in the saved file" for name in missing[:5]]

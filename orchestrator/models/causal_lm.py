@@ -60,6 +60,7 @@ def attach_head(model: Any, *, choice: HeadChoice = "auto") -> None:
         return
     model.__class__ = _scoring_class(type(model), _known_head(model), choice)
     head = model.get_output_embeddings()
+    # Another class, not a wrapper: names of weights, hooks and ZeRO's partitions stay as they are.
     if type(head) is nn.Linear:
         head.__class__ = _chunking_class(nn.Linear)
 
@@ -116,6 +117,7 @@ def _scores_BT(model: Any, query: Query, inputs: dict[str, Any]) -> tuple[torch.
     known = {name: value for name, value in inputs.items() if value is not None and name not in NOT_FOR_A_BACKBONE}
     hidden_BTW = getattr(model, model.base_model_prefix)(**known).last_hidden_state
     hidden_BTW = _of_real_tokens(hidden_BTW, query)
+    # The hidden state at t - 1 predicts token t. Only these rows reach the head.
     before_KW = hidden_BTW.flatten(0, 1).index_select(0, query.positions_K - 1)
     targets_K = query.labels_BT.flatten().index_select(0, query.positions_K)
     shape = Shape(
@@ -209,6 +211,7 @@ def _softcap(model: Any) -> float | None:
 def _known_head(model: PreTrainedModel) -> bool:
     """Whether logits follow from hidden states, head and soft cap alone, tested on a copy with two narrow layers."""
     try:
+        # The probe draws weights: without a fork it would shift the random numbers of the run.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             config = narrowed(copy.deepcopy(model.config))
             config._attn_implementation = "eager"  # on a CPU, whatever kernels the model itself uses

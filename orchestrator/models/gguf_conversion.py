@@ -26,6 +26,7 @@ def dequantise(gguf: Path, *, cache: Path, say: Callable[[str], None]) -> Path:
     if folder.is_dir():
         return folder
     with locked(folder.with_name(f".{folder.name}.lock")):
+        # A finished folder is renamed into place, so its existence proves it; checked again under the lock.
         if folder.is_dir():
             return folder
         say(f"dequantising {gguf.name} (4 bits to bfloat16), once; this takes about 15 s")

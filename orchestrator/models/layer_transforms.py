@@ -16,6 +16,7 @@ from orchestrator.models import attention
 
 def recompute_layers(model: Any, *, every: int, **settings: Any) -> None:
     """Gradient checkpointing (1604.06174) of the first and every `every`-th layer; the others keep activations."""
+    # The reentrant kind needs inputs that require a gradient, which those of a frozen base do not.
     model.gradient_checkpointing_enable({"use_reentrant": False, **settings})
     if every == 1:
         return
@@ -33,6 +34,7 @@ def compile_layers(model: torch.nn.Module) -> int:
 
     Attention by document stays outside: it depends on numbers that change with every batch.
     """
+    # Compiling takes minutes at the first step; the next start finds its results here.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder() / "inductor"))
     attention.register()
     by_document = torch.compiler.disable(attention.documents_attention)

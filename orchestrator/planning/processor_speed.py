@@ -109,6 +109,7 @@ def _measure(config: RunConfig, setting: Mapping[str, Any], environment: Mapping
     """None if torch cannot be run: the plan then says that it has no forecast."""
     print("measuring this processor's speed for the forecast, once (a few seconds)", file=sys.stderr, flush=True)
     python = config.launcher.python or sys.executable
+    # A process of its own: the login side never imports torch.
     argv = [python, "-m", "orchestrator.preflight.processor_probe", json.dumps(dict(setting))]
     try:
         answer = subprocess.run(

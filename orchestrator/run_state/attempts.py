@@ -110,6 +110,7 @@ def write_fault(folder: StageFolder, attempt: int, rank: int, error: BaseExcepti
 
 def close_attempt(folder: StageFolder, number: int, exit_code: int, *, outside_cause: str | None = None) -> Attempt:
     """The attempt's record; if the job could not write it, written now from the ranks' faults and the exit code."""
+    # The rank's own record is better than anything derived from an exit code, which torchrun and srun rewrite.
     if folder.attempt(number).exists():
         return _read(folder.attempt(number))
     if folder.result.exists():
@@ -133,6 +134,7 @@ def decide(folder: StageFolder, config: RunConfig, attempt: Attempt) -> Decision
     history = read_attempts(folder)
     free = [entry for entry in history if _is_free(entry)]
     failures = [entry for entry in history if entry.state == "failed" and not _is_free(entry)]
+    # Stops and lost machines have a budget of their own: they must not use up the retries of failures.
     if _is_free(attempt):
         if len(free) > config.launcher.max_preemptions:
             return _give_up(f"it was stopped {len(free)} times, {config.launcher.max_preemptions} are allowed")
@@ -143,6 +145,7 @@ def decide(folder: StageFolder, config: RunConfig, attempt: Attempt) -> Decision
         return Decision(word="stop", why=attempt.why, exit_code=attempt.exit_code)
     if len(failures) > config.launcher.max_failures:
         return _give_up(f"it failed {len(failures)} times, {config.launcher.max_failures} are allowed; {attempt.why}")
+    # A job that fails at the same step again would do so until its retries are spent.
     if _no_progress(history):
         return _give_up(f"two attempts in a row made no progress past step {attempt.step or 0}; {attempt.why}")
     return Decision(word="retry", why=attempt.why, exit_code=EXIT_DEFECT)
@@ -168,6 +171,7 @@ def _first_fault(folder: StageFolder, number: int) -> Attempt | None:
     faults = [read_json(file) for file in folder.attempts.glob(f"{number}.fault-*.json")]
     if not faults:
         return None
+    # Later faults are mostly consequences: ranks that lose their peers report network errors.
     return _from_json(min(faults, key=lambda fault: fault["time"]))
 
 

@@ -75,6 +75,7 @@ def check_writable(folder: Path, *, advice: str = ELSEWHERE) -> None:
         raise RunFolderError(f"{parent} is a file; output_dir must be a folder")
     probe = parent / f".write-test-{os.getpid()}"
     try:
+        # A write, not os.access: quotas, read-only mounts and root squashing show only then.
         probe.write_bytes(b"0" * 4096)
     except OSError as error:
         raise RunFolderError(os_sentence(folder, error, advice=advice)) from None

@@ -69,6 +69,7 @@ class Recorder:
     def _append(self, file: RecordFile, row: dict[str, Any]) -> None:
         """Keep rows that a full disk refuses, and write them before the next one: the record never stops training."""
         with self._lock:  # checkpoints report their end from a separate thread
+            # First in memory, so that rows stay in order when the disk is full for a while.
             self._unwritten.append((file, row))
             try:
                 while self._unwritten:

@@ -55,6 +55,8 @@ class RankAllocation:
             self._allocator.ipt[name] = torch.zeros_like(parameter)
             self._allocator.exp_avg_ipt[name] = state.get(IMPORTANCE, torch.zeros_like(parameter))
             self._allocator.exp_avg_unc[name] = state.get(UNCERTAINTY, torch.zeros_like(parameter))
+        # PEFT's allocator keeps running values in itself, where no checkpoint would find them: they travel through the
+        # optimizer's state.
         self._allocator.update_and_allocate(self._model, step, force_mask=step == self._last)
         for name, parameter in self._named:
             state = self._states[parameter]

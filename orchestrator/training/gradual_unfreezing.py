@@ -78,6 +78,7 @@ class Unfreezing:
         closed = [group for group in optimizer.param_groups if group[LEVEL] >= self._open]
         self._held = [(master, master.grad) for group in closed for master in group["params"]]
         for master, _ in self._held:
+            # torch's optimizers skip parameters without a gradient: no decay, no moments, no step count.
             master.grad = None
 
     def give_back(self, _optimizer: torch.optim.Optimizer, _arguments: Any, _options: Any) -> None:

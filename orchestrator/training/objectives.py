@@ -54,6 +54,7 @@ def prompt_objective(runtime: Runtime) -> Objective:
         return (-token_scores_BT(runtime, model, whole, is_summed=True)[0].sum(),)
 
     def weight(rows: Rows, indices: Sequence[int]) -> float:
+        # The first token of a row has no prediction.
         return float((rows.lengths[np.asarray(indices)] - 1).sum())
 
     return Objective(terms=terms, weight=weight)
@@ -72,11 +73,13 @@ def reward_objective(runtime: Runtime, stage: RewardStage) -> Objective:
 
     def terms(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
         scores_D = document_scores(runtime, model, batch)
+        # Documents of a pair are neighbours: chosen, then rejected.
         chosen_N, rejected_N = scores_D[0::2], scores_D[1::2]
         margin_N = torch.nan_to_num(batch.values_D[0::2]) if stage.use_margin else None
         loss_N = losses.bradley_terry_N(chosen_N, rejected_N, margin_N=margin_N)
         loss_N = loss_N + stage.centring * losses.centring_N(chosen_N, rejected_N)
         correct = (chosen_N > rejected_N).sum().float()
+        # The second term keeps a batch of padding rows in the graph: every rank must run its backward pass.
         return loss_N.sum() + 0.0 * scores_D.sum(), correct, (chosen_N - rejected_N).detach().sum()
 
     return Objective(terms=terms, weight=pairs, measures=("accuracy", "score_difference"))

@@ -58,6 +58,7 @@ def autopsy(
 
 def phase_of(error: BaseException) -> str:
     """The phase in which the traceback was raised."""
+    # By function name: the error itself does not say in which phase the allocator refused.
     names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     return next((PHASES[name] for name in reversed(names) if name in PHASES), "start")
 

@@ -114,11 +114,13 @@ def _compile(source: str, today: str) -> Any:
         def _marked(self, caller: Callable[[], str]) -> str:
             return f"{MARK_START}{caller()}{MARK_END}"
 
+    # A template comes with a foreign model: it is code, and runs in a sandbox.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
+    # A fixed date: the prepared rows must not change from day to day.
     environment.globals["strftime_now"] = datetime.fromisoformat(today).strftime
     try:
         return environment.from_string(source)

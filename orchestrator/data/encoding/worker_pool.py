@@ -41,6 +41,7 @@ def encode_in_processes(chunks: Iterable[Chunk], context: ChunkContext, *, num_p
         try:
             for chunk in chunks:
                 waiting.append(pool.submit(_encode, chunk, idle))
+                # In order, and bounded: a slow chunk holds the others back instead of filling the memory.
                 if len(waiting) >= AHEAD * num_processes:
                     yield waiting.popleft().result()
             while waiting:
@@ -55,6 +56,7 @@ def _start(context: ChunkContext) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     environment["OPENBLAS_NUM_THREADS"] = "1"
     worker = subprocess.Popen(
+        # -P: a module in the working folder must not shadow ours.
         [sys.executable, "-P", "-m", "orchestrator.data.encoding.worker_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

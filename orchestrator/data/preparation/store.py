@@ -38,6 +38,7 @@ class GrowingArray:
         npy.write_array_header_1_0(self._file, shape)
 
     def append(self, values: npt.NDArray[Any]) -> None:
+        # Straight to disk: a million rows need not fit into memory.
         self._file.write(values.astype(self._dtype).tobytes())
         self.length += len(values)
 
@@ -176,6 +177,7 @@ def write_store(
         file_rows=store.file_rows,
         statistics=statistics,
     )
+    # Last: a folder without it is not finished.
     write_synced(store.folder / META, [meta.to_json().encode()])
     sync_folder(store.folder)
 
@@ -205,6 +207,7 @@ def capacity(config: DataConfig, documents_per_unit: int) -> int:
 
 def row_counts(segments: Segments, offsets: Ints, trained: npt.NDArray[np.bool_]) -> tuple[Ints, Ints]:
     """Tokens and targets of every row. A segment's first token is no target: nothing precedes it to predict it."""
+    # 64 bits: the counts of large sets exceed 32.
     counts = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
     begins = offsets[segments.documents]
     firsts = np.minimum(begins + segments.starts + 1, begins + segments.stops)

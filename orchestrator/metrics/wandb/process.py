@@ -72,6 +72,7 @@ def start(settings: WandbSettings) -> WandbProcess | None:
     try:
         run_id(directory)
         write_json(directory / SETTINGS_FILE, asdict(settings))
+        # A session of its own: signals to the worker's process group do not reach it.
         process = spawn(MODULE, str(directory / SETTINGS_FILE), str(os.getpid()), own_session=True)
     except (OSError, ValueError, OrchestratorError) as error:
         say(f"not used: {error}")
@@ -104,6 +105,7 @@ def finish(run: WandbProcess, summary: Mapping[str, JsonValue], *, outcome: Outc
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill the supervisor and its sender; the SDK's own service ends when it misses the sender."""
     with contextlib.suppress(ProcessLookupError):
+        # The supervisor leads the group that its senders belong to.
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_KILL_GRACE_SECONDS)

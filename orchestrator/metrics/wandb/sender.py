@@ -188,6 +188,7 @@ def open_session(settings: WandbSettings, mode: Mode, *, worker_pid: int | None)
     if mode == "online" and (reason := why_no_key(wandb.setup().settings)):
         raise CannotOpenError(reason)
     if mode == "offline":
+        # Offline folders of one id overwrite each other, and the SDK ignores `resume` there (0.31).
         state = drop_torn_folders(directory, state)
     try:
         run = _init(settings, state, mode, worker_pid)

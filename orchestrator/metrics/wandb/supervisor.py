@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     if len(argv) == 1:
         return send_now(settings)
     for number in _IGNORED:
+        # Launchers and Slurm signal every process of a job; this one must outlive them to close the run.
         signal.signal(number, signal.SIG_IGN)
     parent_pid = int(argv[1])
     supervisor = _Supervisor(settings_file, settings, parent_pid)
