@@ -92,7 +92,7 @@ def whole_number(smallest: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.isascii() or not text.isdigit() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text}: a whole number from {smallest} is needed")
+            raise argparse.ArgumentTypeError(f"{text}: an integer of at least {smallest} is required")
         return int(text)
 
     return parse

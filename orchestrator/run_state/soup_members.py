@@ -28,7 +28,7 @@ def read_member(member: str) -> ExternalMember:
     """The finished stage of another run that a member names. ConfigError if there is none."""
     folder, stage = _place(member)
     if not (folder / "run.json").is_file():
-        raise ConfigError(f"{member}: no run folder (run.json expected); give FOLDER, FOLDER:STAGE or stage:NAME")
+        raise ConfigError(f"{member}: not a run folder (run.json expected); give FOLDER, FOLDER:STAGE or stage:NAME")
     run = RunFolder(folder)
     try:
         config = load_config(run)

@@ -177,7 +177,7 @@ def test_other_rows_in_the_same_file_rerun_their_stage_alone(pipeline: Done, ben
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     again = run(bench, *other)
     assert again.code == 0 and again.out.count("done already") == 4, again.told
-    assert "evaluate: is run anew" in again.out
+    assert "evaluate: is rerun" in again.out
     template = bench.model / "chat_template.jinja"
     was = template.read_text() if template.exists() else None
     template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}{{ eos_token }}")
@@ -194,7 +194,7 @@ def test_one_stage_and_from_a_stage(pipeline: Done, bench: Bench) -> None:
     assert only.code == 0 and "merge: done already" in only.out
     anew = run(bench, *same, "--from", "evaluate")
     assert anew.code == 0, anew.told
-    assert "evaluate: is run anew" in anew.out and "merge" not in anew.out.split("is run anew", 1)[1].split("\n")[0]
+    assert "evaluate: is rerun" in anew.out and "merge" not in anew.out.split("is rerun", 1)[1].split("\n")[0]
     early = bench.run("early", words=[*pipeline_words(bench, *same, "--only", "grpo"), "name=early"])
     assert early.code == 2 and "not done yet, and needed by grpo" in early.error, early.told
     unknown = run(bench, *same, "--from", "polish")

@@ -167,7 +167,7 @@ def test_the_head_has_a_rate_of_its_own(root: Path) -> None:
     assert rates["bert.encoder.layer.1.output.dense.weight"] == pytest.approx(0.5)
     assert rates["bert.encoder.layer.0.output.dense.weight"] == pytest.approx(0.25)
     body = [(name, one) for name, one in named.items() if "encoder" in name]
-    with pytest.raises(ConfigError, match=r"optimizer\.head_lr: no head is trained"):
+    with pytest.raises(ConfigError, match=r"optimizer\.head_lr: no separate head is trained"):
         parameter_groups(body, stage.optimizer)  # type: ignore[union-attr]
 
 

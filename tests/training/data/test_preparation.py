@@ -295,7 +295,7 @@ def test_held_out_rows_that_stand_in_train(tokenizer: Path, tmp_path: Path) -> N
     train = write_jsonl(tmp_path / "t.jsonl", rows_of(20))
     held = write_jsonl(tmp_path / "e.jsonl", [*rows_of(5, start=100), *rows_of(2)])
     settings: dict[str, Any] = {"train__path": str(train), "eval__path": str(held)}
-    with pytest.raises(DataError, match=r"2 of 7 rows of data\.eval stand in data\.train") as caught:
+    with pytest.raises(DataError, match=r"2 of 7 rows of data\.eval also appear verbatim in data\.train") as caught:
         prepare(data_config(**settings), tokenizer, tmp_path / "cache")
     assert f"{held}:6 also appears in data.train [overlap]" in caught.value.problems
     assert prepare(data_config(**settings, overlap="accept"), tokenizer, tmp_path / "cache").was_hit

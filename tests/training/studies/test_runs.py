@@ -114,7 +114,7 @@ def test_a_search_goes_on_after_an_interrupt_and_its_results_are_those_of_its_ru
             time.sleep(0.05)
         running.send_signal(signal.SIGINT)
         told = running.communicate()[0]
-    assert running.returncode == 75 and "the same command goes on with the study" in told, told
+    assert running.returncode == 75 and "the same command continues the study" in told, told
     assert [trial["state"] for trial in report_of(bench, "hunt")["trials"]] == ["finished", "not ended"]
 
     done = bench.run("hunt", *SEARCH)

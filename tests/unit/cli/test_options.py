@@ -106,7 +106,7 @@ def test_a_value_may_begin_with_a_dash_or_hold_an_equals_sign() -> None:
         (("--config-dri", "own", "plan", LORA), "--config-dri: plan has no such option; did you mean --config-dir?"),
         (("generate", "x", "--max-kl=1"), "--max-kl: generate has no such option; it belongs to export"),
         (("logs", "x", "--stage", "a", "--stage", "b"), "--stage is given twice, a and b: give it once"),
-        (("logs", "x", "--node", "-1"), "--node -1: a whole number from 0 is needed"),
+        (("logs", "x", "--node", "-1"), "--node -1: an integer of at least 0 is required"),
         (("export", "x", "--max-kl", "nan"), "--max-kl nan: a number of at least 0 is required"),
         (("run", LORA, "--only", "a", "--from", "b"), "--from and --only: give one of them"),
         (("generate", "x", "What", "is"), "generate takes one run folder and at most one prompt, quoted for the shell: python -m orchestrator generate runs/llama_lora --prompt \"Who wrote Faust?\""),

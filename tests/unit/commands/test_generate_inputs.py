@@ -14,10 +14,10 @@ from orchestrator.files.atomic import write_json
     [
         (("--examples", "2"), "--examples: sft held out no rows"),
         (("--top-p", "0.9"), "--top-p needs --temperature"),
-        (("--top-p", "1.5", "--temperature", "1"), "a share above 0 and up to 1"),
+        (("--top-p", "1.5", "--temperature", "1"), "a number above 0 and at most 1"),
         (("What is A?", "--prompt", "What is B?"), "a prompt and --prompt: give one of them"),
         (("What", "is", "A?"), "at most one prompt, quoted for the shell"),
-        (("What is A?", "--output", "nowhere/answers.jsonl"), "its folder is not there"),
+        (("What is A?", "--output", "nowhere/answers.jsonl"), "its folder does not exist"),
     ],
 )
 def test_inputs_are_checked_before_the_model_is_loaded(words: tuple[str, ...], sentence: str, ask: Asker) -> None:

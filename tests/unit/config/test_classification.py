@@ -28,19 +28,19 @@ WEAK = ("plan", "+experiment=llama_weak_supervision")
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ((*CLASSIFY, "stages.classify.data.packing=split"), "split tears a text apart"),
+        ((*CLASSIFY, "stages.classify.data.packing=split"), "split would cut a text"),
         (
             (*CLASSIFY, "stages.classify.data.train.unlabelled=keep"),
             "stage=classify learns from labels alone; type drop",
         ),
-        ((*CLASSIFY, "stages.classify.data.eval.unlabelled=keep"), "nothing can be judged on a row without a label"),
-        ((*CLASSIFY, "stages.classify.labels=[a,b,a]"), "stages.classify.labels: a name stands twice"),
+        ((*CLASSIFY, "stages.classify.data.eval.unlabelled=keep"), "a row without a label cannot be scored"),
+        ((*CLASSIFY, "stages.classify.labels=[a,b,a]"), "stages.classify.labels: a name appears twice"),
         ((*CLASSIFY, "stages.classify.labels=[a]"), "one class of ['a'] is always right"),
         (
             (*CLASSIFY, "stages.classify.labels=[a,b]", "stages.classify.problem=regression"),
             "predicts a number and has no classes; type stages.classify.labels=null",
         ),
-        ((*WEAK, "stages.self_training.data.eval.path=none"), "nobody knows whether self-training helps"),
+        ((*WEAK, "stages.self_training.data.eval.path=none"), "it is unknown whether self-training helps"),
         ((*WEAK, "pipeline=[self_training]"), "it goes on from a classifier; put one before it"),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_set_says_only_what_differs() -> None:
 
 def test_the_sets_are_looked_at_before_the_spend(ask: Asker, tmp_path: Path) -> None:
     (told,) = ask.refused("plan", *EVALUATE, SETS)
-    assert told.startswith(f"stages.e.sets.far.path={tmp_path}/far.jsonl is not there")
+    assert told.startswith(f"stages.e.sets.far.path={tmp_path}/far.jsonl does not exist")
     write_rows(tmp_path / "far.jsonl", [ROW, {"instruction": "x", "output": 3}])
     told = ask.refused("check", *EVALUATE, SETS)
     assert any("far.jsonl:2" in line and "output is the number 3" in line for line in told), told
@@ -106,7 +106,7 @@ def test_other_rows_in_a_set_make_the_stage_anew(ask: Asker, tmp_path: Path) -> 
         (SOUP, "stages.s.members: a soup needs two or more different ingredients, these are stage:sft"),
         ((*SOUP, "stages.s.members=['stage:sft']"), "a soup needs two or more different ingredients"),
         ((*SOUP, "stages.s.members=['stage:x']"), "stages.s.members: x is not a stage of kind"),
-        ((*SOUP, "stages.s.members=[x]"), "no run folder (run.json expected); give FOLDER, FOLDER:STAGE or stage:NAME"),
+        ((*SOUP, "stages.s.members=[x]"), "not a run folder (run.json expected); give FOLDER, FOLDER:STAGE or stage:NAME"),
         ((*SOUP, "stages.s.members=[x]", "stages.s.recipe=greedy"), "recipe=greedy looks at held-out scores"),
         ((*WISE, "tuning=lora", "tuning.use_dora=true"), "weights are no sum of base and product"),
         (

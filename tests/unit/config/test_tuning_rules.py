@@ -36,7 +36,7 @@ REFUSED = {
         "type sharding=zero2",
     ),
     "loftq without nf4": (("tuning=lora", "tuning.init=loftq"), "type quantization=nf4"),
-    "ia3 without the module": (("tuning=ia3", "tuning.feedforward_modules=[up_proj]"), "up_proj must stand in"),
+    "ia3 without the module": (("tuning=ia3", "tuning.feedforward_modules=[up_proj]"), "up_proj must also be in"),
     "loreft nowhere": (
         ("tuning=loreft", "tuning.first_positions=0", "tuning.last_positions=0"),
         "type tuning.last_positions=7",

@@ -87,7 +87,7 @@ def test_rows_that_a_stage_cannot_train_are_refused_with_the_mapping(
 
 def test_feedback_is_no_sft(ask: Asker) -> None:
     (told,) = ask.refused("plan", *words_of(ask.folder, "sft", {"prompt": "p", "completion": "r", "label": False}))
-    assert "the bad ones would be trained too" in told and "data.train.format=prompt_completion" in told
+    assert "the bad ones would be trained on too" in told and "data.train.format=prompt_completion" in told
 
 
 def test_a_mapping_is_obeyed_or_refused(ask: Asker) -> None:
@@ -122,7 +122,7 @@ def test_plain_prompts_on_a_base_with_a_template_are_named(ask: Asker) -> None:
     (ask.folder / "base" / "chat_template.jinja").write_text("{{ messages }}")
     (told,) = warnings()
     offered = "stages.sft.data.train.columns='{instruction: prompt, output: completion}'"
-    assert told.endswith(f"to go through the template type {offered}")
+    assert told.endswith(f"to apply the template type {offered}")
     assert warnings(*shlex.split(offered)) == []
 
 

@@ -60,7 +60,7 @@ def test_mixture_by_rows_repeats_where_asked() -> None:
 
 
 def test_a_source_says_rows_or_weight() -> None:
-    with pytest.raises(ValueError, match="say one of them"):
+    with pytest.raises(ValueError, match="give one of them"):
         data_config(train__rows=3, train__weight=1.0)
 
 

@@ -159,7 +159,7 @@ def test_demonstration_and_its_held_out_rows() -> None:
 
 
 def test_missing_and_empty(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data.train.path=nowhere.jsonl is not there"):
+    with pytest.raises(DataError, match=r"data.train.path=nowhere.jsonl does not exist"):
         inspect(source("nowhere.jsonl"), field="data.train")
     (tmp_path / "e.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no rows"):
@@ -167,7 +167,7 @@ def test_missing_and_empty(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no rows"):
         validate_rows(source(tmp_path / "e.jsonl", format="alpaca"))
     (tmp_path / "x.bin").write_text("x")
-    with pytest.raises(DataError, match="no known kind"):
+    with pytest.raises(DataError, match="an unknown kind"):
         inspect(source(tmp_path / "x.bin"), field="data.train")
     with pytest.raises(DataError, match="holds no data file"):
         (tmp_path / "empty").mkdir()

@@ -51,7 +51,7 @@ def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Told:
 @pytest.mark.parametrize(("before", "after", "warns"), [(2.0, 1.5, False), (1.5, 1.7, True), (None, None, False)])
 def test_a_stage_that_did_harm_says_so(told: Told, before: float | None, after: float | None, warns: bool) -> None:
     out = told(eval_loss_before=before, eval_loss_after=after)
-    assert ("the held-out loss rose by 0.2000: on these rows this is worse" in out) == warns
+    assert ("the held-out loss rose by 0.2000: on these rows the result is worse" in out) == warns
     assert "stage sft is done and proven" in out
 
 

@@ -53,7 +53,7 @@ def test_logs_show_training_not_the_result(ask: Asker) -> None:
     log.write_text("\n".join([*steps, "Loading weights:  50%|###  | 1/2", "warning: slow disk", result, '{"a": 1}']))
     told = ask("logs", "done").out.splitlines()
     assert told[-3:] == ["step 89/90  loss 1.0", "warning: slow disk", '{"a": 1}'] and len(told) == 42
-    assert told[0].startswith("== sft: finished at step 4 of 4") and told[1].startswith("... 52 lines before")
+    assert told[0].startswith("== sft: finished at step 4 of 4") and told[1].startswith("... 52 earlier lines")
     assert ask("logs", "done", "-n", "2").out.splitlines()[-2:] == told[-2:]
     assert len(ask("logs", "-n", "0", "done").out.splitlines()) == 93
     assert ask.refused("logs", "done", "-n", "few")
@@ -83,9 +83,9 @@ def test_many_runs_fit_the_terminal(ask: Asker) -> None:
 @pytest.mark.parametrize(
     ("digests", "held_out", "reason"),
     [
-        (DIGESTS | {"tokenizer": "t2"}, "rows2", "other tokenizers"),
+        (DIGESTS | {"tokenizer": "t2"}, "rows2", "different tokenizers"),
         (DIGESTS | {"base": "b2"}, "rows1", "different base models"),
-        (DIGESTS, "rows2", "other held-out rows"),
+        (DIGESTS, "rows2", "different held-out rows"),
         ({}, "rows1", "recorded no digests"),
     ],
 )

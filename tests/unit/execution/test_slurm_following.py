@@ -159,7 +159,7 @@ def test_how_a_job_ended_is_told_from_the_record_of_its_attempt(
     terminal("")
     queue.says(FAILED)
     assert queue.join() == EXIT_LAUNCH_FAILED
-    assert "error: sft: job 7 (FAILED, NonZeroExitCode) ended with another exit code" in capsys.readouterr().err
+    assert "error: sft: job 7 (FAILED, NonZeroExitCode) ended with a nonzero exit code" in capsys.readouterr().err
     stopped = Attempt(number=1, state="stopped", why="a signal", host="h", rank=None, exit_code=75, step=3)
     write_attempt(queue.files, stopped)
     assert queue.join() == EXIT_SAVED

@@ -70,7 +70,7 @@ def test_other_rows_are_accepted_and_the_probe_is_left_out(ask: Asker) -> None:
     told = ask(
         "fork", "runs/a", "name=b", "stages.sft.data.train.path=more.jsonl", "seed=7", "--step", "2", "--no-start"
     )
-    assert told.code == 0 and "probe_rows=0: the stored loss is of the old settings" in told.out, told
+    assert told.code == 0 and "probe_rows=0: the stored loss belongs to the old settings" in told.out, told
     fork = RunFolder(ask.folder / "runs" / "b")
     assert "stages.sft.data" in sft(fork)["checkpoint"]["accept_changes"]  # type: ignore[index]
     assert read_json(fork.run)["config"]["seeds"] == {"weights": 7, "data": 7, "split": 7}
@@ -106,7 +106,7 @@ def test_a_moved_finished_run_is_trained_on_from_its_artifact(ask: Asker) -> Non
         (("name=b", "--from", "artifact"), "is not there, or not what"),
         (("name=b", "--from", "artifact", "--step", "2"), "--step belongs to a checkpoint"),
         (("name=b", "--stage", "dpo"), "--stage dpo: the stages that train are sft"),
-        (("name=b", "cluster=h100x8"), "this file is made of others"),
+        (("name=b", "cluster=h100x8"), "this file includes others"),
     ],
 )
 def test_what_a_fork_cannot_be_is_refused(words: tuple[str, ...], sentence: str, ask: Asker) -> None:
@@ -124,7 +124,7 @@ def test_no_run_is_written_inside_another_one(ask: Asker) -> None:
     for words in verbs:
         (sentence,) = ask.refused(*words)
         assert sentence.endswith(f"/ff {why}set output_dir to a folder outside of it"), (words, sentence)
-    assert ask.refused("init", "runs/a/mine.yaml") == (f"runs/a/mine.yaml {why}choose a place outside of it",)
+    assert ask.refused("init", "runs/a/mine.yaml") == (f"runs/a/mine.yaml {why}choose a path outside it",)
     assert ask("render", LORA, "output_dir=runs").code == 0
 
 

@@ -38,7 +38,7 @@ def test_rm_asks_and_deletes_the_run_alone(ask: Asker, monkeypatch: pytest.Monke
     run, other = trained(ask.folder / "runs", "a"), trained(ask.folder / "runs", "b")
     kept = files_of(other.root)
     (sentence,) = ask.refused("rm", "runs/a")
-    assert sentence.startswith("delete 1 run, ") and sentence.endswith("add --yes if that is what you want")
+    assert sentence.startswith("delete 1 run, ") and sentence.endswith("add --yes to confirm")
     answer(monkeypatch, "n")
     assert ask.refused("rm", "runs/a") == ("nothing was deleted",)
     answer(monkeypatch, "y")
@@ -52,7 +52,7 @@ def test_rm_refuses_what_is_no_run_of_ours(ask: Asker, monkeypatch: pytest.Monke
     (ask.folder / "foreign").mkdir()
     told = ask.refused("rm", "link", "runs", "foreign", "nowhere", "--yes")
     assert [sentence.split(" is ")[1].split(";")[0].split(":")[0] for sentence in told] == [
-        "a link", "a folder of 1 run", "no run folder", "no folder",
+        "a link", "a folder of 1 run", "not a run folder", "not a folder",
     ]  # fmt: skip
     (run.root / "thesis.tex").write_text("years of work")
     assert "also holds thesis.tex, which no run wrote" in ask.refused("rm", "runs/a", "--yes")[0]

@@ -107,18 +107,18 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"name": "a/b"}, "name is 'a/b'"),
     ({"name": "a\nb"}, r"name is 'a\\nb'"),
     ({"name": ""}, "name is ''"),
-    ({"name": " x"}, "blanks at its ends"),
+    ({"name": " x"}, "leading or trailing blanks"),
     ({"name": "x" * 200}, "at most 150 bytes"),
     ({"log_directory": "logs"}, "absolute path"),
     ({"log_directory": "/a\nb"}, "absolute path"),
     ({"stop_file": "/a\\b"}, "backslashes"),
-    ({"environment": {"A B": "1"}}, "name of a variable"),
+    ({"environment": {"A B": "1"}}, "a variable's name may hold"),
     ({"environment": {"A": "a\0b"}}, "NUL"),
     ({"environment": {"RANK": "1"}}, "the launcher sets it"),
     ({"nodes": 0}, "nodes is 0"),
     ({"command": ()}, "command is empty"),
     ({"command": ("a\0b",)}, "NUL"),
-    ({"cluster": replace(H100, setup_lines=("a\nb",))}, "one shell line an entry"),
+    ({"cluster": replace(H100, setup_lines=("a\nb",))}, "each entry must be one shell line"),
 ]
 
 REFUSED_BY_SLURM: list[tuple[dict[str, object], str]] = [
@@ -138,7 +138,7 @@ REFUSED_BY_SLURM: list[tuple[dict[str, object], str]] = [
     ({"gpus_per_node": 0}, "gpus_per_node is 0"),
     ({"extra_sbatch": ("reservation=x",)}, "like --reservation=NAME"),
     ({"extra_sbatch": ("--signal=USR1",)}, "another key"),
-    ({"extra_sbatch": ("--x=1\n#SBATCH --y",)}, "one option a line"),
+    ({"extra_sbatch": ("--x=1\n#SBATCH --y",)}, "one option per line"),
     ({"extra_sbatch": ("--mail-user=a b",)}, "double quotes"),
 ]
 

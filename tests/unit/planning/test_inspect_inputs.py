@@ -66,7 +66,7 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a missing shard": (lose_a_shard, "MODEL lacks the shard model-00002-of-00002.safetensors"),
     "a damaged index": (write("model.safetensors.index.json", "{}"), "MODEL/model.safetensors.index.json is damaged"),
-    "weights cut off": (cut_off, "bytes, its header speaks of"),
+    "weights cut off": (cut_off, "bytes, its header implies"),
     "weights that are a Git LFS pointer": (
         write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
         "MODEL/model.safetensors is a Git LFS pointer: type git lfs pull",

@@ -282,7 +282,7 @@ SCALED = (LLAMA, "stages.sft.batch.global_size=256", "stages.sft.max_steps=1000"
 
 def test_the_scaling_table_keeps_the_global_batch_and_names_what_does_not_divide_it(ask: Asker) -> None:
     answer = ask("plan", *SCALED, "cluster.nodes=1,3,5,...,512", "format=json")
-    assert answer.code == 2 and "three dots go on by the factor" in answer.errors[0]
+    assert answer.code == 2 and "three dots continue by the ratio" in answer.errors[0]
     rows = json.loads(ask("plan", *SCALED, "cluster.nodes=1,2,4,...,512", "format=json").out)
     assert [row["nodes"] for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
     shared = [row for row in rows if row["micro_size"] is not None]

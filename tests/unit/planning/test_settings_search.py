@@ -153,7 +153,7 @@ def test_advice_is_printed(ask: Asker) -> None:
 
 def test_auto_in_a_scaling_table_is_refused(ask: Asker) -> None:
     words = ("+experiment=llama3_8b_lora", "cluster=h100x8", "sharding=auto", "cluster.nodes=1,2")
-    assert "sharding: auto is settled for one number of nodes" in "\n".join(ask.refused("plan", *words))
+    assert "sharding: auto is resolved for one number of nodes" in "\n".join(ask.refused("plan", *words))
 
 
 def test_a_device_of_unknown_memory_is_refused_with_what_to_type(ask: Asker) -> None:

@@ -131,7 +131,7 @@ def test_facts_come_from_whoever_still_knows_the_job(tmp_path: Path) -> None:
 def test_a_failed_start_is_explained() -> None:
     row = "7|7|FAILED|JobLaunchFailure|0:00|10:00|N/A|\n8|8|FAILED|NonZeroExitCode|0:00|10:00|N/A|\n"
     facts = query(["7", "8"], run=Site(squeue=[Answer(0, row, "")]).run)
-    assert "a log folder that is not there" in facts["7"].sentence
+    assert "the log folder may be missing" in facts["7"].sentence
     assert facts["8"].sentence == "ended with a nonzero exit code"
 
 
@@ -187,7 +187,7 @@ def test_reasons_become_sentences() -> None:
     assert explain_reason("ReqNodeNotAvail, UnavailableNodes:n2").endswith("(ReqNodeNotAvail, UnavailableNodes:n2)")
     assert "limit of the account or QOS" in explain_reason("QOSMaxGRESPerUser")
     assert explain_reason("BrandNew") == "Slurm's reason is BrandNew"
-    assert "not said" in explain_reason("None")
+    assert "no reason" in explain_reason("None")
 
 
 def test_the_environment_of_slurms_programs_is_clean() -> None:

@@ -92,7 +92,7 @@ def test_every_seed_of_weights_meets_every_seed_of_data() -> None:
     )
     trials = seed_trials("x", study)
     assert [trial.name for trial in trials] == [f"x-weights_{w}-data_{d}" for w in (1, 2) for d in (5, 6, 7)]
-    assert trials[-1].words == ["seeds.weights=2", "seeds.data=7", "name=x-weights_2-data_7"]
+    assert trials[-1].overrides == ["seeds.weights=2", "seeds.data=7", "name=x-weights_2-data_7"]
 
 
 def test_the_best_go_on_and_the_others_are_weak() -> None:
@@ -143,7 +143,7 @@ def test_wrong_spaces_are_told_all_at_once() -> None:
         "other held-out rows",
         "lower one",
         "no logarithm",
-        "no tag",
+        "not a tag",
         "shuffle",
         "f: it has two",
     ):
@@ -249,7 +249,7 @@ def test_what_a_study_cannot_be_is_refused_before_anything_is_written(ask: Asker
     )
     assert "dpo trains nothing" in told[0]
     told = ask.refused(LORA, "study=seeds", "study.weights=[1,1]", "study.stopping={share: 0.3, keep: 9}")
-    assert "a seed stands twice" in told[0] and "9 of 2 x 3 = 6 trials stops none" in told[1]
+    assert "a seed appears twice" in told[0] and "9 of 2 x 3 = 6 trials stops none" in told[1]
     assert "no held-out rows" in ask.refused(LORA, "study=seeds", "stages.sft.data.eval.path=none")[0]
     assert "leave out -m" in ask.refused("-m", LORA, "study=seeds", "tuning.rank=4,8")[0]
     assert "nothing to search" in ask.refused(LORA, "study=optuna")[0]
