@@ -17,7 +17,7 @@ def render(arguments: Sequence[str]) -> int:
     for config, planned in plans_of(arguments):
         if not isinstance(config.study, NoStudy):
             raise ConfigError(
-                f"study={config.study.kind}: scripts are of one run; leave out study=, and -m or the seeds of one trial"
+                f"study={config.study.kind}: render writes the scripts of one run; leave out study=, and -m or the seeds of one trial"
             )
         scripts = render_scripts(config)
         freeze_run(config, planned, scripts)

@@ -165,7 +165,8 @@ def _refuse_other_machine(spec: JobSpec) -> None:
     if not before:
         return
     print(
-        f"attempt {claim.attempt} was begun on {claim.host}: listening {LISTEN_SECONDS:.0f} s for its ranks", flush=True
+        f"attempt {claim.attempt} was started on {claim.host}: listening {LISTEN_SECONDS:.0f} s for its ranks",
+        flush=True,
     )
     deadline = time.monotonic() + LISTEN_SECONDS
     while time.monotonic() < deadline:
@@ -173,7 +174,7 @@ def _refuse_other_machine(spec: JobSpec) -> None:
         if claim.beats() != before:
             raise LaunchFailed(
                 f"attempt {claim.attempt} is running on {claim.host}, which shares this folder: type `status --watch` to see it "
-                "here, `cancel` to have it save and end, or resume on that machine to join it"
+                "here, `cancel` to make it save and end, or resume on that machine to join it"
             )
 
 

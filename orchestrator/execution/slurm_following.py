@@ -86,7 +86,7 @@ def _facts(files: StageFolder) -> JobFacts:
 def sentence_of(stage: str, facts: JobFacts) -> str:
     """Job, state and reason on one line; no guess if Slurm gives no answer."""
     if facts.state.phase == "unknown":
-        return f"{stage}: the state is unknown of job {facts.job_id}: Slurm gives no answer about it, which is not a failure"
+        return f"{stage}: the state of job {facts.job_id} is unknown: Slurm gives no answer about it, which is not a failure"
     words = ", ".join(word for word in (facts.state.name, facts.reason) if word)
     return f"{stage}: job {facts.job_id} ({words}) {facts.sentence}"
 

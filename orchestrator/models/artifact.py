@@ -132,7 +132,7 @@ def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None
                 # A factor that is still zero is the silent failure of adapters: the file loads and changes nothing.
                 still |= {mark: still.get(mark, True) and not bool(tensor.any()) for mark in FROM_ZERO if mark in name}
     missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    problems += [f"{name}: missing in the saved file" for name in missing[:5]]
+    problems += [f"{name}: missing from the saved file" for name in missing[:5]]
     problems += [f"{name}: it was not trained" for name in surplus[:5]]
     problems += [
         f"{name}: shape {list(found[name])}, {list(expected[name])} was trained"

@@ -81,7 +81,7 @@ def head_of(model: Any, device: torch.device, *, is_summed: bool = True) -> str:
     if known is None:
         return NO_HEAD
     if not known:
-        return f"whole logits: a small copy of {type(base).__name__} did not show its logits to be its head's products"
+        return f"whole logits: those of a small copy of {type(base).__name__} are not just its head's products"
     if not hasattr(base.get_output_embeddings(), "products"):
         return f"logits of the trained tokens: the head is a {type(base.get_output_embeddings()).__name__}"
     is_plain = base.get_output_embeddings().products.__func__ is _plain_products

@@ -103,7 +103,7 @@ def load_adapter_weights(
     lost = [lost for lost in report.missing_keys if any(mark in lost for mark in TRAINED_MARKS) and f".{name}" in lost]
     unknown = [name for name in report.unexpected_keys if name != PROMPT_WEIGHTS]
     if lost or unknown:
-        raise CheckpointError(f"{source}: PEFT misses {lost[:5]} and does not know {unknown[:5]}")
+        raise CheckpointError(f"{source}: PEFT lacks {lost[:5]} and does not recognise {unknown[:5]}")
 
 
 def apply_tuning(

@@ -154,12 +154,10 @@ def choices_of(config: RunConfig, config_directory: Path | None) -> Presets:
 def nearest_sentences(advice: Advice, config: RunConfig) -> list[str]:
     least = min((option.high_gib for option in advice.options), default=None)
     room = config.cluster.hardware.memory_gib
-    sentences = (
-        [] if least is None else [f"the least that any setting needs is {least:.1f} GiB of {room:.1f} GiB a device"]
-    )
+    sentences = [] if least is None else [f"every setting needs at least {least:.1f} GiB, a device has {room:.1f} GiB"]
     hosts = min((option.node_gib for option in advice.options), default=0.0)
     if config.cluster.node_memory_gib is not None and hosts > config.cluster.node_memory_gib:
-        sentences.append(f"a node's host needs {hosts:.0f} GiB at least, it has {config.cluster.node_memory_gib:g}")
+        sentences.append(f"a node's host needs at least {hosts:.0f} GiB, it has {config.cluster.node_memory_gib:g}")
     sentences += [f"this would fit: {overrides}" for overrides in advice.nearest]
     return (
         sentences

@@ -211,7 +211,7 @@ def steadier_rate(measured: Measured, run: str, config: RunConfig, probed: Rate 
         return own
     if measured.steps < FEW_STEPS:
         steps = f"{measured.steps} step{'s' if measured.steps != 1 else ''}"
-        return replace(probed, basis=f"{probed.basis} (run {run} measured {steps} only)")
+        return replace(probed, basis=f"{probed.basis} (run {run} measured only {steps})")
     factor = probed.flops_per_second / own.flops_per_second
     if 1 / UNLIKE <= factor <= UNLIKE:
         return own

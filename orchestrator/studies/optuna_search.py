@@ -161,7 +161,7 @@ def next_trial(opened: optuna.Study, axes: Sequence[Axis], settings: SearchStudy
     trials = opened.get_trials(deepcopy=False)
     failed = [f"trial {old.number}: {old.user_attrs[WHY]}" for old in trials if old.state == TrialState.FAIL]
     if len(failed) > settings.max_failures:
-        bound = f"{len(failed)} trials failed, and study.max_failures={settings.max_failures} are passed over"
+        bound = f"{len(failed)} trials failed, and study.max_failures={settings.max_failures} is the limit"
         raise ConfigError([*failed, bound])
     begun = next((old for old in trials if old.state == TrialState.RUNNING), None)
     if begun is None and len(trials) >= settings.num_trials:

@@ -56,7 +56,7 @@ class Unfreezing:
         )
         for level, step in opens.items():
             never = "" if step <= steps else f" (warning: never, the stage has {steps} steps)"
-            record.log(f"from step {step} trained: {', '.join(describe_locations(self.names(level)))}{never}")
+            record.log(f"trained from step {step}: {', '.join(describe_locations(self.names(level)))}{never}")
 
     def go_to(self, step: int) -> int:
         """Open the levels due at a step (from 1); return the number of open levels."""

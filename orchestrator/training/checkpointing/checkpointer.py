@@ -281,7 +281,7 @@ class Checkpointer:
         folder = self._context.folder
         for newer in checkpoints.saved_steps(folder):
             if newer > step:
-                checkpoints.quarantine(folder, newer, [f"a rollback went back to step {step}"], self._report_moved)
+                checkpoints.quarantine(folder, newer, [f"a rollback returned to step {step}"], self._report_moved)
 
 
 def _progress_from_json(values: dict[str, Any]) -> Progress:

@@ -91,7 +91,9 @@ def trained(place: Place) -> Place:
     shutil.copytree(_stage(place, "self-zero2").reference, _stage(place, "resumed").reference)
     lost = make(place, "lost", *SELF, "sharding=zero2", stage="self_training", ranks=2)
     shutil.copytree(_stage(place, "self-zero2").checkpoint(4), _stage(place, "lost").checkpoint(4))
-    gone = Cell(run=lost.run, stage=lost.stage, start=lost.start, expect="the model that made its labels has been trained since")
+    gone = Cell(
+        run=lost.run, stage=lost.stage, start=lost.start, expect="the model that made its labels has been trained since"
+    )
     train(place, [pairs[-1], gone], ranks=2)
     return place
 

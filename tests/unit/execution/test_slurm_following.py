@@ -89,7 +89,7 @@ def later(seconds: float, act: Callable[[], object]) -> None:
         (RUNNING, "sft: job 7 (RUNNING) runs, at step 3 of 3\n", EXIT_DONE),
         (
             SILENT,
-            "sft: the state is unknown of job 7: Slurm gives no answer about it, which is not a failure\n",
+            "sft: the state of job 7 is unknown: Slurm gives no answer about it, which is not a failure\n",
             EXIT_SAVED,
         ),
     ],
@@ -128,7 +128,7 @@ def test_a_terminal_shows_the_queue_then_the_progress_then_the_result(
     out = capsys.readouterr().out
     shown = (
         "is waiting for its turn: other jobs come first",
-        "the state is unknown of job 7",
+        "the state of job 7 is unknown",
         "3/3 steps",
         "is done and proven",
     )

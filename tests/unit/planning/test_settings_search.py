@@ -137,7 +137,7 @@ def test_where_nothing_fits_the_nearest_changes_are_told(ask: Asker) -> None:
     )  # fmt: skip
     told = "\n".join(answer.errors)
     assert answer.code == 2
-    assert "auto finds no setting that fits" in told and "the least that any setting needs is" in told
+    assert "auto finds no setting that fits" in told and "every setting needs at least" in told
     assert "a node's host needs" in told and "it has 256" in told
 
 

@@ -258,7 +258,7 @@ def test_what_a_study_cannot_be_is_refused_before_anything_is_written(ask: Asker
     assert "only submitted" in ask.refused("-m", LORA, "study=optuna", RATE, *slurm)[0]
     assert "queued again" in ask.refused(LORA, "stages.sft.pause_at_step=3", *slurm)[0]
     assert "--only" in ask.refused(LORA, "study=seeds", "--only", "sft")[0]
-    assert "scripts are of one run" in ask.refused("render", LORA, "study=seeds")[0]
+    assert "render writes the scripts of one run" in ask.refused("render", LORA, "study=seeds")[0]
     assert "evaluate_every_steps=50" in ask.refused(
         "-m", LORA, "study=optuna", RATE, "study.pruning={startup_trials: 2, after_step: 0}"
     )[0]  # fmt: skip
