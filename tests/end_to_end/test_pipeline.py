@@ -147,7 +147,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 def test_a_rerun_runs_nothing(pipeline: Done, bench: Bench) -> None:
     again = run(bench)
-    assert again.code == 0 and again.out.count("done already") == 5 and "anew" not in again.out
+    assert again.code == 0 and again.out.count("done already") == 5 and "is rerun" not in again.out
 
 
 def test_a_change_reruns_only_what_depends_on_it(pipeline: Done, bench: Bench) -> None:

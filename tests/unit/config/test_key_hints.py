@@ -94,7 +94,7 @@ def test_a_path_with_a_comma_is_taken_where_there_is_such_a_file(tmp_path: Path,
     text = f"stages.sft.data.train.path={tmp_path}/a,b.jsonl"
     (told,) = ask.refused("plan", LORA, text)
     assert told.endswith(
-        f"where the comma belongs to the text, type 'stages.sft.data.train.path=\"{tmp_path}/a,b.jsonl\"'"
+        f"if the comma is part of the text, type 'stages.sft.data.train.path=\"{tmp_path}/a,b.jsonl\"'"
     )
     write_rows(tmp_path / "a,b.jsonl", [ROW])
     assert parse_override(text).value == f"{tmp_path}/a,b.jsonl"

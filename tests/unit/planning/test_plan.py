@@ -261,7 +261,7 @@ def test_a_short_or_slow_measurement_is_held_against_the_probe() -> None:
         return time.basis, time.step_seconds
 
     few, few_seconds = basis(3, 4000)
-    assert few.startswith("probe (run before measured 3 steps only)")
+    assert few.startswith("probe (run before measured only 3 steps)")
     slow, slow_seconds = basis(48, 4000)
     assert "over 48 steps; but a measurement of the processor alone gives 4.0x that rate" in slow
     assert few_seconds < slow_seconds
