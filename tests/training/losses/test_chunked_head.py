@@ -226,7 +226,7 @@ def test_a_model_that_scales_its_logits_makes_its_own() -> None:
     torch.manual_seed(0)
     model = CohereForCausalLM(CohereConfig(**WIDTHS, logit_scale=0.0625))
     attach_head(model)
-    assert head_of(model, CPU).startswith("whole logits: a small copy of CohereForCausalLM")
+    assert head_of(model, CPU).startswith("whole logits: those of a small copy of CohereForCausalLM")
     ids_BT, labels_BT = make_inputs()
     ours_BT, entropies_BT = model(input_ids=ids_BT, query=make_query(labels_BT, temperature=0.7, entropies=True))
     logits_BTV = model(input_ids=ids_BT).logits
