@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
-demo: $(VENV)/.base ## the main job on this machine: LoRA on a small model, two to five minutes on two cores once installed
+demo: $(VENV)/.base ## the main job on this machine: LoRA on a small model, two to four minutes on two cores once installed
 	@$(BIN)/python -m orchestrator +experiment=llama_lora name=demo
 	@$(BIN)/python -m orchestrator generate runs/demo --examples 1 --max-new-tokens 40
 

@@ -102,8 +102,8 @@ def test_typed_sizes_are_refused_with_what_can_be_pasted(ask: Asker) -> None:
 @pytest.mark.parametrize(
     ("words", "steps", "epochs", "note"),
     [
-        ((), 96, None, None),
-        (("stages.sft.epochs=2",), None, 2, "stages.sft.epochs=2 replaces max_steps=96 of the preset"),
+        ((), 104, None, None),
+        (("stages.sft.epochs=2",), None, 2, "stages.sft.epochs=2 replaces max_steps=104 of the preset"),
         (("stages.sft.max_steps=400",), 400, None, None),
         ((OWN,), None, 3, None),
         ((OWN, "stages.sft.max_steps=400"), 400, None, "stages.sft.max_steps=400 replaces epochs=3 of the preset"),
@@ -146,7 +146,7 @@ def test_a_file_of_the_user_stands_between_presets_and_the_command_line(tmp_path
     mine.write_text(built_on)
     three = composed()
     assert (training_stages(three.config)["sft"].max_steps, training_stages(three.config)["sft"].epochs) == (None, 2)
-    assert three.notes == ("stages.sft.epochs=2 replaces max_steps=96 of the preset",)
+    assert three.notes == ("stages.sft.epochs=2 replaces max_steps=104 of the preset",)
 
 
 def test_the_recipe_of_the_demonstration_is_for_its_rows_alone(presets: dict[str, RunConfig]) -> None:
