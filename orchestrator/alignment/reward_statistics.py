@@ -102,7 +102,7 @@ def report_of(
 ) -> RewardReport:
     """The report on a model's scores of the held-out pairs; the baselines are fitted on the training pairs.
 
-    Raises DataError if there are not pairs and TrainingFailed if a score is not finite.
+    Raises DataError if there are no pairs and TrainingFailed if a score is not finite.
     """
     _check(scores_chosen_N, scores_rejected_N, held_out=held_out, training=training)
     chosen_N, rejected_N = scores_chosen_N.astype(np.float64), scores_rejected_N.astype(np.float64)

@@ -113,7 +113,7 @@ def _check_target(file: Path, text: str, *, replace: bool) -> None:
         raise ConfigError(f"{text}: an experiment file ends in .yaml; type init {file.with_suffix('.yaml')}")
     if file.is_dir() or not file.parent.is_dir():
         raise ConfigError(
-            f"{text}: {'a folder has this name' if file.is_dir() else f'there is not a folder {file.parent}'}"
+            f"{text}: {'a folder has this name' if file.is_dir() else f'there is no folder {file.parent}'}"
         )
     from orchestrator.run_state.freeze import run_around
 

@@ -39,7 +39,7 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
     if start not in (None, "auto", PARENT):
         yield from _input_problems(config, f"stages.{name}.start_from", start, before, start_kinds(stage))
     if isinstance(stage, SelfTrainingStage) and start in (None, "auto"):
-        yield f"stages.{name}.start_from: it goes on from a classifier; put one before it, such as stage=classify on weak labels"
+        yield f"stages.{name}.start_from: it continues from a classifier; add one before it, such as stage=classify on weak labels"
     for source in inputs_of(config, name):
         if source in before and source in config.stages:
             yield from _template_problems(config, name, source)
@@ -48,7 +48,7 @@ def _stage_problems(config: RunConfig, name: str) -> Iterator[str]:
         if any(made_kind(config, one) in start_kinds(stage) for one in before if one in config.stages):
             yield f"stages.{name}.start_from: null; it must be a stage before {name} that {what}, or auto, the nearest one"
         else:
-            yield f"stages.{name}.start_from: no stage before {name} {what}; put one into the pipeline, such as sft"
+            yield f"stages.{name}.start_from: no stage before {name} {what}; add one to the pipeline, such as sft"
     yield from _blend_problems(config, name, before)
     if (
         isinstance(stage, ScoringStage)
@@ -83,7 +83,7 @@ def _function_problems(name: str, stage: TrainingStage) -> Iterator[str]:
             problems = file_problems(function.source, function.options, form)
             yield from (f"stages.{name}.{key}.{number}: {problem}" for problem in problems)
     if metrics and isinstance(stage, RewardStage):
-        yield f"stages.{name}.metrics.functions: a reward model answers nothing that they could measure; leave them out"
+        yield f"stages.{name}.metrics.functions: a reward model generates nothing that they could measure; remove them"
     elif metrics and stage.data.eval.path == "none":
         yield f"stages.{name}.metrics.functions: nothing is held out to measure; leave out stages.{name}.data.eval.path=none"
 
@@ -121,7 +121,7 @@ def _scored_classifier_problems(config: RunConfig, name: str) -> Iterator[str]:
     asked = ["exact_match"] if stage.exact_match else []
     asked += ["rewards"] if isinstance(stage, EvaluateStage) and stage.rewards else []
     yield from (
-        f"stages.{name}.{key}: {stage.start_from} is a classifier, which generates no answer; take it out"
+        f"stages.{name}.{key}: {stage.start_from} is a classifier, which generates no answer; remove it"
         for key in asked
     )
     given = {"options": stage.options} | {f"sets.{key}.options": entry.options for key, entry in stage.sets.items()}

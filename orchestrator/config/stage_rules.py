@@ -42,12 +42,12 @@ def stage_problems(config: RunConfig, name: str, stage: Stage) -> list[str]:
     tunings = list(tunings_of(config).values()) or [config.tuning]
     if isinstance(stage, SelectionStage) and isinstance(tunings[-1], LoraTuning) and tunings[-1].use_dora:
         problems.append(
-            f"{field}: with tuning.use_dora=true weights are no sum of base and product, so a blend of adapters is no blend of "
-            "models; set tuning.use_dora=false, or tune whole models"
+            f"{field}: with tuning.use_dora=true the weights are not the sum of base and product, so a blend of adapters is not "
+            "a blend of models; set tuning.use_dora=false, or tune whole models"
         )
     if isinstance(stage, MergeStage) and isinstance(tunings[-1], WHOLE_MODEL_TUNINGS):
         problems.append(
-            f"{field}: tuning={tunings[-1].method} leaves no adapter to merge; take {name} out of the pipeline"
+            f"{field}: tuning={tunings[-1].method} leaves no adapter to merge; remove {name} from the pipeline"
         )
     return problems
 
@@ -75,7 +75,7 @@ def _choice_problems(stage: SelectionStage, shifts: Mapping[str, bool]) -> Itera
     kinds = {shifts[name] for name in stage.choose_on if name in shifts}
     there = ", ".join(f"{name} ({'shift' if is_shift else 'no shift'})" for name, is_shift in shifts.items())
     if isinstance(stage, SoupStage) and stage.recipe == "greedy" and not kinds:
-        yield f"recipe=greedy looks at held-out scores; name the sets for it (there are {there}), and no test set"
+        yield f"recipe=greedy uses held-out scores; name the sets for it, none of them a test set (there are {there})"
     if isinstance(stage, InterpolateStage):
         needs = {"best_ood": {True}, "best_id": {False}, "id_within": {True, False}}[stage.choose]
         for is_shift in sorted(needs - kinds):

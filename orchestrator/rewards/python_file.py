@@ -110,9 +110,7 @@ def _source_and_function(name: str, form: Form) -> tuple[_Source, str]:
         path = Path(written).expanduser()
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{form.what} '{name}': there is not a file {written}, looked for from {Path.cwd()}"
-        ) from error
+        raise ConfigError(f"{form.what} '{name}': there is no file {written}, looked for from {Path.cwd()}") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{form.what} '{name}': {written or 'the empty path'} cannot be read: {error}") from error
     try:

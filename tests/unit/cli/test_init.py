@@ -46,7 +46,7 @@ def test_a_file_that_exists_stays(ask: Asker, tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (("mine",), "mine: an experiment file ends in .yaml; type init mine.yaml"),
-        (("no/mine.yaml",), "no/mine.yaml: there is not a folder no"),
+        (("no/mine.yaml",), "no/mine.yaml: there is no folder no"),
         (("mine.yaml", "--method", "dora"), "--method dora: lora, qlora or full is allowed"),
         (("mine.yaml", "--gpus", "0"), "--gpus 0: an integer of at least 1 is required"),
         ((), "init takes one new file that ends in .yaml: python -m orchestrator init my.yaml"),

@@ -107,8 +107,8 @@ def test_other_rows_in_a_set_make_the_stage_anew(ask: Asker, tmp_path: Path) -> 
         ((*SOUP, "stages.s.members=['stage:sft']"), "a soup needs two or more different ingredients"),
         ((*SOUP, "stages.s.members=['stage:x']"), "stages.s.members: x is not a stage of kind"),
         ((*SOUP, "stages.s.members=[x]"), "not a run folder (run.json expected); give FOLDER, FOLDER:STAGE or stage:NAME"),
-        ((*SOUP, "stages.s.members=[x]", "stages.s.recipe=greedy"), "recipe=greedy looks at held-out scores"),
-        ((*WISE, "tuning=lora", "tuning.use_dora=true"), "weights are no sum of base and product"),
+        ((*SOUP, "stages.s.members=[x]", "stages.s.recipe=greedy"), "recipe=greedy uses held-out scores"),
+        ((*WISE, "tuning=lora", "tuning.use_dora=true"), "the weights are not the sum of base and product"),
         (
             ("+experiment=llama_lora", "+tuning@stages.sft.tuning=freeze", "+stage@stages.b=sft", "pipeline=[sft,b]"),
             "stages.b.tuning: the stages are tuned differently (sft freeze, b lora)",

@@ -84,7 +84,7 @@ def test_what_is_wrong_is_known_from_the_plan(file: Path) -> None:
     assert "stages.sft.metrics.functions.0: " in found[0] and "did you mean 'share'?" in found[0]
     assert "stages.sft.metrics.functions.1: " in found[1] and "allowed is (samples, ...)" in found[1]
     assert "stages.sft.callbacks.0: " in found[2] and "takes no option 'loud'" in found[2]
-    assert "stages.sft.callbacks.1: callback 'gone.py:notify': there is not a file gone.py" in found[3]
+    assert "stages.sft.callbacks.1: callback 'gone.py:notify': there is no file gone.py" in found[3]
 
 
 def test_metrics_need_held_out_rows_and_answers(file: Path) -> None:

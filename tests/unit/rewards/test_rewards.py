@@ -173,7 +173,7 @@ def test_repetition_penalty(completion: str, ngram_words: int, expected: float) 
         ("length_penalty", {"target_tokens": 9, "maximum_tokens": 9}, "0 <= target_tokens < maximum_tokens"),
         ("length_penalty", {"target_tokens": True, "maximum_tokens": 9}, "allowed is int"),
         ("repetition_penalty", {"ngram_words": 0}, "allowed is 1 or more"),
-        ("gone.py:f", {}, "there is not a file gone.py"),
+        ("gone.py:f", {}, "there is no file gone.py"),
         ("reasoning_gym:", {}, "names no data set"),
         ("reasoning_gym:x", {"a": 1}, "no option 'a'"),
         (".:f", {}, "cannot be read"),
