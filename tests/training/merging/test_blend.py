@@ -241,5 +241,5 @@ def test_what_is_told() -> None:
     told = regressions_line(worse, {**before, "forgetting": replace(worse["forgetting"], loss=2.0)}, {})
     assert told == "worse than the base: forgetting perplexity 2.72 -> 7.39"
     assert "| o (shift) | accuracy | 0.700 | 0.600 |" in score_table({"base": before, "tuned": after}, {"o": True})
-    assert inner_best([1.0, 0.0, 0.5], [0.7, 0.6, 0.9]).endswith("the ends have 0.600 and 0.700: inside by 0.200")
+    assert inner_best([1.0, 0.0, 0.5], [0.7, 0.6, 0.9]).endswith("the endpoints have 0.600 and 0.700: inside by 0.200")
     assert "inside" not in inner_best([0.0, 0.5, 1.0], [0.7, 0.6, 0.9])

@@ -293,7 +293,7 @@ def test_a_server_that_takes_no_tables_loses_no_step(
     append(stage, 1, 30, attempt=1)
     finish(run, {}, outcome="finished", timeout_seconds=60)
     assert_history(server.only_run().history())
-    assert "the table of step 7 was not taken" in capfd.readouterr().err
+    assert "the table of step 7 was not accepted" in capfd.readouterr().err
 
 
 # ---- a server that is dead, or takes everything and answers nothing --------------------------------------
@@ -337,7 +337,7 @@ def test_a_server_that_falls_silent(tmp_path: Path, server: WandbServer, monkeyp
     began = time.monotonic()
     sentence = finish(run, {"best_eval_loss": 0.5}, outcome="finished", timeout_seconds=5)
     assert time.monotonic() - began < 5 + 2
-    assert "did not take everything within 5 s" in sentence
+    assert "did not receive everything within 5 s" in sentence
     wait_for(lambda: not [pid for pid in family if Path(f"/proc/{pid}").exists()])
     command = sentence.rpartition(": ")[2].split()
     server.silent.clear()

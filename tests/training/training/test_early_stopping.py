@@ -68,7 +68,7 @@ def test_what_is_not_finite_is_no_gain() -> None:
 def test_an_unknown_metric_is_refused_with_those_that_are_there() -> None:
     scored = Evaluation(loss=1.0, trained_tokens=1, rows=1, measures={"accuracy": 0.5})
     assert metric_of(scored, settings(metric="eval_accuracy"), stage="sft") == 0.5
-    with pytest.raises(ConfigError, match=r"eval_acuracy is no result .*; there are eval_loss, eval_accuracy"):
+    with pytest.raises(ConfigError, match=r"eval_acuracy is not a result .*; there are eval_loss, eval_accuracy"):
         metric_of(scored, settings(metric="eval_acuracy"), stage="sft")
     with pytest.raises(ConfigError, match="no held-out rows"):
         metric_of(None, settings(), stage="sft")

@@ -91,7 +91,7 @@ def test_metrics_need_held_out_rows_and_answers(file: Path) -> None:
     functions = f"metrics.functions=[{{source: '{file}:share'}}]"
     (problem,) = problems_of(f"stages.sft.{functions}", "stages.sft.data.eval.path=none")
     assert problem.startswith("stages.sft.metrics.functions: nothing is held out to measure")
-    with pytest.raises(ConfigError, match="a reward model answers nothing"):
+    with pytest.raises(ConfigError, match="a reward model generates nothing"):
         compose(["+experiment=llama_reward", f"stages.reward.{functions}"])
 
 
