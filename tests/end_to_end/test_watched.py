@@ -108,7 +108,8 @@ def test_a_long_phase_has_a_clock_that_goes_on(watched: Watched) -> None:
 
 
 def test_no_time_left_of_zero_while_work_remains(watched: Watched) -> None:
-    assert "ETA" in watched.text and "ETA 00:00" not in watched.text
+    """A fast machine shows no estimate at all here; tests/unit/metrics/test_console.py holds that there is one otherwise."""
+    assert "ETA 00:00" not in watched.text
 
 
 def test_the_time_of_the_command_is_that_on_the_wall_and_in_the_result(watched: Watched) -> None:

@@ -114,7 +114,7 @@ def test_changing_any_one_thing_is_a_miss_and_says_which(
     say: list[str] = []
     second = prepare(data_config(**settings), tokenizer, tmp_path / "cache", say=say, seed=seed)
     assert not second.was_hit and second.train != first.train
-    said = say[0].split("other ")[1]
+    said = say[0].split("these differ: ")[1]
     assert said.startswith(name.split()[0]) and ("seed" in said) == (name in ("seed",)), said
 
 
