@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def main() -> int:
         print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
         return 2
     from orchestrator.cli.main import main as run_command
+    from orchestrator.machine.openmp import limit_spinning
 
+    limit_spinning(os.environ)
     return run_command(sys.argv[1:])
 
 

@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.evaluation import ScoringStage
-from orchestrator.config.pipeline import blended_stages, external_members, inputs_of
+from orchestrator.config.pipeline import inputs_of
 from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.distributed.import_blocking import garbage_collection_paused, leave_out_deepspeed, leave_out_unused
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, OrchestratorError
 from orchestrator.files.atomic import read_json, write_json
 from orchestrator.files.cache import cache_folder
+from orchestrator.machine.openmp import limit_spinning
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
 from orchestrator.run_folder.folder import RunFolder, StageFolder
@@ -41,6 +41,7 @@ PREPARE_AT_MOST_SECONDS = 60.0
 
 def main(argv: list[str] | None = None) -> int:
     began = time.time()
+    limit_spinning(os.environ)
     options = _options(argv)
     run_file: Path = options.run_file.resolve()
     config = load_config(RunFolder(run_file.parent))
@@ -142,14 +143,14 @@ def _as_start(artifact: Artifact, name: str) -> Any:
 
 
 def _external_artifacts(stage: Stage) -> dict[str, ExternalMember]:
-    return {member: read_member(member) for member in external_members(stage)}
+    return {member: read_member(member) for member in stage.external_members}
 
 
 def _blended_artifacts(
     stage: Stage, artifacts: Mapping[str, Artifact], external: Mapping[str, Artifact]
 ) -> dict[str, Artifact]:
     """The models blended with the artifact that the stage starts from, in configuration order."""
-    return {name: artifacts[name] for name in blended_stages(stage)} | dict(external)
+    return {name: artifacts[name] for name in stage.blended_stages} | dict(external)
 
 
 def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int, phases: Phases) -> dict[str, Any]:
@@ -191,13 +192,12 @@ def _bring_inputs(config: RunConfig, name: str, *, run_directory: Path, phases: 
         for data in data_sets_of(config.stages[name]).values()
     )
     stage = config.stages[name]
-    names = list(stage.sets) if isinstance(stage, ScoringStage) else []
     return {
         "content": content_digests(config, name, base_folder=base_folder),
         "base_folder": str(base_folder),
         "train": str(prepared.train),
         "evaluation": None if prepared.evaluation is None else str(prepared.evaluation),
-        "sets": {name: str(other.train) for name, other in zip(names, others, strict=True)},
+        "sets": {name: str(other.train) for name, other in zip(stage.further_sets, others, strict=True)},
     }
 
 

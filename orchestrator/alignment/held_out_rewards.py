@@ -19,8 +19,7 @@ def score_held_out(sampler: RolloutMaker) -> Evaluation | None:
     count = min(held.rows, HELD_OUT_PROMPTS)
     mine = [held.prompt(index) for index in range(runtime.rank, count, runtime.world_size)]
     requests = [Request(prompt=prompt.ids, seed=0) for prompt in mine]
-    greedy = sampler.stage.rollout.model_copy(update={"temperature": 0.0})
-    completions = sampler.generate(requests, greedy)
+    completions = sampler.generate(requests, sampler.stage.rollout.greedy)
     scored = [
         as_scored(session.context, request, completion, prompt.extra)
         for request, completion, prompt in zip(requests, completions, mine, strict=True)

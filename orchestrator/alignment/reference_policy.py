@@ -33,7 +33,7 @@ def build_policy_with_reference(
     start, tuning = context.start, context.config.tuning
     if (
         start is None
-        or start.kind != "adapter"
+        or not start.kind.is_adapter
         or isinstance(tuning, WHOLE_MODEL_TUNINGS)
         or not wants_reference(stage)
     ):

@@ -10,7 +10,7 @@ import torch
 
 from orchestrator.alignment.reward_statistics import Pairs, RewardReport, report_of
 from orchestrator.config.alignment import RewardStage
-from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
+from orchestrator.data.encoding.tokenizer import load_tokenizer
 from orchestrator.dataloader.passes import passes
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.run_state.stage_context import training_stage
@@ -39,7 +39,7 @@ def held_out_scores(session: Session) -> np.ndarray:
 def make_report(session: Session, stage: RewardStage, scores_D: np.ndarray) -> RewardReport:
     """The report; its baselines are fitted on training pairs."""
     held = session.held or session.rows
-    tokenizer = core_tokenizer(load_facts(session.context.base_folder).core)
+    tokenizer = load_tokenizer(session.context.base_folder)
     return report_of(
         scores_D[0::2],
         scores_D[1::2],

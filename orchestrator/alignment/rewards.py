@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.config.alignment import RewardSource
-from orchestrator.config.pipeline import MODEL_PREFIX, STAGE_PREFIX
+from orchestrator.config.rollout import MODEL_PREFIX, STAGE_PREFIX, RewardSource
 from orchestrator.data.encoding.tokenizer import load_facts
 from orchestrator.dataloader.batch import batch_of
 from orchestrator.distributed.runtime import Runtime

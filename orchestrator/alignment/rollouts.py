@@ -24,7 +24,7 @@ from orchestrator.alignment.rollout_rows import (
     write_rollout,
 )
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
+from orchestrator.data.encoding.tokenizer import load_tokenizer
 from orchestrator.dataloader.batch import batch_of
 from orchestrator.errors import TrainingFailed
 from orchestrator.generation.generator import Completion, Generate, Request, seed_of
@@ -160,7 +160,7 @@ class RolloutMaker:
 
     def _write_samples(self, sequences: Sequence[ScoredCompletion], step: int) -> None:
         context = self.session.context
-        tokenizer = core_tokenizer(load_facts(context.base_folder).core)
+        tokenizer = load_tokenizer(context.base_folder)
         with RecordFile(context.folder.generated) as file:
             for one in sequences[:SHOWN_SAMPLES]:
                 row = {

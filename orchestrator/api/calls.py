@@ -178,7 +178,7 @@ def _dict_key(key: str) -> str:
 
 def _run_folder(folder: Folder) -> RunFolder:
     root = Path(folder).expanduser()
-    if not (root / "run.json").is_file():
+    if not RunFolder(root).is_run:
         raise ConfigError(f"{folder} is not a run folder: it holds no run.json")
     return RunFolder(root.resolve())
 

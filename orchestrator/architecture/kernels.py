@@ -11,12 +11,10 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Literal
 
-from orchestrator.config.alignment import RewardStage
-from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
 from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, training_pipeline
-from orchestrator.config.training import SftStage, TrainingStage
+from orchestrator.config.training import TrainingStage
 from orchestrator.config.tuning import LoraTuning
 
 Device = Literal["cpu", "cuda"]
@@ -113,7 +111,7 @@ def head_words(kernel: HeadKernel, device: str) -> str:
 
 def sums_logprobs(stage: TrainingStage) -> bool:
     """Whether a stage's loss is only a sum of log-probabilities, which is what Liger's kernel computes."""
-    return isinstance(stage, SftStage)
+    return stage.sums_logprobs
 
 
 def adapts_head(config: RunConfig) -> bool:
@@ -151,7 +149,7 @@ def attention_of_stage(
 
 def head_of_stage(config: RunConfig, stage: TrainingStage, device: str, *, has_liger: bool) -> str:
     """Description of a training stage's loss head on a device, for a model whose logits are its head's products."""
-    if isinstance(stage, RewardStage | ClassifyStage | SelfTrainingStage):
+    if stage.has_new_head:
         return NO_HEAD
     choice: HeadChoice = config.model.loss_head if sums_logprobs(stage) and not adapts_head(config) else "torch"
     return head_words(head_kernel(choice, device, has_liger=has_liger), device)

@@ -23,7 +23,7 @@ from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import CheckpointError, DataError, ModelError
 from orchestrator.models.causal_lm import NOT_FOR_A_BACKBONE
 from orchestrator.models.loading import attention_of, disable_cpu_weight_repacking, nf4_settings
-from orchestrator.models.tuning import apply_tuning, cast_trained_to_fp32, load_adapter
+from orchestrator.models.tuning import apply_tuning, hold_masters_in_fp32, load_adapter
 from orchestrator.run_state.stage_context import StageContext
 
 HEADS = ("score", "classifier", "pooler", "pre_classifier")
@@ -33,17 +33,16 @@ HEADS = ("score", "classifier", "pooler", "pre_classifier")
 def build_classifier(context: StageContext, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
     """The classifier to train: a new head on the base or on a policy, or the classifier of an earlier stage."""
     start = context.start
-    goes_on = start is not None and start.kind.startswith("classifier_")
+    goes_on = start is not None and start.kind.is_classifier
     classes = stage_classes(context)
     if goes_on and start is not None:
         same_classes(classes, read_classes(start.folder), stage=context.name, start=start.stage)
-    folder = start.folder if start is not None and start.kind.endswith("model") else context.base_folder
+    folder = start.folder if start is not None and start.kind.is_whole_model else context.base_folder
     loaded = load_classifier(folder, context.config, classes, weights_dtype=dtype, packed=packed)
     model = apply_tuning(loaded, context.config, task="SEQ_CLS")
-    if start is not None and start.kind.endswith("adapter"):
+    if start is not None and start.kind.is_adapter:
         load_adapter(model, start.folder)
-    if dtype == torch.float32 or not context.config.sharding.is_deepspeed:
-        cast_trained_to_fp32(model)
+    hold_masters_in_fp32(model, context.config, dtype)
     return model
 
 

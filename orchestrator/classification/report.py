@@ -12,7 +12,7 @@ import torch
 from orchestrator.classification.classes import Classes, Targets, targets_of
 from orchestrator.classification.metrics import multi_label_report, regression_report, single_label_report
 from orchestrator.classification.objective import all_logits_DC
-from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
+from orchestrator.data.encoding.tokenizer import load_tokenizer
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import DataError
@@ -109,7 +109,7 @@ class ClassificationEvaluator:
         logits_DC = all_logits_DC(
             runtime, self._session.model, held, outputs=self._classes.outputs, micro_size=micro_size, limit=count
         )
-        tokenizer = core_tokenizer(load_facts(context.base_folder).core)
+        tokenizer = load_tokenizer(context.base_folder)
 
         def sample(index: int) -> Sample:
             document = held.document_of(index)

@@ -61,17 +61,19 @@ def open_run_folder(text: str) -> RunFolder:
     from orchestrator.run_folder.folder import RunFolder
 
     folder = Path(text).expanduser()
-    if not (folder / "run.json").is_file():
+    if not RunFolder(folder).is_run:
         raise ConfigError(f"{text} is not a run folder: {_why_no_run(folder)}")
     return RunFolder(folder.resolve())
 
 
 def _why_no_run(folder: Path) -> str:
     """What the folder is instead, and the run that may have been intended."""
-    above = next((parent for parent in folder.parents if (parent / "run.json").is_file()), None)
+    from orchestrator.run_folder.folder import RUN_FILE, RunFolder
+
+    above = next((parent for parent in folder.parents if RunFolder(parent).is_run), None)
     if above is not None and str(above) != ".":
         return f"it is part of the run {above}; type that"
-    inside = sorted(file.parent for file in folder.glob("*/run.json"))
+    inside = sorted(file.parent for file in folder.glob(f"*/{RUN_FILE}"))
     if inside:
         more = f" or one of {len(inside) - 1} others in it" if len(inside) > 1 else ""
         return f"it holds no run.json; type {inside[-1]}{more}"

@@ -121,11 +121,11 @@ def _run_folders(current: str) -> list[str]:
 def _stages(before: Sequence[str]) -> list[str]:
     """Stages of the run folder on the line."""
     from orchestrator.files.atomic import read_json
+    from orchestrator.run_folder.folder import RunFolder
 
-    for word in before:
-        file = Path(word, "run.json")
-        if file.is_file():
-            return list(read_json(file)["config"]["pipeline"])
+    for folder in map(RunFolder, map(Path, before)):
+        if folder.is_run:
+            return list(read_json(folder.run)["config"]["pipeline"])
     return []
 
 

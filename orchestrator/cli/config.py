@@ -28,7 +28,9 @@ def configure(parser: VerbParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     given = overrides_of(arguments)
-    folders = [text for text in given if _may_be_folder(text) and (Path(text).expanduser() / "run.json").is_file()]
+    from orchestrator.run_folder.folder import RunFolder
+
+    folders = [text for text in given if _may_be_folder(text) and RunFolder(Path(text).expanduser()).is_run]
     if folders:
         return _print_frozen(folders, [text for text in given if text not in folders], arguments)
     for text in given:

@@ -6,7 +6,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from orchestrator.commands.preflight_process import rows_of_stage
-from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.run import RunConfig, training_stages
 from orchestrator.config.training import TrainingStage
 from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, ConfigError
@@ -30,7 +29,7 @@ def audit(run: RunFolder) -> int:
 
 def _audited(config: RunConfig) -> dict[str, TrainingStage]:
     """The stages that read prepared rows in a fixed order."""
-    stages = {name: stage for name, stage in training_stages(config).items() if not isinstance(stage, PolicyStage)}
+    stages = {name: stage for name, stage in training_stages(config).items() if not stage.reads_prompts}
     return {name: stages[name] for name in config.pipeline if name in stages}
 
 

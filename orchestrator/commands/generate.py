@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.commands.stage_choice import stage_of
-from orchestrator.config.classification import CLASSIFIER_KINDS
+from orchestrator.config.run import CLASSIFIER_KINDS
 from orchestrator.errors import ConfigError
 from orchestrator.run_folder.folder import RunFolder
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from orchestrator import __version__
 from orchestrator.architecture.base_model import local_folder
 from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage
 from orchestrator.data.prepared.parts import find_prepared
 from orchestrator.errors import ConfigError
-from orchestrator.files.atomic import read_json
+from orchestrator.files.atomic import read_json, write_json
 from orchestrator.files.cache import cache_folder
-from orchestrator.run_folder.folder import StageFolder
+from orchestrator.run_folder.folder import RunFolder, StageFolder
 
 
 def run_preflight(verb: str, config: RunConfig, environment: dict[str, str]) -> int:
     """Run the torch side on the frozen configuration, in a separate process."""
     with tempfile.TemporaryDirectory(prefix="orchestrator-") as folder:
-        file = Path(folder) / "run.json"
-        file.write_text(json.dumps({"config": config.model_dump(mode="json")}), encoding="utf-8")
+        file = RunFolder(Path(folder)).run
+        write_json(file, {"orchestrator": __version__, "config": config.model_dump(mode="json")})
         argv = [sys.executable, "-m", "orchestrator.metrics.foreground", "preflight.main", verb, str(file)]
         return subprocess.run(argv, env={**os.environ, "PYTHONSAFEPATH": "1", **environment}, check=False).returncode
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.composition.overrides import TOP_GROUPS, choices_of
+from orchestrator.run_folder.folder import RUN_FILE, RunFolder
 
 _ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz")
 
@@ -20,8 +21,8 @@ def bare_argument_problem(text: str, roots: Sequence[Path]) -> str | None:
     if groups:
         return f"{text} is not an override; did you mean {' or '.join(f'{group}={text}' for group in groups)}?"
     path = Path(text).expanduser()
-    run = path.parent if path.name == "run.json" else path
-    if (run / "run.json").is_file():
+    run = path.parent if path.name == RUN_FILE else path
+    if RunFolder(run).is_run:
         return f"{text} is a run, not an override; type resume {run} to continue it, or config {run} to see its keys"
     if path.is_file() and path.name.endswith(_ROWS):
         return f"{text} is not an override; did you mean stages.sft.data.train.path={text}?"

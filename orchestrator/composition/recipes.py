@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from orchestrator.composition.overrides import CONF, RECIPE
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.classification import SelfTrainingStage
 from orchestrator.config.demonstration import DEMONSTRATIONS
 from orchestrator.config.run import RunConfig, fitting_micro_size, training_pipeline
 from orchestrator.config.training import BatchConfig, TrainingStage
@@ -173,7 +172,7 @@ def _batch_note(stage: TrainingStage, key: str, fitted: BatchConfig, *, ranks: i
     steps = fitted.global_size // (fitted.micro_size * ranks)
     if fitted.global_size != preset.global_size:
         effect = f"the learning rate is unchanged, so results differ from those with {preset.global_size} rows a step"
-    elif isinstance(stage, SelfTrainingStage):  # its contrastive term compares the rows of a micro-batch
+    elif stage.compares_rows:
         effect = f"results differ from those with pairs among {preset.micro_size} rows"
     else:
         effect = "the global batch is unchanged"

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from orchestrator.config.base import (
-    Fraction,
-    NaturalFloat,
-    NaturalInt,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-    Text,
-)
-from orchestrator.config.functions import FunctionSource
+from orchestrator.config.base import Fraction, NaturalFloat, PositiveFloat, PositiveInt, Section
+from orchestrator.config.rollout import RewardSource, RolloutConfig
+from orchestrator.config.stage import Product, RowKind
 from orchestrator.config.training import TrainingStage
 
 
@@ -23,6 +17,9 @@ class RewardStage(TrainingStage):
     """A reward model: a scalar head, trained on pairs by the Bradley-Terry loss."""
 
     kind: Literal["reward"]
+    makes: ClassVar[Product | None] = "reward model"
+    row_kind: ClassVar[RowKind | None] = "pair"
+    has_new_head: ClassVar[bool] = True
     use_margin: bool
     """Require a score difference of at least the row's `margin` (2307.09288, section 3.2.2)."""
     centring: NaturalFloat
@@ -39,6 +36,7 @@ class DpoStage(TrainingStage):
     """Preference optimisation without a reward model."""
 
     kind: Literal["dpo"]
+    makes: ClassVar[Product | None] = "policy"
     loss: Literal["dpo", "ipo", "hinge", "kto", "orpo", "simpo"]
     """DPO 2305.18290, IPO 2310.12036, hinge (SLiC-HF 2305.10425), KTO 2402.01306, ORPO 2403.07691, SimPO 2405.14734."""
     beta: PositiveFloat
@@ -57,39 +55,17 @@ class DpoStage(TrainingStage):
         """Whether the loss compares the policy with the model that the stage starts from."""
         return self.loss not in REFERENCE_FREE
 
+    @property
+    def scores_reference_first(self) -> bool:
+        return self.needs_reference
 
-class RewardSource(FunctionSource):
-    """One reward of a policy stage."""
+    @property
+    def rows_wanted(self) -> RowKind:
+        return "feedback" if self.loss == "kto" else "pair"
 
-    source: Text
-    """`stage:NAME` (a reward stage before it), `model:FOLDER` (a sequence-classification folder with one label), a
-    built-in function, or `FILE.py:function`."""
-    weight: float
-    """Weight of this reward in the sum of all rewards."""
-
-
-class RolloutConfig(Section):
-    """How completions are generated."""
-
-    prompts: PositiveInt
-    """Prompts of a rollout, over all ranks."""
-    group_size: PositiveInt
-    """Completions of each prompt."""
-    passes: PositiveInt
-    """Passes over each rollout; one pass is prompts x group_size / batch.global_size optimizer steps."""
-    max_new_tokens: PositiveInt
-    """Longest completion, in tokens."""
-    temperature: NaturalFloat
-    """0 is greedy."""
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    """Nucleus sampling: the smallest set of tokens with this total probability; 1 keeps all."""
-    top_k: NaturalInt
-    """Sample from this many of the likeliest tokens; 0 keeps all."""
-    generate_size: PositiveInt
-    """Completions that one rank generates at a time."""
-    engine: Literal["batch", "continuous"]
-    """`batch` waits for the longest of a batch; `continuous` (transformers' continuous batching) refills freed slots
-    immediately."""
+    def problems(self, name: str, *, ranks: int) -> Iterator[str]:
+        if self.label_smoothing and self.loss != "dpo":
+            yield f"stages.{name}.label_smoothing: only loss=dpo has it, not {self.loss}; set it to 0"
 
 
 class PolicyLimits(Section):
@@ -114,6 +90,8 @@ class PolicyStage(TrainingStage):
     """Policy optimisation on sampled completions."""
 
     kind: Literal["grpo"]
+    makes: ClassVar[Product | None] = "policy"
+    row_kind: ClassVar[RowKind | None] = "prompt"
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce"]
     """GRPO 2402.03300, Dr. GRPO 2503.20783, RLOO 2402.14740, REINFORCE with the batch mean as baseline."""
     aggregation: Literal["token", "sequence", "constant"]
@@ -134,3 +112,36 @@ class PolicyStage(TrainingStage):
     """Accept a reward model whose report does not show that it beats chance."""
     limits: PolicyLimits
     """Limits beyond which the stage fails."""
+
+    @property
+    def reward_sources(self) -> tuple[RewardSource, ...]:
+        return self.rewards
+
+    @property
+    def generation(self) -> RolloutConfig:
+        return self.rollout
+
+    @property
+    def holds_reference(self) -> bool:
+        return bool(self.kl_coefficient) or self.limits.kl is not None
+
+    @property
+    def requires_proven_rewards(self) -> bool:
+        return not self.accept_weak_reward
+
+    def problems(self, name: str, *, ranks: int) -> Iterator[str]:
+        field, rollout = f"stages.{name}", self.rollout
+        completions = rollout.prompts * rollout.group_size
+        if completions % self.batch.global_size:
+            yield (
+                f"{field}.rollout: prompts x group_size = {rollout.prompts} x {rollout.group_size} = {completions} "
+                f"completions is not a multiple of batch.global_size = {self.batch.global_size}"
+            )
+        if rollout.group_size < 2:
+            yield f"{field}.rollout.group_size: advantages compare completions of one prompt; at least 2, not 1"
+        if rollout.prompts % ranks:
+            yield f"{field}.rollout.prompts: {rollout.prompts} prompts cannot be shared by {ranks} ranks evenly"
+        if self.data.packing != "none":
+            yield f"{field}.data.packing: prompts are not packed; set packing=none, not {self.data.packing}"
+        if not self.rewards:
+            yield f"{field}.rewards: there is none; add for example {{source: exact_match, weight: 1.0, options: {{}}}}"

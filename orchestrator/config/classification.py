@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 from orchestrator.config.base import Fraction, NaturalFloat, PositiveFloat, PositiveInt, Text
+from orchestrator.config.data import DataConfig
+from orchestrator.config.stage import Product, RowKind
 from orchestrator.config.training import TrainingStage
+
+Problem = Literal["single_label", "multi_label", "regression"]
 
 
 class ClassifyStage(TrainingStage):
     """Train a new head on labelled texts or pairs of texts."""
 
     kind: Literal["classify"]
-    problem: Literal["single_label", "multi_label", "regression"]
+    makes: ClassVar[Product | None] = "classifier"
+    starts_from: ClassVar[tuple[Product, ...]] = ("policy", "classifier")
+    auto_starts_from: ClassVar[tuple[Product, ...] | None] = ("policy",)
+    row_kind: ClassVar[RowKind | None] = "class"
+    has_new_head: ClassVar[bool] = True
+    problem: Problem
     """One class of several, any number of classes at once, or a number (regression)."""
     labels: tuple[Text, ...] | None
     """Names of the classes in order; numeric labels in the data are 0-based indices into this list. Null collects them
     from the train rows."""
+
+    @property
+    def predicts_numbers(self) -> bool:
+        return self.problem == "regression"
+
+    def problems(self, name: str, *, ranks: int) -> Iterator[str]:
+        field = f"stages.{name}"
+        yield from _class_data_problems(field, self.data)
+        if self.data.train.unlabelled == "keep":
+            yield (
+                f"{field}.data.train.unlabelled: stage=classify learns from labels alone; type drop, or give these rows to "
+                "stage=self_training"
+            )
+        if self.labels is not None:
+            yield from self._label_problems(field, self.labels)
+
+    def _label_problems(self, field: str, labels: tuple[str, ...]) -> Iterator[str]:
+        if self.predicts_numbers:
+            yield f"{field}.labels: problem=regression predicts a number and has no classes; type {field}.labels=null"
+            return
+        if len(set(labels)) != len(labels):
+            yield f"{field}.labels: a name appears twice in {list(labels)}"
+        if len(labels) < 2 and self.problem == "single_label":
+            yield f"{field}.labels: one class of {list(labels)} is always right; give at least two"
 
 
 class SelfTrainingStage(TrainingStage):
@@ -25,6 +59,12 @@ class SelfTrainingStage(TrainingStage):
     """
 
     kind: Literal["self_training"]
+    makes: ClassVar[Product | None] = "classifier"
+    starts_from: ClassVar[tuple[Product, ...]] = ("classifier",)
+    needs_start: ClassVar[bool] = True
+    row_kind: ClassVar[RowKind | None] = "class"
+    has_new_head: ClassVar[bool] = True
+    compares_rows: ClassVar[bool] = True
     period: PositiveInt
     """Optimizer steps between two pseudo-labelling passes over all train rows (T3)."""
     threshold: Fraction
@@ -36,48 +76,16 @@ class SelfTrainingStage(TrainingStage):
     confidence_weight: NaturalFloat
     """Weight of KL(uniform || prediction), which discourages overconfident predictions; 0 leaves it out."""
 
+    def problems(self, name: str, *, ranks: int) -> Iterator[str]:
+        field = f"stages.{name}"
+        yield from _class_data_problems(field, self.data)
+        if self.data.eval.path == "none":
+            yield f"{field}.data.eval.path: without held-out rows it is unknown whether self-training helps; give a labelled file"
 
-CLASSIFIER_KINDS = ("classify", "self_training")
-"""Stages that make a classifier."""
 
-
-def classification_problems(field: str, stage: ClassifyStage | SelfTrainingStage) -> list[str]:
-    """One sentence for every broken rule across the stage's own settings; `field` is the stage's key."""
-    data = stage.data
-    problems: list[str] = []
+def _class_data_problems(field: str, data: DataConfig) -> Iterator[str]:
+    """Rules of every stage whose rows have classes."""
     if data.packing == "split":
-        problems.append(
-            f"{field}.data.packing: split would cut a text, and its class belongs to the whole text; type {field}.data.packing=none"
-        )
+        yield f"{field}.data.packing: split would cut a text, and its class belongs to the whole text; type {field}.data.packing=none"
     if data.eval.unlabelled == "keep":
-        problems.append(
-            f"{field}.data.eval.unlabelled: a row without a label cannot be scored; type drop or refuse, not keep"
-        )
-    if isinstance(stage, SelfTrainingStage):
-        if data.eval.path == "none":
-            problems.append(
-                f"{field}.data.eval.path: without held-out rows it is unknown whether self-training helps; give a labelled file"
-            )
-        return problems
-    if data.train.unlabelled == "keep":
-        problems.append(
-            f"{field}.data.train.unlabelled: stage=classify learns from labels alone; type drop, or give these rows to "
-            "stage=self_training"
-        )
-    return problems + _label_problems(field, stage)
-
-
-def _label_problems(field: str, stage: ClassifyStage) -> list[str]:
-    if stage.labels is None:
-        return []
-    if stage.problem == "regression":
-        return [f"{field}.labels: problem=regression predicts a number and has no classes; type {field}.labels=null"]
-    problems: list[str] = []
-    if len(set(stage.labels)) != len(stage.labels):
-        problems.append(f"{field}.labels: a name appears twice in {list(stage.labels)}")
-    if len(stage.labels) < 2 and stage.problem == "single_label":
-        problems.append(f"{field}.labels: one class of {list(stage.labels)} is always right; give at least two")
-    return problems
-
-
-Problem = Literal["single_label", "multi_label", "regression"]
+        yield f"{field}.data.eval.unlabelled: a row without a label cannot be scored; type drop or refuse, not keep"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
 
-from orchestrator.config.alignment import RewardSource, RolloutConfig
 from orchestrator.config.base import Identifier, PositiveInt, Section, Text
 from orchestrator.config.data import DataConfig, DataFormat, SourceConfig
+from orchestrator.config.rollout import RewardSource, RolloutConfig
+from orchestrator.config.stage import Product, StageSettings
 
 FIRST_SET = "data"
 """Name of the set that `data.train` forms, next to those in `sets`."""
@@ -41,7 +43,7 @@ class ScoredSet(Section):
     """The answer options."""
 
 
-class ScoringStage(Section):
+class ScoringStage(StageSettings):
     """Common settings of stages that score models on named sets."""
 
     start_from: str | None
@@ -65,6 +67,60 @@ class ScoringStage(Section):
     """Also score a fixed general text that is in no training set."""
     rollout: RolloutConfig
     """How answers are generated."""
+
+    @property
+    def generation(self) -> RolloutConfig | None:
+        return self.rollout if self.exact_match or self.reward_sources else None
+
+    @property
+    def further_data(self) -> Mapping[str, DataConfig]:
+        return {f"sets.{name}": self._data_of_set(name) for name in self.sets}
+
+    @property
+    def further_sets(self) -> tuple[str, ...]:
+        return tuple(self.sets)
+
+    @property
+    def shifts(self) -> dict[str, bool]:
+        """Whether each set is out of distribution, by name, `data` first."""
+        return {FIRST_SET: self.shift} | {name: entry.shift for name, entry in self.sets.items()}
+
+    def problems(self, name: str, *, ranks: int) -> Iterator[str]:
+        field = f"stages.{name}"
+        for key in self.sets:
+            if key in (FIRST_SET, FORGETTING):
+                yield f"{field}.sets.{key}: this name is taken (data is data.train); give the set another one"
+        if self.data.packing != "none":
+            yield f"{field}.data.packing: rows are scored one by one; set packing=none, not {self.data.packing}"
+
+    def classifier_problems(self, name: str) -> Iterator[str]:
+        """A sentence for every setting that a classifier, which `start_from` names, cannot fulfil."""
+        asked = ["exact_match"] if self.exact_match else []
+        asked += ["rewards"] if self.reward_sources else []
+        for key in asked:
+            yield f"stages.{name}.{key}: {self.start_from} is a classifier, which generates no answer; remove it"
+        given = {"options": self.options} | {f"sets.{key}.options": entry.options for key, entry in self.sets.items()}
+        for key, options in given.items():
+            if options != "auto":
+                yield f"stages.{name}.{key}: {self.start_from} is a classifier, whose options are its classes; type auto"
+
+    def _data_of_set(self, name: str) -> DataConfig:
+        """The data settings of one entry of `sets`: the stage's data with another file."""
+        entry = self.sets[name]
+        source = SourceConfig(
+            path=entry.path,
+            format=entry.format,
+            split=entry.split,
+            subset=entry.subset,
+            revision=entry.revision,
+            columns=entry.columns,
+            rows=None,
+            weight=None,
+            unlabelled=self.data.train.unlabelled,
+            no_label=self.data.train.no_label,
+        )
+        held_out = self.data.eval.model_copy(update={"path": "none"})
+        return self.data.model_copy(update={"train": source, "mix": (), "eval": held_out})
 
     @model_validator(mode="before")
     @classmethod
@@ -101,29 +157,12 @@ class EvaluateStage(ScoringStage):
     """
 
     kind: Literal["evaluate"]
+    starts_from: ClassVar[tuple[Product, ...]] = ("policy", "classifier")
+    needs_start: ClassVar[bool] = True
+    scores_base: ClassVar[bool] = True
     rewards: tuple[RewardSource, ...]
     """Checks of the answers generated to `data.train`; none generates nothing for it."""
 
-
-def data_of_set(stage: ScoringStage, name: str) -> DataConfig:
-    """The data settings of one entry of `sets`: the stage's data with another file."""
-    entry = stage.sets[name]
-    source = SourceConfig(
-        path=entry.path,
-        format=entry.format,
-        split=entry.split,
-        subset=entry.subset,
-        revision=entry.revision,
-        columns=entry.columns,
-        rows=None,
-        weight=None,
-        unlabelled=stage.data.train.unlabelled,
-        no_label=stage.data.train.no_label,
-    )
-    held_out = stage.data.eval.model_copy(update={"path": "none"})
-    return stage.data.model_copy(update={"train": source, "mix": (), "eval": held_out})
-
-
-def shifts_of(stage: ScoringStage) -> dict[str, bool]:
-    """Whether each set is out of distribution, by name, `data` first."""
-    return {FIRST_SET: stage.shift} | {name: entry.shift for name, entry in stage.sets.items()}
+    @property
+    def reward_sources(self) -> tuple[RewardSource, ...]:
+        return self.rewards

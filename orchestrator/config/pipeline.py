@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from orchestrator.config.alignment import PolicyStage, RewardSource
-from orchestrator.config.classification import CLASSIFIER_KINDS, ClassifyStage, SelfTrainingStage
-from orchestrator.config.evaluation import EvaluateStage
-from orchestrator.config.merging import InterpolateStage, SoupStage
-from orchestrator.config.run import POLICY_KINDS, STAGE_PREFIX, RunConfig, Stage, made_kind
-from orchestrator.config.tuning import LoraTuning
+from collections.abc import Iterable
 
-MODEL_PREFIX = "model:"
+from orchestrator.config.rollout import STAGE_PREFIX
+from orchestrator.config.run import RunConfig, Stage, kinds_that_make, made_kind
+from orchestrator.config.stage import Product
+from orchestrator.config.tuning import LoraTuning
 
 
 def resolve_starts(config: RunConfig) -> RunConfig:
@@ -29,15 +27,9 @@ def inputs_of(config: RunConfig, name: str) -> tuple[str, ...]:
     """The stages whose artifacts a stage of a resolved configuration reads."""
     stage = config.stages[name]
     start = [stage.start_from] if stage.start_from is not None else []
-    rewards = [source.source for source in rewards_of(config, name)]
+    rewards = [reward.source for reward in stage.reward_sources]
     scored = [reward.removeprefix(STAGE_PREFIX) for reward in rewards if reward.startswith(STAGE_PREFIX)]
-    return tuple(dict.fromkeys([*start, *blended_stages(stage), *scored]))
-
-
-def rewards_of(config: RunConfig, name: str) -> tuple[RewardSource, ...]:
-    """The rewards that score completions in a stage."""
-    stage = config.stages[name]
-    return stage.rewards if isinstance(stage, PolicyStage | EvaluateStage) else ()
+    return tuple(dict.fromkeys([*start, *stage.blended_stages, *scored]))
 
 
 def descendants(config: RunConfig, changed: set[str]) -> tuple[str, ...]:
@@ -57,39 +49,22 @@ def _nearest(config: RunConfig, name: str, kinds: tuple[str, ...]) -> str | None
     return makers[-1] if makers else None
 
 
-def _auto_kinds(stage: Stage) -> tuple[str, ...]:
-    """The artifacts that `start_from: auto` looks for."""
-    if isinstance(stage, EvaluateStage | InterpolateStage):
-        return (*POLICY_KINDS, *CLASSIFIER_KINDS)
-    return CLASSIFIER_KINDS if isinstance(stage, SelfTrainingStage) else POLICY_KINDS
-
-
 def start_kinds(stage: Stage) -> tuple[str, ...]:
-    """The artifacts that `start_from` may name."""
-    return (*POLICY_KINDS, *CLASSIFIER_KINDS) if isinstance(stage, ClassifyStage) else _auto_kinds(stage)
+    """The kinds of stages that `start_from` may name."""
+    return _kinds(stage.starts_from)
 
 
-def blended_stages(stage: Stage) -> tuple[str, ...]:
-    """Stages of the same run whose artifacts are blended with that of `start_from`."""
-    if isinstance(stage, InterpolateStage):
-        return () if stage.origin is None else (stage.origin,)
-    if isinstance(stage, SoupStage):
-        return tuple(member.removeprefix(STAGE_PREFIX) for member in stage.members if member.startswith(STAGE_PREFIX))
-    return ()
+def _auto_kinds(stage: Stage) -> tuple[str, ...]:
+    """The kinds of stages that `start_from: auto` looks for."""
+    return _kinds(stage.auto_starts_from or stage.starts_from)
 
 
-def external_members(stage: Stage) -> tuple[str, ...]:
-    """Members of a soup that come from other runs."""
-    if not isinstance(stage, SoupStage):
-        return ()
-    return tuple(member for member in stage.members if not member.startswith(STAGE_PREFIX))
+def _kinds(products: Iterable[Product]) -> tuple[str, ...]:
+    return tuple(kind for product in products for kind in kinds_that_make(product))
 
 
 def grows_rank(config: RunConfig, name: str) -> bool:
     """Whether a stage yields an adapter of a higher rank than `tuning.rank`: ranks add up when low-rank products are
     summed.
     """
-    stage = config.stages[name]
-    if not isinstance(config.for_stage(name).tuning, LoraTuning):
-        return False
-    return isinstance(stage, SoupStage) or (isinstance(stage, InterpolateStage) and stage.origin is not None)
+    return config.stages[name].adds_up_ranks and isinstance(config.for_stage(name).tuning, LoraTuning)

@@ -6,17 +6,17 @@ import json
 
 from pydantic import ValidationError
 
-from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.base import JsonValue
+from orchestrator.config.pipeline import resolve_starts
 from orchestrator.config.run import (
     RESERVED_STAGE_NAMES,
     RunConfig,
     fitting_micro_size,
     training_pipeline,
     training_stages,
+    tunings_of,
 )
 from orchestrator.config.sharding import ZeroSharding
-from orchestrator.config.stage_rules import stage_problems
 from orchestrator.config.study import pause_problems, study_problems
 from orchestrator.config.training import TrainingStage
 from orchestrator.config.tuning import LoreftTuning
@@ -112,8 +112,10 @@ def _smaller(name: str, stage: TrainingStage, ranks: int) -> str:
 def _method_problems(config: RunConfig) -> list[str]:
     problems: list[str] = []
     problems += stage_tuning_problems(config)
-    planned = {name: stage for name, stage in config.stages.items() if name in config.pipeline}
-    problems += [sentence for name, stage in planned.items() for sentence in stage_problems(config, name, stage)]
+    planned = {name: stage for name, stage in resolve_starts(config).stages.items() if name in config.pipeline}
+    last_tuning = [config.tuning, *tunings_of(config).values()][-1]
+    for name, stage in planned.items():
+        problems += [*stage.problems(name, ranks=config.world_size), *stage.tuning_problems(name, last_tuning)]
     sharding = config.sharding
     if sharding.offloads_parameters and not sharding.shards_parameters:
         problems.append(f"sharding.offload_parameters: only zero3 can offload parameters, not {sharding.strategy}")
@@ -144,7 +146,7 @@ def _compile_problems(config: RunConfig) -> list[str]:
     return problems + [
         f"model.compile: stages.{name} generates, and every new length would be compiled; type model.compile=false"
         for name in config.pipeline
-        if isinstance(config.stages[name], PolicyStage)
+        if config.stages[name].reads_prompts
     ]
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
 from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
 from orchestrator.config.base import Identifier, NaturalInt, Section, Text
-from orchestrator.config.classification import CLASSIFIER_KINDS, ClassifyStage, SelfTrainingStage
+from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
 from orchestrator.config.cluster import ClusterConfig, LauncherConfig
 from orchestrator.config.data import DataConfig
-from orchestrator.config.evaluation import FIRST_SET, EvaluateStage, ScoringStage, data_of_set
+from orchestrator.config.evaluation import FIRST_SET, EvaluateStage
 from orchestrator.config.merging import InterpolateStage, MergeStage, SoupStage
 from orchestrator.config.model import ModelConfig, Nf4Quantization, NoQuantization
 from orchestrator.config.sharding import NoSharding, ZeroSharding
+from orchestrator.config.stage import Product, StageSettings
 from orchestrator.config.study import Study
 from orchestrator.config.tracking import NoTracking, WandbTracking
 from orchestrator.config.training import SftStage, TrainingStage
@@ -23,23 +24,19 @@ from orchestrator.config.tuning import Tuning
 Quantization = Annotated[NoQuantization | Nf4Quantization, Field(discriminator="scheme")]
 Sharding = NoSharding | ZeroSharding
 Tracking = Annotated[WandbTracking | NoTracking, Field(discriminator="kind")]
-Stage = Annotated[
-    SftStage
-    | RewardStage
-    | DpoStage
-    | PolicyStage
-    | ClassifyStage
-    | SelfTrainingStage
-    | EvaluateStage
-    | InterpolateStage
-    | SoupStage
-    | MergeStage,
-    Field(discriminator="kind"),
-]
-POLICY_KINDS = ("sft", "dpo", "grpo", "interpolate", "soup")
+TrainedStage = SftStage | RewardStage | DpoStage | PolicyStage | ClassifyStage | SelfTrainingStage
+Stage = Annotated[TrainedStage | EvaluateStage | InterpolateStage | SoupStage | MergeStage, Field(discriminator="kind")]
+
+
+def kinds_that_make(*products: Product) -> tuple[str, ...]:
+    """The kinds of stages whose artifact is one of these, in the order of `Stage`."""
+    classes: tuple[type[StageSettings], ...] = get_args(get_args(Stage)[0])
+    return tuple(get_args(one.model_fields["kind"].annotation)[0] for one in classes if one.makes in products)
+
+
+POLICY_KINDS = kinds_that_make("policy")
 """Stages that yield a policy, which a later stage can continue from."""
-STAGE_PREFIX = "stage:"
-"""Prefix of the name of a stage of the same run, where other values are possible too."""
+CLASSIFIER_KINDS = kinds_that_make("classifier")
 PARENT = "parent"
 """Value of `start_from` in a fork: the artifact of the original run, copied into the fork's own folder."""
 RESERVED_STAGE_NAMES = ("prepare", "scripts", "superseded", "export", PARENT)
@@ -102,10 +99,7 @@ def _tuning_of(config: RunConfig, name: str) -> Tuning:
         stage = config.stages[name]
         if isinstance(stage, TrainingStage):
             return config.tuning if stage.tuning is None else stage.tuning
-        start = stage.start_from
-        if start is None and isinstance(stage, SoupStage):
-            own = [member.removeprefix(STAGE_PREFIX) for member in stage.members if member.startswith(STAGE_PREFIX)]
-            start = own[0] if own else None
+        start = stage.start_from or next(iter(stage.blended_stages), None)
         name = start if start in config.stages else name
     return config.tuning
 
@@ -116,9 +110,9 @@ def makes_classifier(config: RunConfig, name: str) -> bool:
     while name not in seen:
         seen.add(name)
         stage = config.stages[name]
-        if isinstance(stage, InterpolateStage) and stage.start_from in config.stages:
+        if stage.follows_start and stage.start_from in config.stages:
             name = stage.start_from
-    return config.stages[name].kind in CLASSIFIER_KINDS
+    return config.stages[name].makes == "classifier"
 
 
 def made_kind(config: RunConfig, name: str) -> str:
@@ -129,13 +123,13 @@ def made_kind(config: RunConfig, name: str) -> str:
     return "classify" if makes_classifier(config, name) and kind not in CLASSIFIER_KINDS else kind
 
 
-def training_stages(config: RunConfig) -> dict[str, TrainingStage]:
+def training_stages(config: RunConfig) -> dict[str, TrainedStage]:
     """The stages of the pipeline that train, by name."""
     stages = {name: stage for name, stage in config.stages.items() if name in config.pipeline}
     return {name: stage for name, stage in stages.items() if isinstance(stage, TrainingStage)}
 
 
-def training_pipeline(config: RunConfig) -> dict[str, TrainingStage]:
+def training_pipeline(config: RunConfig) -> dict[str, TrainedStage]:
     """The stages of the pipeline that train, in order."""
     stages = training_stages(config)
     return {name: stages[name] for name in config.pipeline if name in stages}
@@ -143,8 +137,7 @@ def training_pipeline(config: RunConfig) -> dict[str, TrainingStage]:
 
 def data_sets_of(stage: Stage) -> dict[str, DataConfig]:
     """Every set of rows that a stage reads, by its key within the stage; `data` is the first."""
-    more = {f"sets.{name}": data_of_set(stage, name) for name in stage.sets} if isinstance(stage, ScoringStage) else {}
-    return {FIRST_SET: stage.data, **more}
+    return {FIRST_SET: stage.data, **stage.further_data}
 
 
 def tunings_of(config: RunConfig) -> dict[str, Tuning]:
@@ -154,8 +147,8 @@ def tunings_of(config: RunConfig) -> dict[str, Tuning]:
 
 def has_new_heads(config: RunConfig) -> bool:
     """Whether every training stage puts a new head on the model, which is trained under every `tuning`."""
-    kinds = [config.stages[name].kind for name in training_stages(config)]
-    return bool(kinds) and all(kind in ("reward", *CLASSIFIER_KINDS) for kind in kinds)
+    stages = training_stages(config).values()
+    return bool(stages) and all(stage.has_new_head for stage in stages)
 
 
 def accumulation_steps(config: RunConfig, stage: TrainingStage) -> int:

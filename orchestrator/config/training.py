@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section, Text
 from orchestrator.config.data import DataConfig
 from orchestrator.config.functions import FunctionSource, MetricsConfig
+from orchestrator.config.stage import Product, RowKind, StageSettings
 from orchestrator.config.tuning import Tuning
 
 
@@ -114,9 +116,14 @@ class EarlyStoppingConfig(Section):
     """Smallest improvement that counts; 0 counts every one."""
 
 
-class TrainingStage(Section):
+class TrainingStage(StageSettings):
     """Common settings of stages that train."""
 
+    trains: ClassVar[bool] = True
+    sums_logprobs: ClassVar[bool] = False
+    """Whether the loss is only a sum of log-probabilities, which is what Liger's kernel computes."""
+    compares_rows: ClassVar[bool] = False
+    """Whether the loss compares the rows of a micro-batch, whose size then decides the result."""
     start_from: str | None
     """Earlier stage whose artifact is trained on; `auto` is the nearest one that yields a policy, null the base
     itself."""
@@ -149,8 +156,25 @@ class TrainingStage(Section):
     """Evaluate, save and end after this step, as on a stop; resuming with null gives the same result. Studies compare
     trials this way."""
 
+    @property
+    def user_functions(self) -> Mapping[str, tuple[FunctionSource, ...]]:
+        return {"metrics.functions": self.metrics.functions, "callbacks": self.callbacks}
+
+    @property
+    def scores_reference_first(self) -> bool:
+        """Whether the reference policy scores every row once before the first step."""
+        return False
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether a reference policy is kept next to the trained one."""
+        return False
+
 
 class SftStage(TrainingStage):
     """Supervised fine-tuning: next-token loss on the answers."""
 
     kind: Literal["sft"]
+    makes: ClassVar[Product | None] = "policy"
+    row_kind: ClassVar[RowKind | None] = "text"
+    sums_logprobs: ClassVar[bool] = True

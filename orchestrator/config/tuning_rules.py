@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from orchestrator.config.alignment import PolicyStage, RolloutConfig
 from orchestrator.config.data import DataConfig
-from orchestrator.config.evaluation import EvaluateStage, ScoringStage
 from orchestrator.config.model import ModelConfig, Nf4Quantization, NoQuantization
+from orchestrator.config.rollout import RolloutConfig
 from orchestrator.config.run import POLICY_KINDS, RunConfig, training_stages, tunings_of
 from orchestrator.config.sharding import NoSharding, ZeroSharding
 from orchestrator.config.tuning import (
@@ -218,10 +217,6 @@ def _loreft_problems(tuning: LoreftTuning) -> Iterator[str]:
         yield "tuning.layers: no layer is changed; type tuning.layers=all"
 
 
-def _generates(stage: ScoringStage) -> bool:
-    return stage.exact_match or (isinstance(stage, EvaluateStage) and bool(stage.rewards))
-
-
 def tuning_problems(config: RunConfig) -> list[str]:
     """Problems of the adapter in this run."""
     tuning = next(iter(tunings_of(config).values()), config.tuning)
@@ -237,11 +232,7 @@ def tuning_problems(config: RunConfig) -> list[str]:
         model=config.model,
         kinds={name: stage.kind for name, stage in planned.items()},
         data={name: stage.data for name, stage in planned.items()},
-        rollouts={
-            name: stage.rollout
-            for name, stage in planned.items()
-            if isinstance(stage, PolicyStage) or (isinstance(stage, ScoringStage) and _generates(stage))
-        },
+        rollouts={name: stage.generation for name, stage in planned.items() if stage.generation is not None},
         followers=tuple(
             name for name in planned if name in trained and name not in before and trained[name].start_from is not None
         ),

@@ -11,6 +11,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.metrics import phases as phase
 from orchestrator.planning.records import Plan
 from orchestrator.run_folder.folder import StageFolder, read_result
+from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.loading_code import loading_lines
 from orchestrator.text.durations import exact_words
 
@@ -174,7 +175,7 @@ def _matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[str]:
 def _loading(result: dict[str, dict[str, str]], folder: Path) -> list[str]:
     """Not indented, so that the lines can be pasted."""
     artifact, base = result["artifact"], result["base"]
-    return loading_lines(str(folder), kind=artifact["kind"], base=base["folder"], folder=folder)
+    return loading_lines(str(folder), kind=ArtifactKind(artifact["kind"]), base=base["folder"], folder=folder)
 
 
 def _number(value: float | None) -> str:

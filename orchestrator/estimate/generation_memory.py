@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from orchestrator.architecture.parameter_counts import count_parameters
-from orchestrator.config.alignment import PolicyStage, RolloutConfig
-from orchestrator.config.evaluation import EvaluateStage, ScoringStage
-from orchestrator.config.merging import InterpolateStage, MergeStage, SelectionStage, SoupStage
+from orchestrator.config.alignment import RolloutConfig
+from orchestrator.config.evaluation import ScoringStage
+from orchestrator.config.merging import MergeStage
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, makes_classifier
+from orchestrator.config.stage import StageSettings
 from orchestrator.config.training import TrainingStage
 from orchestrator.estimate.activations import MicroBatchShape, activation_memory
 from orchestrator.estimate.memory_parts import BytesByPart, Phase
@@ -24,12 +25,12 @@ def kv_cache_bytes(model: Architecture, *, sequences: int, length: int, width: i
     return float(per_token * sequences * length)
 
 
-def rollout_parts(model: Architecture, config: RunConfig, stage: PolicyStage) -> BytesByPart:
+def rollout_parts(model: Architecture, config: RunConfig, rollout: RolloutConfig, *, prompt: int) -> BytesByPart:
     """Generating with transformers: whole weights on every rank, the cache and its growth, prefill or a step."""
-    sequences = min(stage.rollout.generate_size, stage.rollout.prompts * stage.rollout.group_size // config.world_size)
+    sequences = min(rollout.generate_size, rollout.prompts * rollout.group_size // config.world_size)
     gathers = config.sharding.shards_parameters
     return {
-        **_generation(model, config, stage.rollout, prompt=stage.data.max_length, sequences=max(1, sequences)),
+        **_generation(model, config, rollout, prompt=prompt, sequences=max(1, sequences)),
         "gathered": whole_bytes(model, config) if gathers else 0.0,
     }
 
@@ -40,13 +41,13 @@ def reference_bytes(model: Architecture, config: RunConfig, stage: TrainingStage
 
     A reward model is assumed to be as large as the base.
     """
-    if not isinstance(stage, PolicyStage):
-        return 0.0
     base = base_bytes(model, config)
-    wants_reference = bool(stage.kl_coefficient) or stage.limits.kl is not None
     reference = trainable_parameters(model, config) * 4.0 if config.tuning.is_adapter else base
-    judges = sum(1 for reward in stage.rewards if reward.source.startswith(("stage:", "model:")))
-    return (reference if wants_reference else 0.0) + judges * base
+    return (reference if stage.holds_reference else 0.0) + _reward_models(stage) * base
+
+
+def _reward_models(stage: StageSettings) -> int:
+    return sum(reward.is_model for reward in stage.reward_sources)
 
 
 def scoring_phases(
@@ -68,42 +69,32 @@ def scoring_phases(
         is_packed=False,
     )
     scoring: BytesByPart = {"activations": activation_memory(model, alone, load).evaluation}
-    if isinstance(stage, MergeStage):
+    if stage.makes == "merged model":
         return _merging_phases(model, scoring, merged=count_parameters(model).total * (4.0 if is_cautious else width))
     held: BytesByPart = {"weights": base_bytes(model, config)}
     if config.tuning.is_adapter:
         held["weights"] += trainable_parameters(model, config) * 4.0
-    elif not isinstance(stage, SelectionStage) and not is_of_classifiers:
+    elif stage.scores_base and not is_of_classifiers:
         held["frozen base"] = float(whole)
-    rewards = stage.rewards if isinstance(stage, EvaluateStage) else ()
-    judges = sum(1 for reward in rewards if reward.source.startswith(("stage:", "model:")))
     blended = _blended_bytes(config, stage, whole=float(whole), adapter=trainable_parameters(model, config) * 4.0)
-    other_models: BytesByPart = {"other models": judges * base_bytes(model, config)}
+    other_models: BytesByPart = {"other models": _reward_models(stage) * base_bytes(model, config)}
     phases = [
         Phase(name="load", static=held, changing={}, host={"loading": float(whole), **blended}),
         Phase(name="evaluation", static=held, changing=scoring, host=blended),
     ]
-    if rewards or stage.exact_match:
-        answers = stage.rollout.prompts * stage.rollout.group_size
-        made = _generation(
-            model,
-            config,
-            stage.rollout,
-            prompt=stage.data.max_length,
-            sequences=min(stage.rollout.generate_size, answers),
-        )
+    rollout = stage.generation
+    if rollout is not None:
+        sequences = min(rollout.generate_size, rollout.prompts * rollout.group_size)
+        made = _generation(model, config, rollout, prompt=stage.data.max_length, sequences=sequences)
         phases.append(Phase(name="rollout", static={**held, **other_models}, changing=made, host=blended))
     return phases
 
 
-def _blended_bytes(config: RunConfig, stage: ScoringStage, *, whole: float, adapter: float) -> BytesByPart:
-    """Host memory for the ingredients of an interpolation or a soup, plus one more for the scored model."""
-    if isinstance(stage, InterpolateStage):
-        return {"ingredients": 2.0 * adapter if config.tuning.is_adapter else 2.0 * whole}
-    if isinstance(stage, SoupStage):
-        number = len(stage.members) + (stage.start_from is not None)
-        return {"ingredients": number * adapter if config.tuning.is_adapter else (number + 1) * whole}
-    return {}
+def _blended_bytes(config: RunConfig, stage: StageSettings, *, whole: float, adapter: float) -> BytesByPart:
+    """Host memory for the models of an interpolation or a soup."""
+    is_adapter = config.tuning.is_adapter
+    number = stage.models_on_host(is_adapter=is_adapter)
+    return {"ingredients": number * (adapter if is_adapter else whole)} if number else {}
 
 
 def _merging_phases(model: Architecture, scoring: BytesByPart, *, merged: float) -> list[Phase]:

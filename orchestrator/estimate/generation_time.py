@@ -54,7 +54,7 @@ def _cache_bytes_per_token(model: Architecture) -> float:
 
 def _scoring_passes(config: RunConfig, stage: PolicyStage) -> int:
     """Forward passes over each completion besides training: the old policy, the reference, and every reward model."""
-    models = sum(source.source.startswith(("stage:", "model:")) for source in stage.rewards)
+    models = sum(reward.is_model for reward in stage.rewards)
     return 1 + (1 if stage.kl_coefficient else 0) + models
 
 

@@ -8,10 +8,6 @@ from typing import Literal
 
 from orchestrator.architecture.adapter_parameters import virtual_tokens
 from orchestrator.architecture.parameter_counts import count_parameters
-from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
-from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
-from orchestrator.config.evaluation import ScoringStage
-from orchestrator.config.merging import MergeStage
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps
 from orchestrator.config.training import TrainingStage
@@ -74,7 +70,7 @@ def memory_forecast(
     phases = tuple(_phase_forecast(*same) for same in zip(low, expected, high, strict=True))
     binding = max(phases, key=lambda phase: phase.expected)
     states = _states(model, config, stage)
-    ranks = config.cluster.processes_per_node if isinstance(stage, TrainingStage) else 1
+    ranks = config.cluster.processes_per_node if stage.trains else 1
     host, room = ranks * max(phase.host_expected for phase in phases), node_memory_gib(config)
     host_verdict = verdict_of(host * (1 - HOST_UNCERTAINTY), host * (1 + HOST_UNCERTAINTY), room)
     device = verdict_of(max(phase.low for phase in phases), max(phase.high for phase in phases), memory_gib)
@@ -107,18 +103,17 @@ def node_memory_gib(config: RunConfig) -> float | None:
 def micro_batch(config: RunConfig, stage: TrainingStage, loss: Loss, trained_share: float) -> MicroBatchShape:
     """The largest micro-batch that the stage can meet: every row as long as it may be."""
     data, rows, length = stage.data, stage.batch.micro_size, stage.data.max_length
-    if isinstance(stage, PolicyStage):
-        length += stage.rollout.max_new_tokens
+    if stage.generation is not None:
+        length += stage.generation.max_new_tokens
     if data.tokens_per_batch is not None:
         rows = -(-data.tokens_per_batch // length)
-    is_pair = isinstance(stage, RewardStage) or (isinstance(stage, DpoStage) and stage.loss != "kto")
-    if is_pair and data.packing == "none":
+    if stage.rows_wanted == "pair" and data.packing == "none":
         rows *= 2
     return MicroBatchShape(
         rows=rows,
         length=length + virtual_tokens(config.tuning),
         trained_share=trained_share,
-        logits="none" if isinstance(stage, RewardStage | ClassifyStage | SelfTrainingStage) else loss.logits,
+        logits="none" if stage.has_new_head else loss.logits,
         is_packed=data.packing != "none",
         on_cpu=config.cluster.device == "cpu",
     )
@@ -133,10 +128,10 @@ def _states(model: Architecture, config: RunConfig, stage: Stage) -> StateMemory
 
 def _phases(model: Architecture, config: RunConfig, stage: Stage, loss: Loss, level: Level) -> list[Phase]:
     """The phases at one level, including what the allocator does not see."""
-    if isinstance(stage, ScoringStage | MergeStage):
-        phases, world = scoring_phases(model, config, stage, is_cautious=level == "high"), 1
-    else:
+    if isinstance(stage, TrainingStage):
         phases, world = _training_phases(model, config, stage, loss, level), config.world_size
+    else:
+        phases, world = scoring_phases(model, config, stage, is_cautious=level == "high"), 1
     on_cpu = config.cluster.device == "cpu"
     outside = {
         "context": 0.0 if on_cpu else _at(CONTEXT_BYTES, level),
@@ -188,8 +183,8 @@ def _training_phases(
         ("save", {}, {"gathered": _gathered_to_save(model, config)}),
         ("resume", {}, gathered),
     ]
-    if isinstance(stage, PolicyStage):
-        moments.insert(0, ("rollout", {}, rollout_parts(model, config, stage)))
+    if stage.generation is not None:
+        moments.insert(0, ("rollout", {}, rollout_parts(model, config, stage.generation, prompt=stage.data.max_length)))
     saved = _saved_bytes(model, config, stage)
     return [load] + [
         Phase(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from orchestrator.config.alignment import DpoStage, PolicyStage
 from orchestrator.config.base import Section
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
@@ -148,9 +147,9 @@ def _failures(config: RunConfig, stage: TrainingStage, known: ForecastInputs, si
 
 def with_completions(shape: RowShape, stage: TrainingStage) -> RowShape:
     """A policy stage trains on prompts with completions; each is assumed to have its maximum length."""
-    if not isinstance(stage, PolicyStage):
+    if stage.generation is None:
         return shape
-    new = stage.rollout.max_new_tokens
+    new = stage.generation.max_new_tokens
     return replace(
         shape, tokens=shape.tokens + new, computed_tokens=shape.computed_tokens + new, attended=shape.attended + new
     )
@@ -161,7 +160,7 @@ def _scoring_seconds(config: RunConfig, stage: TrainingStage, known: ForecastInp
     every, steps = stage.evaluate_every_steps, known.steps or 0
     evaluations = 2 + (max(0, steps - 1) // every if every else 0)
     rows = known.evaluation_rows * evaluations
-    if isinstance(stage, DpoStage) and stage.needs_reference:
+    if stage.scores_reference_first:
         rows += known.train_rows + known.evaluation_rows
     return rows * _row_seconds(config, known, shape)
 

@@ -14,8 +14,6 @@ from transformers import PreTrainedModel
 from orchestrator.classification.classes import read_classes
 from orchestrator.classification.model import open_classifier
 from orchestrator.classification.objective import labelled_objective
-from orchestrator.config.alignment import RewardStage
-from orchestrator.config.merging import MergeStage
 from orchestrator.config.run import RunConfig, makes_classifier
 from orchestrator.config.tuning import FreezeTuning
 from orchestrator.dataloader.prepared_rows import PreparedRows
@@ -45,10 +43,10 @@ def prove(config: RunConfig, name: str, folder: StageFolder) -> float:
     runtime = start_single_runtime(config, autocast=expected["autocast"], phases=Phases.joined(folder.phases))
     dtype = weights_dtype(config, uses_deepspeed=not expected["autocast"])
     rows = PreparedRows.open(Path(expected["data"]))
-    if isinstance(stage, MergeStage):
+    if stage.makes == "merged model":
         model: torch.nn.Module = open_model(folder.artifact, config, dtype, packed=False).to(runtime.device)  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
     else:
-        open_it = open_classifier if is_classifier else partial(open_artifact, scores=isinstance(stage, RewardStage))
+        open_it = open_classifier if is_classifier else partial(open_artifact, scores=stage.makes == "reward model")
         model = open_it(
             folder.artifact,
             base_folder=Path(expected["base_folder"]),
@@ -60,7 +58,7 @@ def prove(config: RunConfig, name: str, folder: StageFolder) -> float:
         if not expected["autocast"] and not leaves_adapters and config.quantization.scheme == "none":
             hold_parameters(model, dtype)
         if expected["autocast"] and isinstance(config.tuning, FreezeTuning):  # the dtypes of training
-            has_new_head = is_classifier or isinstance(stage, RewardStage)
+            has_new_head = is_classifier or stage.has_new_head
             freeze(cast("PreTrainedModel", model), config.tuning, has_new_head=has_new_head)
             cast_trained_to_fp32(model)
     if is_classifier:

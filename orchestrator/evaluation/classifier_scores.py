@@ -11,7 +11,7 @@ import torch
 from orchestrator.classification.classes import Classes, read_classes
 from orchestrator.classification.model import open_classifier, refuse_other_rows
 from orchestrator.classification.report import class_report, first_targets
-from orchestrator.config.evaluation import FIRST_SET, EvaluateStage, shifts_of
+from orchestrator.config.evaluation import FIRST_SET, EvaluateStage
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.evaluation.set_scores import field_of
@@ -49,7 +49,7 @@ def classifier_scores(context: StageContext, runtime: Runtime) -> dict[str, Clas
         packed=False,
     )
     model.to(runtime.device).eval()
-    shifts = shifts_of(stage)
+    shifts = stage.shifts
     sets = {name: PreparedRows.open(folder) for name, folder in {FIRST_SET: context.train_data, **context.sets}.items()}
     for name, rows in sets.items():
         refuse_other_rows(rows, field_of(context, name))

@@ -16,6 +16,7 @@ from orchestrator.models.artifact import open_artifact
 from orchestrator.models.loading import DTYPES, silence_libraries
 from orchestrator.models.stage_inputs import find_base_folder
 from orchestrator.run_folder.folder import RunFolder
+from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.frozen import load_config
 from orchestrator.run_state.opened_model import OpenedModel
 
@@ -25,13 +26,12 @@ def open_run(run: RunFolder, stage: str | None) -> OpenedModel:
     config = load_config(run)
     name = _stage_with_model(run, config, stage)
     files = run.stage(name)
-    kind: str = read_json(files.result)["artifact"]["kind"]
+    kind = ArtifactKind(read_json(files.result)["artifact"]["kind"])
     read_manifest(files.artifact)
     base_folder = find_base_folder(config, run, name)
     silence_libraries()
     own = config.for_stage(name)
-    is_classifier, scores = kind.startswith("classifier_"), kind.startswith("reward_")
-    open_it = open_classifier if is_classifier else partial(open_artifact, scores=scores)
+    open_it = open_classifier if kind.is_classifier else partial(open_artifact, scores=kind.is_reward)
     model = open_it(
         files.artifact,
         base_folder=base_folder,
@@ -47,11 +47,11 @@ def open_run(run: RunFolder, stage: str | None) -> OpenedModel:
 def _stage_with_model(run: RunFolder, config: RunConfig, stage: str | None) -> str:
     """The stage to open. ConfigError if it is unknown, unfinished or made no model."""
     kinds = {
-        name: str(read_json(run.stage(name).result)["artifact"]["kind"])
+        name: ArtifactKind(read_json(run.stage(name).result)["artifact"]["kind"])
         for name in config.pipeline
         if run.stage(name).result.exists()
     }
-    models = [name for name, kind in kinds.items() if kind.endswith(("model", "adapter"))]
+    models = [name for name, kind in kinds.items() if kind.is_adapter or kind.is_whole_model]
     chosen = stage or (models[-1] if models else None)
     if chosen not in models:
         given = f"stage {stage}" if stage else str(run.root)

@@ -15,8 +15,8 @@ from orchestrator.classification.classes import Classes, read_classes
 from orchestrator.classification.model import refuse_other_rows
 from orchestrator.classification.report import class_report
 from orchestrator.config.demonstration import DEMONSTRATION
-from orchestrator.config.evaluation import FIRST_SET, FORGETTING, Options, ScoringStage, shifts_of
-from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
+from orchestrator.config.evaluation import FIRST_SET, FORGETTING, Options, ScoringStage
+from orchestrator.data.encoding.tokenizer import load_facts, load_tokenizer
 from orchestrator.data.prepared.meta import Kind
 from orchestrator.dataloader.batch import batch_of
 from orchestrator.dataloader.prepared_rows import PreparedRows
@@ -93,11 +93,11 @@ def open_scorer(context: StageContext, runtime: Runtime) -> Scorer:
     If the stage starts from a classifier, its classes are the options, and there is no general text to score.
     """
     classes = None
-    if context.start is not None and context.start.kind.startswith("classifier_"):
+    if context.start is not None and context.start.kind.is_classifier:
         classes = read_classes(context.start.folder)
     stage = cast("ScoringStage", context.stage)
     facts = load_facts(context.base_folder)
-    shifts = shifts_of(stage)
+    shifts = stage.shifts
     folders = {FIRST_SET: context.train_data, **context.sets}
     wanted: dict[str, Options] = {FIRST_SET: stage.options}
     wanted |= {name: entry.options for name, entry in stage.sets.items()}
@@ -192,9 +192,8 @@ def _exact_match(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> float 
     module: Any = model
     ends, pad_id = end_ids_of(module, context.base_folder), one.rows.meta.pad_id
     generate = make_generate(scorer.runtime, model, end_ids=ends, pad_id=pad_id)
-    greedy = stage.rollout.model_copy(update={"temperature": 0.0})
-    completions = generate([Request(prompt=ids, seed=0) for ids, _ in asked], greedy)
-    tokenizer = core_tokenizer(load_facts(context.base_folder).core)
+    completions = generate([Request(prompt=ids, seed=0) for ids, _ in asked], stage.rollout.greedy)
+    tokenizer = load_tokenizer(context.base_folder)
     said = [tokenizer.decode(list(done.ids), skip_special_tokens=True) for done in completions]
     pairs = zip(said, asked, strict=True)
     return sum(normalised(text) == normalised(row["answer"]) for text, (_, row) in pairs) / one.count
@@ -208,7 +207,7 @@ def normalised(text: str) -> str:
 def general_text_scores(context: StageContext, runtime: Runtime, model: torch.nn.Module) -> SetScores:
     """Loss per token of the fixed text, in pieces of at most `data.max_length` tokens."""
     stage = cast("ScoringStage", context.stage)
-    core = core_tokenizer(load_facts(context.base_folder).core)
+    core = load_tokenizer(context.base_folder)
     ids = torch.tensor(core.encode(GENERAL_TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids)
     pieces = [piece.numpy() for piece in ids.split(stage.data.max_length) if len(piece) > 1]
     terms = prompt_objective(runtime).terms

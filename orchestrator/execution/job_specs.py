@@ -10,7 +10,6 @@ from pathlib import Path
 from launchers import local, torchrun
 from launchers.spec import ClusterSettings, JobSpec, Script
 from orchestrator.config.run import RunConfig
-from orchestrator.config.training import TrainingStage
 from orchestrator.files.cache import cache_folder
 from orchestrator.run_folder.folder import PREPARATION, RunFolder, run_directory_of, script_path
 
@@ -20,7 +19,7 @@ def job_spec(config: RunConfig, stage: str) -> JobSpec:
     run = RunFolder(run_directory_of(config))
     folder = run.stage(stage)
     python = config.launcher.python or sys.executable
-    trains = isinstance(config.stages[stage], TrainingStage)
+    trains = config.stages[stage].trains
     return JobSpec(
         name=f"{config.name}-{stage}",
         stage=stage,

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import RunConfig, training_stages
 from orchestrator.config.tracking import NoTracking
-from orchestrator.config.training import TrainingStage
 from orchestrator.errors import ConfigError, LaunchFailed
 from orchestrator.metrics.display import PhaseLines, view_of_stage
 from orchestrator.metrics.jsonl import Row, attempt_of, last_attempt_rows, read_rows, step_of
@@ -74,8 +73,8 @@ def small_runs(config: RunConfig, *, steps: int) -> tuple[RunConfig, RunConfig]:
     if config.launcher.kind == "slurm":
         raise ConfigError("launcher=slurm: verify-resume runs here; type launcher=torchrun inside an allocation")
     name = config.pipeline[0]
-    stage = config.stages[name]
-    if not isinstance(stage, TrainingStage):
+    stage = training_stages(config).get(name)
+    if stage is None:
         raise ConfigError(f"{name} trains nothing; verify-resume proves the first stage of the pipeline")
     checkpoint = stage.checkpoint.model_copy(update={"every_steps": max(1, steps // 4)})
     small = stage.model_copy(

@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 
-from orchestrator.config.alignment import RolloutConfig
+from orchestrator.config.rollout import RolloutConfig
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import TrainingFailed
 from orchestrator.generation.seeded_sampling import SeededDraws

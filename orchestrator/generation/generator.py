@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from orchestrator.config.alignment import RolloutConfig
+from orchestrator.config.rollout import RolloutConfig
 from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.generation.seeded_sampling import SeededDraws

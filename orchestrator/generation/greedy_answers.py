@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from orchestrator.config.alignment import RolloutConfig
+from orchestrator.config.rollout import RolloutConfig
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import ConfigError

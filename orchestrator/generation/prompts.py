@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
+from orchestrator.data.encoding.tokenizer import load_tokenizer
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.run_state.stage_context import StageContext
 
@@ -16,6 +16,6 @@ def prompt_of(context: StageContext, rows: PreparedRows, index: int) -> tuple[tu
         return prompt.ids, prompt.extra
     ids, trained = rows.document(rows.document_of(index))
     first = int(trained.argmax())
-    tokenizer = core_tokenizer(load_facts(context.base_folder).core)
+    tokenizer = load_tokenizer(context.base_folder)
     answer = tokenizer.decode(ids[first:].tolist(), skip_special_tokens=True).strip()
     return tuple(ids[:first].tolist()), {"answer": answer}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.data.encoding.tokenizer import core_tokenizer, load_facts
+from orchestrator.data.encoding.tokenizer import load_tokenizer
 from orchestrator.generation.generator import Completion, Request
 from orchestrator.rewards.builtin import Sample
 from orchestrator.run_state.stage_context import StageContext
@@ -23,7 +23,7 @@ class Scored:
 
 def as_scored(context: StageContext, request: Request, completion: Completion, row: Mapping[str, Any]) -> Scored:
     """A completion with ids and texts."""
-    tokenizer = core_tokenizer(load_facts(context.base_folder).core)
+    tokenizer = load_tokenizer(context.base_folder)
     sample = Sample(
         prompt=tokenizer.decode(list(request.prompt), skip_special_tokens=True),
         completion=tokenizer.decode(list(completion.ids), skip_special_tokens=True),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from orchestrator.config.alignment import RolloutConfig
+from orchestrator.config.rollout import RolloutConfig
 
 
 class SeededDraws:

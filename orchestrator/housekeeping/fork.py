@@ -13,8 +13,7 @@ from orchestrator.config.base import JsonValue, flatten
 from orchestrator.config.pipeline import start_kinds
 from orchestrator.config.pipeline_rules import pipeline_problems
 from orchestrator.config.rules import parse_types, rule_problems
-from orchestrator.config.run import PARENT, RunConfig, made_kind
-from orchestrator.config.training import TrainingStage
+from orchestrator.config.run import PARENT, RunConfig, made_kind, training_pipeline, training_stages
 from orchestrator.errors import ConfigError
 from orchestrator.files.atomic import read_json
 from orchestrator.files.manifest import MANIFEST, file_digest
@@ -105,7 +104,7 @@ def describe(fork: Fork) -> list[str]:
 
 def _stage(config: RunConfig, parent: RunFolder, chosen: str | None) -> str:
     """The requested stage; else the first one that was interrupted, else the last that trained to its end."""
-    trains = [name for name in config.pipeline if isinstance(config.stages[name], TrainingStage)]
+    trains = list(training_pipeline(config))
     if chosen is not None and chosen not in trains:
         raise ConfigError(f"--stage {chosen}: the stages that train are {', '.join(trains) or 'none'}")
     begun = [name for name in trains if _has_begun(parent.stage(name))]
@@ -176,8 +175,7 @@ def _steps_left(
     name: str,
     changes: Mapping[str, tuple[JsonValue, JsonValue]],
 ) -> list[str]:
-    stage = config.stages[name]
-    assert isinstance(stage, TrainingStage)
+    stage = training_stages(config)[name]
     end = stage.max_steps
     lengths = {f"stages.{name}.{key}" for key in ("max_steps", "epochs")}
     if end is None and files.result.exists() and not lengths & changes.keys():
@@ -209,8 +207,7 @@ def _accepting(
     changes: Mapping[str, tuple[JsonValue, JsonValue]],
 ) -> tuple[RunConfig, list[str]]:
     """The fork's configuration with every changed setting in `accept_changes`, which is how a resume accepts one."""
-    stage = config.stages[name]
-    assert isinstance(stage, TrainingStage)
+    stage = training_stages(config)[name]
     old, new = found.state["settings"], settings_that_matter(config, name)
     data = f"stages.{name}.data"
     changed = [key for key in sorted(old.keys() | new.keys()) if key != data and old.get(key) != new.get(key)]

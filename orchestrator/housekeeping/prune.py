@@ -75,7 +75,7 @@ def _runs_of(folders: Sequence[Path]) -> tuple[list[RunFolder], bool]:
             raise ConfigError(
                 f"{folder} is not a run folder, and holds none: neither run.json nor NAME/run.json is in it"
             )
-        whole |= not (folder / "run.json").is_file()
+        whole |= not RunFolder(folder).is_run
         found |= {run.root: run for run in runs}
     return list(found.values()), whole
 

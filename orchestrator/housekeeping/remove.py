@@ -12,14 +12,14 @@ from pathlib import Path
 from orchestrator.errors import EXIT_DONE, ConfigError, RunFolderError
 from orchestrator.files.atomic import os_sentence
 from orchestrator.monitoring.stage_status import find_runs, stage_statuses
-from orchestrator.run_folder.folder import PREPARATION, RunFolder, StageFolder
+from orchestrator.run_folder.folder import PREPARATION, RUN_FILE, RunFolder, StageFolder
 from orchestrator.run_state.freeze import read_config
 from orchestrator.run_state.location import OF_ORIGINAL
 
 ALIVE = ("running", "waiting", "unknown")
 """States in which a job may still write; an unknown state is also protected."""
 OURS = (
-    "run.json",
+    RUN_FILE,
     "plan.json",
     "environment.json",
     "location.json",
@@ -63,7 +63,7 @@ def refusals(folder: Path) -> Iterator[str]:
     if folder.is_symlink():
         yield f"{folder} is a link; give the folder that it points to, {folder.resolve()}"
         return
-    is_run, is_study = (folder / "run.json").is_file(), (folder / STUDY).is_file()
+    is_run, is_study = RunFolder(folder).is_run, (folder / STUDY).is_file()
     if not is_run and not is_study:
         yield from _no_run(folder)
         return
@@ -105,7 +105,7 @@ def _foreign(folder: Path, known: Container[str], runs: Sequence[Path]) -> Itera
 def _runs_below(folder: Path) -> Iterator[Path]:
     """Other runs and studies inside a folder, at any depth; links are not followed."""
     for root, folders, names in os.walk(folder):
-        if Path(root) != folder and ("run.json" in names or STUDY in names):
+        if Path(root) != folder and (RUN_FILE in names or STUDY in names):
             folders.clear()
             yield Path(root)
 

@@ -24,6 +24,7 @@ from orchestrator.files.atomic import publish, write_text
 from orchestrator.files.manifest import write_manifest
 from orchestrator.models.artifact import COMPANIONS, open_adapter, open_artifact
 from orchestrator.models.loading import DTYPES, load_model
+from orchestrator.run_state.artifact_kind import ArtifactKind
 
 Say = Callable[[str], None]
 
@@ -48,7 +49,7 @@ class Source:
     config: RunConfig
     base_folder: Path
     artifact: Path
-    kind: str
+    kind: ArtifactKind
 
 
 def merge(
@@ -61,7 +62,7 @@ def merge(
     ]
     trained = _logits_of(_trained(source).to(runtime.device), batches, runtime)
     ways = {"dense base": _merged_dense}
-    if source.config.quantization.is_4bit and source.kind == "adapter":
+    if source.config.quantization.is_4bit and source.kind is ArtifactKind.ADAPTER:
         ways["dequantised 4-bit base"] = _merged_dequantised
     measured: list[Way] = []
     for name, build in ways.items():

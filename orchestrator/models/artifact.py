@@ -14,9 +14,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from orchestrator.architecture.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
-from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.data import DataConfig
-from orchestrator.config.run import RunConfig
+from orchestrator.config.run import CLASSIFIER_KINDS, RunConfig
 from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS, LoreftTuning
 from orchestrator.data.encoding.encoder import template_source
 from orchestrator.data.encoding.tokenizer import load_facts

@@ -39,7 +39,7 @@ TRAINED_MARKS = ("lora_", "ia3_l", "vera_lambda_", "oft_R")
 def build_policy(context: StageContext, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
     """The causal model to train: the base, or the artifact of the stage that this one starts from."""
     start = context.start
-    folder = start.folder if start is not None and start.kind == "model" else context.base_folder
+    folder = start.folder if start is not None and start.kind.is_whole_model else context.base_folder
     model = apply_tuning(load_model(folder, context.config, weights_dtype=dtype, packed=packed), context.config)
     _start(model, context)
     return model
@@ -48,7 +48,7 @@ def build_policy(context: StageContext, dtype: torch.dtype, packed: bool) -> tor
 def _start(model: torch.nn.Module, context: StageContext) -> None:
     """Set an adapter's initial values if they are not PEFT's: those of the previous stage, or LoftQ's."""
     start, tuning = context.start, context.config.tuning
-    if start is not None and start.kind == "adapter":
+    if start is not None and start.kind.is_adapter:
         load_reft(model, start.folder) if isinstance(tuning, LoreftTuning) else load_adapter(model, start.folder)
     elif isinstance(tuning, LoraTuning) and tuning.init == "loftq":
         assert context.config.quantization.is_4bit, "the configuration's rules ask for it"
@@ -58,13 +58,18 @@ def _start(model: torch.nn.Module, context: StageContext) -> None:
 def build_reward_model(context: StageContext, dtype: torch.dtype, packed: bool) -> torch.nn.Module:
     """A model with a new scalar head on whatever the stage starts from."""
     start = context.start
-    folder = start.folder if start is not None and start.kind == "model" else context.base_folder
+    folder = start.folder if start is not None and start.kind.is_whole_model else context.base_folder
     scorer = load_scorer(folder, context.config, weights_dtype=dtype, packed=packed)
     model = apply_tuning(scorer, context.config, task="SEQ_CLS")
     _start(model, context)
-    if dtype == torch.float32 or not context.config.sharding.is_deepspeed:
-        cast_trained_to_fp32(model)  # PEFT leaves the head in the base's dtype
+    hold_masters_in_fp32(model, context.config, dtype)  # PEFT leaves the head in the base's dtype
     return model
+
+
+def hold_masters_in_fp32(model: torch.nn.Module, config: RunConfig, dtype: torch.dtype) -> None:
+    """Hold trained parameters in fp32 unless DeepSpeed does: it keeps its own masters next to 16-bit parameters."""
+    if dtype == torch.float32 or not config.sharding.is_deepspeed:
+        cast_trained_to_fp32(model)
 
 
 def cast_trained_to_fp32(model: torch.nn.Module) -> None:
@@ -121,8 +126,7 @@ def apply_tuning(
             return model.requires_grad_(True)
         case FreezeTuning():
             freeze(model, config.tuning, has_new_head=task == "SEQ_CLS")
-            if not config.sharding.is_deepspeed:
-                cast_trained_to_fp32(model)
+            hold_masters_in_fp32(model, config, model.dtype)
             return model
         case LoreftTuning():
             attach_reft(model, config.tuning)

@@ -82,7 +82,7 @@ def _rows_of(run: RunFolder) -> tuple[str, ...]:
 
 def find_runs(folder: Path) -> list[RunFolder]:
     """The run itself, or every run directly below an output folder."""
-    if (folder / "run.json").is_file():
+    if RunFolder(folder).is_run:
         return [RunFolder(folder)]
     return [RunFolder(file.parent) for file in sorted(folder.glob("*/run.json"))]
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.architecture.base_model import looks_like_folder
-from orchestrator.config.alignment import PolicyStage, RewardSource
 from orchestrator.config.data import DataConfig, SourceConfig
 from orchestrator.config.demonstration import DEMONSTRATIONS
-from orchestrator.config.evaluation import EvaluateStage, ScoringStage
+from orchestrator.config.evaluation import ScoringStage
 from orchestrator.config.functions import FunctionSource
 from orchestrator.config.merging import SoupStage
-from orchestrator.config.pipeline import MODEL_PREFIX, STAGE_PREFIX, resolve_starts
+from orchestrator.config.pipeline import resolve_starts
+from orchestrator.config.rollout import MODEL_PREFIX, STAGE_PREFIX, RewardSource
 from orchestrator.config.run import RunConfig, Stage
 from orchestrator.config.training import TrainingStage
 
@@ -51,8 +51,8 @@ def _resolved_stage(stage: Stage, working_folder: Path) -> Stage:
         functions = tuple(_resolved_function(function, working_folder) for function in stage.metrics.functions)
         changes["metrics"] = stage.metrics.model_copy(update={"functions": functions})
         changes["callbacks"] = tuple(_resolved_function(function, working_folder) for function in stage.callbacks)
-    if isinstance(stage, PolicyStage | EvaluateStage):
-        changes["rewards"] = tuple(_resolved_reward(reward, working_folder) for reward in stage.rewards)
+    if stage.reward_sources:
+        changes["rewards"] = tuple(_resolved_reward(reward, working_folder) for reward in stage.reward_sources)
     if isinstance(stage, ScoringStage):
         changes["sets"] = {
             name: entry.model_copy(update={"path": _resolved_path(entry.path, working_folder)})

@@ -13,14 +13,12 @@ from orchestrator.architecture.adapter_parameters import adapter_problems, shape
 from orchestrator.architecture.base_model import Base, find_base, local_folder
 from orchestrator.architecture.kernels import head_problems, liger_is_installed
 from orchestrator.architecture.read import ENCODERS
-from orchestrator.config.classification import CLASSIFIER_KINDS
 from orchestrator.config.data import DataConfig, SourceConfig, held_out_rows
-from orchestrator.config.evaluation import EvaluateStage
 from orchestrator.config.model import Architecture
-from orchestrator.config.run import RunConfig, Stage, data_sets_of, makes_classifier
+from orchestrator.config.run import RunConfig, Stage, data_sets_of, makes_classifier, training_stages
 from orchestrator.config.training import TrainingStage
 from orchestrator.data.formats.columns import mapping_override, past_template
-from orchestrator.data.formats.trainable import format_problem, wanted_kind
+from orchestrator.data.formats.trainable import format_problem
 from orchestrator.data.prepared.key import has_template
 from orchestrator.data.prepared.parts import find_prepared
 from orchestrator.data.prepared.statistics import PreparedFacts, prepared_facts
@@ -52,7 +50,7 @@ def inspect_inputs(config: RunConfig) -> tuple[Base, dict[str, DataFacts]]:
         )
         problems += _encoder_problems(base.architecture, config)
     looks = {
-        key: _attempt(partial(inspect, source, field=key, wanted=wanted_kind(config.stages[name])), problems)
+        key: _attempt(partial(inspect, source, field=key, wanted=config.stages[name].rows_wanted), problems)
         for name, named in sources.items()
         for key, source in named.items()
     }
@@ -96,7 +94,7 @@ def _templated(config: RunConfig, name: str, look: SourceFacts) -> str | None:
     template.
     """
     stage = config.stages[name]
-    if wanted_kind(stage) is None or look.first is None or look.format is None:
+    if stage.rows_wanted is None or look.first is None or look.format is None:
         return None
     mapping = past_template(look.first, stage.data.train.columns, look.format)
     if mapping is None or not _has_template(config, stage.data):
@@ -131,21 +129,21 @@ def _encoder_problems(model: Architecture, config: RunConfig) -> list[str]:
         f"stages.{name}.data.packing: {config.model.base} is an encoder, in which packed texts would see each other; type "
         f"stages.{name}.data.packing=none"
         for name, stage in stages.items()
-        if stage.kind in CLASSIFIER_KINDS and stage.data.packing != "none"
+        if stage.makes == "classifier" and stage.data.packing != "none"
     ]
 
 
 def _is_of_classifiers(config: RunConfig, name: str) -> bool:
     """Whether a stage trains, blends or scores classifiers."""
     stage = config.stages[name]
-    scored = stage.start_from if isinstance(stage, EvaluateStage) else name
+    scored = name if stage.makes is not None else stage.start_from
     return scored in config.stages and makes_classifier(config, scored)
 
 
 def _with_preparation(config: RunConfig, name: str, base: Base, data: DataFacts) -> DataFacts:
     """Facts about the rows from the cache, and about the speed from earlier runs."""
-    stage, config = config.stages[name], config.for_stage(name)
-    if not isinstance(stage, TrainingStage):
+    stage, config = training_stages(config).get(name), config.for_stage(name)
+    if stage is None:
         return data
     data = replace(data, has_liger=liger_is_installed())
     if base.architecture is not None:

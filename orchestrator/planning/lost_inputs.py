@@ -9,7 +9,6 @@ from pathlib import Path
 from orchestrator.architecture.base_model import local_folder, looks_like_folder
 from orchestrator.config.demonstration import DEMONSTRATIONS
 from orchestrator.config.run import RunConfig
-from orchestrator.config.training import TrainingStage
 from orchestrator.data.sources.locate import HUB_ID
 from orchestrator.errors import DataError, ModelError
 from orchestrator.files.atomic import read_json
@@ -28,7 +27,7 @@ def lost_inputs(config: RunConfig, run: RunFolder, unfinished: Sequence[str]) ->
 
 def _gone(config: RunConfig) -> list[str]:
     """Inputs of every stage, including finished ones, whose rows the plan of the rest counts."""
-    trained = next((name for name in config.pipeline if isinstance(config.stages[name], TrainingStage)), None)
+    trained = next((name for name in config.pipeline if config.stages[name].trains), None)
     base = Path(config.model.base)
     problems: dict[str, None] = {}
     # A preset's own base and a hub id are downloaded again if they are missing.
@@ -36,7 +35,7 @@ def _gone(config: RunConfig) -> list[str]:
         problems[_sentence("model.base", config.model.base, trained)] = None
     for name in config.pipeline:
         stage = config.stages[name]
-        accepting = name if isinstance(stage, TrainingStage) else None
+        accepting = name if stage.trains else None
         paths = {f"{key}.path": source.path for key, source in sources_of(name, stage).items()}
         if stage.data.chat_template is not None:
             paths[f"stages.{name}.data.chat_template"] = stage.data.chat_template

@@ -13,8 +13,7 @@ from pydantic import ValidationError
 from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.config.base import Section
 from orchestrator.config.model import Architecture
-from orchestrator.config.run import RunConfig
-from orchestrator.config.training import TrainingStage
+from orchestrator.config.run import RunConfig, training_stages
 from orchestrator.estimate.flops import executed_flops_per_token, flops_per_token
 from orchestrator.estimate.step_time import Rate
 from orchestrator.files.atomic import write_json
@@ -103,8 +102,7 @@ def write_measured(folder: StageFolder, config: RunConfig, known: MeasurementCon
 
 def measure(folder: StageFolder, config: RunConfig, known: MeasurementContext) -> Measured | None:
     """Medians over the newest attempt's rows; None before there are any."""
-    stage, model = config.stages[known.stage], known.model
-    assert isinstance(stage, TrainingStage)
+    stage, model = training_stages(config)[known.stage], known.model
     events = read_rows(folder.events)
     rows = timed_rows(read_rows(folder.metrics))
     if not rows:

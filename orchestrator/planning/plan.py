@@ -25,7 +25,7 @@ from orchestrator.planning.data_facts import DataFacts
 from orchestrator.planning.plan_warnings import plan_warnings
 from orchestrator.planning.records import Plan, StagePlan
 from orchestrator.planning.stage_forecast import NO_FORECAST, epoch_steps, forecast_fields, shape_for
-from orchestrator.run_folder.folder import run_directory_of, script_path
+from orchestrator.run_folder.folder import RunFolder, run_directory_of, script_path
 from orchestrator.schedule import learning_rate_at, total_steps, warmup_steps
 
 
@@ -72,6 +72,7 @@ def make_plan(
 
 def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_directory: Path) -> StagePlan:
     stage, config = config.stages[name], config.for_stage(name)
+    files = RunFolder(run_directory).stage(name)
     facts = _training_plan(config, stage, base, data) if isinstance(stage, TrainingStage) else _scoring_plan(stage)
     return StagePlan(
         name=name,
@@ -86,7 +87,7 @@ def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_d
         parameters=None if base.architecture is None else count_parameters(base.architecture).total,
         script=str(script_path(config, name)),
         memory=_memory_forecast(config, stage, base),
-        outputs=(str(run_directory / name / "artifact"), str(run_directory / name / "result.json")),
+        outputs=(str(files.artifact), str(files.result)),
         **facts,
     )
 

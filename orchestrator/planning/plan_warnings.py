@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from orchestrator.architecture.base_model import Base
-from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.demonstration import DEMONSTRATIONS
 from orchestrator.config.run import RunConfig, training_pipeline
 from orchestrator.config.training import TrainingStage
@@ -114,6 +113,6 @@ def _sentence(name: str, stage: TrainingStage, data: DataFacts) -> str | None:
 
 
 def _over(stage: TrainingStage, data: DataFacts, *, about: str) -> str:
-    what = "prompts" if isinstance(stage, PolicyStage) else "rows"
+    what = "prompts" if stage.reads_prompts else "rows"
     is_counted = data.train_rows is not None and not about and stage.data.packing == "none"
     return f"the {data.train_rows:,} {what}" if is_counted else f"the {what}"

@@ -21,7 +21,6 @@ from typing import Any
 from orchestrator.architecture.base_model import Base
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
-from orchestrator.config.training import TrainingStage
 from orchestrator.config.tuning import LoraTuning
 from orchestrator.errors import RunFolderError
 from orchestrator.estimate.step_time import Rate
@@ -48,7 +47,7 @@ def with_speeds(
     found: dict[str, DataFacts] = {}
     for name, facts in data.items():
         rate = None
-        if isinstance(config.stages[name], TrainingStage):
+        if config.stages[name].trains:
             rate = probed_rate(config.for_stage(name), machine, base.architecture, may_measure=may_measure)
         found[name] = replace(facts, probed=rate)
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from orchestrator.architecture.base_model import Base
-from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.base import Section
 from orchestrator.config.run import RunConfig, fitting_micro_size, training_stages
 from orchestrator.config.training import TrainingStage
@@ -64,7 +63,7 @@ def _row(config: RunConfig, name: str, nodes: int, base: Base, data: Mapping[str
     size = stage.batch.global_size
     micro = fitting_micro_size(global_size=size, micro_size=stage.batch.micro_size, world_size=devices)
     planned: StagePlan | None = None
-    if isinstance(stage, PolicyStage) and stage.rollout.prompts % devices:
+    if stage.generation is not None and stage.generation.prompts % devices:
         micro = None
     if micro is not None:
         batch = stage.batch.model_copy(update={"micro_size": micro})
@@ -87,7 +86,7 @@ def _row(config: RunConfig, name: str, nodes: int, base: Base, data: Mapping[str
 
 def _problem(planned: StagePlan | None, stage: TrainingStage) -> str | None:
     if planned is None:
-        prompts = f" (or {stage.rollout.prompts} prompts of a rollout)" if isinstance(stage, PolicyStage) else ""
+        prompts = "" if stage.generation is None else f" (or {stage.generation.prompts} prompts of a rollout)"
         return (
             f"this many devices cannot share a global batch of {stage.batch.global_size}{prompts}: raise it, or use a "
             "number of devices that divides it"

@@ -10,7 +10,6 @@ from typing import Literal
 from orchestrator.config.model import NoQuantization
 from orchestrator.config.rules import rule_problems
 from orchestrator.config.run import Quantization, RunConfig, Sharding, Stage, training_stages
-from orchestrator.config.training import TrainingStage
 from orchestrator.config.tuning import LoraTuning
 
 Verdict = Literal["FIT", "TIGHT", "NO"]
@@ -221,8 +220,8 @@ def _order_of(options: Sequence[Option], axes: Axes) -> Callable[[Option], tuple
 def with_micro_sizes(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
     """The same configuration with other micro-batches."""
     stages: dict[str, Stage] = dict(config.stages)
-    for name, stage in config.stages.items():
-        if name in sizes and isinstance(stage, TrainingStage):
+    for name, stage in training_stages(config).items():
+        if name in sizes:
             batch = stage.batch.model_copy(update={"micro_size": sizes[name]})
             stages[name] = stage.model_copy(update={"batch": batch})
     return config.model_copy(update={"stages": stages})
@@ -249,8 +248,8 @@ def _shorter(config: RunConfig, axes: Axes, _nf4: Quantization) -> Iterator[Chan
     for factor in (2, 4, 8):
         stages: dict[str, Stage] = dict(config.stages)
         overrides: list[str] = []
-        for name, stage in config.stages.items():
-            if name not in axes.micro_sizes or not isinstance(stage, TrainingStage):
+        for name, stage in training_stages(config).items():
+            if name not in axes.micro_sizes:
                 continue
             length = stage.data.max_length // factor
             if length < 1:

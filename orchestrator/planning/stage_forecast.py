@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage
@@ -25,7 +24,7 @@ def epoch_steps(stage: TrainingStage, data: DataFacts) -> int | None:
     if data.prepared is not None:
         return data.prepared.steps_per_epoch
     depends_on_tokens = stage.data.packing != "none" or stage.data.tokens_per_batch is not None
-    if data.train_rows is None or (depends_on_tokens and not isinstance(stage, PolicyStage)):
+    if data.train_rows is None or (depends_on_tokens and not stage.reads_prompts):
         return None
     return epoch_of(stage, data.train_rows, _no_lengths, seed=0).steps
 

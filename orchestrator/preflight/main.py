@@ -11,18 +11,18 @@ from typing import Literal, cast
 from rich.console import Console
 
 from orchestrator.classification.classes import classes_of, targets_of
-from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
+from orchestrator.config.classification import ClassifyStage
 from orchestrator.config.data import DataFormat
 from orchestrator.config.evaluation import FIRST_SET
 from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.config.training import TrainingStage
 from orchestrator.data.epoch import Epoch, epoch_of
-from orchestrator.data.formats.trainable import format_problem, wanted_kind
+from orchestrator.data.formats.trainable import format_problem
 from orchestrator.data.preparation.prepare import Prepared, ensure_prepared
 from orchestrator.data.row_faults import fault_sentences
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.errors import EXIT_DONE, EXIT_USER, DataError, OrchestratorError
-from orchestrator.files.atomic import read_json, write_json
+from orchestrator.files.atomic import write_json
 from orchestrator.files.cache import cache_folder
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
@@ -31,6 +31,8 @@ from orchestrator.models.tuning import apply_tuning
 from orchestrator.preflight.data_check import check_data
 from orchestrator.preflight.data_report import print_report
 from orchestrator.preflight.gradient_check import check_gradients
+from orchestrator.run_folder.folder import RunFolder
+from orchestrator.run_state.frozen import load_config
 
 
 def check_stage(config: RunConfig, stage: Stage, base_folder: Path, console: Console, phases: Phases) -> list[str]:
@@ -85,11 +87,11 @@ def _epoch(config: RunConfig, stage: TrainingStage, rows: PreparedRows) -> Epoch
     return epoch_of(stage, rows.rows, lambda: rows.lengths, seed=config.seeds.data)
 
 
-def _untrained(config: RunConfig, stage: TrainingStage, rows: PreparedRows) -> str | None:
+def _untrained(config: RunConfig, stage: Stage, rows: PreparedRows) -> str | None:
     """Why a stage would learn nothing from its prepared rows; for hub data sets the plan could not know this."""
     name = next(name for name, other in config.stages.items() if other is stage)
     problem = format_problem(stage, cast("DataFormat", rows.meta.format), None, field=f"stages.{name}.data.train")
-    trains_tokens = wanted_kind(stage) in ("text", "pair", "feedback")
+    trains_tokens = stage.rows_wanted in ("text", "pair", "feedback")
     if problem is None and trains_tokens and not rows.meta.statistics.trained_tokens:
         return f"stages.{name}.data: no row has a trained token; see loss_on={stage.data.loss_on} and max_length={stage.data.max_length}"
     return problem
@@ -98,7 +100,7 @@ def _untrained(config: RunConfig, stage: TrainingStage, rows: PreparedRows) -> s
 def _head_of(config: RunConfig, stage: Stage, train: Path) -> tuple[Literal["CAUSAL_LM", "SEQ_CLS"], int | None]:
     """PEFT's name of the task, and the width of a classifier's head. DataError if labels do not fit the problem."""
     if not isinstance(stage, ClassifyStage):
-        return ("SEQ_CLS", 2) if isinstance(stage, SelfTrainingStage) else ("CAUSAL_LM", None)
+        return ("SEQ_CLS", 2) if stage.makes == "classifier" else ("CAUSAL_LM", None)
     rows = PreparedRows.open(train)
     name = next(name for name, other in config.stages.items() if other is stage)
     if rows.meta.kind != "class":
@@ -130,7 +132,7 @@ def prepare_stage(config: RunConfig, stage: Stage, base_folder: Path, console: C
         say(f"{what} {state}: {prepared.train} ({numbers.rows:,} rows, {numbers.tokens:,} tokens)")
         if prepared.evaluation is not None:
             say(f"evaluation: {prepared.evaluation}")
-        if key == FIRST_SET and isinstance(stage, TrainingStage):
+        if key == FIRST_SET and stage.trains:
             unusable = _untrained(config, stage, PreparedRows.open(prepared.train))
             if unusable is not None:
                 return [unusable]
@@ -146,7 +148,7 @@ def main(phases: Phases | None = None) -> int:
     options = parser.parse_args()
     silence_libraries()
     console = Console()
-    config = RunConfig.model_validate(read_json(options.file)["config"], strict=False)
+    config = load_config(RunFolder(options.file.parent))
     examine = check_stage if options.verb == "check" else prepare_stage
     problems: list[str] = []
     try:

@@ -10,6 +10,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.files.atomic import read_json
 
 MEASURED = "measured.json"
+RUN_FILE = "run.json"
 PREPARATION = "prepare"
 """Name of the job that prepares the data of a run; no stage may have it."""
 
@@ -165,7 +166,12 @@ class RunFolder:
 
     @property
     def run(self) -> Path:
-        return self.root / "run.json"
+        return self.root / RUN_FILE
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a configuration was frozen here."""
+        return self.run.is_file()
 
     @property
     def environment(self) -> Path:

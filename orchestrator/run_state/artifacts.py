@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import ConfigError
 from orchestrator.files.atomic import read_json
 from orchestrator.files.manifest import MANIFEST, file_digest
 from orchestrator.run_folder.folder import RunFolder
+from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.content_digests import SHARED
 
 
@@ -25,8 +25,7 @@ class Artifact:
 
     stage: str
     path: Path
-    kind: str
-    """model, adapter, reward_model, reward_adapter or merged."""
+    kind: ArtifactKind
     digest: str
     """sha256 of its manifest."""
     base: str
@@ -61,7 +60,7 @@ def read_artifact(run: RunFolder, stage: str) -> Artifact:
     return Artifact(
         stage=stage,
         path=path,
-        kind=recorded["kind"],
+        kind=ArtifactKind(recorded["kind"]),
         digest=recorded["manifest_sha256"],
         base=result["base"]["name"],
         report=result.get("reward_report"),
@@ -80,8 +79,7 @@ def check_artifacts(
     problems += [
         problem for artifact in artifacts.values() for problem in _other_content(name, artifact, content or {})
     ]
-    stage = config.stages[name]
-    if isinstance(stage, PolicyStage) and not stage.accept_weak_reward:
+    if config.stages[name].requires_proven_rewards:
         problems += [problem for artifact in artifacts.values() for problem in _weakness(name, artifact)]
     if problems:
         raise ConfigError(problems)
@@ -111,6 +109,6 @@ def _problems(config: RunConfig, artifact: Artifact) -> Iterator[str]:
     if artifact.base != config.model.base:
         yield f"{artifact.stage}: its artifact was trained on {artifact.base}, this run's base is {config.model.base}"
     is_full = not config.tuning.is_adapter
-    if is_full != artifact.kind.endswith("model"):
+    if is_full != artifact.kind.is_whole_model:
         wanted = "a full model" if is_full else "an adapter"
         yield f"{artifact.stage}: its artifact is of kind {artifact.kind}, tuning={config.tuning.method} expects {wanted}"

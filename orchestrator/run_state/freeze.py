@@ -88,7 +88,7 @@ def refuse_inside_a_run(folder: Path) -> None:
     """Raise RunFolderError if a new run or study would be inside a run, with which it would be moved, copied and
     deleted.
     """
-    if (folder / "run.json").exists():
+    if RunFolder(folder).is_run:
         return  # not new: its owner may still resume it
     around = run_around(folder)
     if around is not None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from orchestrator.run_state.artifact_kind import ArtifactKind
+
 REFT_SETTINGS = "reft_config.json"
 _QUESTION = '[{"role": "user", "content": "What is the capital of France?"}]'
 
 
-def loading_lines(artifact: str, *, kind: str, base: str, folder: Path) -> list[str]:
+def loading_lines(artifact: str, *, kind: ArtifactKind, base: str, folder: Path) -> list[str]:
     """A script that loads an artifact and prompts it; `artifact` and `base` are the paths to appear in it.
 
     `folder` is the artifact's current path: whether it has a chat template decides how the script builds a prompt.
@@ -17,11 +19,10 @@ def loading_lines(artifact: str, *, kind: str, base: str, folder: Path) -> list[
     if (folder / REFT_SETTINGS).is_file():
         return ["# PEFT has no LoReFT: `orchestrator generate RUN` opens this artifact"]
     chats = has_chat_template(folder)
-    if kind.startswith("classifier_"):
-        return _classifier(artifact, base, is_adapter=kind == "classifier_adapter")
-    if kind.startswith("reward_"):
-        return _reward(artifact, base, is_adapter=kind == "reward_adapter", chats=chats)
-    return _policy(artifact, base, is_adapter=kind == "adapter", chats=chats)
+    if kind.is_classifier:
+        return _classifier(artifact, base, is_adapter=kind.is_adapter)
+    build = _reward if kind.is_reward else _policy
+    return build(artifact, base, is_adapter=kind.is_adapter, chats=chats)
 
 
 def has_chat_template(folder: Path) -> bool:

@@ -11,8 +11,8 @@ import yaml
 from orchestrator import __version__
 from orchestrator.architecture.base_model import looks_like_folder
 from orchestrator.config.run import RunConfig
-from orchestrator.config.training import TrainingStage
 from orchestrator.data.prepared.meta import Meta
+from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.loading_code import loading_lines
 from orchestrator.text.durations import seconds_words
 
@@ -38,23 +38,15 @@ def artifact_card(
     config: RunConfig, name: str, result: Mapping[str, Any], *, folder: Path, train: Meta | None, held_out: Meta | None
 ) -> str:
     """The README.md of a stage's artifact, once it is proven. `train` and `held_out` describe the prepared rows."""
-    kind, base = str(result["artifact"]["kind"]), base_name(config)
-    is_adapter = kind.endswith("adapter")
-    what = kind.replace("_", " ") if kind != "model" else "full model"
+    kind, base = ArtifactKind(result["artifact"]["kind"]), base_name(config)
     lines = [
-        *_front(config, library="peft" if is_adapter else "transformers", kind=kind, is_adapter=is_adapter),
+        *_front(config, kind),
         f"# {config.name}, stage {name}",
         "",
-        f"{what.capitalize()} of {base}, made by {TRAINED_BY.get(str(result['kind']), str(result['kind']))} "
+        f"{kind.heading.capitalize()} of {base}, made by {TRAINED_BY.get(str(result['kind']), str(result['kind']))} "
         f"({config.tuning.method}) with orchestrator {__version__}.",
         "",
-        "## Load it",
-        "",
-        "Run it inside this folder, or replace `.` with the folder's path.",
-        "",
-        "```python",
-        *loading_lines(".", kind=kind, base=_loadable_base(config, result), folder=folder),
-        "```",
+        *_how_to_load(kind, base=_loadable_base(config, result), folder=folder),
         "",
         "## Training",
         "",
@@ -89,14 +81,26 @@ def base_name(config: RunConfig) -> str:
     return Path(config.model.base).name if looks_like_folder(config.model.base) else config.model.base
 
 
-def _front(config: RunConfig, *, library: str, kind: str, is_adapter: bool) -> list[str]:
+def _how_to_load(kind: ArtifactKind, *, base: str, folder: Path) -> list[str]:
+    return [
+        "## Load it",
+        "",
+        "Run it inside this folder, or replace `.` with the folder's path.",
+        "",
+        "```python",
+        *loading_lines(".", kind=kind, base=base, folder=folder),
+        "```",
+    ]
+
+
+def _front(config: RunConfig, kind: ArtifactKind) -> list[str]:
     """The front matter that model hubs read."""
-    is_policy = not kind.startswith(("classifier_", "reward_"))
+    scores = kind.is_classifier or kind.is_reward
     front = {
         "base_model": base_name(config),
-        "base_model_relation": "adapter" if is_adapter else "finetune",
-        "library_name": library,
-        "pipeline_tag": "text-generation" if is_policy else "text-classification",
+        "base_model_relation": "adapter" if kind.is_adapter else "finetune",
+        "library_name": "peft" if kind.is_adapter else "transformers",
+        "pipeline_tag": "text-classification" if scores else "text-generation",
         "tags": ["orchestrator", config.tuning.method],
     }
     return ["---", yaml.safe_dump(front, sort_keys=True).strip(), "---", ""]
@@ -121,7 +125,7 @@ def _main_keys(config: RunConfig, name: str) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     stage: dict[str, Any] = values["stages"][name]
     keys = {key: values[key] for key in ("tuning", "quantization", "seeds")} | {"dtype": config.model.dtype}
-    if isinstance(config.stages[name], TrainingStage):
+    if config.stages[name].trains:
         keys |= {key: stage[key] for key in MAIN_KEYS if stage.get(key) is not None}
     return keys
 
@@ -168,7 +172,7 @@ def write_card(
     folder: Path,
 ) -> str:
     """The README.md of a merged folder. `results` are the result.json of the stages before it, in order; `folder` has the tokenizer."""
-    lines = [*_front(config, library="transformers", kind="model", is_adapter=False), f"# {config.name}", ""]
+    lines = [*_front(config, ArtifactKind.MODEL), f"# {config.name}", ""]
     method = (
         config.tuning.method
         if config.quantization.scheme == "none"
@@ -177,13 +181,7 @@ def write_card(
     lines += [
         f"{base_name(config)}, fine-tuned ({method}) by the orchestrator {__version__}; merged, measured and re-opened.",
         "",
-        "## Load it",
-        "",
-        "Run it inside this folder, or replace `.` with the folder's path.",
-        "",
-        "```python",
-        *loading_lines(".", kind="model", base="", folder=folder),
-        "```",
+        *_how_to_load(ArtifactKind.MODEL, base="", folder=folder),
         "",
         "## Stages",
         "",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.config.run import RunConfig
+from orchestrator.run_state.artifact_kind import ArtifactKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,6 @@ class OpenedModel:
     tokenizer: Any
     """With the chat template of training."""
     stage: str
-    kind: str
+    kind: ArtifactKind
     """`model` or `adapter`, optionally prefixed with `reward_` or `classifier_`."""
     config: RunConfig

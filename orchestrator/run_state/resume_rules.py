@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from orchestrator.config.base import JsonValue, flatten
-from orchestrator.config.classification import SelfTrainingStage
 from orchestrator.config.run import RunConfig, fitting_micro_size, training_stages
 from orchestrator.errors import ConfigError
 
@@ -56,9 +55,7 @@ def _decisive(config: RunConfig) -> frozenset[str]:
         if stage.early_stopping is not None
         for key in ("evaluate_every_steps", "metrics")
     }
-    paired = {
-        f"stages.{name}.batch.micro_size" for name, stage in stages.items() if isinstance(stage, SelfTrainingStage)
-    }
+    paired = {f"stages.{name}.batch.micro_size" for name, stage in stages.items() if stage.compares_rows}
     return frozenset(judged | paired)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.config.pipeline import external_members
 from orchestrator.config.run import POLICY_KINDS, RunConfig, Stage, made_kind
 from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError
 from orchestrator.files.manifest import MANIFEST
@@ -27,7 +26,7 @@ class ExternalMember:
 def read_member(member: str) -> ExternalMember:
     """The finished stage of another run that a member names. ConfigError if there is none."""
     folder, stage = _place(member)
-    if not (folder / "run.json").is_file():
+    if not RunFolder(folder).is_run:
         raise ConfigError(f"{member}: not a run folder (run.json expected); give FOLDER, FOLDER:STAGE or stage:NAME")
     run = RunFolder(folder)
     try:
@@ -47,7 +46,7 @@ def read_member(member: str) -> ExternalMember:
 
 def manifests_elsewhere(stage: Stage) -> list[Path]:
     """The manifest of every member from another run, as it was when the soup was built."""
-    found = [read_member(member) for member in external_members(stage)]
+    found = [read_member(member) for member in stage.external_members]
     return [one.run.stage(one.stage).artifact / MANIFEST for one in found]
 
 
@@ -59,7 +58,7 @@ def blend_problems(config: RunConfig) -> list[str]:
 def _member_problems(config: RunConfig, name: str) -> Iterator[str]:
     field = f"stages.{name}.members"
     ours = config.for_stage(name)
-    for member in external_members(config.stages[name]):
+    for member in config.stages[name].external_members:
         try:
             theirs = read_member(member).config
         except OrchestratorError as error:

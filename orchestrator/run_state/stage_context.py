@@ -13,6 +13,7 @@ from orchestrator.config.training import TrainingStage
 from orchestrator.metrics.phases import Phases
 from orchestrator.run_folder.folder import StageFolder
 from orchestrator.run_folder.stop_request import StopRequest
+from orchestrator.run_state.artifact_kind import ArtifactKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,7 @@ class ParentArtifact:
 
     stage: str
     folder: Path
-    kind: str
-    """`model` or `adapter`."""
+    kind: ArtifactKind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from orchestrator.files.manifest import write_manifest
 from orchestrator.metrics import phases as phase
 from orchestrator.models.artifact import open_artifact
 from orchestrator.models.loading import DTYPES, load_model
+from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.recorder import Recorder
 from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.finish import finish_scoring
@@ -34,7 +35,7 @@ def run(context: StageContext) -> int:
     context.phases.begin(phase.LOADING)
     started = time.time()
     runtime = start_single_runtime(context.config, autocast=False, phases=context.phases)
-    if context.start is not None and context.start.kind.startswith("classifier_"):
+    if context.start is not None and context.start.kind.is_classifier:
         report = _classifier_report(context, runtime, record)
         return _finish(context, record, report, report, started)
     scorer = open_scorer(context, runtime)
@@ -73,7 +74,7 @@ def _finish(
     """Write the report, and the result with its summary."""
     context.phases.begin(phase.WRITING)
     _write(context, report)
-    return finish_scoring(context, record, {**summary, "seconds": time.time() - started}, kind="report")
+    return finish_scoring(context, record, {**summary, "seconds": time.time() - started}, kind=ArtifactKind.REPORT)
 
 
 def _before_and_after(

@@ -14,6 +14,7 @@ from orchestrator.files.atomic import read_json, write_json
 from orchestrator.merging.adapter_merge import Source, merge, write_merged
 from orchestrator.metrics import phases as phase
 from orchestrator.run_folder.folder import RunFolder
+from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.model_card import write_card
 from orchestrator.run_state.recorder import Recorder
 from orchestrator.run_state.stage_context import StageContext
@@ -70,4 +71,4 @@ def run(context: StageContext) -> int:
         "ways": described,
         "seconds": time.time() - started,
     }
-    return finish_scoring(context, record, summary, kind="merged")
+    return finish_scoring(context, record, summary, kind=ArtifactKind.MERGED)

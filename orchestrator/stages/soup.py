@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import cast
 
 from orchestrator.config.merging import SoupStage
-from orchestrator.config.run import STAGE_PREFIX
+from orchestrator.config.rollout import STAGE_PREFIX
 from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.evaluation.score_tables import describe_sets, regressions_line, score_table, shift_labels
 from orchestrator.evaluation.set_scores import Scorer, open_scorer

@@ -10,9 +10,8 @@ from typing import Any
 
 from orchestrator import __version__
 from orchestrator.config.base import JsonValue
-from orchestrator.config.run import RunConfig, training_pipeline
+from orchestrator.config.run import RunConfig, training_pipeline, training_stages
 from orchestrator.config.study import NoStudy, SearchStudy, SeedsStudy, judged_stage
-from orchestrator.config.training import TrainingStage
 from orchestrator.errors import ConfigError
 from orchestrator.files.atomic import read_json, write_json
 from orchestrator.metrics.jsonl import Row, Tail, number_of, read_rows, step_of
@@ -108,8 +107,7 @@ def study_folder(config: RunConfig) -> StudyFolder:
 def as_trial(config: RunConfig, *, pause_at_step: int | None = None) -> RunConfig:
     """The configuration of one trial: an ordinary run whose compared stage pauses at the requested step."""
     name = studied_stage(config)
-    stage = config.stages[name]
-    assert isinstance(stage, TrainingStage)
+    stage = training_stages(config)[name]
     stages = config.stages
     if pause_at_step is not None:
         stages = {**stages, name: stage.model_copy(update={"pause_at_step": pause_at_step})}

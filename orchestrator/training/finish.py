@@ -25,6 +25,7 @@ from orchestrator.metrics.jsonl import read_rows
 from orchestrator.metrics.speed import run_speed
 from orchestrator.models.artifact import CARD, adapter_names, check_tensors, round_as_saved, write_artifact
 from orchestrator.models.peft_adapters import plain_lora
+from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.goodput import time_spent
 from orchestrator.run_state.model_card import artifact_card
 from orchestrator.run_state.recorder import Recorder
@@ -157,7 +158,7 @@ def _summary(
     }
 
 
-def finish_scoring(context: StageContext, record: Recorder, summary: dict[str, Any], *, kind: str) -> int:
+def finish_scoring(context: StageContext, record: Recorder, summary: dict[str, Any], *, kind: ArtifactKind) -> int:
     """Finish a stage that trains nothing: write its result, last of all."""
     manifest = context.folder.artifact / MANIFEST
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
@@ -191,17 +192,17 @@ def _times(context: StageContext) -> dict[str, Any]:
     return {"phase_seconds": by_phase, "attempt_seconds": round(time.time() - context.began, 2)}
 
 
-def artifact_kind(context: StageContext) -> str:
-    """One of model, adapter, reward_model, reward_adapter, classifier_model, classifier_adapter."""
-    what = "model" if not context.config.tuning.is_adapter else "adapter"
+def artifact_kind(context: StageContext) -> ArtifactKind:
+    """The kind of the artifact that a training or blending stage makes."""
+    what = "adapter" if context.config.tuning.is_adapter else "model"
     if makes_classifier(context.config, context.name):
-        return f"classifier_{what}"
-    return f"reward_{what}" if context.stage.kind == "reward" else what
+        return ArtifactKind(f"classifier_{what}")
+    return ArtifactKind(f"reward_{what}" if context.stage.makes == "reward model" else what)
 
 
 def _write_card(context: StageContext, result: Mapping[str, Any]) -> None:
     """Write the artifact's README.md; a merged folder has its own card, and a report is not a model."""
-    if result["artifact"]["kind"] in ("merged", "report"):
+    if result["artifact"]["kind"] in (ArtifactKind.MERGED, ArtifactKind.REPORT):
         return
     held_out = context.evaluation_data
     card = artifact_card(

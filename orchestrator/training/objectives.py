@@ -64,7 +64,7 @@ def proof_objective(runtime: Runtime, stage: TrainingStage | ScoringStage | Merg
     """The objective that scores a reopened artifact from its files alone, hence without a reference policy."""
     if isinstance(stage, RewardStage):
         return reward_objective(runtime, stage)
-    takes_all = rows_kind == "prompt" or isinstance(stage, MergeStage)
+    takes_all = rows_kind == "prompt" or stage.makes == "merged model"
     return prompt_objective(runtime) if takes_all else sft_objective(runtime)
 
 

@@ -78,6 +78,11 @@ def _facts(core: str, special: dict[str, str], template: str | None) -> Tokenize
     )
 
 
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model's folder."""
+    return core_tokenizer(load_facts(folder).core)
+
+
 @lru_cache(maxsize=4)
 def core_tokenizer(core: str) -> Tokenizer:
     """The Rust tokenizer of a JSON text, without the truncation and padding settings that some files contain."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.config.data import DataFormat
+from orchestrator.config.stage import RowKind
 from orchestrator.errors import nearest
 
 NEEDED: Mapping[DataFormat, tuple[str, ...]] = {
@@ -34,7 +35,7 @@ OPTIONAL: Mapping[DataFormat, tuple[str, ...]] = {
     "text": (),
     "prompts": ("instruction", "input", "system", "tools"),
 }
-KINDS: Mapping[DataFormat, str] = {
+KINDS: Mapping[DataFormat, RowKind] = {
     "alpaca": "text",
     "messages": "text",
     "sharegpt": "text",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from orchestrator.config.alignment import DpoStage, PolicyStage, RewardStage
-from orchestrator.config.base import Section
-from orchestrator.config.classification import ClassifyStage, SelfTrainingStage
 from orchestrator.config.data import DataFormat
-from orchestrator.config.training import SftStage
+from orchestrator.config.run import Stage
+from orchestrator.config.stage import RowKind
 from orchestrator.data.formats.columns import KINDS, mapping_override, suggested
 from orchestrator.data.formats.examples import Row
 from orchestrator.data.formats.parse import EXPECTED_FIELDS
 
-FORMAT_OF: dict[str, DataFormat] = {
+FORMAT_OF: dict[RowKind, DataFormat] = {
     "text": "alpaca",
     "pair": "preference",
     "feedback": "feedback",
@@ -21,26 +19,9 @@ FORMAT_OF: dict[str, DataFormat] = {
 """The format to suggest if a stage needs rows of a kind."""
 
 
-def wanted_kind(stage: Section) -> str | None:
-    """The kind of rows (see `KINDS`) that a stage trains on; None for one that trains nothing and takes several."""
-    match stage:
-        case SftStage():
-            return "text"
-        case RewardStage():
-            return "pair"
-        case DpoStage():
-            return "feedback" if stage.loss == "kto" else "pair"
-        case PolicyStage():
-            return "prompt"
-        case ClassifyStage() | SelfTrainingStage():
-            return "class"
-        case _:
-            return None
-
-
-def format_problem(stage: Section, data_format: DataFormat | None, row: Row | None, *, field: str) -> str | None:
+def format_problem(stage: Stage, data_format: DataFormat | None, row: Row | None, *, field: str) -> str | None:
     """Why the rows of a source are useless or wrong for a stage, with what to type; None if they fit."""
-    wanted = wanted_kind(stage)
+    wanted = stage.rows_wanted
     if wanted is None or data_format is None or KINDS[data_format] == wanted:
         return None
     why, advice = _untrained(data_format, row, field=field) if wanted == "text" else ("", "")
@@ -52,11 +33,7 @@ def format_problem(stage: Section, data_format: DataFormat | None, row: Row | No
             if mapping
             else f"it needs format {name}: {EXPECTED_FIELDS[name]}"
         )
-    return f"{field}: rows of format {data_format} {why or f'cannot train stage={_name(stage)}'}; {advice}"
-
-
-def _name(stage: Section) -> str:
-    return str(stage.model_dump(include={"kind"})["kind"])
+    return f"{field}: rows of format {data_format} {why or f'cannot train stage={stage.kind}'}; {advice}"
 
 
 def _untrained(data_format: DataFormat, row: Row | None, *, field: str) -> tuple[str, str]:

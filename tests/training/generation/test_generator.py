@@ -9,7 +9,7 @@ import tiny_model
 import torch
 
 from orchestrator.composition.compose import compose
-from orchestrator.config.alignment import RolloutConfig
+from orchestrator.config.rollout import RolloutConfig
 from orchestrator.distributed.runtime import Runtime, start_single_runtime
 from orchestrator.generation.generator import Completion, Request, SeededSampler, end_ids_of, make_generate, seed_of
 from orchestrator.generation.seeded_sampling import SeededDraws

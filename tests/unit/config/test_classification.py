@@ -41,7 +41,10 @@ WEAK = ("plan", "+experiment=llama_weak_supervision")
             "predicts a number and has no classes; type stages.classify.labels=null",
         ),
         ((*WEAK, "stages.self_training.data.eval.path=none"), "it is unknown whether self-training helps"),
-        ((*WEAK, "pipeline=[self_training]"), "it continues from a classifier; add one before it"),
+        (
+            (*WEAK, "pipeline=[self_training]"),
+            "no stage before self_training makes a classifier; add one to the pipeline, such as classify",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(ask: Asker, words: tuple[str, ...], sentence: str) -> None:

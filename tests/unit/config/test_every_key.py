@@ -16,9 +16,9 @@ from config_fields import FIELDS, SECTIONS
 
 import orchestrator
 from orchestrator.composition.compose import CONF
-from orchestrator.config.alignment import RewardSource
 from orchestrator.config.base import Section
 from orchestrator.config.functions import FunctionSource
+from orchestrator.config.rollout import RewardSource
 from orchestrator.config.training import EarlyStoppingConfig
 
 ROOT = Path(orchestrator.__file__).parent.parent
