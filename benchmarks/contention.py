@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from orchestrator.metrics.jsonl import number_of, read_rows
 
@@ -85,9 +86,10 @@ def step_seconds(run: Path, spin: str, options: argparse.Namespace) -> float:
 
 def stop(training: subprocess.Popen[bytes]) -> None:
     """Kill a run with its rank, which is in a session of its own."""
-    children = Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split()
-    for process in (*map(int, children), training.pid):
-        os.kill(process, signal.SIGKILL)
+    for process in psutil.Process(training.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    training.kill()
     training.wait()
 
 

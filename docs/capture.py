@@ -15,6 +15,7 @@ import shlex
 import struct
 import sys
 import termios
+from itertools import groupby
 from pathlib import Path
 
 import pyte
@@ -52,16 +53,20 @@ def run(argv: list[str], columns: int) -> pyte.Screen:
 
 
 def line_of(screen: pyte.Screen, number: int) -> Text:
-    """One row of the screen with its colours."""
+    """One row of the screen with its colours; neighbouring cells of one style are one piece of the picture."""
     text = Text()
-    for column in range(screen.columns):
-        cell = screen.buffer[number][column]
-        colour = None if cell.fg == "default" else COLOURS.get(cell.fg, cell.fg.replace("bright", "bright_"))
-        if colour is not None and len(colour) == 6 and all(digit in "0123456789abcdef" for digit in colour):
-            colour = f"#{colour}"
-        text.append(cell.data, Style(color=colour, bold=cell.bold, italic=cell.italics))
+    cells = [screen.buffer[number][column] for column in range(screen.columns)]
+    for style, same in groupby(cells, key=style_of):
+        text.append("".join(cell.data for cell in same), style)
     text.rstrip()
     return text
+
+
+def style_of(cell: pyte.screens.Char) -> Style:
+    colour = None if cell.fg == "default" else COLOURS.get(cell.fg, cell.fg.replace("bright", "bright_"))
+    if colour is not None and len(colour) == 6 and all(digit in "0123456789abcdef" for digit in colour):
+        colour = f"#{colour}"
+    return Style(color=colour, bold=cell.bold, italic=cell.italics)
 
 
 def main() -> int:

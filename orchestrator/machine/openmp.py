@@ -6,9 +6,9 @@ from collections.abc import MutableMapping
 
 SPIN_COUNT = "GOMP_SPINCOUNT"
 SPINS = "10000"
-"""Rounds that a thread spins at a barrier before it sleeps; libgomp's own 300,000 take milliseconds, in which it keeps the
-core from the very thread it waits for. Beside one busy process on two cores a training step takes a tenth of the time with
-this value, and on an idle machine as long as before (`benchmarks/contention.py`)."""
+"""Rounds that a thread spins at a barrier before it sleeps. libgomp's own 300,000 take milliseconds, in which it keeps the
+core from the very thread it waits for: next to one busy process on two cores a training step takes eight times as long with
+them, and on an idle machine no less (`benchmarks/contention.py`)."""
 CHOSEN_BY_USER = (SPIN_COUNT, "OMP_WAIT_POLICY")
 
 
