@@ -34,6 +34,8 @@ SWITCH = "ORCHESTRATOR_PROBE"
 """`off` in the environment: nothing is measured for a plan."""
 PROBE_SECONDS = 120
 """Timeout that allows for importing torch from a slow disk; the measurement itself takes half a second."""
+PROBE = 2
+"""Raised when the measurement itself changes, so that cached ones of the old kind are not used."""
 BUSY_FOR_SECONDS = 600
 """Lifetime of a measurement made while other work kept the processor busy."""
 
@@ -62,6 +64,7 @@ def probed_rate(config: RunConfig, machine: Machine, model: Architecture, *, may
         "processor": processor_key(machine.processor, environment).model_dump(),
         "flags": sorted(machine.processor.flags),
         "torch": _torch_version(),
+        "probe": PROBE,
         "setting": setting,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]

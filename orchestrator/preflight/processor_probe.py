@@ -11,8 +11,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -30,6 +31,8 @@ WIDEST_ELEMENTS = 4_000_000
 
 SCALING = 0.8
 """Share of perfect scaling over threads: an assumption, used only for a busy processor."""
+OTHERS = 0.25
+"""Cores' worth of other work that leaves the measurement alone: daemons, interrupts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +75,14 @@ def measure(setting: Setting) -> dict[str, float | bool | None]:
     If other work keeps the processor busy, threads wait for one another and wall-clock time is meaningless: then the
     processor time of one thread is used, multiplied by the number of threads.
     """
-    threads, was_busy = torch.get_num_threads(), os.getloadavg()[0] > len(os.sched_getaffinity(0))
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
     torch.set_num_threads(1)
+    occupied = _occupied_seconds(cores)
+    began, own = time.perf_counter(), time.process_time()
     rate = _rate(setting, time.process_time)
+    # The load average would miss what began in the last seconds, and count what has just ended.
+    others = (_occupied_seconds(cores) - occupied - (time.process_time() - own)) / (time.perf_counter() - began)
+    was_busy = others + threads > len(cores) + OTHERS
     # one thread and process time for both types: other work on the machine then counts for neither
     slowdown = _rate(replace(setting, dtype="float32"), time.process_time) / rate if setting.compares else None
     if threads > 1 and was_busy:
@@ -83,6 +91,19 @@ def measure(setting: Setting) -> dict[str, float | bool | None]:
         torch.set_num_threads(threads)
         rate = max(rate, _rate(setting, time.perf_counter))
     return {"flops_per_second": rate, "threads": threads, "was_busy": was_busy, "slowdown": slowdown}
+
+
+def _occupied_seconds(cores: Collection[int]) -> float:
+    """Seconds since boot in which these cores computed for anyone, or were taken away from a virtual machine (steal); 0 where
+    Linux does not say.
+    """
+    names = {f"cpu{core}" for core in cores}
+    try:
+        lines = [line.split() for line in Path("/proc/stat").read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return 0.0
+    ticks = sum(sum(map(int, line[1:9])) - int(line[4]) - int(line[5]) for line in lines if line[0] in names)
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _rate(setting: Setting, clock: Clock) -> float:

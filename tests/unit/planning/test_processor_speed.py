@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Asker
@@ -59,15 +60,31 @@ def test_a_typed_bfloat16_that_is_emulated_is_warned_of_with_its_factor() -> Non
     assert any("type model.dtype=auto; measured here" in one and "take 7.6x as long" in one for one in planned.warnings)
 
 
-def test_the_probe_compares_an_emulated_type_with_float32() -> None:
-    """Shapes of a tiny model, so that the process costs little more than its import of torch."""
+def probe(*, threads: int, dtype: str, compares: bool = False) -> dict[str, Any]:
+    """Measure the shapes of a tiny model, so that the process costs little more than its import of torch."""
     shapes = {"hidden": 64, "inner": 128, "layers": 2, "queries": 64, "keys": 32, "vocabulary": 512, "head_dim": 16}
-    rest = {"experts": 1, "method": "full", "rank": 0, "dtype": "bfloat16", "compares": True}
+    rest = {"experts": 1, "method": "full", "rank": 0, "dtype": dtype, "compares": compares}
     argv = [sys.executable, "-m", "orchestrator.preflight.processor_probe", json.dumps({**shapes, **rest})]
-    answer = subprocess.run(
-        argv, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert json.loads(answer.stdout)["slowdown"] > 0
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    answer = subprocess.run(argv, capture_output=True, text=True, check=True, env=environment)
+    measured: dict[str, Any] = json.loads(answer.stdout)
+    return measured
+
+
+def test_the_probe_compares_an_emulated_type_with_float32() -> None:
+    assert probe(threads=1, dtype="bfloat16", compares=True)["slowdown"] > 0
+
+
+def test_a_measurement_next_to_other_work_says_so() -> None:
+    """Also if that work has just begun, which the load average would not show yet."""
+    cores = os.sched_getaffinity(0)
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in cores]
+    try:
+        assert probe(threads=len(cores), dtype="float32")["was_busy"]
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def test_nothing_is_measured_or_promised_where_it_is_switched_off(ask: Asker) -> None:
@@ -115,6 +132,7 @@ def test_the_probe_is_a_program_that_needs_only_torch(tmp_path: Path) -> None:
         "__future__",
         "json",
         "os",
+        "pathlib",
         "sys",
         "time",
         "collections",
