@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import data
+import interleaving
 
 from orchestrator.metrics.jsonl import read_rows
 
@@ -160,7 +160,9 @@ def tell(job: str, options: argparse.Namespace, found: Mapping[str, Sequence[Map
     medians = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
     }
-    print(f"\n{job}, {options.rounds} round(s), {os.cpu_count()} cores, waiting for a core: {data.pressure():.0f} %\n")
+    print(
+        f"\n{job}, {options.rounds} round(s), {os.cpu_count()} cores, waiting for a core: {interleaving.pressure():.0f} %\n"
+    )
     print(f"| | {' | '.join(medians)} |\n|---{'|---' * len(medians)}|")
     for values in medians.values():
         values["to the first step, without the evaluation"] = (

@@ -1,7 +1,7 @@
 """The data path in numbers: preparing against `datasets.map`, packing, a million rows, packed against padded training.
 
 Run: python benchmarks/data.py prepare|packing|million|train|check [--file ROWS.jsonl --columns '{"instruction": "question", "output": "answer"}']
-Every comparison is interleaved in one run; medians are told, with wall seconds and CPU seconds. On a busy machine
+Every comparison is interleaved in one run; medians are printed, with wall seconds and CPU seconds. On a busy machine
 (/proc/pressure/cpu) no verdict is given: look at the CPU seconds, which other processes disturb less.
 """
 
@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -22,83 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+from inputs import ROOT, base_folder, data_config
+from interleaving import compare
+from packed_training import bench_train
 
-from orchestrator.config.data import DataConfig
-from orchestrator.data.order import BatchOrder
 from orchestrator.data.preparation.packing import best_fit, efficiency, pack
 from orchestrator.data.sources.validate import validate_rows
 from orchestrator.errors import DataError
-
-ROOT = Path(__file__).resolve().parent.parent
-BUSY_PERCENT = 10.0
-
-
-def data_config(path: Path, columns: dict[str, str], **changes: Any) -> DataConfig:
-    values: dict[str, Any] = yaml.safe_load((ROOT / "conf/data/base.yaml").read_text())
-    values["train"] |= {"path": str(path), "columns": columns}
-    values["eval"]["path"] = "none"
-    return DataConfig.model_validate(values | changes)
-
-
-def base_folder() -> Path:
-    """SmolLM2-135M, dequantised once."""
-    from orchestrator.composition.compose import examine
-    from orchestrator.files.cache import cache_folder
-    from orchestrator.models.loading import fetch_base
-
-    config = examine(["+experiment=llama_lora"]).config
-    return fetch_base(config.model, cache=cache_folder(None), say=print)
-
-
-def pressure() -> float:
-    """Percent of the last ten seconds in which some process waited for a core."""
-    try:
-        return float(Path("/proc/pressure/cpu").read_text().split("avg10=")[1].split()[0])
-    except (OSError, IndexError, ValueError):
-        return 0.0
-
-
-def settled_pressure(seconds: float = 30.0) -> float:
-    """The pressure, once that of a run before has died away, or after so many seconds."""
-    until = time.monotonic() + seconds
-    while (busy := pressure()) > BUSY_PERCENT / 4 and time.monotonic() < until:
-        time.sleep(1.0)
-    return busy
-
-
-def cpu_seconds() -> float:
-    """CPU seconds of this process and its ended children."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
-
-
-def timed(work: Callable[[], int]) -> tuple[float, float]:
-    """(units per wall second, units per CPU second) of work that answers its number of units."""
-    wall, cpu = time.perf_counter(), cpu_seconds()
-    units = work()
-    return units / (time.perf_counter() - wall), units / (cpu_seconds() - cpu)
-
-
-def compare(ways: dict[str, Callable[[], int]], *, rounds: int, unit: str, reference: str) -> None:
-    """Interleaved rounds of every way; medians and ratios to one of them."""
-    busy = pressure()
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, work in ways.items():
-            found[name].append(timed(work))
-    medians = {
-        name: tuple(statistics.median(column) for column in zip(*values, strict=True)) for name, values in found.items()
-    }
-    base = medians[reference]
-    print(f"{'way':<34} {unit + '/s':>12} {'ratio':>6}   {unit + '/CPU s':>14} {'ratio':>6}   spread")
-    for name, (wall, cpu) in medians.items():
-        walls = [value for value, _ in found[name]]
-        spread = (max(walls) - min(walls)) / wall
-        print(f"{name:<34} {wall:12,.0f} {wall / base[0]:6.2f}   {cpu:14,.0f} {cpu / base[1]:6.2f}   {spread:.0%}")
-    print(f"cores {os.cpu_count()}; waiting for a core before the start: {busy:.0f} % of the time")
-    if busy > BUSY_PERCENT:
-        print("the machine was busy: no verdict on wall seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +65,7 @@ def bench_prepare(path: Path, columns: dict[str, str], rounds: int) -> None:
         scratch=Path(tempfile.mkdtemp(prefix="data-benchmark-")),
     )
     ways: dict[str, Callable[[], int]] = {
-        "ours: labels, packed, on disk": lambda: prepared_anew(work),
+        "ours: labels, packed, on disk": lambda: prepared_again(work),
         "datasets.map, a row at a time": lambda: mapped_by_row(work),
         "datasets.map, batched": lambda: mapped_in_batches(work, labels=True),
         "datasets.map, batched, no labels": lambda: mapped_in_batches(work, labels=False),
@@ -159,7 +86,7 @@ def prepared(work: Work, *, say: Callable[[str], None]) -> Any:
     )
 
 
-def prepared_anew(work: Work) -> int:
+def prepared_again(work: Work) -> int:
     shutil.rmtree(work.scratch / "cache", ignore_errors=True)
     return prepared(work, say=lambda sentence: None).train_statistics.source_rows
 
@@ -282,63 +209,6 @@ def bench_check(path: Path, columns: dict[str, str]) -> None:
         print(
             f"{name} check: {time.perf_counter() - started:.1f} s, {report.checked_rows} rows looked at, {len(report.faults)} faults"
         )
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def bench_train(path: Path, columns: dict[str, str], rounds: int, length: int, tokens: int) -> None:
-    """Trained tokens/s of LoRA on SmolLM2-135M, bf16: padded, grouped by length, packed with a dense mask, packed by document."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from orchestrator.data.preparation.prepare import ensure_prepared
-    from orchestrator.dataloader.prepared_rows import PreparedRows
-    from orchestrator.losses.token_cross_entropy import token_cross_entropy_sum
-    from orchestrator.models import attention
-
-    attention.register()
-    folder, scratch = base_folder(), Path(tempfile.mkdtemp(prefix="data-benchmark-"))
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
-
-    def rows_of(**changes: Any) -> PreparedRows:
-        config = data_config(path, columns, max_length=length, truncation="accept", **changes)
-        found = ensure_prepared(config, tokenizer_folder=folder, cache=scratch, seed=0, say=lambda sentence: None)
-        return PreparedRows.open(found.train)
-
-    def way(implementation: str, *, group: bool = False, packing: str = "none") -> Callable[[], int]:
-        rows = rows_of(packing=packing)
-        order = BatchOrder(rows.rows, 8, 0, lengths=rows.lengths, group_by_length=group)
-        steps = iter(range(1, 1_000_000))
-
-        def work() -> int:
-            model.set_attn_implementation(implementation)
-            seen = learnt = 0
-            while seen < tokens:
-                indices = order.global_batch(next(steps))
-                for micro in indices.reshape(-1, 1) if packing != "none" else [indices]:
-                    batch = rows.batch(micro)
-                    token_cross_entropy_sum(model(**batch.model_inputs()).logits, batch.labels_BT).backward()
-                    seen += batch.num_tokens
-                    learnt += batch.num_trained_tokens
-                    if seen >= tokens:
-                        break
-            model.zero_grad()
-            return learnt
-
-        return work
-
-    ways = {
-        "padded, batches of 8": way("sdpa"),
-        "grouped by length, batches of 8": way("sdpa", group=True),
-        "packed, dense mask (sdpa)": way("sdpa", packing="best_fit"),
-        "packed, by document": way(attention.DOCUMENTS, packing="best_fit"),
-        "padded, by document": way(attention.DOCUMENTS),
-    }
-    for work in ways.values():
-        work()
-    print(f"{path.name}, rows of at most {length} tokens, {torch.get_num_threads()} threads")
-    compare(ways, rounds=rounds, unit="trained", reference="padded, batches of 8")
     shutil.rmtree(scratch, ignore_errors=True)
 
 

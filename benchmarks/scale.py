@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import data
+import interleaving
 import peers
 import train
 
@@ -68,14 +68,14 @@ def row_of(options: argparse.Namespace, spec: Mapping[str, Any], ranks: int, sha
         run = Path(spec["place"]) / "runs" / f"{sharding}-{ranks}-{turn}"
         words = words_of(spec, run, ranks, sharding)
         for name, steps in found.items():
-            waits.append(data.settled_pressure())
+            waits.append(interleaving.settled_pressure())
             steps.append((raw_steps if name == "raw" else our_steps)(spec, words, run, ranks))
             print(
                 f"{sharding}, {ranks} ranks, {name}: {statistics.median(steps[-1]):.3f} s", file=sys.stderr, flush=True
             )
     raw_s, ours_s = (statistics.median(second for run in found[name] for second in run) for name in found)
     medians = [statistics.median(run) for run in found["raw"]]
-    verdict = f"{ours_s / raw_s:.3f}" if statistics.median(waits) <= data.BUSY_PERCENT else "busy: no verdict"
+    verdict = f"{ours_s / raw_s:.3f}" if statistics.median(waits) <= interleaving.BUSY_PERCENT else "busy: no verdict"
     print(
         f"| {ranks} | {sharding} | {raw_s:.3f} ({(max(medians) - min(medians)) / raw_s:.0%}) | {ours_s:.3f} | {verdict} "
         f"| {statistics.median(waits):.0f} % |",

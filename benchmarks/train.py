@@ -23,7 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import data
+import inputs
+import interleaving
 
 from orchestrator.metrics.jsonl import read_rows
 
@@ -48,7 +49,7 @@ def main() -> int:
         waits: list[float] = []
         for turn in range(options.rounds):
             for name in names:
-                waits.append(data.pressure())
+                waits.append(interleaving.pressure())
                 run = ours(name, spec, turn) if name in OURS else peer(name, spec)
                 found[name].append(run)
                 print(f"round {turn + 1}, {name}: {rate_of(run):.0f} real tokens/s", file=sys.stderr, flush=True)
@@ -81,10 +82,10 @@ def prepared(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     train, held = place / "train.jsonl", place / "held.jsonl"
     train.write_text("\n".join(lines[: options.rows]) + "\n", encoding="utf-8")
     held.write_text("\n".join(lines[options.rows : options.rows + HELD_ROWS]) + "\n", encoding="utf-8")
-    model = data.base_folder()
+    model = inputs.base_folder()
     folders = {}
     for name, path, packing in (("padded", train, "none"), ("packed", train, "best_fit"), ("held", held, "none")):
-        settings = data.data_config(
+        settings = inputs.data_config(
             path, options.columns, max_length=options.length, truncation="accept", packing=packing
         )
         ready = ensure_prepared(settings, tokenizer_folder=model, cache=place / "cache", seed=0, say=lambda _: None)
@@ -220,7 +221,7 @@ def tell(
             f"| {seconds:.2f} | {trained:.0f} | {cells['first_step_seconds']:.1f} | {cells['peak_gib']:.1f} | {loss:.4f} |"
         )
     print(f"processes waited for a core before the runs: {statistics.median(waits):.0f} % (most {max(waits):.0f} %)")
-    if statistics.median(waits) > data.BUSY_PERCENT:
+    if statistics.median(waits) > interleaving.BUSY_PERCENT:
         print("the machine was busy: no verdict")
 
 
