@@ -211,8 +211,8 @@ def _follow(stage: Followed) -> Outcome | None:
             raise
     outcome = running.poll()
     assert outcome is not None
-    if interrupts > 1 and outcome.attempt is None:
-        print(f"{stage.job.name}: ended by a second Ctrl-C before it began; the same command starts it")
+    if interrupts and outcome.attempt is None:
+        print(f"{stage.job.name}: ended by Ctrl-C before it began; the same command starts it")
         return None
     return outcome
 

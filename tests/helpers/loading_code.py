@@ -9,6 +9,7 @@ from pathlib import Path
 
 from orchestrator.files.atomic import read_json
 from orchestrator.run_folder.folder import StageFolder
+from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.loading_code import loading_lines
 
 CARD_SCRIPT = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -18,7 +19,10 @@ def printed_script(files: StageFolder) -> str:
     """The script printed at the end of a stage."""
     result = read_json(files.result)
     lines = loading_lines(
-        str(files.artifact), kind=result["artifact"]["kind"], base=result["base"]["folder"], folder=files.artifact
+        str(files.artifact),
+        kind=ArtifactKind(result["artifact"]["kind"]),
+        base=result["base"]["folder"],
+        folder=files.artifact,
     )
     return "\n".join(lines)
 

@@ -24,6 +24,7 @@ from orchestrator.files.atomic import read_json, write_json
 from orchestrator.metrics.jsonl import Row, last_attempt_rows, read_rows
 from orchestrator.planning.absolute_paths import resolve
 from orchestrator.run_folder.folder import RunFolder, StageFolder
+from orchestrator.run_state.artifact_kind import ArtifactKind
 
 STEPS = 8
 
@@ -209,7 +210,7 @@ def _train_cell(cell: Cell) -> None:
         evaluation_data=None,
         start=None
         if cell.start is None
-        else ParentArtifact(stage="before", folder=Path(cell.start), kind="classifier_model"),
+        else ParentArtifact(stage="before", folder=Path(cell.start), kind=ArtifactKind.CLASSIFIER_MODEL),
     )
     runtime = start_runtime(config, context.stage)
     record = Recorder(context, rank=runtime.rank)

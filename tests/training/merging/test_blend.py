@@ -24,6 +24,7 @@ from orchestrator.evaluation.set_scores import SetScores, normalised
 from orchestrator.merging.blend import AdapterBlend, weighted, whole_blend
 from orchestrator.merging.selection import choose_blend, greedy_members, inner_best
 from orchestrator.models.tuning import apply_tuning
+from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.stage_context import ParentArtifact
 
 WORDS = ("+experiment=llama_lora", "model.dtype=float32", "cluster.device=cpu", "tracking=none")
@@ -106,7 +107,7 @@ def test_whole_models_are_interpolated_parameter_by_parameter(base: Path, tmp_pa
     save_file({**after, frozen: before[frozen]}, tuned / "model.safetensors", metadata={"format": "pt"})
     after = load_file(tuned / "model.safetensors")
     blend = whole_blend(
-        compose([*WORDS, "tuning=full"]), base, [ParentArtifact(stage="sft", folder=tuned, kind="model")]
+        compose([*WORDS, "tuning=full"]), base, [ParentArtifact(stage="sft", folder=tuned, kind=ArtifactKind.MODEL)]
     )
     for alpha, exact in ((0.0, True), (0.3, False), (1.0, True), (0.0, True)):
         blend.put([alpha])
@@ -133,7 +134,7 @@ def adapter(base: Path, folder: Path, *words: str, seed: int) -> ParentArtifact:
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    return ParentArtifact(stage=folder.name, folder=folder, kind="adapter")
+    return ParentArtifact(stage=folder.name, folder=folder, kind=ArtifactKind.ADAPTER)
 
 
 def dense_logits(base: Path, shares: dict[Path, float], ids_BT: torch.Tensor) -> torch.Tensor:

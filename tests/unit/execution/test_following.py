@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from launching import begun, make_spec, wait_for_outcome, wait_until
 from launchers import local
 from launchers.claims import Claim, identify, open_claim
 from launchers.process import Joined, launch
-from launchers.spec import JobSpec
+from launchers.spec import JobSpec, Script
 from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.errors import EXIT_DONE, EXIT_SAVED, LaunchFailed, RunFolderError
@@ -116,6 +117,8 @@ class Bench:
         command = (sys.executable, self.spec.command[1], str(self.run.root / "settings.json"))
         self.spec = replace(self.spec, command=command)
         write_json(self.run.run, {"config": self.config.model_dump(mode="json")})
+        self.script: Script | None = None
+        """Another script than that of `spec`."""
 
     @property
     def files(self) -> StageFolder:
@@ -126,7 +129,7 @@ class Bench:
         file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
     def follow(self, watch: Callable[[str], bool] = lambda _: False) -> int:
-        job = StageJob(name="sft", spec=self.spec, script=local.render(self.spec), steps=1000)
+        job = StageJob(name="sft", spec=self.spec, script=self.script or local.render(self.spec), steps=1000)
         return run_stage(self.config, self.run, job, watch=watch, began=time.time())
 
 
@@ -174,6 +177,35 @@ def test_ctrl_c_of_a_command_that_joined_leaves_the_job_alone(bench: Bench, capf
     assert owner.is_running() and not bench.files.stop.exists()
     assert "left running" in capfd.readouterr().out
     owner.kill()
+
+
+@pytest.mark.parametrize("before", ["say() {", "  claim_attempt\n"], ids=["before its traps", "after its traps"])
+def test_ctrl_c_while_a_stage_is_being_started_is_not_lost(
+    bench: Bench, tmp_path: Path, capfd: pytest.CaptureFixture[str], before: str
+) -> None:
+    """A real signal between the start of the script and its claim."""
+    ready, go = tmp_path / "ready", tmp_path / "go"
+    script = local.render(bench.spec)
+    waiting = f"touch {ready}; while [ ! -e {go} ]; do sleep 0.05; done\n"
+    assert before in script.text
+    bench.script = replace(script, text=script.text.replace(before, waiting + before, 1))
+
+    def interrupt() -> None:
+        wait_until(ready.exists, seconds=20, what="the script")
+        time.sleep(0.3)  # the command has begun to wait for the claim
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        go.touch()
+
+    keyboard = threading.Thread(target=interrupt)
+    keyboard.start()
+    assert bench.follow() == EXIT_SAVED
+    keyboard.join()
+    record = bench.files.attempts / "1.json"
+    if record.exists():
+        assert json.loads(record.read_text())["state"] == "stopped"
+    else:
+        assert "sft: ended by Ctrl-C before it began; the same command starts it" in capfd.readouterr().out
 
 
 def test_a_second_ctrl_c_is_recorded_as_what_it_is(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
