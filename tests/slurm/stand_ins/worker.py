@@ -42,7 +42,16 @@ def write(path: Path, content: object) -> None:
 def end(state: str, step: int) -> None:
     if rank == 0:
         (stage / "attempts").mkdir(exist_ok=True)
-        write(stage / "attempts" / f"{attempt}.json", {"state": state, "step": step})
+        record = {
+            "attempt": attempt,
+            "state": state,
+            "why": "",
+            "host": seen["host"],
+            "rank": 0,
+            "exit_code": 0,
+            "step": step,
+        }
+        write(stage / "attempts" / f"{attempt}.json", record)
     sys.exit(0)
 
 
