@@ -9,6 +9,8 @@ import forking
 import minutes
 import pytest
 
+from orchestrator.machine.openmp import limit_spinning
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -25,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault(
         "ORCHESTRATOR_PROBE", "off"
     )  # a plan times the processor, for seconds, where a test asks for it
+    limit_spinning(os.environ)  # as the programs do: one value, so that they share the processes they are forked from
     if forking.ADDRESS not in os.environ and not config.getoption("--no-forks"):  # workers of xdist share one server
         config.add_cleanup(forking.start())
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
