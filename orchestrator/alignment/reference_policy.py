@@ -10,7 +10,7 @@ import torch
 
 from orchestrator.alignment.rewards import without_sharding
 from orchestrator.config.alignment import PolicyStage
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS
+from orchestrator.config.tuning import ADAPTER_TUNINGS
 from orchestrator.models.loading import DTYPES, load_model
 from orchestrator.models.peft_adapters import adapter_settings
 from orchestrator.models.tuning import build_policy, load_adapter
@@ -19,10 +19,6 @@ from orchestrator.training.recipe import Session
 
 REFERENCE = "reference"
 """Name of the frozen copy of the adapter."""
-
-
-def wants_reference(stage: PolicyStage) -> bool:
-    return bool(stage.kl_coefficient) or stage.limits.kl is not None
 
 
 def build_policy_with_reference(
@@ -34,8 +30,8 @@ def build_policy_with_reference(
     if (
         start is None
         or not start.kind.is_adapter
-        or isinstance(tuning, WHOLE_MODEL_TUNINGS)
-        or not wants_reference(stage)
+        or not isinstance(tuning, ADAPTER_TUNINGS)
+        or not stage.holds_reference
     ):
         return model
     model.add_adapter(REFERENCE, adapter_settings(tuning))
@@ -53,7 +49,7 @@ UseReference = Callable[[], AbstractContextManager[torch.nn.Module]]
 
 def reference_policy(session: Session, stage: PolicyStage) -> UseReference | None:
     """How to access the reference policy; None if the stage uses none."""
-    if not wants_reference(stage):
+    if not stage.holds_reference:
         return None
     if not session.context.config.tuning.is_adapter:
         second = _second_model(session)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from orchestrator.architecture.families import Linear, family_of, linear_layers
 from orchestrator.config.model import Architecture
 from orchestrator.config.tuning import (
-    VIRTUAL_TOKEN_TUNINGS,
     AdaloraTuning,
     AdapterTuning,
     FreezeTuning,
@@ -76,11 +75,6 @@ def low_rank(tuning: FullTuning | FreezeTuning | AdapterTuning) -> int:
             return tuning.initial_rank
         case _:
             return 0
-
-
-def virtual_tokens(tuning: FullTuning | FreezeTuning | AdapterTuning) -> int:
-    """Virtual tokens prepended to every row."""
-    return tuning.virtual_tokens if isinstance(tuning, VIRTUAL_TOKEN_TUNINGS) else 0
 
 
 def shape_problems(model: Architecture, tuning: FullTuning | FreezeTuning | AdapterTuning) -> list[str]:

@@ -15,7 +15,6 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, training_pipeline
 from orchestrator.config.training import TrainingStage
-from orchestrator.config.tuning import LoraTuning
 
 Device = Literal["cpu", "cuda"]
 HeadChoice = Literal["auto", "torch", "liger"]
@@ -109,15 +108,10 @@ def head_words(kernel: HeadKernel, device: str) -> str:
     return f"{name} ({device}), on trained tokens only"
 
 
-def sums_logprobs(stage: TrainingStage) -> bool:
-    """Whether a stage's loss is only a sum of log-probabilities, which is what Liger's kernel computes."""
-    return stage.sums_logprobs
-
-
 def adapts_head(config: RunConfig) -> bool:
     """Whether LoRA adapts the head, whose logits are then more than one product."""
     tuning = config.tuning
-    return isinstance(tuning, LoraTuning) and "lm_head" in tuning.target_modules
+    return tuning.method == "lora" and "lm_head" in tuning.named_modules
 
 
 def devices_of(cluster: ClusterConfig) -> tuple[Device, ...]:
@@ -151,7 +145,7 @@ def head_of_stage(config: RunConfig, stage: TrainingStage, device: str, *, has_l
     """Description of a training stage's loss head on a device, for a model whose logits are its head's products."""
     if stage.has_new_head:
         return NO_HEAD
-    choice: HeadChoice = config.model.loss_head if sums_logprobs(stage) and not adapts_head(config) else "torch"
+    choice: HeadChoice = config.model.loss_head if stage.sums_logprobs and not adapts_head(config) else "torch"
     return head_words(head_kernel(choice, device, has_liger=has_liger), device)
 
 
@@ -188,7 +182,7 @@ def head_problems(config: RunConfig, *, has_liger: bool) -> list[str]:
     problems = [] if found is None else [found]
     stages = training_pipeline(config)
     fitting = [
-        name for name, stage in stages.items() if sums_logprobs(stage) and not adapts_head(config.for_stage(name))
+        name for name, stage in stages.items() if stage.sums_logprobs and not adapts_head(config.for_stage(name))
     ]
     if choice == "liger" and not fitting:
         problems.append(

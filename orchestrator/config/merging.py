@@ -12,7 +12,7 @@ from orchestrator.config.data import DataConfig
 from orchestrator.config.evaluation import ScoringStage
 from orchestrator.config.rollout import STAGE_PREFIX
 from orchestrator.config.stage import Product, StageSettings
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS, LoraTuning, Tuning
+from orchestrator.config.tuning import Tuning
 
 
 class SelectionStage(ScoringStage):
@@ -40,7 +40,7 @@ class SelectionStage(ScoringStage):
         yield from ()
 
     def tuning_problems(self, name: str, tuning: Tuning) -> Iterator[str]:
-        if isinstance(tuning, LoraTuning) and tuning.use_dora:
+        if tuning.uses_dora:
             yield (
                 f"stages.{name}: with tuning.use_dora=true the weights are not the sum of base and product, so a blend of adapters is "
                 "not a blend of models; set tuning.use_dora=false, or tune whole models"
@@ -148,5 +148,5 @@ class MergeStage(StageSettings):
     """Price per device-hour, for the model card; null omits it."""
 
     def tuning_problems(self, name: str, tuning: Tuning) -> Iterator[str]:
-        if isinstance(tuning, WHOLE_MODEL_TUNINGS):
+        if not tuning.is_adapter:
             yield f"stages.{name}: tuning={tuning.method} leaves no adapter to merge; remove {name} from the pipeline"

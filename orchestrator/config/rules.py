@@ -19,7 +19,6 @@ from orchestrator.config.run import (
 from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.study import pause_problems, study_problems
 from orchestrator.config.training import TrainingStage
-from orchestrator.config.tuning import LoreftTuning
 from orchestrator.config.tuning_rules import stage_tuning_problems, tuning_problems
 from orchestrator.config.validation_messages import problem_sentences
 from orchestrator.errors import ConfigError
@@ -139,7 +138,7 @@ def _compile_problems(config: RunConfig) -> list[str]:
         return []
     reasons = {
         "sharding=zero3 gathers weights in the middle of a layer": config.sharding.shards_parameters,
-        "tuning=loreft hooks into layers": isinstance(config.tuning, LoreftTuning),
+        "tuning=loreft hooks into layers": config.tuning.is_reft,
         "quantization=nf4 dequantises weights in kernels of its own": config.quantization.is_4bit,
     }
     problems = [f"model.compile: {why}; type model.compile=false" for why, is_so in reasons.items() if is_so]

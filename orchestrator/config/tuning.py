@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt, Section
+from orchestrator.config.base import Fraction, NaturalFloat, NaturalInt, PositiveFloat, PositiveInt
+from orchestrator.config.tuning_method import TuningMethod
 
 
-class WholeModelTuning(Section):
-    """Parameters of the model itself are trained: the artifact is a model."""
-
-    @property
-    def is_adapter(self) -> bool:
-        return False
-
-
-class AdapterTuningBase(Section):
-    """The base stays frozen and something small is trained with it: the artifact is an adapter."""
-
-    @property
-    def is_adapter(self) -> bool:
-        return True
-
-
-class FullTuning(WholeModelTuning):
+class FullTuning(TuningMethod):
     """Trains every parameter."""
 
+    is_adapter: ClassVar[bool] = False
+    trains_everything: ClassVar[bool] = True
     method: Literal["full"]
 
 
-class FreezeTuning(WholeModelTuning):
+class FreezeTuning(TuningMethod):
     """Trains a part of the base's own parameters and freezes the rest; the switches add up."""
 
+    is_adapter: ClassVar[bool] = False
+    freezes_parts: ClassVar[bool] = True
     method: Literal["freeze"]
     layers: Annotated[str, Field(pattern=r"^(all|none|(first|last) [1-9][0-9]*)$")] | tuple[NaturalInt, ...]
     """Whole layers: `last N`, `first N`, `all`, `none`, or a list of their numbers from 0."""
@@ -55,8 +45,12 @@ class FreezeTuning(WholeModelTuning):
     def is_gradual(self) -> bool:
         return self.unfreeze_every_steps is not None or self.unfreeze_every_epochs is not None
 
+    def problems(self, field: str) -> Iterator[str]:
+        if None not in (self.unfreeze_every_steps, self.unfreeze_every_epochs):
+            yield f"{field}: unfreeze_every_steps and unfreeze_every_epochs say the same thing twice; set one to null"
 
-class LoraTuning(AdapterTuningBase):
+
+class LoraTuning(TuningMethod):
     """LoRA (2106.09685): h = W0 x + (alpha/r) B A x."""
 
     method: Literal["lora"]
@@ -80,15 +74,31 @@ class LoraTuning(AdapterTuningBase):
     def is_pissa(self) -> bool:
         return self.init.startswith("pissa")
 
+    @property
+    def is_loftq(self) -> bool:
+        return self.init == "loftq"
 
-WHOLE_MODEL_TUNINGS = (FullTuning, FreezeTuning)
-"""Methods that train the base's own parameters: the artifact is a whole model, not an adapter."""
+    @property
+    def uses_dora(self) -> bool:
+        return self.use_dora
+
+    @property
+    def input_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def b_rate_ratio(self) -> float | None:
+        return self.lora_plus_ratio
+
+    @property
+    def named_modules(self) -> tuple[str, ...]:
+        return _named(self.target_modules)
 
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Ia3Tuning(AdapterTuningBase):
+class Ia3Tuning(TuningMethod):
     """IA3 (2205.05638): learned vectors, initialised to 1, that scale keys, values and the feed-forward's inner
     activations.
     """
@@ -99,8 +109,12 @@ class Ia3Tuning(AdapterTuningBase):
     feedforward_modules: tuple[str, ...]
     """Those of them whose inputs are scaled instead."""
 
+    @property
+    def named_modules(self) -> tuple[str, ...]:
+        return self.target_modules
 
-class PromptTuning(AdapterTuningBase):
+
+class PromptTuning(TuningMethod):
     """Prompt tuning (2104.08691): learned embeddings of virtual tokens prepended to every text."""
 
     method: Literal["prompt"]
@@ -110,8 +124,16 @@ class PromptTuning(AdapterTuningBase):
     """`vocabulary` starts from the embeddings of randomly drawn tokens (the better one in the paper), `random` from
     noise."""
 
+    @property
+    def virtual_token_count(self) -> int:
+        return self.virtual_tokens
 
-class PrefixTuning(AdapterTuningBase):
+    @property
+    def virtual_inputs(self) -> int:
+        return self.virtual_tokens
+
+
+class PrefixTuning(TuningMethod):
     """Prefix tuning (2101.00190) without its reparametrisation: learned keys and values prepended to every text, in
     every layer.
     """
@@ -120,8 +142,12 @@ class PrefixTuning(AdapterTuningBase):
     virtual_tokens: PositiveInt
     """Virtual tokens, in each layer."""
 
+    @property
+    def virtual_token_count(self) -> int:
+        return self.virtual_tokens
 
-class VeraTuning(AdapterTuningBase):
+
+class VeraTuning(TuningMethod):
     """VeRA (2310.11454): h = W0 x + diag(b) B diag(d) A x, with random, frozen A and B that all layers share."""
 
     method: Literal["vera"]
@@ -134,8 +160,12 @@ class VeraTuning(AdapterTuningBase):
     projection_seed: NaturalInt
     """Seed of A and B, which the artifact does not contain."""
 
+    @property
+    def named_modules(self) -> tuple[str, ...]:
+        return _named(self.target_modules)
 
-class OftTuning(AdapterTuningBase):
+
+class OftTuning(TuningMethod):
     """OFT (2306.07280) in its input-centric form (2506.19847): inputs of linear layers are rotated, block by block."""
 
     method: Literal["oft"]
@@ -147,8 +177,12 @@ class OftTuning(AdapterTuningBase):
     """Approximate the rotation by five terms of a series (fast; orthogonal while it is small); false solves for it
     exactly."""
 
+    @property
+    def named_modules(self) -> tuple[str, ...]:
+        return _named(self.target_modules)
 
-class AdaloraTuning(AdapterTuningBase):
+
+class AdaloraTuning(TuningMethod):
     """AdaLoRA (2303.10512): h = W0 x + (alpha / initial_rank) B diag(E) A x; ranks move to the layers that need them."""
 
     method: Literal["adalora"]
@@ -173,10 +207,15 @@ class AdaloraTuning(AdapterTuningBase):
     orthogonal_weight: NaturalFloat
     """Weight of the penalty that keeps A and B orthogonal (gamma in equation 4)."""
 
+    @property
+    def named_modules(self) -> tuple[str, ...]:
+        return _named(self.target_modules)
 
-class LoreftTuning(AdapterTuningBase):
+
+class LoreftTuning(TuningMethod):
     """ReFT (2404.03592): interventions on the hidden states of prompt tokens; the base's weights are frozen."""
 
+    is_reft: ClassVar[bool] = True
     method: Literal["loreft"]
     variant: Literal["loreft", "direft"]
     """loreft: h + R^T (W h + b - R h), rows of R orthonormal (equation 3); direft: h + W2^T (W1 h + b) (equation 4)."""
@@ -193,7 +232,10 @@ class LoreftTuning(AdapterTuningBase):
     """Dropout on the output of an intervention."""
 
 
-VIRTUAL_TOKEN_TUNINGS = (PromptTuning, PrefixTuning)
+def _named(target_modules: str | tuple[str, ...]) -> tuple[str, ...]:
+    return target_modules if isinstance(target_modules, tuple) else ()
+
+
 ADAPTER_TUNINGS = (
     LoraTuning,
     Ia3Tuning,

@@ -18,7 +18,6 @@ from orchestrator.config.tuning import (
     ADAPTER_TUNINGS,
     AdaloraTuning,
     AdapterTuning,
-    FreezeTuning,
     Ia3Tuning,
     LoraTuning,
     LoreftTuning,
@@ -252,10 +251,7 @@ def stage_tuning_problems(config: RunConfig) -> list[str]:
                 f"quantization: nf4 holds a frozen base and cannot be trained with {field}={tuning.method}; "
                 f"type {field}=lora (QLoRA) or quantization=none"
             ] = None
-        if isinstance(tuning, FreezeTuning) and None not in (tuning.unfreeze_every_steps, tuning.unfreeze_every_epochs):
-            problems[
-                f"{field}: unfreeze_every_steps and unfreeze_every_epochs say the same thing twice; set one to null"
-            ] = None
+        problems |= dict.fromkeys(tuning.problems(field))
     differing = [name for name, tuning in tunings.items() if tuning != next(iter(tunings.values()))]
     if differing and not all(not tuning.is_adapter for tuning in tunings.values()):
         methods = ", ".join(f"{name} {tuning.method}" for name, tuning in tunings.items())

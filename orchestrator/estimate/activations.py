@@ -11,7 +11,6 @@ from orchestrator.architecture.loss_head_chunks import CAPPED, chunk_rows, kept_
 from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import LoraTuning
 from orchestrator.estimate.activation_polynomials import Dimensions, Polynomial, moments_of, peak, value
 from orchestrator.estimate.model_states import adapter_width, compute_width, trained_width
 
@@ -210,7 +209,7 @@ def _has_head_gradient(moment: Polynomial) -> bool:
 
 def _dropout_bytes(model: Architecture, config: RunConfig, load: MicroBatchShape) -> float:
     """LoRA's dropout keeps, for every adapted layer, what it let through and its mask."""
-    if not isinstance(config.tuning, LoraTuning) or config.tuning.dropout == 0:
+    if not config.tuning.input_dropout:
         return 0.0
     layers = 1 if config.model.gradient_checkpointing else model.num_hidden_layers
     width = compute_width(config) if config.sharding.is_deepspeed else 4
@@ -219,7 +218,7 @@ def _dropout_bytes(model: Architecture, config: RunConfig, load: MicroBatchShape
 
 def _dora_bytes(model: Architecture, config: RunConfig, load: MicroBatchShape) -> float:
     """DoRA keeps every adapted layer's output once more, and makes its whole weight."""
-    if not isinstance(config.tuning, LoraTuning) or not config.tuning.use_dora:
+    if not config.tuning.uses_dora:
         return 0.0
     layers = 1 if config.model.gradient_checkpointing else model.num_hidden_layers
     linears = linear_layers(model)

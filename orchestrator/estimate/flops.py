@@ -14,7 +14,7 @@ from orchestrator.architecture.layers import count_freeze_parameters, lowest_tra
 from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, has_new_heads
-from orchestrator.config.tuning import ADAPTER_TUNINGS, FreezeTuning, PromptTuning
+from orchestrator.config.tuning import ADAPTER_TUNINGS, FreezeTuning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def flops_per_token(model: Architecture, config: RunConfig, *, length: float) ->
     """
     matrices, attention = _computed(model, config).total, attention_flops(model, length=length)
     if isinstance(config.tuning, ADAPTER_TUNINGS):
-        virtual = config.tuning.virtual_tokens / length if isinstance(config.tuning, PromptTuning) else 0.0
+        virtual = config.tuning.virtual_inputs / length
         return 4.0 * matrices * (1 + virtual) + 3.0 * attention + 6.0 * multiplied_per_token(model, config.tuning)
     if isinstance(config.tuning, FreezeTuning):
         return _freeze_flops(model, config.tuning, attention, has_new_head=has_new_heads(config))

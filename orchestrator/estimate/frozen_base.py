@@ -5,7 +5,6 @@ from __future__ import annotations
 from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import FreezeTuning
 from orchestrator.estimate.model_states import NF4_BYTES, trainable_parameters
 
 
@@ -13,7 +12,7 @@ def frozen_bytes(
     model: Architecture, config: RunConfig, *, per_linear: float | None = None, per_embedding: float | None = None
 ) -> float:
     """Bytes of the frozen base at its real width (or at the given widths); 0 if everything is trained."""
-    if isinstance(config.tuning, FreezeTuning):
+    if config.tuning.freezes_parts:
         frozen = count_parameters(model).total - trainable_parameters(model, config)
         return frozen * (2.0 if config.model.dtype == "bfloat16" else 4.0)
     if not config.tuning.is_adapter:

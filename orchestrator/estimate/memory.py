@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.architecture.adapter_parameters import virtual_tokens
 from orchestrator.architecture.parameter_counts import count_parameters
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, Stage, accumulation_steps
@@ -111,7 +110,7 @@ def micro_batch(config: RunConfig, stage: TrainingStage, loss: Loss, trained_sha
         rows *= 2
     return MicroBatchShape(
         rows=rows,
-        length=length + virtual_tokens(config.tuning),
+        length=length + config.tuning.virtual_token_count,
         trained_share=trained_share,
         logits="none" if stage.has_new_head else loss.logits,
         is_packed=data.packing != "none",

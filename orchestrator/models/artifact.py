@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from orchestrator.architecture.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
 from orchestrator.config.data import DataConfig
 from orchestrator.config.run import CLASSIFIER_KINDS, RunConfig
-from orchestrator.config.tuning import WHOLE_MODEL_TUNINGS, LoreftTuning
 from orchestrator.data.encoding.encoder import template_source
 from orchestrator.data.encoding.tokenizer import load_facts
 from orchestrator.errors import CheckpointError
@@ -59,13 +58,13 @@ def write_artifact(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     saved: Any = model
-    if isinstance(config.tuning, WHOLE_MODEL_TUNINGS):
+    if not config.tuning.is_adapter:
         dtype = DTYPES[config.model.dtype]
         saved.config.dtype = dtype
         # Gradient checkpointing switched it off; whoever generates with the saved model needs it.
         saved.config.use_cache = True
         saved.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
-    elif isinstance(config.tuning, LoreftTuning):
+    elif config.tuning.is_reft:
         save_reft(saved, weights, temporary)
     else:
         save_adapter(saved, weights, temporary, config.tuning)
@@ -166,7 +165,7 @@ def open_artifact(
             return load_scorer(folder, config, weights_dtype=weights_dtype, packed=packed)
         return open_model(folder, config, weights_dtype, packed=packed)
     base = load(base_folder, config, weights_dtype=weights_dtype, packed=packed)
-    if isinstance(config.tuning, LoreftTuning):
+    if config.tuning.is_reft:
         attach_reft(base, read_settings(folder))
         load_reft(base, folder)
         return base
@@ -210,7 +209,7 @@ def adapter_names(
     model: torch.nn.Module, weights: Mapping[str, torch.Tensor], config: RunConfig
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes that the saved folder must contain for these trained parameters."""
-    if isinstance(config.tuning, (*WHOLE_MODEL_TUNINGS, LoreftTuning)):
+    if not config.tuning.is_adapter or config.tuning.is_reft:
         return {name: tuple(tensor.shape) for name, tensor in weights.items()}
     return saved_shapes(model, weights, config.tuning)
 

@@ -13,7 +13,6 @@ from orchestrator.architecture.base_model import find_base, hub_is_offline, pack
 from orchestrator.architecture.kernels import DOCUMENTS, attention_name
 from orchestrator.config.model import ModelConfig, Nf4Quantization
 from orchestrator.config.run import RunConfig
-from orchestrator.config.tuning import FullTuning
 from orchestrator.errors import ModelError
 from orchestrator.models import attention
 from orchestrator.models.causal_lm import NOT_FOR_A_BACKBONE, attach_head
@@ -141,7 +140,7 @@ def weights_dtype(config: RunConfig, *, uses_deepspeed: bool) -> torch.dtype:
     A frozen base is held in `model.dtype`. Trained weights have fp32 masters: held by DeepSpeed itself, or loaded as
     fp32 and run under autocast without DeepSpeed.
     """
-    if isinstance(config.tuning, FullTuning) and not uses_deepspeed:
+    if config.tuning.trains_everything and not uses_deepspeed:
         return torch.float32
     return DTYPES[config.model.dtype]
 

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from orchestrator.config.tuning import (
-    VIRTUAL_TOKEN_TUNINGS,
     AdaloraTuning,
     AdapterTuning,
     Ia3Tuning,
@@ -22,6 +21,7 @@ from orchestrator.config.tuning import (
     PromptTuning,
     VeraTuning,
 )
+from orchestrator.config.tuning_method import TuningMethod
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROMPT_WEIGHTS = "prompt_embeddings"
@@ -180,9 +180,9 @@ def dequantised(layer: Any) -> torch.Tensor:
     return whole_weight.float()
 
 
-def save_adapter(model: Any, weights: Mapping[str, torch.Tensor], folder: Path, tuning: AdapterTuning) -> None:
+def save_adapter(model: Any, weights: Mapping[str, torch.Tensor], folder: Path, tuning: TuningMethod) -> None:
     """Write PEFT's folder of these weights. PEFT would read prompt and prefix from the (possibly sharded) model."""
-    if not isinstance(tuning, VIRTUAL_TOKEN_TUNINGS):
+    if not tuning.virtual_token_count:
         model.save_pretrained(folder, state_dict=dict(weights), selected_adapters=["default"])
         return
     settings = model.peft_config["default"]
@@ -191,9 +191,9 @@ def save_adapter(model: Any, weights: Mapping[str, torch.Tensor], folder: Path, 
     settings.save_pretrained(str(folder))
 
 
-def saved_shapes(model: Any, weights: Mapping[str, torch.Tensor], tuning: AdapterTuning) -> dict[str, tuple[int, ...]]:
+def saved_shapes(model: Any, weights: Mapping[str, torch.Tensor], tuning: TuningMethod) -> dict[str, tuple[int, ...]]:
     """Names and shapes that `save_adapter` writes."""
-    if isinstance(tuning, VIRTUAL_TOKEN_TUNINGS):
+    if tuning.virtual_token_count:
         (embedding,) = weights.values()
         return {PROMPT_WEIGHTS: tuple(embedding.shape)}
     from peft import get_peft_model_state_dict

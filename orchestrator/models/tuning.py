@@ -11,11 +11,9 @@ from transformers import PreTrainedModel
 from orchestrator.architecture.layers import is_head, trained_names
 from orchestrator.config.run import RunConfig
 from orchestrator.config.tuning import (
-    VIRTUAL_TOKEN_TUNINGS,
     AdapterTuning,
     FreezeTuning,
     FullTuning,
-    LoraTuning,
     LoreftTuning,
 )
 from orchestrator.errors import CheckpointError, ConfigError
@@ -49,8 +47,8 @@ def _start(model: torch.nn.Module, context: StageContext) -> None:
     """Set an adapter's initial values if they are not PEFT's: those of the previous stage, or LoftQ's."""
     start, tuning = context.start, context.config.tuning
     if start is not None and start.kind.is_adapter:
-        load_reft(model, start.folder) if isinstance(tuning, LoreftTuning) else load_adapter(model, start.folder)
-    elif isinstance(tuning, LoraTuning) and tuning.init == "loftq":
+        load_reft(model, start.folder) if tuning.is_reft else load_adapter(model, start.folder)
+    elif tuning.is_loftq:
         assert context.config.quantization.is_4bit, "the configuration's rules ask for it"
         apply_loftq_init(model, context.base_folder)
 
@@ -161,7 +159,7 @@ def _with_adapter(model: PreTrainedModel, tuning: AdapterTuning, task: str) -> t
         adapted = get_peft_model(model, adapter_settings(tuning, task, whole=whole))
     except ValueError as error:
         raise ConfigError(f"tuning.target_modules: {error}; {_linear_layers(model)}") from None
-    if isinstance(tuning, LoraTuning) and tuning.is_pissa:
+    if tuning.is_pissa:
         save_initial_weights(adapted)
     if task == "CAUSAL_LM":
         attach_adapted_head(model)
@@ -190,10 +188,8 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 def _unmatched(model: PreTrainedModel, tuning: AdapterTuning) -> list[str]:
     """Target module names that match no module of the model."""
-    if isinstance(tuning, (*VIRTUAL_TOKEN_TUNINGS, LoreftTuning)) or isinstance(tuning.target_modules, str):
-        return []
     there = [f".{name}" for name, _ in model.named_modules()]
-    return [wanted for wanted in tuning.target_modules if not any(name.endswith(f".{wanted}") for name in there)]
+    return [wanted for wanted in tuning.named_modules if not any(name.endswith(f".{wanted}") for name in there)]
 
 
 def _linear_layers(model: PreTrainedModel) -> str:

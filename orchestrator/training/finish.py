@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 
 from orchestrator.config.run import makes_classifier
-from orchestrator.config.tuning import FreezeTuning, LoraTuning
 from orchestrator.data.prepared.meta import read_meta
 from orchestrator.distributed.gather import gather_frozen, gather_trainable
 from orchestrator.errors import EXIT_DONE, CheckpointError
@@ -63,7 +62,7 @@ def finish_stage(
     known = after.first if recipe.is_proof_scored and after is not None and not is_rounded else None
     scored = recipe.proof() if known is None else known
     weights = gather_trainable(runtime, session.model)
-    if isinstance(context.config.tuning, FreezeTuning):  # the artifact is a whole model
+    if context.config.tuning.freezes_parts:  # the artifact is a whole model
         weights |= gather_frozen(runtime, session.model)
     context.phases.begin(phase.WRITING)
     if runtime.is_main:
@@ -86,7 +85,7 @@ def _write(session: Session, weights: Mapping[str, torch.Tensor], *, step: int) 
     context = session.context
     module = cast("torch.nn.Module", session.runtime.accelerator.unwrap_model(session.model))
     tuning = context.config.tuning
-    if isinstance(tuning, LoraTuning) and tuning.is_pissa:
+    if tuning.is_pissa:
         weights = plain_lora(module, weights)
     facts = {
         "run": context.config.name,

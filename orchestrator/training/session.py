@@ -9,7 +9,6 @@ from functools import partial
 
 from accelerate.utils import set_seed
 
-from orchestrator.config.tuning import FreezeTuning, LoraTuning
 from orchestrator.data.ledger import Ledger, ledger_path
 from orchestrator.data.order import make_order
 from orchestrator.dataloader.prefetch import Batches
@@ -108,10 +107,10 @@ def open_session(context: StageContext, runtime: Runtime, record: Recorder, buil
     log_model_size(record, model)
     log_kernels(context, record, model, runtime.device)
     tuning = config.tuning
-    is_gradual = isinstance(tuning, FreezeTuning) and tuning.is_gradual
-    ratio = tuning.lora_plus_ratio if isinstance(tuning, LoraTuning) else None
-    optimizer = build_optimizer(model, stage.optimizer, is_gradual=is_gradual, lora_plus_ratio=ratio)
-    unfreezing = gradual_unfreezing(model, optimizer) if is_gradual else None
+    optimizer = build_optimizer(
+        model, stage.optimizer, is_gradual=tuning.is_gradual, lora_plus_ratio=tuning.b_rate_ratio
+    )
+    unfreezing = gradual_unfreezing(model, optimizer) if tuning.is_gradual else None
     prepared_model, prepared_optimizer = runtime.accelerator.prepare(model, optimizer)
     # From here on the ranks draw different noise, such as dropout.
     set_seed(config.seeds.weights + runtime.rank)

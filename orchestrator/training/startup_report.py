@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.architecture.kernels import attention_of_stage, sums_logprobs
+from orchestrator.architecture.kernels import attention_of_stage
 from orchestrator.architecture.read import read_architecture
 from orchestrator.estimate.flops import flops_per_token
 from orchestrator.models.causal_lm import head_of
@@ -33,7 +33,7 @@ def log_kernels(context: StageContext, record: Recorder, model: torch.nn.Module,
         device.type,
         name=base.config._attn_implementation,
     )
-    head = head_of(model, device, is_summed=sums_logprobs(training_stage(context)))
+    head = head_of(model, device, is_summed=training_stage(context).sums_logprobs)
     record.event("attention", attention=attention)
     record.event("head", head=head)
     record.log(f"attention: {attention}")
