@@ -32,8 +32,15 @@ def main() -> int:
         return 2
     from orchestrator.cli.main import main as run_command
     from orchestrator.machine.openmp import limit_spinning
+    from orchestrator.machine.process_group import rank_variables
 
     limit_spinning(os.environ)
+    # This command is no rank: what it starts would wait for the processes of another launcher.
+    foreign = rank_variables(os.environ)
+    for name in foreign:
+        del os.environ[name]
+    if foreign:
+        print(f"warning: {', '.join(foreign)} of another launcher are set in this shell and ignored", file=sys.stderr)
     return run_command(sys.argv[1:])
 
 

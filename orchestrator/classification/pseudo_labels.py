@@ -19,7 +19,7 @@ from orchestrator.classification.classes import NO_CLASS, Classes, Targets, docu
 from orchestrator.classification.objective import all_logits_DC
 from orchestrator.config.classification import SelfTrainingStage
 from orchestrator.dataloader.batch import Batch
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.files.atomic import sync_folder
 from orchestrator.losses.classification import confidences_D, soft_pseudo_labels_DC
 from orchestrator.training.recipe import Session
@@ -58,6 +58,12 @@ class PseudoLabels:
 
     def _take(self, labels_DC: torch.Tensor, first: int) -> None:
         self._labels_DC, self._weights_D, self._first_step = labels_DC, confidences_D(labels_DC), first
+        highest, threshold = float(self._weights_D.max()), self._stage.threshold
+        if not highest >= threshold:
+            raise ConfigError(
+                f"stages.{self._session.context.name}.threshold: {threshold:g}, but the most confident pseudo-label has {highest:.3g}, so "
+                "nothing would be trained; lower it, or train the classifier before it longer"
+            )
 
     def _made(self, first: int) -> torch.Tensor:
         session = self._session

@@ -77,6 +77,14 @@ class InterpolateStage(SelectionStage):
         del is_adapter
         return 2
 
+    def problems(self, name: str, *, ranks: int) -> Iterator[str]:
+        yield from super().problems(name, ranks=ranks)
+        if self.origin is not None and self.origin == self.start_from:
+            yield (
+                f"stages.{name}.origin: {self.origin} is also what it starts from, and between a model and itself there is nothing to "
+                "choose; name an earlier stage, or null for the base"
+            )
+
     def _choice_problems(self, kinds: set[bool], there: str) -> Iterator[str]:
         needs = {"best_ood": {True}, "best_id": {False}, "id_within": {True, False}}[self.choose]
         for is_shift in sorted(needs - kinds):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def merge(
         # One model at a time: each is a whole copy in fp32.
         del model
         gc.collect()
-    best = min(measured, key=lambda way: way.kl)
+    best = min(measured, key=lambda way: (math.isnan(way.kl), way.kl))
     return ways[best.name](source), best, measured
 
 
@@ -198,4 +199,6 @@ def _compared(
         same += float((one_KV.argmax(-1) == other_KV.argmax(-1)).sum())
         loss += float(functional.nll_loss(other_KV, next_K, reduction="sum"))
         tokens += len(next_K)
-    return Way(name=name, kl=max(0.0, kl / tokens), agreement=same / tokens, loss=loss / tokens)
+    divergence = kl / tokens
+    # Rounding may make it negative; NaN stays NaN, which no limit accepts.
+    return Way(name=name, kl=0.0 if divergence < 0 else divergence, agreement=same / tokens, loss=loss / tokens)

@@ -42,7 +42,7 @@ def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_k
     phases.begin(phase.MERGING, unit=phase.ROWS)
     source = Source(config=config, base_folder=base_folder, artifact=artifact.path, kind=artifact.kind)
     model, best, ways = merge(source, rows, runtime, limit=ROWS, micro_size=MICRO_SIZE, say=phases.above(print))
-    if best.kl > max_kl:
+    if not best.kl <= max_kl:  # negated, so that NaN is refused too
         raise CheckpointError(
             f"merged into the {best.name}, the model differs from the trained one by {best.kl:.3g} nats per token, "
             f"{max_kl:g} is allowed: publish the adapter itself ({artifact.path}), or type --max-kl {best.kl * 1.1:.2g}"

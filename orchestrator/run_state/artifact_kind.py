@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from orchestrator.errors import RunFolderError
+
 
 class ArtifactKind(StrEnum):
     """What the folder `artifact/` of a finished stage holds."""
@@ -18,6 +20,13 @@ class ArtifactKind(StrEnum):
     """A whole policy with an adapter merged into it, ready to publish."""
     REPORT = "report"
     """Scores, and no model."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> ArtifactKind:
+        raise RunFolderError(
+            f"result.json names the artifact kind {value!r}; this version knows {', '.join(cls)}: a newer version wrote it, or the "
+            "file was changed"
+        )
 
     @property
     def is_adapter(self) -> bool:

@@ -35,7 +35,7 @@ def run(context: StageContext) -> int:
     rows = PreparedRows.open(context.train_data)
     context.phases.begin(phase.MERGING, unit=phase.ROWS)
     model, best, ways = merge(source, rows, runtime, limit=stage.rows, micro_size=stage.micro_size, say=record.log)
-    if best.kl > stage.max_kl:
+    if not best.kl <= stage.max_kl:  # negated, so that NaN is refused too
         raise CheckpointError(
             f"merged into the {best.name}, the model differs from the trained one by {best.kl:.3g} nats per token, "
             f"max_kl={stage.max_kl:g}: keep the adapter apart, or raise stages.{context.name}.max_kl if that is acceptable"

@@ -19,6 +19,7 @@ from orchestrator.distributed.gather import gather_frozen, gather_trainable
 from orchestrator.errors import EXIT_DONE, CheckpointError
 from orchestrator.files.atomic import read_json, write_json, write_text
 from orchestrator.files.manifest import MANIFEST, file_digest
+from orchestrator.machine.process_group import without_rank
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.jsonl import read_rows
 from orchestrator.metrics.speed import run_speed
@@ -32,18 +33,6 @@ from orchestrator.run_state.stage_context import StageContext, training_stage
 from orchestrator.training.evaluation import Evaluation
 from orchestrator.training.loop_state import Progress
 from orchestrator.training.recipe import Recipe, Session
-
-# A child that inherited these would try to join the trainer's process group.
-NOT_FOR_CHILDREN = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "GROUP_RANK",
-    "ROLE_RANK",
-)
 
 
 def finish_stage(
@@ -119,11 +108,7 @@ def _write_expectation(session: Session, scored: Evaluation) -> None:
 
 def prove_in_fresh_process(context: StageContext) -> None:
     """Run `orchestrator.evaluation.artifact_proof`, which sees nothing but the files."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in NOT_FOR_CHILDREN and not name.startswith("TORCHELASTIC")
-    }
+    environment = without_rank(os.environ)
     argv = [
         sys.executable,
         "-m",

@@ -83,6 +83,21 @@ def test_weak_supervision_end_to_end(bench: Bench, weak: Done) -> None:
     check_scripts(weak.folder.stage("self_training"), weak.out)
 
 
+def test_self_training_that_would_train_nothing_is_refused(bench: Bench) -> None:
+    words = (
+        "tuning.layers=all",
+        "stages.classify.max_steps=2",
+        "stages.self_training.threshold=0.999",
+        "launcher=local",
+    )
+    done = bench.run("unsure", words=words_of(bench.root, "unsure", *words, experiment="llama_weak_supervision"))
+    assert done.code == 2, done.told
+    assert "stages.self_training.threshold: 0.999, but the most confident pseudo-label has" in " ".join(
+        done.told.split()
+    )
+    assert not done.folder.stage("self_training").result.exists()
+
+
 def test_generate_names_the_classes_and_export_refuses(bench: Bench, weak: Done) -> None:
     said = bench.run("weak", words=[str(weak.folder.root), "--examples", "2"], verb="generate")
     assert said.code == 0, said.told

@@ -101,6 +101,7 @@ def test_other_rows_in_a_set_make_the_stage_anew(ask: Asker, tmp_path: Path) -> 
         (WISE, "stages.w.choose_on: choose=id_within needs a set with shift=true; name one (there are data (no shift))"),
         ((*WISE, "stages.w.choose=best_id"), "stages.w.choose_on: choose=best_id needs a set without shift"),
         ((*WISE, "stages.w.choose_on=[yelp]"), "stages.w.choose_on: yelp: no such set; there are data"),
+        ((*WISE, "stages.w.origin=sft"), "stages.w.origin: sft is also what it starts from"),
         ((*WISE, "stages.w.origin=w"), "stages.w.origin: w is not a stage of kind"),
         ((*WISE, "pipeline=[w]"), "stages.w.start_from: no stage before w makes a policy"),
         (SOUP, "stages.s.members: a soup needs two or more different ingredients, these are stage:sft"),
