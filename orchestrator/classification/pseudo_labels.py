@@ -58,12 +58,21 @@ class PseudoLabels:
 
     def _take(self, labels_DC: torch.Tensor, first: int) -> None:
         self._labels_DC, self._weights_D, self._first_step = labels_DC, confidences_D(labels_DC), first
+        self._refuse_no_labels(first)
+
+    def _refuse_no_labels(self, first: int) -> None:
+        """Raise ConfigError if no row would be trained on from the first step; later, with work to keep, only warn."""
         highest, threshold = float(self._weights_D.max()), self._stage.threshold
-        if not highest >= threshold:
-            raise ConfigError(
-                f"stages.{self._session.context.name}.threshold: {threshold:g}, but the most confident pseudo-label has {highest:.3g}, so "
-                "nothing would be trained; lower it, or train the classifier before it longer"
-            )
+        # A weight of 0 counts in no term of the loss, whatever the threshold; negated, so that NaN is refused too.
+        if highest >= threshold and highest > 0:
+            return
+        sentence = (
+            f"stages.{self._session.context.name}.threshold: {threshold:g}, but the most confident pseudo-label has {highest:.3g}, so "
+            "nothing would be trained; lower it, or train the classifier before it longer"
+        )
+        if first == 1:
+            raise ConfigError(sentence)
+        self._session.record.log(f"warning: from step {first}: {sentence}")
 
     def _made(self, first: int) -> torch.Tensor:
         session = self._session
