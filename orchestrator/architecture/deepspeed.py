@@ -29,6 +29,21 @@ def deepspeed_dict(config: RunConfig, stage: TrainingStage) -> dict[str, JsonVal
     }
 
 
+def scoring_dict(config: RunConfig) -> dict[str, JsonValue] | None:
+    """The DeepSpeed dict of ranks that train nothing; None where no sharding of parameters is configured."""
+    sharding = config.sharding
+    if not isinstance(sharding, ZeroSharding) or not sharding.shards_parameters:
+        return None
+    zero = _zero_section(sharding)
+    trained = ("offload_optimizer", "zero_quantized_gradients", "stage3_gather_16bit_weights_on_model_save")
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "zero_optimization": {key: value for key, value in zero.items() if key not in trained},
+        "steps_per_print": NEVER,
+    }
+
+
 def _zero_section(sharding: ZeroSharding) -> dict[str, JsonValue]:
     sizes = sizes_of(sharding, None)  # settled by the plan
     section: dict[str, JsonValue] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
 
-from orchestrator.architecture.deepspeed import deepspeed_dict
+from orchestrator.architecture.deepspeed import deepspeed_dict, scoring_dict
 from orchestrator.architecture.kernels import liger_is_installed, liger_problem
 from orchestrator.config.run import RunConfig, accumulation_steps
 from orchestrator.config.sharding import ZeroSharding
@@ -38,6 +38,8 @@ class Runtime:
     """16-bit dtype of the forward pass over fp32 weights; None if the weights' own dtype is used."""
     phases: Phases = field(default_factory=Phases)
     """Where loops over rows report their progress."""
+    scoring: Mapping[str, Any] | None = None
+    """DeepSpeed's settings where models that are not trained are sharded over the ranks; None: every rank holds them whole."""
 
     @property
     def rank(self) -> int:
@@ -60,6 +62,20 @@ class Runtime:
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def hold(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model for forward passes without gradients: sharded over the ranks, or whole on this rank's device.
+
+        Every rank must call it, in the same order for several models.
+        """
+        if self.scoring is None:
+            return model.requires_grad_(False).to(self.device).eval()
+        import deepspeed
+
+        # Without an optimizer ZeRO-3 only gathers a layer's parameters before its forward pass.
+        engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=dict(self.scoring))
+        engine.eval()  # its own `eval` returns nothing
+        return engine
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over all ranks, in fp64; every rank must call it."""
@@ -92,7 +108,7 @@ class Runtime:
 
 def start_runtime(config: RunConfig, stage: TrainingStage, phases: Phases | None = None) -> Runtime:
     """Build the Accelerator with its DeepSpeed dict, and assert that it matches the configuration."""
-    uses_cpu = _uses_cpu(config)
+    uses_cpu = uses_cpu_only(config)
     sharding = config.sharding
     if uses_cpu and isinstance(sharding, ZeroSharding) and (sharding.quantized_weights or sharding.quantized_gradients):
         raise ConfigError(
@@ -103,40 +119,61 @@ def start_runtime(config: RunConfig, stage: TrainingStage, phases: Phases | None
     if refused is not None:
         raise ConfigError(refused)
     settings = deepspeed_dict(config, stage)
-    bfloat16 = config.model.dtype == "bfloat16"
+    accelerator = _accelerator(config, settings, micro_batches=accumulation_steps(config, stage))
+    return Runtime(
+        accelerator=accelerator,
+        uses_deepspeed=settings is not None,
+        autocast_dtype=torch.bfloat16 if config.model.dtype == "bfloat16" and settings is None else None,
+        phases=phases or Phases(),
+    )
+
+
+def start_scoring_runtime(config: RunConfig, *, autocast: bool, phases: Phases | None = None) -> Runtime:
+    """All ranks of a job that trains nothing: rows are split over them, and under ZeRO-3 the models too.
+
+    ZeRO 1 and 2 shard no parameters: there, as without sharding, every rank holds a model whole.
+    """
+    settings = scoring_dict(config)
+    return Runtime(
+        accelerator=_accelerator(config, settings),
+        uses_deepspeed=False,
+        autocast_dtype=torch.bfloat16 if autocast else None,
+        phases=phases or Phases(),
+        scoring=settings,
+    )
+
+
+def _accelerator(config: RunConfig, settings: Mapping[str, Any] | None, *, micro_batches: int = 1) -> Accelerator:
+    uses_cpu, uses_deepspeed = uses_cpu_only(config), settings is not None
     # Without a named backend, accelerate 1.15 sets up no distributed DeepSpeed on a machine without GPU.
     handlers: list[KwargsHandler] = (
         [InitProcessGroupKwargs(backend="gloo")] if uses_cpu and "RANK" in os.environ else []
     )
     accelerator = Accelerator(
-        cpu=uses_cpu and settings is None,
+        cpu=uses_cpu and not uses_deepspeed,
         # Without DeepSpeed `Runtime.forward_context` casts: in training, evaluation and proof alike.
-        mixed_precision="bf16" if bfloat16 and settings is not None else "no",
-        gradient_accumulation_steps=accumulation_steps(config, stage),
-        deepspeed_plugin=_deepspeed_plugin(settings) if settings is not None else None,
+        mixed_precision="bf16" if config.model.dtype == "bfloat16" and uses_deepspeed else "no",
+        gradient_accumulation_steps=micro_batches,
+        deepspeed_plugin=_deepspeed_plugin(settings) if uses_deepspeed else None,
         kwargs_handlers=handlers,
         step_scheduler_with_optimizer=False,
     )
-    _assert_as_configured(accelerator, config, uses_deepspeed=settings is not None)
-    return Runtime(
-        accelerator=accelerator,
-        uses_deepspeed=settings is not None,
-        autocast_dtype=torch.bfloat16 if bfloat16 and settings is None else None,
-        phases=phases or Phases(),
-    )
+    _assert_as_configured(accelerator, config, uses_deepspeed=uses_deepspeed)
+    return accelerator
 
 
 def start_single_runtime(config: RunConfig, *, autocast: bool, phases: Phases | None = None) -> Runtime:
-    """A single process without sharding, for proofs and generation."""
+    """A single process without sharding, for generation and export."""
     return Runtime(
-        accelerator=Accelerator(cpu=_uses_cpu(config), mixed_precision="no"),
+        accelerator=Accelerator(cpu=uses_cpu_only(config), mixed_precision="no"),
         uses_deepspeed=False,
         autocast_dtype=torch.bfloat16 if autocast else None,
         phases=phases or Phases(),
     )
 
 
-def _uses_cpu(config: RunConfig) -> bool:
+def uses_cpu_only(config: RunConfig) -> bool:
+    """Whether the ranks compute on processors. ConfigError if GPUs are configured and torch sees none."""
     available = torch.cuda.is_available()
     if config.cluster.device == "cuda" and not available:
         raise ConfigError(

@@ -19,7 +19,6 @@ def job_spec(config: RunConfig, stage: str) -> JobSpec:
     run = RunFolder(run_directory_of(config))
     folder = run.stage(stage)
     python = config.launcher.python or sys.executable
-    trains = config.stages[stage].trains
     return JobSpec(
         name=f"{config.name}-{stage}",
         stage=stage,
@@ -32,13 +31,13 @@ def job_spec(config: RunConfig, stage: str) -> JobSpec:
         result_file=str(folder.result),
         stop_file=str(folder.stop),
         log_directory=str(folder.logs),
-        nodes=config.cluster.nodes if trains else 1,
-        processes_per_node=config.cluster.processes_per_node if trains else 1,
+        nodes=config.cluster.nodes,
+        processes_per_node=config.cluster.processes_per_node,
         python=python,
         environment=dict(config.cluster.environment),
         cluster=_settings(config),
         secrets_file=str(secrets_file(run.root)),
-        single_process_direct=not trains or (config.launcher.kind != "slurm" and not config.sharding.is_deepspeed),
+        single_process_direct=config.launcher.kind != "slurm" and not config.sharding.is_deepspeed,
     )
 
 
