@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,34 @@ from orchestrator.files.atomic import write_json
 MANIFEST = "MANIFEST.json"
 
 
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """Size and content of a file."""
+
+    bytes: int
+    sha256: str
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Fsync every file of a folder and write size and sha256 of each, with `facts`, as its last file."""
-    files = {str(file.relative_to(folder)): file for file in _files(folder)}
-    entries = {name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for name, file in files.items()}
-    # The libraries that wrote these files do not sync them.
-    for file in files.values():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+def write_manifest(folder: Path, facts: Mapping[str, Any], *, hashed: Mapping[str, FileDigest] | None = None) -> None:
+    """Fsync every file of a folder and write size and sha256 of each, with `facts`, as its last file.
+
+    `hashed` are files whose writer synced and hashed them: they are not read again.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for file in _files(folder):
+        name = str(file.relative_to(folder))
+        known = (hashed or {}).get(name)
+        if known is None:
+            known = FileDigest(bytes=file.stat().st_size, sha256=file_digest(file))
+            with open(file, "rb") as handle:  # the libraries that wrote these files do not sync them
+                os.fsync(handle.fileno())
+        entries[name] = asdict(known)
     write_json(folder / MANIFEST, {**facts, "files": entries})
 
 
