@@ -1,7 +1,8 @@
 """Runs as the parent of every rank (standard library only): records the first death and ends the others.
 
 `python -m launchers.guard --state DIR --stop-file F --nodes N --node I [--watch] -- ARGV` starts ARGV as its child. The
-first guard whose child dies writes DIR/failure.json; the others see it and end theirs. A TERM without a failure on
+first guard whose child dies writes DIR/failure.json; the others see it and end theirs. A child that ends with 76 has work
+left for a fresh process, and is started again. A TERM without a failure on
 record is a preemption: it becomes the stop file, so that the ranks save. Guards send heartbeats, so that a frozen or
 lost node is identified.
 """
@@ -25,6 +26,10 @@ TICK_SECONDS = 0.5
 WATCH_SECONDS = 2.0
 MAX_BEAT_SECONDS = 10.0
 SAVED_EXIT_CODE = 75
+WRITTEN_EXIT_CODE = 76
+"""The rank has done its work up to the proof: it is started again, in a fresh process that goes on with that."""
+START = "LAUNCH_START"
+"""How often this rank was started, for its eyes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,6 @@ def main() -> int:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the child inherits this until it installs handlers of its own
     error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE") or settings.state / f"error-{settings.rank}.json")
-    started = subprocess.Popen(command, env={**os.environ, "TORCHELASTIC_ERROR_FILE": str(error_file)})
     told_to_end: list[bool] = []
 
     def on_term(_number: int, _frame: object) -> None:
@@ -65,7 +69,11 @@ def main() -> int:
             _touch_stop_file(settings.stop_file)
 
     signal.signal(signal.SIGTERM, on_term)
-    exit_code = _watch(started, settings, told_to_end)
+    starts, exit_code = 0, WRITTEN_EXIT_CODE
+    while exit_code == WRITTEN_EXIT_CODE:
+        starts += 1
+        variables = {"TORCHELASTIC_ERROR_FILE": str(error_file), START: str(starts)}
+        exit_code = _watch(subprocess.Popen(command, env=os.environ | variables), settings, told_to_end)
     if exit_code not in {0, SAVED_EXIT_CODE}:
         record_failure(settings, exit_code=exit_code, message=_read_message(error_file))
         _end_group()

@@ -10,6 +10,8 @@ EXIT_DEFECT = 1
 EXIT_USER = 2
 EXIT_LAUNCH_FAILED = 3
 EXIT_SAVED = 75
+EXIT_WRITTEN = 76
+"""The rank has done its work up to the proof, which a fresh process in its place goes on with."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C with nothing to save, by the shell's convention for signals."""
 EXIT_DO_NOT_RESTART = 93

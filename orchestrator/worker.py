@@ -18,23 +18,26 @@ from typing import Any
 from orchestrator.config.pipeline import inputs_of
 from orchestrator.config.run import RunConfig, Stage, data_sets_of
 from orchestrator.distributed.import_blocking import garbage_collection_paused, leave_out_deepspeed, leave_out_unused
-from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, OrchestratorError
+from orchestrator.errors import EXIT_DEFECT, EXIT_DONE, EXIT_WRITTEN, CheckpointError, OrchestratorError
 from orchestrator.files.atomic import read_json, write_json
 from orchestrator.files.cache import cache_folder
+from orchestrator.files.waiting import wait_for
+from orchestrator.machine.fresh_start import START, become_second_start, fresh_port, meet_again, start_number
 from orchestrator.machine.openmp import limit_spinning
 from orchestrator.metrics import phases as phase
-from orchestrator.metrics.phases import Phases
+from orchestrator.metrics.phases import Phases, read_report
 from orchestrator.run_folder.folder import RunFolder, StageFolder
 from orchestrator.run_folder.stop_request import StopRequest, job_deadline
 from orchestrator.run_state.artifacts import Artifact, check_artifacts, read_artifact
 from orchestrator.run_state.attempts import next_attempt, write_fault
 from orchestrator.run_state.content_digests import content_digests
 from orchestrator.run_state.frozen import load_config
+from orchestrator.run_state.proof_note import awaits_proof
 from orchestrator.run_state.reuse import stage_digest
 from orchestrator.run_state.soup_members import ExternalMember, read_member
 from orchestrator.stages import STAGES
 
-PREPARE_POLL_SECONDS = 0.05
+PROOF = "orchestrator.evaluation.artifact_proof"
 PREPARE_AT_MOST_SECONDS = 60.0
 """Data preparation that takes longer is refused: GPUs would be idle."""
 
@@ -50,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     if folder.result.exists():
         return EXIT_DONE
     attempt = options.attempt or next_attempt(folder)
-    rank = int(os.environ.get("RANK", "0"))
+    rank, start = int(os.environ.get("RANK", "0")), start_number(os.environ)
     stop = StopRequest(folder.stop, deadline=job_deadline(os.environ, lead_seconds=config.cluster.stop_lead_seconds))
-    phases = _phases_of(folder, attempt, rank, began)
+    phases = _phases_of(folder, attempt, rank, began, start=start)
     try:
         with garbage_collection_paused():
             run = _made_ready(config, options.stage, run_file, attempt=attempt, stop=stop, phases=phases)
@@ -72,8 +75,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _phases_of(folder: StageFolder, attempt: int, rank: int, began: float) -> Phases:
-    """The progress of this rank; only the first rank writes and prints it."""
+def _phases_of(folder: StageFolder, attempt: int, rank: int, began: float, *, start: int) -> Phases:
+    """The progress of this rank, continued from its first start; only the first rank writes and prints it."""
     if rank:
         return Phases(began=began)
 
@@ -81,6 +84,9 @@ def _phases_of(folder: StageFolder, attempt: int, rank: int, began: float) -> Ph
         with contextlib.suppress(OSError):  # a full disk under the log must not stop training
             print(sentence, flush=True)
 
+    known = read_report(folder.phases) if start > 1 else None
+    if known is not None and known.attempt == attempt:
+        return Phases(folder.phases, attempt=attempt, known=known, say=say)
     return Phases(folder.phases, attempt=attempt, began=began, say=say)
 
 
@@ -88,7 +94,8 @@ def _made_ready(
     config: RunConfig, name: str, run_file: Path, *, attempt: int, stop: StopRequest, phases: Phases
 ) -> Callable[[], int]:
     """The callable that runs the stage, once its inputs are present and its modules imported."""
-    phases.begin(phase.FETCHING)
+    if not phases.is_at(phase.PROOF):
+        phases.begin(phase.FETCHING)
     leave_out_deepspeed(config)
     folder = RunFolder(run_file.parent).stage(name)
     stage, config = config.stages[name], config.for_stage(name)
@@ -96,12 +103,16 @@ def _made_ready(
     external = {member: read_artifact(found.run, found.stage) for member, found in _external_artifacts(stage).items()}
     # Before the base is fetched, which may take minutes; once more below, with the digests of its content.
     check_artifacts(config, name, {**artifacts, **external})
-    inputs = _inputs(config, name, folder, attempt, phases)
+    digest = stage_digest(config, name, {source: artifact.digest for source, artifact in artifacts.items()})
+    inputs = _inputs(config, name, folder, attempt, phases, digest=digest)
     content: dict[str, str] = inputs["content"]
     check_artifacts(config, name, {**artifacts, **external}, content=content)
-    phases.begin(phase.IMPORTING)
+    if not inputs["proves"]:
+        phases.begin(phase.IMPORTING)
+    elif not phases.is_at(phase.PROOF):
+        phases.begin(phase.PROOF, unit=phase.ROWS)
     leave_out_unused(config, Path(inputs["base_folder"]))
-    module = importlib.import_module(STAGES[stage.kind])
+    module = importlib.import_module(PROOF if inputs["proves"] else STAGES[stage.kind])
     from orchestrator.models.loading import silence_libraries
     from orchestrator.run_state.stage_context import StageContext
 
@@ -127,7 +138,7 @@ def _made_ready(
         rewards={source: artifact.path for source, artifact in artifacts.items() if artifact.is_reward},
         input_digests={source: artifact.digest for source, artifact in artifacts.items()},
         content_digests=content,
-        digest=stage_digest(config, name, {source: artifact.digest for source, artifact in artifacts.items()}),
+        digest=digest,
     )
     return partial(module.run, context)
 
@@ -153,19 +164,40 @@ def _blended_artifacts(
     return {name: artifacts[name] for name in stage.blended_stages} | dict(external)
 
 
-def _inputs(config: RunConfig, name: str, folder: StageFolder, attempt: int, phases: Phases) -> dict[str, Any]:
-    """Base model and prepared data: rank 0 fetches them before any process group exists; others wait for its note."""
+def _inputs(
+    config: RunConfig, name: str, folder: StageFolder, attempt: int, phases: Phases, *, digest: str
+) -> dict[str, Any]:
+    """Base model and prepared data, and whether all that is left is the proof: rank 0 finds out before any process group
+    exists, and the others wait for its note.
+    """
+    start = start_number(os.environ)
     if int(os.environ.get("RANK", "0")) == 0:
-        inputs = _bring_inputs(config, name, run_directory=folder.root.parent, phases=phases)
-        write_json(folder.prepared, {"attempt": attempt, **inputs})
-        return inputs
-    while True:
-        note = read_json(folder.prepared) if folder.prepared.exists() else {}
-        if note.get("attempt") == attempt:
-            return note
-        if folder.fault(attempt, 0).exists():
-            raise OrchestratorError("rank 0 could not prepare the inputs")
-        time.sleep(PREPARE_POLL_SECONDS)
+        inputs = (
+            _bring_inputs(config, name, run_directory=folder.root.parent, phases=phases)
+            if start == 1
+            else read_json(folder.prepared)
+        )
+        proves = awaits_proof(folder, digest)
+        if start > 1 and not proves:
+            raise CheckpointError(f"{folder.proof}: it was written with the artifact, and is no longer there")
+        note = {**inputs, "attempt": attempt, "start": start, "proves": proves}
+        write_json(folder.prepared, note | ({"port": fresh_port(os.environ)} if start > 1 else {}))
+    else:
+        wait_for(folder.prepared, until=lambda: _is_ready(folder, attempt, start))
+    note = read_json(folder.prepared)
+    if start > 1:
+        meet_again(os.environ, port=note["port"])
+    return note
+
+
+def _is_ready(folder: StageFolder, attempt: int, start: int) -> bool:
+    """Whether rank 0 has left its note of this start. OrchestratorError if it could not."""
+    note = read_json(folder.prepared) if folder.prepared.exists() else {}
+    if (note.get("attempt"), note.get("start")) == (attempt, start):
+        return True
+    if folder.fault(attempt, 0).exists():
+        raise OrchestratorError("rank 0 could not prepare the inputs")
+    return False
 
 
 def _bring_inputs(config: RunConfig, name: str, *, run_directory: Path, phases: Phases) -> dict[str, Any]:
@@ -226,5 +258,16 @@ def exit_process(code: int) -> None:
     os._exit(code)
 
 
+def _run_rank() -> int:
+    """`main`, in a process that starts itself again where no guard does."""
+    environment = dict(os.environ)
+    code = main()
+    if code == EXIT_WRITTEN and START not in environment:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        become_second_start(environment)
+    return code
+
+
 if __name__ == "__main__":
-    exit_process(main())
+    exit_process(_run_rank())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from orchestrator.config.base import NaturalInt, PositiveInt, Section, Text
+from orchestrator.config.base import NaturalInt, PositiveFloat, PositiveInt, Section, Text
 
 
 class Architecture(Section):
@@ -67,6 +67,8 @@ class ModelConfig(Section):
     compile: bool
     """Compile every layer (torch.compile): fused kernels at the cost of some minutes of compilation; best with packed
     rows, which have one shape."""
+    shard_gib: PositiveFloat
+    """Largest file of weights in an artifact, in GiB; the files of a larger model get an index."""
     preset: ModelPreset | None
 
     def recomputed_layers(self, layers: int) -> int:

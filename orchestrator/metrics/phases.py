@@ -117,28 +117,22 @@ class Phases:
         *,
         attempt: int = 0,
         began: float | None = None,
+        known: Report | None = None,
         say: Callable[[str], None] | None = None,
         screen: Drawn | None = None,
     ) -> None:
+        """`known`: what an earlier process of the same attempt left; its last phase goes on."""
         self._file, self._say, self._screen = file, say, screen
-        self._report = Report(attempt=attempt, began=time.time() if began is None else began)
+        self._report = known or Report(attempt=attempt, began=time.time() if began is None else began)
         self._outer: list[Phase] = []
-        self._since = self._report.began
+        self._since = self._report.began if self._report.now is None else self._report.now.began
         self._spoke = time.time()
-        self._is_dirty = self._is_handed_over = False
+        self._is_dirty = False
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-
-    @classmethod
-    def joined(cls, file: Path) -> Phases:
-        """The phases of a process that has handed over its phase, for the process that continues it."""
-        found = read_report(file)
-        phases = cls(file if found else None)
-        if found is not None:
-            phases._report = found
-            phases._start()
-        return phases
+        if known is not None:
+            self._start()
 
     @property
     def began(self) -> float:
@@ -169,18 +163,6 @@ class Phases:
                 if self._outer:
                     self._now(self._outer.pop())
                 self._write()
-
-    @contextlib.contextmanager
-    def handed_over(self, name: str) -> Generator[None]:
-        """A phase that another process works on: it writes into the file, and this one only prints what it reads
-        there.
-        """
-        with self.during(name, unit=ROWS):
-            self._is_handed_over = True
-            try:
-                yield
-            finally:
-                self._is_handed_over = False
 
     def is_at(self, name: str) -> bool:
         """Whether this is the current phase."""
@@ -268,14 +250,11 @@ class Phases:
             with self._lock:
                 if self._screen is not None and self._report.now is not None:
                     self._screen.draw(self._report.now, time.time())
-                if self._is_dirty and not self._is_handed_over:
+                if self._is_dirty:
                     self._write()
                 now, time_now = self._report.now, time.time()
                 if self._say is None or now is None or not is_due(time_now - self._spoke, time_now - now.began):
                     continue
-            if self._is_handed_over and self._file is not None:
-                found = read_report(self._file)
-                now = now if found is None or found.now is None else found.now
             self._say(now.sentence(time_now))
             self.spoken()
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from orchestrator.architecture.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
@@ -18,18 +17,21 @@ from orchestrator.config.data import DataConfig
 from orchestrator.config.run import CLASSIFIER_KINDS, RunConfig
 from orchestrator.data.encoding.encoder import template_source
 from orchestrator.data.encoding.tokenizer import load_facts
-from orchestrator.errors import CheckpointError
-from orchestrator.files.atomic import publish
-from orchestrator.files.manifest import write_manifest
+from orchestrator.distributed.runtime import Runtime
+from orchestrator.errors import CheckpointError, OrchestratorError
+from orchestrator.files.atomic import publish, read_json, write_json
+from orchestrator.files.manifest import FileDigest, write_manifest
+from orchestrator.files.waiting import wait_for
+from orchestrator.models.artifact_stream import write_tensor_files
+from orchestrator.models.artifact_tensors import Layout, layout_of
 from orchestrator.models.causal_lm import attach_adapted_head, attach_head
 from orchestrator.models.loading import DTYPES, attention_of, load_model, load_scorer
-from orchestrator.models.peft_adapters import save_adapter, saved_shapes
-from orchestrator.models.reft import attach_reft, load_reft, read_settings, save_reft
+from orchestrator.models.peft_adapters import double_rank, save_adapter_settings
+from orchestrator.models.reft import attach_reft, load_reft, read_settings, save_reft_settings
 from orchestrator.models.tuning import load_adapter
+from orchestrator.run_state.model_card import CARD
+from orchestrator.tensors.writer import write_index
 
-FROM_ZERO = ("lora_B", "lora_E", "vera_lambda_b", "oft_R")
-"""Adapter tensors that are all zero before the first step."""
-CARD = "README.md"
 CHAT_FORMATS = ("alpaca", "messages", "sharegpt")
 """Formats whose rows are rendered with a chat template: the tool's own if the tokenizer has none."""
 COMPANIONS = (
@@ -42,44 +44,88 @@ COMPANIONS = (
 
 
 def write_artifact(
-    model: torch.nn.Module,
-    weights: Mapping[str, torch.Tensor],
+    runtime: Runtime,
+    module: torch.nn.Module,
+    names: Sequence[str],
     folder: Path,
     *,
     base_folder: Path,
     config: RunConfig,
     facts: Mapping[str, Any],
 ) -> None:
-    """Save `weights` (fp32, by their names in the unwrapped module) to a temporary folder, renamed to `folder`.
+    """Save parameters of the unwrapped module, by name, to a temporary folder, renamed to `folder`.
 
-    Call it on rank 0 only. Adapters stay in fp32, full models are saved in `model.dtype`.
+    Every rank must call it, and may leave before rank 0 has finished. Adapters stay in fp32, full models are saved in
+    `model.dtype`. CheckpointError if a tensor holds nothing usable, RunFolderError if the disk refuses.
     """
     temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    saved: Any = model
-    if not config.tuning.is_adapter:
-        dtype = DTYPES[config.model.dtype]
-        saved.config.dtype = dtype
-        # Gradient checkpointing switched it off; whoever generates with the saved model needs it.
-        saved.config.use_cache = True
-        saved.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
-    elif config.tuning.is_reft:
-        save_reft(saved, weights, temporary)
-    else:
-        save_adapter(saved, weights, temporary, config.tuning)
-        if facts["kind"] in CLASSIFIER_KINDS:
-            _write_classes(saved, temporary)
+    if runtime.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    runtime.barrier()
+    layout = layout_of(module, names, config)
+    try:
+        digests = write_tensor_files(runtime, module, layout, temporary, config.cluster)
+        for file, digest in digests.items():
+            write_json(_note(temporary, file), asdict(digest))
+        if runtime.is_main:
+            _complete(module, names, temporary, layout, base_folder=base_folder, config=config, facts=facts)
+            publish(temporary, folder)
+    except OrchestratorError:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk has better uses
+        raise
+
+
+def _note(folder: Path, file: str) -> Path:
+    """Where the rank that wrote a file leaves its digest."""
+    return folder / f".{file}.json"
+
+
+def _complete(
+    module: Any,
+    names: Sequence[str],
+    folder: Path,
+    layout: Layout,
+    *,
+    base_folder: Path,
+    config: RunConfig,
+    facts: Mapping[str, Any],
+) -> None:
+    """Add to the tensor files of all ranks what makes them a model: settings, tokenizer, index, manifest."""
+    hashed: dict[str, FileDigest] = {}
+    for file in layout.files:
+        note = _note(folder, file)
+        wait_for(note)
+        hashed[file] = FileDigest(**read_json(note))
+        note.unlink()
+    write_index(folder, layout.files, parameters=layout.parameters)
+    _write_settings(module, names, folder, config, kind=str(facts["kind"]))
     for name in COMPANIONS:
-        if (base_folder / name).is_file() and not (temporary / name).exists():
-            shutil.copyfile(base_folder / name, temporary / name)
-    _write_template(temporary, config.stages[str(facts["stage"])].data, base_folder, data_format=str(facts["format"]))
+        if (base_folder / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(base_folder / name, folder / name)
+    _write_template(folder, config.stages[str(facts["stage"])].data, base_folder, data_format=str(facts["format"]))
     # PEFT leaves an empty template here; the card is written once there is a proof to report, outside the manifest.
-    (temporary / CARD).unlink(missing_ok=True)
-    for file in temporary.iterdir():
-        file.chmod(0o644)  # safetensors makes files that only their owner may read
-    write_manifest(temporary, facts)
-    publish(temporary, folder)
+    (folder / CARD).unlink(missing_ok=True)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    write_manifest(folder, facts, hashed=hashed)
+
+
+def _write_settings(module: Any, names: Sequence[str], folder: Path, config: RunConfig, *, kind: str) -> None:
+    """config.json of a whole model, or the settings of an adapter."""
+    if not config.tuning.is_adapter:
+        module.config.dtype = DTYPES[config.model.dtype]
+        # Gradient checkpointing switched it off; whoever generates with the saved model needs it.
+        module.config.use_cache = True
+        module.save_pretrained(folder, state_dict={})
+    elif config.tuning.is_reft:
+        save_reft_settings(module, folder)
+    else:
+        if config.tuning.is_pissa:
+            double_rank(module)
+        save_adapter_settings(module, names, folder, config.tuning)
+        if kind in CLASSIFIER_KINDS:
+            _write_classes(module, folder)
 
 
 def _write_template(folder: Path, data: DataConfig, base_folder: Path, *, data_format: str) -> None:
@@ -111,39 +157,6 @@ def round_as_saved(model: torch.nn.Module, config: RunConfig) -> bool:
         if parameter.dtype == torch.float32:
             parameter.copy_(parameter.to(saved_as))
     return True
-
-
-def check_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Check names and shapes, that nothing is empty, all is finite, and what started at zero no longer is.
-
-    `expected` holds the names as they are in the folder. Raises CheckpointError with every fault.
-    """
-    problems: list[str] = []
-    found: dict[str, tuple[int, ...]] = {}
-    still: dict[str, bool] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (safe_open is not a dict)
-                tensor = tensors.get_tensor(name)
-                found[name] = tuple(tensor.shape)
-                problems += _tensor_problems(name, tensor)
-                # A factor that is still zero is the silent failure of adapters: the file loads and changes nothing.
-                still |= {mark: still.get(mark, True) and not bool(tensor.any()) for mark in FROM_ZERO if mark in name}
-    missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    problems += [f"{name}: missing from the saved file" for name in missing[:5]]
-    problems += [f"{name}: it was not trained" for name in surplus[:5]]
-    problems += [
-        f"{name}: shape {list(found[name])}, {list(expected[name])} was trained"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
-    ]
-    problems += [
-        f"every {mark} is zero: the adapter changes nothing, it was not trained"
-        for mark, is_so in still.items()
-        if is_so
-    ]
-    if problems:
-        raise CheckpointError([f"{folder}: {problem}" for problem in problems])
 
 
 def open_artifact(
@@ -203,21 +216,3 @@ def open_adapter(base: PreTrainedModel, folder: Path) -> torch.nn.Module:
         attach_adapted_head(base)
     load_adapter(model, folder)
     return model
-
-
-def adapter_names(
-    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], config: RunConfig
-) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the saved folder must contain for these trained parameters."""
-    if not config.tuning.is_adapter or config.tuning.is_reft:
-        return {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    return saved_shapes(model, weights, config.tuning)
-
-
-def _tensor_problems(name: str, tensor: torch.Tensor) -> list[str]:
-    if tensor.numel() == 0:
-        return [f"{name}: empty"]
-    if not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        return [f"{name}: {bad} of {math.prod(tensor.shape)} values are not finite"]
-    return []

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from orchestrator.config.tuning import (
     AdaloraTuning,
@@ -130,26 +129,27 @@ def save_initial_weights(model: Any) -> None:
     }
 
 
-def plain_lora(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """PiSSA's trained weights as LoRA of twice the rank on the original base; adapts the model's settings to match.
+def with_initial_weights(model: Any, name: str, values: torch.Tensor) -> torch.Tensor:
+    """PiSSA's trained factor as one of LoRA of twice the rank on the original base; other tensors are unchanged.
 
     W0 - s B0 A0 + s B A = W0 + s [B, -B0] [A; A0] (PEFT converts in the same way). Anyone can load it, and with the
-    adapter off the base is unchanged.
+    adapter off the base is unchanged. `double_rank` adapts the settings.
     """
+    first: Mapping[str, torch.Tensor] = getattr(model, "initial_weights", {})
+    if name not in first:
+        return values
+    initial = first[name].to(values.device)
+    return torch.cat([values, initial], dim=0) if ".lora_A." in name else torch.cat([values, -initial], dim=1)
+
+
+def double_rank(model: Any) -> None:
+    """Adapt the model's settings to factors from `with_initial_weights`."""
     from peft import LoraConfig
 
-    first: Mapping[str, torch.Tensor] = model.initial_weights
-    found = dict(weights)
-    for name, values in first.items():
-        if ".lora_A." in name:
-            found[name] = torch.cat([weights[name], values], dim=0)
-        else:
-            found[name] = torch.cat([weights[name], -values], dim=1)
     settings: LoraConfig = model.peft_config["default"]
     settings.init_lora_weights = True
     settings.r *= 2  # alpha too, so that the scale is unchanged: alpha / r, or alpha / sqrt(r) under rsLoRA
     settings.lora_alpha = whole(settings.lora_alpha * (2**0.5 if settings.use_rslora else 2))  # pyright: ignore[reportAttributeAccessIssue]  # PEFT takes any number
-    return found
 
 
 @torch.no_grad()
@@ -180,24 +180,24 @@ def dequantised(layer: Any) -> torch.Tensor:
     return whole_weight.float()
 
 
-def save_adapter(model: Any, weights: Mapping[str, torch.Tensor], folder: Path, tuning: TuningMethod) -> None:
-    """Write PEFT's folder of these weights. PEFT would read prompt and prefix from the (possibly sharded) model."""
-    if not tuning.virtual_token_count:
-        model.save_pretrained(folder, state_dict=dict(weights), selected_adapters=["default"])
-        return
+def save_adapter_settings(model: Any, names: Sequence[str], folder: Path, tuning: TuningMethod) -> None:
+    """Write PEFT's settings of an adapter with these trained parameters."""
     settings = model.peft_config["default"]
-    save_file({PROMPT_WEIGHTS: next(iter(weights.values())).contiguous()}, folder / ADAPTER_WEIGHTS)
-    settings.inference_mode = True
-    settings.save_pretrained(str(folder))
-
-
-def saved_shapes(model: Any, weights: Mapping[str, torch.Tensor], tuning: TuningMethod) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that `save_adapter` writes."""
     if tuning.virtual_token_count:
-        (embedding,) = weights.values()
-        return {PROMPT_WEIGHTS: tuple(embedding.shape)}
+        settings.inference_mode = True
+        settings.save_pretrained(str(folder))
+        return
+    # PEFT writes its settings next to weights only: empty ones, put in the place of the real file meanwhile.
+    weights, aside = folder / ADAPTER_WEIGHTS, folder / f".{ADAPTER_WEIGHTS}"
+    weights.rename(aside)
+    model.save_pretrained(folder, state_dict={name: torch.empty(0) for name in names}, selected_adapters=["default"])
+    aside.replace(weights)
+
+
+def saved_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Trained parameters by the names, and cut to the ranks, that PEFT's file has."""
     from peft import get_peft_model_state_dict
 
     saved = get_peft_model_state_dict(model, state_dict=dict(weights))
     assert len(saved) == len(weights), "PEFT saves every trained parameter under a name of its own"
-    return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    return saved

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
@@ -200,14 +200,12 @@ def site_positions(
     return found
 
 
-def save_reft(model: Any, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Save the settings and the trained tensors, by their names in the model."""
+def save_reft_settings(model: Any, folder: Path) -> None:
     (folder / SETTINGS).write_text(json.dumps(model.reft.settings.model_dump(mode="json"), indent=2) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
 
 
 def read_settings(folder: Path) -> LoreftTuning:
-    """Read the settings of a folder that `save_reft` wrote. Raises CheckpointError."""
+    """Read the settings of a folder that `save_reft_settings` wrote. Raises CheckpointError."""
     try:
         return LoreftTuning.model_validate_json((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.loading_code import loading_lines
 from orchestrator.text.durations import seconds_words
 
+CARD = "README.md"
 TRAINED_BY = {
     "sft": "supervised fine-tuning",
     "dpo": "preference optimisation",

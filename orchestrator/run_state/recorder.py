@@ -45,6 +45,11 @@ class Recorder:
         settings = _wandb_settings(context)
         self._wandb = wandb.start(settings) if settings is not None else None
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the record."""
+        return self._is_main
+
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Append a row to metrics.jsonl and print it."""
         self.last_step = int(row["step"])

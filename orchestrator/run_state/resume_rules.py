@@ -20,6 +20,7 @@ FREE = (
     "study",
     "sharding",
     "model.preset",
+    "model.shard_gib",
     "profile",
 )
 """Keys that decide where and how a run is computed, not its result."""

@@ -25,7 +25,7 @@ from orchestrator.models.loading import DTYPES, load_model
 from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.recorder import Recorder
 from orchestrator.run_state.stage_context import StageContext
-from orchestrator.training.finish import finish_scoring
+from orchestrator.run_state.stage_result import finish
 
 
 def run(context: StageContext) -> int:
@@ -74,7 +74,7 @@ def _finish(
     """Write the report, and the result with its summary."""
     context.phases.begin(phase.WRITING)
     _write(context, report)
-    return finish_scoring(context, record, {**summary, "seconds": time.time() - started}, kind=ArtifactKind.REPORT)
+    return finish(context, record, {**summary, "seconds": time.time() - started}, kind=ArtifactKind.REPORT)
 
 
 def _before_and_after(

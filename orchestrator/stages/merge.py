@@ -10,15 +10,16 @@ from orchestrator.config.merging import MergeStage
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.errors import CheckpointError
-from orchestrator.files.atomic import read_json, write_json
+from orchestrator.files.atomic import read_json
 from orchestrator.merging.adapter_merge import Source, merge, write_merged
 from orchestrator.metrics import phases as phase
 from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.model_card import write_card
+from orchestrator.run_state.proof_note import Expected, write_note
 from orchestrator.run_state.recorder import Recorder
 from orchestrator.run_state.stage_context import StageContext
-from orchestrator.training.finish import finish_scoring, prove_in_fresh_process
+from orchestrator.training.finish import leave_for_proof
 
 
 def run(context: StageContext) -> int:
@@ -51,19 +52,13 @@ def run(context: StageContext) -> int:
     facts = {"run": context.config.name, "stage": context.name, "kind": "merge", "base": context.config.model.base}
     context.phases.begin(phase.WRITING)
     write_merged(model, context.folder.artifact, source=source, card=card, facts=facts)
-    write_json(
-        context.folder.proof,
-        {
-            "data": str(context.train_data),
-            "rows": min(stage.rows, rows.rows),
-            "loss": best.loss,
-            "micro_size": stage.micro_size,
-            "autocast": False,
-            "base_folder": str(context.base_folder),
-        },
+    expected = Expected(
+        data=context.train_data,
+        rows=min(stage.rows, rows.rows),
+        loss=best.loss,
+        micro_size=stage.micro_size,
+        autocast=False,
     )
-    del model
-    prove_in_fresh_process(context)
     summary = {
         "kl": best.kl,
         "agreement": best.agreement,
@@ -71,4 +66,5 @@ def run(context: StageContext) -> int:
         "ways": described,
         "seconds": time.time() - started,
     }
-    return finish_scoring(context, record, summary, kind=ArtifactKind.MERGED)
+    write_note(context, expected, kind=ArtifactKind.MERGED, summary=summary, world_size=runtime.world_size)
+    return leave_for_proof(context, runtime, record)

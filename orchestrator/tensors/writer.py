@@ -103,6 +103,7 @@ class TensorFile:
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> None:
         """Open the file and write its header. RunFolderError if the disk refuses, here and later."""
         self.path = path
+        self.names = frozenset(entry.name for entry in entries)
         self._left = in_file_order(entries)
         self._left.reverse()
         self._digest, self._size = hashlib.sha256(), 0

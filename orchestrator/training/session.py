@@ -29,7 +29,7 @@ from orchestrator.training.custom_metrics import with_metrics
 from orchestrator.training.dtype_report import report_number_type
 from orchestrator.training.early_stopping import judged, metric_of
 from orchestrator.training.evaluation import Evaluation, evaluate, values_of
-from orchestrator.training.finish import finish_stage
+from orchestrator.training.finish import write_stage
 from orchestrator.training.gradual_unfreezing import gradual_unfreezing
 from orchestrator.training.loop import is_over, pauses
 from orchestrator.training.loop_state import LoopCallbacks, LoopInputs, Progress
@@ -86,7 +86,7 @@ def _train(
         return _stopped(record, runtime, progress, why or "another rank was asked to stop")
     context.phases.begin(phase.LAST_EVALUATION, unit=phase.ROWS)
     progress, after = _settled(recipe, record, checkpointer, progress)
-    return finish_stage(session, recipe, record, progress, before=before, after=after, seconds=time.time() - started)
+    return write_stage(session, recipe, progress, before=before, after=after, seconds=time.time() - started)
 
 
 def open_session(context: StageContext, runtime: Runtime, record: Recorder, build_model: BuildModel) -> Session:

@@ -17,11 +17,12 @@ from orchestrator.composition.compose import compose
 from orchestrator.config.run import RunConfig
 from orchestrator.config.training import TrainingStage
 from orchestrator.config.tuning import ADAPTER_TUNINGS, AdaloraTuning
+from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.losses.token_logprobs import labelled_positions
 from orchestrator.models.artifact import open_adapter, write_artifact
 from orchestrator.models.causal_lm import Query
 from orchestrator.models.loading import load_model, silence_libraries
-from orchestrator.models.peft_adapters import apply_loftq_init, dequantised, plain_lora
+from orchestrator.models.peft_adapters import apply_loftq_init, dequantised
 from orchestrator.models.tuning import apply_tuning, keep_input_types
 from orchestrator.training.adalora_ranks import KEPT, RankAllocation
 from orchestrator.training.optimizer import RATE, build_optimizer
@@ -96,10 +97,16 @@ def test_saved_opened_and_merged_it_is_the_trained_model(folder: Path, tmp_path:
     config = _config(folder, *MERGED[method])
     model = _tuned(folder, config, moved=True)
     trained = _logits(model)
-    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    if "pissa" in method:
-        weights = plain_lora(model, weights)
-    write_artifact(model, weights, tmp_path / "artifact", base_folder=folder, config=config, facts=FACTS)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    write_artifact(
+        start_single_runtime(config, autocast=False),
+        model,
+        names,
+        tmp_path / "artifact",
+        base_folder=folder,
+        config=config,
+        facts=FACTS,
+    )
     torch.manual_seed(99)
     opened: Any = open_adapter(_base(folder, config), tmp_path / "artifact").eval()
     torch.testing.assert_close(_logits(opened), trained, rtol=0, atol=1e-5)
@@ -115,8 +122,16 @@ def test_saved_opened_and_merged_it_is_the_trained_model(folder: Path, tmp_path:
 def test_virtual_tokens_open_again_and_are_scored_past(folder: Path, tmp_path: Path, method: str) -> None:
     config = _config(folder, *VIRTUAL[method])
     model = _tuned(folder, config, moved=True)
-    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    write_artifact(model, weights, tmp_path / "artifact", base_folder=folder, config=config, facts=FACTS)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    write_artifact(
+        start_single_runtime(config, autocast=False),
+        model,
+        names,
+        tmp_path / "artifact",
+        base_folder=folder,
+        config=config,
+        facts=FACTS,
+    )
     opened: Any = open_adapter(_base(folder, config), tmp_path / "artifact").eval()
     torch.testing.assert_close(_logits(opened), _logits(model), rtol=0, atol=1e-6)
     labels_BT = IDS_BT.masked_fill(torch.arange(20) < 8, -100)

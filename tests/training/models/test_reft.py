@@ -242,9 +242,10 @@ def test_gradient_checkpointing_changes_no_gradient(folder: Path) -> None:
 def test_the_folder_opens_again_and_a_wrong_one_is_refused(folder: Path, tmp_path: Path) -> None:
     config = _config(folder, "tuning.share_weights=false")
     model = _model(folder, config)
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
     facts = {"kind": "sft", "stage": "sft", "format": "sft"}
-    write_artifact(model, weights, tmp_path / "artifact", base_folder=folder, config=config, facts=facts)
+    runtime = start_single_runtime(config, autocast=False)
+    write_artifact(runtime, model, names, tmp_path / "artifact", base_folder=folder, config=config, facts=facts)
     again: Any = open_artifact(
         tmp_path / "artifact", base_folder=folder, config=config, weights_dtype=torch.float32
     ).eval()

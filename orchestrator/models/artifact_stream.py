@@ -1,0 +1,127 @@
+"""The ranks write an artifact's tensors: each file by one rank, each tensor gathered and written before the next one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+
+from orchestrator.config.cluster import ClusterConfig
+from orchestrator.distributed.gather import whole_parameter
+from orchestrator.distributed.runtime import Runtime
+from orchestrator.errors import CheckpointError
+from orchestrator.files.manifest import FileDigest
+from orchestrator.models.artifact_tensors import Layout, Piece, Tensors
+from orchestrator.tensors.writer import TensorFile, in_file_order
+
+FROM_ZERO = ("lora_B", "lora_E", "vera_lambda_b", "oft_R")
+"""Adapter tensors that are all zero before the first step."""
+
+
+def writers_of(files: Sequence[str], cluster: ClusterConfig) -> dict[str, int]:
+    """File -> the rank that writes it: the first rank of every node, then the second ones, and round again."""
+    per_node = cluster.processes_per_node
+    order = [node * per_node + local for local in range(per_node) for node in range(cluster.nodes)]
+    return {file: order[number % len(order)] for number, file in enumerate(files)}
+
+
+def write_tensor_files(
+    runtime: Runtime, module: torch.nn.Module, layout: Layout, folder: Path, cluster: ClusterConfig
+) -> dict[str, FileDigest]:
+    """Write the files of a layout into a folder; every rank must call it, with the unwrapped module.
+
+    Return the digests of the files that this rank wrote. CheckpointError with every tensor that holds nothing usable,
+    RunFolderError if the disk refuses. A rank holds two whole tensors at most.
+    """
+    writers = writers_of(list(layout.files), cluster)
+    digests: dict[str, FileDigest] = {}
+    names = list(layout.files)
+    # As many files at a time as there are ranks: each gathers for one file while the others hash and write theirs.
+    for first in range(0, len(names), cluster.nodes * cluster.processes_per_node):
+        together = names[first : first + cluster.nodes * cluster.processes_per_node]
+        own = next((name for name in together if writers[name] == runtime.rank), None)
+        file = None if own is None else TensorFile(folder / own, layout.files[own], layout.metadata)
+        checks = _Checks(folder)
+        try:
+            for name, piece in _turns(layout, together):
+                made = _made(runtime, module, piece, wanted=name == own)
+                if file is not None and name == own:
+                    _append(file, piece, made, checks)
+            runtime.barrier()  # a rank that leaves now may break the last gathering of a slower one
+            if file is not None and own is not None:
+                checks.refuse()
+                digests[own] = file.close()
+        finally:
+            if file is not None:
+                file.abandon()
+    return digests
+
+
+def _turns(layout: Layout, together: Sequence[str]) -> Iterator[tuple[str, Piece]]:
+    """(file, piece) in the order of gathering: a piece of every file in turn, each file's in its own order."""
+    for turn in zip_longest(*(_pieces_of(layout, name) for name in together)):
+        yield from ((name, piece) for name, piece in zip(together, turn, strict=True) if piece is not None)
+
+
+def _pieces_of(layout: Layout, file: str) -> list[Piece]:
+    position = {entry.name: number for number, entry in enumerate(in_file_order(layout.files[file]))}
+    firsts = [
+        (min(position[entry.name] for entry in piece.saved if entry.name in position), piece)
+        for piece in layout.pieces
+        if any(entry.name in position for entry in piece.saved)
+    ]
+    return [piece for _, piece in sorted(firsts, key=lambda pair: pair[0])]
+
+
+def _made(runtime: Runtime, module: torch.nn.Module, piece: Piece, *, wanted: bool) -> Tensors:
+    """The piece's tensors on the host of the rank that writes them; nothing on the others, which help to gather."""
+    tensors: dict[str, torch.Tensor] = {}
+    with ExitStack() as whole:
+        for name in piece.sources:
+            parameter = module.get_parameter(name)
+            value = whole.enter_context(whole_parameter(runtime, parameter))
+            if wanted:
+                is_lent = hasattr(parameter, "ds_id") and not parameter.requires_grad
+                tensors[name] = value.to("cpu", copy=is_lent)
+    return piece.make(tensors) if wanted else {}
+
+
+def _append(file: TensorFile, piece: Piece, made: Tensors, checks: _Checks) -> None:
+    for entry in in_file_order(piece.saved):
+        if entry.name in file.names:  # a file may end within a layer whose tensors are made together
+            checks.look(entry.name, made[entry.name])
+            file.append(entry.name, made[entry.name])
+
+
+class _Checks:
+    """Finds tensors that would load and mean nothing: empty, not finite, or an adapter that was never trained."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._problems: list[str] = []
+        self._still: dict[str, bool] = {}
+
+    def look(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.numel() == 0:
+            self._problems.append(f"{name}: empty")
+        elif not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            self._problems.append(f"{name}: {bad} of {math.prod(tensor.shape)} values are not finite")
+        # A factor that is still zero is the silent failure of adapters: the file loads and changes nothing.
+        for mark in FROM_ZERO:
+            if mark in name:
+                self._still[mark] = self._still.get(mark, True) and not bool(tensor.any())
+
+    def refuse(self) -> None:
+        """Raise CheckpointError with every fault."""
+        problems = self._problems + [
+            f"every {mark} is zero: the adapter changes nothing, it was not trained"
+            for mark, is_so in self._still.items()
+            if is_so
+        ]
+        if problems:
+            raise CheckpointError([f"{self._folder}: {problem}" for problem in problems])
