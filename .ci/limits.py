@@ -39,7 +39,6 @@ WIDER = {
     "orchestrator.models.attention.documents_attention",
     "orchestrator.preflight.data_check.check_data",
     "orchestrator.training.evaluation.evaluate",
-    "orchestrator.training.finish.finish_stage",
     "slurm.client.submit",
 }
 """Functions of up to 8 parameters, the receiver not counted: keyword-only, or the signature of a library."""

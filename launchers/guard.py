@@ -73,12 +73,18 @@ def main() -> int:
     while exit_code == WRITTEN_EXIT_CODE:
         starts += 1
         variables = {"TORCHELASTIC_ERROR_FILE": str(error_file), START: str(starts)}
-        exit_code = _watch(subprocess.Popen(command, env=os.environ | variables), settings, told_to_end)
+        child = subprocess.Popen(command, env=os.environ | variables, preexec_fn=_ignore_term)
+        exit_code = _watch(child, settings, told_to_end)
     if exit_code not in {0, SAVED_EXIT_CODE}:
         record_failure(settings, exit_code=exit_code, message=_read_message(error_file))
         _end_group()
     # torchrun makes 1 of every exit code but 0, so a rank that saved ends with 0; the files say what happened.
     return 128 - exit_code if exit_code < 0 else 0 if _saved_under_torchrun(exit_code) else exit_code
+
+
+def _ignore_term() -> None:
+    """In a child before its program: a handler of this process would become the default there, which ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def record_failure(settings: Settings, *, exit_code: int | None, message: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -39,7 +40,8 @@ class Runtime:
     phases: Phases = field(default_factory=Phases)
     """Where loops over rows report their progress."""
     scoring: Mapping[str, Any] | None = None
-    """DeepSpeed's settings where models that are not trained are sharded over the ranks; None: every rank holds them whole."""
+    """DeepSpeed's settings where models that are not trained are sharded over the ranks; None: every rank holds them
+    whole."""
 
     @property
     def rank(self) -> int:
@@ -76,6 +78,38 @@ class Runtime:
         engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=dict(self.scoring))
         engine.eval()  # its own `eval` returns nothing
         return engine
+
+    def release(self, model: torch.nn.Module) -> None:
+        """Free a held model's memory, whoever still refers to it; it cannot be used afterwards."""
+        if self.scoring is None:
+            model.to("meta")
+        else:
+            engine: Any = model
+            engine.destroy()
+            for parameter in engine.module.parameters():
+                parameter.ds_tensor = None
+                parameter.data = torch.empty(0)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def module_of(self, model: torch.nn.Module) -> Any:
+        """The module inside the wrappers of Accelerate and DeepSpeed."""
+        return self.accelerator.unwrap_model(model)
+
+    def turns(self, count: int) -> list[int | None]:
+        """This rank's share of `count` things, by index: equally many on every rank, so that each enters every collective.
+
+        None is a turn in which the rank has nothing of its own left.
+        """
+        mine = range(self.rank, self.rank + -(-count // self.world_size) * self.world_size, self.world_size)
+        return [index if index < count else None for index in mine]
+
+    def largest_over_ranks(self, count: int) -> int:
+        """The largest count of any rank; every rank must call it."""
+        own = [0.0] * self.world_size
+        own[self.rank] = float(count)
+        return int(max(self.sum_over_ranks(own)))
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over all ranks, in fp64; every rank must call it."""
@@ -125,6 +159,7 @@ def start_runtime(config: RunConfig, stage: TrainingStage, phases: Phases | None
         uses_deepspeed=settings is not None,
         autocast_dtype=torch.bfloat16 if config.model.dtype == "bfloat16" and settings is None else None,
         phases=phases or Phases(),
+        scoring=scoring_dict(config),
     )
 
 

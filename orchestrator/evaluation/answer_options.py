@@ -121,9 +121,9 @@ def _in_place_of(answer: Ids, text: str, facts: TokenizerFacts, *, field: str) -
 
 @torch.no_grad()
 def option_logprobs_RO(runtime: Runtime, model: torch.nn.Module, choices: AnswerOptions) -> torch.Tensor:
-    """log p(option | prompt) in nats, summed over the option's tokens and its end; fp64 on the CPU.
+    """log p(option | prompt) in nats, summed over the option's tokens and its end; fp64 on the CPU, the same on all ranks.
 
-    The prompt goes through the model once; the options continue on copies of its cache.
+    Every rank must call it and scores a share of the rows. The prompt goes through the model once; the options continue on copies of its cache.
     """
     width = max(len(option) for option in choices.options)
     padded_ON = torch.zeros((len(choices.options), width), dtype=torch.int64)
@@ -133,10 +133,15 @@ def option_logprobs_RO(runtime: Runtime, model: torch.nn.Module, choices: Answer
         real_ON[o, : len(option)] = True
     was_training = model.training
     model.eval()
+    found_RO = torch.zeros((len(choices.rows), len(choices.options)), dtype=torch.float64)
     with runtime.forward_context():
-        found = [_row_logprobs_O(model, row.prompt, padded_ON.to(runtime.device), real_ON) for row in choices.rows]
+        for turn in runtime.turns(len(choices.rows)):
+            scores_O = _row_logprobs_O(model, choices.rows[turn or 0].prompt, padded_ON.to(runtime.device), real_ON)
+            if turn is not None:
+                found_RO[turn] = scores_O
     model.train(was_training)
-    return torch.stack(found)
+    shared = runtime.sum_over_ranks(found_RO.flatten().tolist())
+    return torch.tensor(shared, dtype=torch.float64).view_as(found_RO)
 
 
 def _row_logprobs_O(model: Any, prompt: Ids, options_ON: torch.Tensor, real_ON: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ def classifier_scores(context: StageContext, runtime: Runtime) -> dict[str, Clas
         weights_dtype=dtype,
         packed=False,
     )
-    model.to(runtime.device).eval()
+    model = runtime.hold(model)
     shifts = stage.shifts
     sets = {name: PreparedRows.open(folder) for name, folder in {FIRST_SET: context.train_data, **context.sets}.items()}
     for name, rows in sets.items():

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -185,18 +185,19 @@ def _exact_match(scorer: Scorer, model: torch.nn.Module, one: OpenSet) -> float 
     stage = cast("ScoringStage", scorer.context.stage)
     if not stage.exact_match:
         return None
-    context = scorer.context
-    asked = [prompt_of(context, one.rows, index) for index in range(one.count)]
-    if not all(isinstance(row.get("answer"), str) and ids for ids, row in asked):
+    context, runtime = scorer.context, scorer.runtime
+    rows = [prompt_of(context, one.rows, index) for index in range(one.count)]
+    if not all(isinstance(row.get("answer"), str) and ids for ids, row in rows):
         return None
-    module: Any = model
-    ends, pad_id = end_ids_of(module, context.base_folder), one.rows.meta.pad_id
-    generate = make_generate(scorer.runtime, model, end_ids=ends, pad_id=pad_id)
+    asked = [rows[turn] for turn in runtime.turns(one.count) if turn is not None]
+    ends, pad_id = end_ids_of(runtime.module_of(model), context.base_folder), one.rows.meta.pad_id
+    generate = make_generate(runtime, model, end_ids=ends, pad_id=pad_id)
     completions = generate([Request(prompt=ids, seed=0) for ids, _ in asked], stage.rollout.greedy)
     tokenizer = load_tokenizer(context.base_folder)
     said = [tokenizer.decode(list(done.ids), skip_special_tokens=True) for done in completions]
     pairs = zip(said, asked, strict=True)
-    return sum(normalised(text) == normalised(row["answer"]) for text, (_, row) in pairs) / one.count
+    same = sum(normalised(text) == normalised(row["answer"]) for text, (_, row) in pairs)
+    return runtime.sum_over_ranks([same])[0] / one.count
 
 
 def normalised(text: str) -> str:
@@ -214,9 +215,12 @@ def general_text_scores(context: StageContext, runtime: Runtime, model: torch.nn
     model.eval()
     total = 0.0
     with torch.no_grad():
-        for number, piece in enumerate(pieces):
-            batch = batch_of([(piece, piece == piece)], [number])
-            total += float(terms(model, batch.to(runtime.device))[0])
+        for turn in runtime.turns(len(pieces)):
+            piece = pieces[turn or 0]
+            batch = batch_of([(piece, piece == piece)], [turn or 0])
+            loss = float(terms(model, batch.to(runtime.device))[0])
+            total += 0.0 if turn is None else loss
+    (total,) = runtime.sum_over_ranks([total])
     return SetScores(rows=len(pieces), loss=total / sum(len(piece) - 1 for piece in pieces))
 
 

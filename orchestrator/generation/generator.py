@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,19 +68,33 @@ def make_generate(runtime: Runtime, model: torch.nn.Module, *, end_ids: Sequence
     def generate(requests: Sequence[Request], settings: RolloutConfig) -> list[Completion]:
         found: list[Completion] = []
         was_training = model.training
-        with whole_weights(runtime, model) as module, torch.no_grad(), runtime.forward_context():
+        by_layer = _gathers_by_layer(runtime)
+        asked = _equally_many(runtime, requests, pad_id) if by_layer else requests
+        weights = nullcontext(runtime.module_of(model)) if by_layer else whole_weights(runtime, model)
+        with weights as module, torch.no_grad(), runtime.forward_context():
             module.eval()
-            if settings.engine == "continuous" and requests:
+            if settings.engine == "continuous" and requests and not by_layer:
                 found = _continuously(module, requests, settings, runtime=runtime, end_ids=end_ids)
             else:
-                for first in range(0, len(requests), settings.generate_size):
-                    part = requests[first : first + settings.generate_size]
-                    found += _generate(module, part, settings, end_ids=end_ids, pad_id=pad_id, device=runtime.device)
-                    runtime.phases.advance(len(found), len(requests), unit=COMPLETIONS)
+                for first in range(0, len(asked), settings.generate_size):
+                    part = asked[first : first + settings.generate_size]
+                    found += _generate(runtime, module, part, settings, end_ids=end_ids, pad_id=pad_id)
+                    runtime.phases.advance(len(found), len(asked), unit=COMPLETIONS)
         model.train(was_training)
-        return found
+        return found[: len(requests)]
 
     return generate
+
+
+def _gathers_by_layer(runtime: Runtime) -> bool:
+    """Whether models are only scored, and sharded: each layer is gathered for every token."""
+    return runtime.scoring is not None and not runtime.uses_deepspeed
+
+
+def _equally_many(runtime: Runtime, requests: Sequence[Request], pad_id: int) -> list[Request]:
+    """The requests, filled up to the largest number of any rank: every rank must help to gather every layer."""
+    filler = requests[0] if requests else Request(prompt=(pad_id,), seed=0)
+    return [*requests, *[filler] * (runtime.largest_over_ranks(len(requests)) - len(requests))]
 
 
 def _continuously(
@@ -96,16 +110,16 @@ def _continuously(
 
 
 def _generate(
+    runtime: Runtime,
     module: Any,
     requests: Sequence[Request],
     settings: RolloutConfig,
     *,
     end_ids: Sequence[int],
     pad_id: int,
-    device: torch.device,
 ) -> list[Completion]:
     width = max(len(request.prompt) for request in requests)
-    ids_BT = torch.full((len(requests), width), pad_id, dtype=torch.int64, device=device)
+    ids_BT = torch.full((len(requests), width), pad_id, dtype=torch.int64, device=runtime.device)
     mask_BT = torch.zeros_like(ids_BT)
     for b, request in enumerate(requests):
         # Padded on the left: new tokens must follow the prompt directly.
@@ -123,18 +137,15 @@ def _generate(
         eos_token_id=list(end_ids),
         pad_token_id=pad_id,
         use_cache=True,
-        # The weights are whole on every rank, so ranks need not generate equally long.
-        synced_gpus=False,
+        # Where every rank helps to gather each layer, all go on until the last one has finished.
+        synced_gpus=_gathers_by_layer(runtime),
         repetition_penalty=1.0,
         temperature=None,
         top_p=None,
         top_k=None,
     )
-    logprobs_BN = torch.stack(sampler.logprobs, dim=1).tolist()
-    return [
-        _completion(new, logprobs, end_ids)
-        for new, logprobs in zip(out_BT[:, width:].tolist(), logprobs_BN, strict=True)
-    ]
+    new_BN, logprobs_BN = out_BT[:, width:].tolist(), torch.stack(sampler.logprobs, dim=1).tolist()
+    return [_completion(new, logprobs, end_ids) for new, logprobs in zip(new_BN, logprobs_BN, strict=True)]
 
 
 def _completion(new: list[int], logprobs: list[float], end_ids: Sequence[int]) -> Completion:

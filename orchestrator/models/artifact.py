@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +43,43 @@ COMPANIONS = (
 """Files copied from the base into an artifact that lacks its own."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ArtifactFacts:
+    """What an artifact was made from."""
+
+    config: RunConfig
+    base_folder: Path
+    manifest: Mapping[str, Any]
+    """Facts of its manifest, with the stage, its kind and the format of its rows."""
+
+
 def write_artifact(
     runtime: Runtime,
     module: torch.nn.Module,
     names: Sequence[str],
     folder: Path,
+    about: ArtifactFacts,
     *,
-    base_folder: Path,
-    config: RunConfig,
-    facts: Mapping[str, Any],
+    is_trained: bool = True,
 ) -> None:
     """Save parameters of the unwrapped module, by name, to a temporary folder, renamed to `folder`.
 
     Every rank must call it, and may leave before rank 0 has finished. Adapters stay in fp32, full models are saved in
-    `model.dtype`. CheckpointError if a tensor holds nothing usable, RunFolderError if the disk refuses.
+    `model.dtype`. CheckpointError if what `is_trained` is still as it was at first, or a tensor holds nothing usable, RunFolderError if the disk refuses.
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     if runtime.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     runtime.barrier()
+    config = about.config
     layout = layout_of(module, names, config)
     try:
-        digests = write_tensor_files(runtime, module, layout, temporary, config.cluster)
+        digests = write_tensor_files(runtime, module, layout, temporary, config.cluster, is_trained=is_trained)
         for file, digest in digests.items():
             write_json(_note(temporary, file), asdict(digest))
         if runtime.is_main:
-            _complete(module, names, temporary, layout, base_folder=base_folder, config=config, facts=facts)
+            _complete(module, names, temporary, layout, about)
             publish(temporary, folder)
     except OrchestratorError:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk has better uses
@@ -81,17 +91,9 @@ def _note(folder: Path, file: str) -> Path:
     return folder / f".{file}.json"
 
 
-def _complete(
-    module: Any,
-    names: Sequence[str],
-    folder: Path,
-    layout: Layout,
-    *,
-    base_folder: Path,
-    config: RunConfig,
-    facts: Mapping[str, Any],
-) -> None:
+def _complete(module: Any, names: Sequence[str], folder: Path, layout: Layout, about: ArtifactFacts) -> None:
     """Add to the tensor files of all ranks what makes them a model: settings, tokenizer, index, manifest."""
+    config, base_folder, facts = about.config, about.base_folder, about.manifest
     hashed: dict[str, FileDigest] = {}
     for file in layout.files:
         note = _note(folder, file)

@@ -30,7 +30,13 @@ def writers_of(files: Sequence[str], cluster: ClusterConfig) -> dict[str, int]:
 
 
 def write_tensor_files(
-    runtime: Runtime, module: torch.nn.Module, layout: Layout, folder: Path, cluster: ClusterConfig
+    runtime: Runtime,
+    module: torch.nn.Module,
+    layout: Layout,
+    folder: Path,
+    cluster: ClusterConfig,
+    *,
+    is_trained: bool = True,
 ) -> dict[str, FileDigest]:
     """Write the files of a layout into a folder; every rank must call it, with the unwrapped module.
 
@@ -45,7 +51,7 @@ def write_tensor_files(
         together = names[first : first + cluster.nodes * cluster.processes_per_node]
         own = next((name for name in together if writers[name] == runtime.rank), None)
         file = None if own is None else TensorFile(folder / own, layout.files[own], layout.metadata)
-        checks = _Checks(folder)
+        checks = _Checks(folder, marks=FROM_ZERO if is_trained else ())
         try:
             for name, piece in _turns(layout, together):
                 made = _made(runtime, module, piece, wanted=name == own)
@@ -100,8 +106,8 @@ def _append(file: TensorFile, piece: Piece, made: Tensors, checks: _Checks) -> N
 class _Checks:
     """Finds tensors that would load and mean nothing: empty, not finite, or an adapter that was never trained."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, marks: Sequence[str]) -> None:
+        self._folder, self._marks = folder, marks
         self._problems: list[str] = []
         self._still: dict[str, bool] = {}
 
@@ -112,7 +118,7 @@ class _Checks:
             bad = int((~torch.isfinite(tensor)).sum())
             self._problems.append(f"{name}: {bad} of {math.prod(tensor.shape)} values are not finite")
         # A factor that is still zero is the silent failure of adapters: the file loads and changes nothing.
-        for mark in FROM_ZERO:
+        for mark in self._marks:
             if mark in name:
                 self._still[mark] = self._still.get(mark, True) and not bool(tensor.any())
 

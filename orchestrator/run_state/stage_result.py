@@ -51,11 +51,7 @@ def finish(
         "digest": context.digest,
         "digests": dict(context.content_digests),
         "inputs": dict(context.input_digests),
-        "artifact": {
-            "kind": kind,
-            "path": context.folder.artifact.name,
-            "manifest_sha256": file_digest(context.folder.artifact / MANIFEST),
-        },
+        "artifact": _artifact(context, kind),
         "base": {"name": context.config.model.base, "folder": str(context.base_folder)},
         **({} if proof is None else {"proof": dict(proof)}),
         "wandb": wandb_state,
@@ -80,6 +76,11 @@ def recorded_first_loss(folder: StageFolder) -> float | None:
     """The held-out loss before the first step, as an earlier attempt recorded it."""
     losses = [row["eval_loss"] for row in read_rows(folder.metrics) if row.get("step") == 0 and "eval_loss" in row]
     return losses[0] if losses and isinstance(losses[0], float) else None
+
+
+def _artifact(context: StageContext, kind: ArtifactKind) -> dict[str, Any]:
+    folder = context.folder.artifact
+    return {"kind": kind, "path": folder.name, "manifest_sha256": file_digest(folder / MANIFEST)}
 
 
 def _times(context: StageContext) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from orchestrator.alignment.rewards import make_rewards
 from orchestrator.config.evaluation import FIRST_SET, EvaluateStage
 from orchestrator.dataloader.prepared_rows import PreparedRows
-from orchestrator.distributed.runtime import Runtime, start_single_runtime
+from orchestrator.distributed.runtime import Runtime, start_scoring_runtime
 from orchestrator.evaluation.classifier_scores import class_table, classifier_scores
 from orchestrator.evaluation.generated_rewards import generated_rewards
 from orchestrator.evaluation.score_tables import describe_sets, regressions_line, score_table, shift_labels
@@ -30,11 +30,11 @@ from orchestrator.run_state.stage_result import finish
 
 def run(context: StageContext) -> int:
     """Score base and tuned model on the same rows of every set, and report both."""
-    record = Recorder(context, rank=0)
-    record.event("start", world_size=1)
     context.phases.begin(phase.LOADING)
     started = time.time()
-    runtime = start_single_runtime(context.config, autocast=False, phases=context.phases)
+    runtime = start_scoring_runtime(context.config, autocast=False, phases=context.phases)
+    record = Recorder(context, rank=runtime.rank)
+    record.event("start", world_size=runtime.world_size)
     if context.start is not None and context.start.kind.is_classifier:
         report = _classifier_report(context, runtime, record)
         return _finish(context, record, report, report, started)
@@ -73,7 +73,8 @@ def _finish(
 ) -> int:
     """Write the report, and the result with its summary."""
     context.phases.begin(phase.WRITING)
-    _write(context, report)
+    if record.is_main:
+        _write(context, report)
     return finish(context, record, {**summary, "seconds": time.time() - started}, kind=ArtifactKind.REPORT)
 
 
@@ -81,16 +82,18 @@ def _before_and_after(
     context: StageContext, runtime: Runtime, scorer: Scorer
 ) -> tuple[dict[str, dict[str, SetScores]], dict[str, dict[str, float]]]:
     """(scores by set, rewards on the first set) of base and tuned model."""
-    tuned: Any = _tuned(context).to(runtime.device).eval()
+    tuned = runtime.hold(_tuned(context))
     context.phases.begin(phase.SCORING, unit=phase.ROWS)
     sets = {"tuned": scorer.of(tuned)}
     rewards = {"tuned": _rewards(context, runtime, tuned)}
     if not context.config.tuning.is_adapter:
+        runtime.release(tuned)
+        del tuned
         dtype = DTYPES[context.config.model.dtype]
-        base: Any = load_model(context.base_folder, context.config, weights_dtype=dtype).to(runtime.device)  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
+        base = runtime.hold(load_model(context.base_folder, context.config, weights_dtype=dtype))
         sets["base"], rewards["base"] = scorer.of(base), _rewards(context, runtime, base)
     else:
-        with tuned.disable_adapter():
+        with runtime.module_of(tuned).disable_adapter():
             sets["base"], rewards["base"] = scorer.of(tuned), _rewards(context, runtime, tuned)
     return {"base": sets["base"], "tuned": sets["tuned"]}, rewards
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from orchestrator.config.merging import InterpolateStage
-from orchestrator.distributed.runtime import Runtime, start_single_runtime
+from orchestrator.distributed.runtime import Runtime, start_scoring_runtime
 from orchestrator.evaluation.score_tables import describe_sets, score_table, shift_labels
 from orchestrator.evaluation.set_scores import Scorer, open_scorer
 from orchestrator.files.atomic import write_json
@@ -24,11 +24,11 @@ from orchestrator.run_state.stage_context import ParentArtifact, StageContext
 def run(context: StageContext) -> int:
     """Score every a, report the curves, then write and prove the chosen model."""
     stage = cast("InterpolateStage", context.stage)
-    record = Recorder(context, rank=0)
-    record.event("start", world_size=1)
     context.phases.begin(phase.LOADING)
     started = time.time()
-    runtime = start_single_runtime(context.config, autocast=False, phases=context.phases)
+    runtime = start_scoring_runtime(context.config, autocast=False, phases=context.phases)
+    record = Recorder(context, rank=runtime.rank)
+    record.event("start", world_size=runtime.world_size)
     scorer = open_scorer(context, runtime)
     shifts = shift_labels(scorer.sets)
     for line in describe_sets(scorer):
@@ -72,7 +72,7 @@ def _plain(scores: Scores) -> dict[str, dict[str, float | int | None]]:
 def _scores_of_grid(context: StageContext, runtime: Runtime, scorer: Scorer, record: Recorder) -> list[Scores]:
     stage = cast("InterpolateStage", context.stage)
     blend = open_blend(context, _ingredients(context))
-    blend.model.to(runtime.device).eval()
+    blend.model = runtime.hold(blend.model)
     scores: list[Scores] = []
     context.phases.begin(phase.SCORING, total=len(stage.alphas), unit=phase.BLENDS)
     for alpha in stage.alphas:

@@ -8,7 +8,7 @@ from typing import cast
 
 from orchestrator.config.merging import MergeStage
 from orchestrator.dataloader.prepared_rows import PreparedRows
-from orchestrator.distributed.runtime import start_single_runtime
+from orchestrator.distributed.runtime import start_scoring_runtime
 from orchestrator.errors import CheckpointError
 from orchestrator.files.atomic import read_json
 from orchestrator.merging.adapter_merge import Source, merge, write_merged
@@ -27,11 +27,11 @@ def run(context: StageContext) -> int:
     stage = cast("MergeStage", context.stage)
     start = context.start
     assert start is not None, "the pipeline's rules ask for a policy before it"
-    record = Recorder(context, rank=0)
-    record.event("start", world_size=1)
     context.phases.begin(phase.LOADING)
     started = time.time()
-    runtime = start_single_runtime(context.config, autocast=False, phases=context.phases)
+    runtime = start_scoring_runtime(context.config, autocast=False, phases=context.phases)
+    record = Recorder(context, rank=runtime.rank)
+    record.event("start", world_size=runtime.world_size)
     source = Source(config=context.config, base_folder=context.base_folder, artifact=start.folder, kind=start.kind)
     rows = PreparedRows.open(context.train_data)
     context.phases.begin(phase.MERGING, unit=phase.ROWS)

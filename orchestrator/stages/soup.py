@@ -10,7 +10,7 @@ from typing import cast
 
 from orchestrator.config.merging import SoupStage
 from orchestrator.config.rollout import STAGE_PREFIX
-from orchestrator.distributed.runtime import start_single_runtime
+from orchestrator.distributed.runtime import start_scoring_runtime
 from orchestrator.evaluation.score_tables import describe_sets, regressions_line, score_table, shift_labels
 from orchestrator.evaluation.set_scores import Scorer, open_scorer
 from orchestrator.files.atomic import write_json
@@ -24,18 +24,18 @@ from orchestrator.run_state.stage_context import ParentArtifact, StageContext
 
 def run(context: StageContext) -> int:
     """Score base and ingredients, average them by the stage's recipe, then write and prove the soup."""
-    record = Recorder(context, rank=0)
-    record.event("start", world_size=1)
     context.phases.begin(phase.LOADING)
     started = time.time()
-    runtime = start_single_runtime(context.config, autocast=False, phases=context.phases)
+    runtime = start_scoring_runtime(context.config, autocast=False, phases=context.phases)
+    record = Recorder(context, rank=runtime.rank)
+    record.event("start", world_size=runtime.world_size)
     scorer = open_scorer(context, runtime)
     shifts = shift_labels(scorer.sets)
     for line in describe_sets(scorer):
         record.log(line)
     ingredients = ingredients_of(context)
     blend = open_blend(context, ingredients)
-    blend.model.to(runtime.device).eval()
+    blend.model = runtime.hold(blend.model)
     context.phases.begin(phase.SCORING, unit=phase.ROWS)
     columns, kept = _cooked(cast("SoupStage", context.stage), scorer, blend, ingredients)
     del blend

@@ -9,7 +9,7 @@ import torch
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import EXIT_WRITTEN
 from orchestrator.metrics import phases as phase
-from orchestrator.models.artifact import round_as_saved, write_artifact
+from orchestrator.models.artifact import ArtifactFacts, round_as_saved, write_artifact
 from orchestrator.run_state.proof_note import Expected, write_note
 from orchestrator.run_state.recorder import Recorder
 from orchestrator.run_state.stage_context import StageContext, training_stage
@@ -71,15 +71,8 @@ def _write(session: Session, *, step: int) -> None:
         "data": session.rows.digest,
         "format": session.rows.meta.format,
     }
-    write_artifact(
-        runtime,
-        module,
-        names,
-        context.folder.artifact,
-        base_folder=context.base_folder,
-        config=context.config,
-        facts=facts,
-    )
+    about = ArtifactFacts(config=context.config, base_folder=context.base_folder, manifest=facts)
+    write_artifact(runtime, module, names, context.folder.artifact, about)
 
 
 def _summary(

@@ -176,7 +176,7 @@ def _train_cell(cell: Cell) -> None:
 
     from orchestrator.classification.model import build_classifier
     from orchestrator.config.run import RunConfig
-    from orchestrator.distributed.gather import gather_trainable
+    from orchestrator.distributed.gather import whole_parameter
     from orchestrator.distributed.runtime import start_runtime
     from orchestrator.metrics.phases import Phases
     from orchestrator.models.tuning import build_policy
@@ -250,7 +250,11 @@ def _train_cell(cell: Cell) -> None:
     )
     train_job(_dying(_poisoned(job, cell.poison), cell, record), progress, hooks)
     checkpointer.close()
-    weights = gather_trainable(runtime, job.model)
+    weights: dict[str, Any] = {}
+    for name, parameter in runtime.module_of(job.model).named_parameters():
+        if parameter.requires_grad:
+            with whole_parameter(runtime, parameter) as whole:
+                weights[name] = whole.float().clone()
     if runtime.is_main:
         save_file(weights, run / f"weights-{cell.attempt}.safetensors")
     runtime.barrier()

@@ -10,7 +10,6 @@ import sys
 ADDRESS = "TESTS_FORK_SERVER"
 PROGRAMS = ("orchestrator", "orchestrator.worker", "orchestrator.run_state.attempts", "torch.distributed.run")
 TORCH_PROGRAMS = (
-    "orchestrator.evaluation.artifact_proof",
     "orchestrator.evaluation.compare_with_base",
     "orchestrator.merging.export",
     "orchestrator.metrics.foreground",

@@ -19,7 +19,7 @@ from orchestrator.config.training import TrainingStage
 from orchestrator.config.tuning import ADAPTER_TUNINGS, AdaloraTuning
 from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.losses.token_logprobs import labelled_positions
-from orchestrator.models.artifact import open_adapter, write_artifact
+from orchestrator.models.artifact import ArtifactFacts, open_adapter, write_artifact
 from orchestrator.models.causal_lm import Query
 from orchestrator.models.loading import load_model, silence_libraries
 from orchestrator.models.peft_adapters import apply_loftq_init, dequantised
@@ -103,9 +103,7 @@ def test_saved_opened_and_merged_it_is_the_trained_model(folder: Path, tmp_path:
         model,
         names,
         tmp_path / "artifact",
-        base_folder=folder,
-        config=config,
-        facts=FACTS,
+        ArtifactFacts(config=config, base_folder=folder, manifest=FACTS),
     )
     torch.manual_seed(99)
     opened: Any = open_adapter(_base(folder, config), tmp_path / "artifact").eval()
@@ -128,9 +126,7 @@ def test_virtual_tokens_open_again_and_are_scored_past(folder: Path, tmp_path: P
         model,
         names,
         tmp_path / "artifact",
-        base_folder=folder,
-        config=config,
-        facts=FACTS,
+        ArtifactFacts(config=config, base_folder=folder, manifest=FACTS),
     )
     opened: Any = open_adapter(_base(folder, config), tmp_path / "artifact").eval()
     torch.testing.assert_close(_logits(opened), _logits(model), rtol=0, atol=1e-6)

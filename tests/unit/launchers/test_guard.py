@@ -64,6 +64,13 @@ def test_a_good_end_leaves_no_failure(tmp_path: Path, code: int, returned: int) 
     assert read_first_cause(tmp_path, 1) is None
 
 
+def test_a_rank_with_work_left_for_a_fresh_process_is_started_again(tmp_path: Path) -> None:
+    state, seen = state_of(tmp_path), tmp_path / "starts"
+    program = f"import os; open({str(seen)!r}, 'a').write(os.environ['LAUNCH_START']); raise SystemExit([76, 75][len(open({str(seen)!r}).read()) - 1])"
+    assert start_guard(state, sys.executable, "-c", program).wait(20) == 75
+    assert seen.read_text() == "12" and read_first_cause(tmp_path, 1) is None
+
+
 def test_a_signal_is_named_and_returned_as_a_shell_does(tmp_path: Path) -> None:
     guard = start_guard(state_of(tmp_path), sys.executable, "-c", "import os; os.kill(os.getpid(), 11)")
     assert guard.wait(20) == 139

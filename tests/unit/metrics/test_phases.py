@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from orchestrator.metrics.phases import PROOF, ROWS, STEPS, Phase, Phases, is_due, read_report
-
-JOINER = """
-import sys, time
-from pathlib import Path
-from orchestrator.metrics.phases import Phases
-phases = Phases.joined(Path(sys.argv[1]))
-phases.advance(3, 9)
-time.sleep(1.2)
-"""
 
 
 def test_the_file_names_the_phase_at_work_and_the_seconds_of_those_that_ended(tmp_path: Path) -> None:
@@ -78,15 +67,22 @@ def test_the_pauses_grow_from_five_seconds_to_a_minute() -> None:
     assert beats[:6] == [5, 10, 20, 40, 80, 140] and beats[-1] - beats[-2] == 60
 
 
-def test_the_process_that_works_on_a_phase_reports_into_the_file_of_the_one_that_waits(tmp_path: Path) -> None:
+def test_a_fresh_process_goes_on_with_the_phase_and_the_seconds_of_the_one_before(tmp_path: Path) -> None:
     file = tmp_path / "phases.json"
-    phases = Phases(file)
-    with phases.handed_over(PROOF):
-        subprocess.run([sys.executable, "-c", JOINER, str(file)], check=True)
-        found = read_report(file)
-    phases.close()
-    assert found is not None and found.now is not None
-    assert (found.now.name, found.now.done, found.now.total) == (PROOF, 3, 9)
+    first = Phases(file, attempt=3, began=time.time() - 100)
+    first.begin("training", unit=STEPS)
+    first.begin(PROOF, unit=ROWS)  # and here the process ends
+    began = read_report(file)
+    said: list[str] = []
+    second = Phases(file, attempt=3, known=began, say=said.append)
+    assert second.is_at(PROOF) and began is not None and second.began == began.began
+    second.advance(3, 9)
+    time.sleep(0.7)
+    found = read_report(file)
+    assert found is not None and found.now is not None and (found.now.done, found.now.total) == (3, 9)
+    seconds = second.end()
+    assert list(seconds) == ["training", PROOF] and seconds[PROOF] >= 0.7 and not said
+    first.close()
 
 
 def test_a_damaged_or_missing_file_is_no_report_and_a_disk_that_refuses_stops_nothing(tmp_path: Path) -> None:
