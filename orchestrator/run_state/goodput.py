@@ -29,7 +29,7 @@ class TimeSpent:
     rollout: float
     """Generating completions."""
     proof: float
-    """Writing and proving the artifact."""
+    """Writing and proving the artifact, whether or not the attempt came to its end."""
     gaps: float
     """Between the last record of an attempt and the start of the next."""
     other: float
@@ -84,15 +84,20 @@ def _attempt(number: int, events: Sequence[Row], rows: Sequence[Row]) -> _Attemp
     times = [
         time for row in [*own, *rows] if attempt_of(row) == number and (time := number_of(row, "time")) is not None
     ]
-    recorded = number_of(_of(own, "start")[0], "began")
+    recorded = number_of(_beginning(own), "began")
     began = min(times) if recorded is None else recorded
     ended = max(times)
-    train, trained, finish = (_time_of(own, name) for name in ("train", "trained", "finish"))
+    if not _of(own, "start"):  # an earlier attempt wrote the artifact: this one had nothing to do but to prove it
+        return _Attempt(began=began, ended=ended, startup=0.0, proof=ended - began)
+    train, trained = _time_of(own, "train"), _time_of(own, "trained")
     startup = (ended if train is None else train) - began - _seconds_between(scored, began, train)
-    proof = 0.0
-    if trained is not None and finish is not None:
-        proof = finish - trained - _seconds_between(scored, trained, finish)
+    proof = 0.0 if trained is None else ended - trained - _seconds_between(scored, trained, ended)
     return _Attempt(began=began, ended=ended, startup=startup, proof=proof)
+
+
+def _beginning(events: Sequence[Row]) -> Row:
+    """The first record of an attempt: of its training, or of the proof if that was all that was left."""
+    return next(row for row in events if row.get("event") in ("start", "prove"))
 
 
 def _steps(rows: Sequence[Row]) -> tuple[float, float, float]:
@@ -124,7 +129,7 @@ def _seconds_between(scored: Sequence[Row], start: float, end: float | None) -> 
 
 
 def _started(events: Sequence[Row]) -> list[int]:
-    return sorted({attempt_of(row) for row in _of(events, "start")})
+    return sorted({attempt_of(row) for name in ("start", "prove") for row in _of(events, name)})
 
 
 def _of(events: Sequence[Row], name: str) -> list[Row]:

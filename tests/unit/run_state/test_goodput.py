@@ -69,6 +69,17 @@ def test_rolled_back_steps_are_replayed(tmp_path: Path) -> None:
     assert (spent.training, spent.replayed) == (40, 20 + 3)
 
 
+def test_a_proof_in_an_attempt_of_its_own_is_no_startup(tmp_path: Path) -> None:
+    killed = [*EVENTS[:-1], {"event": "written", "attempt": 2, "time": 160}]
+    proven = [
+        {"event": "prove", "attempt": 3, "time": 205, "began": 200},
+        {"event": "finish", "attempt": 3, "time": 212},
+    ]
+    spent = time_spent(written(tmp_path, [*killed, *proven], METRICS))
+    assert spent is not None
+    assert (spent.startup, spent.proof, spent.gaps) == (20, 2 + 12, 47 + 40) and spent.wall_seconds == 212
+
+
 def test_a_stage_that_never_started_has_spent_nothing(tmp_path: Path) -> None:
     assert time_spent(StageFolder(tmp_path)) is None
     died = time_spent(written(tmp_path, EVENTS[:1], []))
