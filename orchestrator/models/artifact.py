@@ -22,7 +22,7 @@ from orchestrator.errors import CheckpointError, OrchestratorError
 from orchestrator.files.atomic import publish, read_json, write_json
 from orchestrator.files.manifest import FileDigest, write_manifest
 from orchestrator.files.waiting import wait_for
-from orchestrator.models.artifact_stream import write_tensor_files
+from orchestrator.models.artifact_stream import Parameters, write_tensor_files
 from orchestrator.models.artifact_tensors import Layout, layout_of
 from orchestrator.models.causal_lm import attach_adapted_head, attach_head
 from orchestrator.models.loading import DTYPES, attention_of, load_model, load_scorer
@@ -54,15 +54,9 @@ class ArtifactFacts:
 
 
 def write_artifact(
-    runtime: Runtime,
-    module: torch.nn.Module,
-    names: Sequence[str],
-    folder: Path,
-    about: ArtifactFacts,
-    *,
-    is_trained: bool = True,
+    runtime: Runtime, parameters: Parameters, folder: Path, about: ArtifactFacts, *, is_trained: bool = True
 ) -> None:
-    """Save parameters of the unwrapped module, by name, to a temporary folder, renamed to `folder`.
+    """Save parameters to a temporary folder, renamed to `folder`.
 
     Every rank must call it, and may leave before rank 0 has finished. Adapters stay in fp32, full models are saved in
     `model.dtype`. CheckpointError if what `is_trained` is still as it was at first, or a tensor holds nothing usable, RunFolderError if the disk refuses.
@@ -73,13 +67,13 @@ def write_artifact(
         temporary.mkdir(parents=True)
     runtime.barrier()
     config = about.config
-    layout = layout_of(module, names, config)
+    layout = layout_of(parameters.module, parameters.names, config)
     try:
-        digests = write_tensor_files(runtime, module, layout, temporary, config.cluster, is_trained=is_trained)
+        digests = write_tensor_files(runtime, parameters, layout, temporary, config.cluster, is_trained=is_trained)
         for file, digest in digests.items():
             write_json(_note(temporary, file), asdict(digest))
         if runtime.is_main:
-            _complete(module, names, temporary, layout, about)
+            _complete(parameters, temporary, layout, about)
             publish(temporary, folder)
     except OrchestratorError:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk has better uses
@@ -91,7 +85,7 @@ def _note(folder: Path, file: str) -> Path:
     return folder / f".{file}.json"
 
 
-def _complete(module: Any, names: Sequence[str], folder: Path, layout: Layout, about: ArtifactFacts) -> None:
+def _complete(parameters: Parameters, folder: Path, layout: Layout, about: ArtifactFacts) -> None:
     """Add to the tensor files of all ranks what makes them a model: settings, tokenizer, index, manifest."""
     config, base_folder, facts = about.config, about.base_folder, about.manifest
     hashed: dict[str, FileDigest] = {}
@@ -101,7 +95,7 @@ def _complete(module: Any, names: Sequence[str], folder: Path, layout: Layout, a
         hashed[file] = FileDigest(**read_json(note))
         note.unlink()
     write_index(folder, layout.files, parameters=layout.parameters)
-    _write_settings(module, names, folder, config, kind=str(facts["kind"]))
+    _write_settings(parameters.module, parameters.names, folder, config, kind=str(facts["kind"]))
     for name in COMPANIONS:
         if (base_folder / name).is_file() and not (folder / name).exists():
             shutil.copyfile(base_folder / name, folder / name)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +24,52 @@ FROM_ZERO = ("lora_B", "lora_E", "vera_lambda_b", "oft_R")
 """Adapter tensors that are all zero before the first step."""
 
 
+class Parameters(Protocol):
+    """The parameters of an artifact, whole and one at a time."""
+
+    module: Any
+    """The unwrapped module, of which at least names, shapes and settings are real."""
+    names: Sequence[str]
+    is_collective: bool
+    """Whether every rank must take a parameter that one of them needs."""
+
+    def take(self, name: str) -> AbstractContextManager[torch.Tensor]:
+        """A parameter, valid inside the block; it must not change afterwards if it is on the host."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveParameters:
+    """Parameters of a model in memory, of any sharding."""
+
+    runtime: Runtime
+    module: Any
+    names: Sequence[str]
+    is_collective: bool = True
+
+    @contextmanager
+    def take(self, name: str) -> Generator[torch.Tensor]:
+        parameter = self.module.get_parameter(name)
+        is_lent = hasattr(parameter, "ds_id") and not parameter.requires_grad
+        with whole_parameter(self.runtime, parameter) as whole:
+            # ZeRO-3 takes the memory back at the end of the block.
+            yield whole.clone() if is_lent and whole.device.type == "cpu" else whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadParameters:
+    """Parameters that are made from files, on the host."""
+
+    module: Any
+    names: Sequence[str]
+    read: Callable[[str], torch.Tensor]
+    is_collective: bool = False
+
+    @contextmanager
+    def take(self, name: str) -> Generator[torch.Tensor]:
+        yield self.read(name)
+
+
 def writers_of(files: Sequence[str], cluster: ClusterConfig) -> dict[str, int]:
     """File -> the rank that writes it: the first rank of every node, then the second ones, and round again."""
     per_node = cluster.processes_per_node
@@ -31,14 +79,14 @@ def writers_of(files: Sequence[str], cluster: ClusterConfig) -> dict[str, int]:
 
 def write_tensor_files(
     runtime: Runtime,
-    module: torch.nn.Module,
+    parameters: Parameters,
     layout: Layout,
     folder: Path,
     cluster: ClusterConfig,
     *,
     is_trained: bool = True,
 ) -> dict[str, FileDigest]:
-    """Write the files of a layout into a folder; every rank must call it, with the unwrapped module.
+    """Write the files of a layout into a folder; every rank must call it.
 
     Return the digests of the files that this rank wrote. CheckpointError with every tensor that holds nothing usable,
     RunFolderError if the disk refuses. A rank holds two whole tensors at most.
@@ -54,7 +102,7 @@ def write_tensor_files(
         checks = _Checks(folder, marks=FROM_ZERO if is_trained else ())
         try:
             for name, piece in _turns(layout, together):
-                made = _made(runtime, module, piece, wanted=name == own)
+                made = _made(parameters, piece, wanted=name == own)
                 if file is not None and name == own:
                     _append(file, piece, made, checks)
             runtime.barrier()  # a rank that leaves now may break the last gathering of a slower one
@@ -83,16 +131,16 @@ def _pieces_of(layout: Layout, file: str) -> list[Piece]:
     return [piece for _, piece in sorted(firsts, key=lambda pair: pair[0])]
 
 
-def _made(runtime: Runtime, module: torch.nn.Module, piece: Piece, *, wanted: bool) -> Tensors:
+def _made(parameters: Parameters, piece: Piece, *, wanted: bool) -> Tensors:
     """The piece's tensors on the host of the rank that writes them; nothing on the others, which help to gather."""
+    if not wanted and not parameters.is_collective:
+        return {}
     tensors: dict[str, torch.Tensor] = {}
     with ExitStack() as whole:
         for name in piece.sources:
-            parameter = module.get_parameter(name)
-            value = whole.enter_context(whole_parameter(runtime, parameter))
+            value = whole.enter_context(parameters.take(name))
             if wanted:
-                is_lent = hasattr(parameter, "ds_id") and not parameter.requires_grad
-                tensors[name] = value.to("cpu", copy=is_lent)
+                tensors[name] = value.to("cpu")
     return piece.make(tensors) if wanted else {}
 
 

@@ -10,6 +10,7 @@ from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import EXIT_WRITTEN
 from orchestrator.metrics import phases as phase
 from orchestrator.models.artifact import ArtifactFacts, round_as_saved, write_artifact
+from orchestrator.models.artifact_stream import LiveParameters
 from orchestrator.run_state.proof_note import Expected, write_note
 from orchestrator.run_state.recorder import Recorder
 from orchestrator.run_state.stage_context import StageContext, training_stage
@@ -72,7 +73,8 @@ def _write(session: Session, *, step: int) -> None:
         "format": session.rows.meta.format,
     }
     about = ArtifactFacts(config=context.config, base_folder=context.base_folder, manifest=facts)
-    write_artifact(runtime, module, names, context.folder.artifact, about)
+    parameters = LiveParameters(runtime=runtime, module=module, names=names)
+    write_artifact(runtime, parameters, context.folder.artifact, about)
 
 
 def _summary(

@@ -20,6 +20,7 @@ from orchestrator.config.tuning import ADAPTER_TUNINGS, AdaloraTuning
 from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.losses.token_logprobs import labelled_positions
 from orchestrator.models.artifact import ArtifactFacts, open_adapter, write_artifact
+from orchestrator.models.artifact_stream import LiveParameters
 from orchestrator.models.causal_lm import Query
 from orchestrator.models.loading import load_model, silence_libraries
 from orchestrator.models.peft_adapters import apply_loftq_init, dequantised
@@ -98,10 +99,10 @@ def test_saved_opened_and_merged_it_is_the_trained_model(folder: Path, tmp_path:
     model = _tuned(folder, config, moved=True)
     trained = _logits(model)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
+    runtime = start_single_runtime(config, autocast=False)
     write_artifact(
-        start_single_runtime(config, autocast=False),
-        model,
-        names,
+        runtime,
+        LiveParameters(runtime=runtime, module=model, names=names),
         tmp_path / "artifact",
         ArtifactFacts(config=config, base_folder=folder, manifest=FACTS),
     )
@@ -121,10 +122,10 @@ def test_virtual_tokens_open_again_and_are_scored_past(folder: Path, tmp_path: P
     config = _config(folder, *VIRTUAL[method])
     model = _tuned(folder, config, moved=True)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
+    runtime = start_single_runtime(config, autocast=False)
     write_artifact(
-        start_single_runtime(config, autocast=False),
-        model,
-        names,
+        runtime,
+        LiveParameters(runtime=runtime, module=model, names=names),
         tmp_path / "artifact",
         ArtifactFacts(config=config, base_folder=folder, manifest=FACTS),
     )

@@ -21,6 +21,7 @@ from orchestrator.distributed.runtime import start_single_runtime
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.losses.token_logprobs import labelled_positions
 from orchestrator.models.artifact import ArtifactFacts, open_artifact, write_artifact
+from orchestrator.models.artifact_stream import LiveParameters
 from orchestrator.models.loading import load_model
 from orchestrator.models.reft import Intervention, orthonormal_RW, site_positions
 from orchestrator.models.tuning import apply_tuning
@@ -246,7 +247,8 @@ def test_the_folder_opens_again_and_a_wrong_one_is_refused(folder: Path, tmp_pat
     facts = {"kind": "sft", "stage": "sft", "format": "sft"}
     about = ArtifactFacts(config=config, base_folder=folder, manifest=facts)
     runtime = start_single_runtime(config, autocast=False)
-    write_artifact(runtime, model, names, tmp_path / "artifact", about)
+    parameters = LiveParameters(runtime=runtime, module=model, names=names)
+    write_artifact(runtime, parameters, tmp_path / "artifact", about)
     again: Any = open_artifact(
         tmp_path / "artifact", base_folder=folder, config=config, weights_dtype=torch.float32
     ).eval()
