@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from orchestrator.alignment.rewards import without_sharding
 from orchestrator.config.alignment import PolicyStage
 from orchestrator.config.tuning import ADAPTER_TUNINGS
 from orchestrator.models.loading import DTYPES, load_model
 from orchestrator.models.peft_adapters import adapter_settings
 from orchestrator.models.tuning import build_policy, load_adapter
+from orchestrator.models.weight_stream import without_sharding
 from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.recipe import Session
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.generation.samples import Scored
 from orchestrator.models.artifact import open_artifact
 from orchestrator.models.loading import DTYPES, load_scorer
+from orchestrator.models.weight_stream import without_sharding
 from orchestrator.rewards.load import load_reward
 from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.objectives import document_scores
@@ -105,18 +104,3 @@ def _by_model(runtime: Runtime, model: torch.nn.Module) -> Score:
 
 
 SCORED_AT_ONCE = 16
-
-
-@contextmanager
-def without_sharding() -> Generator[None]:
-    """Load models whole on every rank inside this block, even if transformers is configured for ZeRO-3."""
-    from transformers.integrations import deepspeed
-
-    reference: Any = deepspeed._hf_deepspeed_config_weak_ref  # pyright: ignore[reportPrivateUsage]
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        settings = None if reference is None else reference()
-        if settings is not None:
-            deepspeed.set_hf_deepspeed_config(settings)

@@ -24,6 +24,7 @@ from orchestrator.errors import CheckpointError, DataError, ModelError
 from orchestrator.models.causal_lm import NOT_FOR_A_BACKBONE
 from orchestrator.models.loading import attention_of, disable_cpu_weight_repacking, nf4_settings
 from orchestrator.models.tuning import apply_tuning, hold_masters_in_fp32, load_adapter
+from orchestrator.models.weight_stream import load_streamed
 from orchestrator.run_state.stage_context import StageContext
 
 HEADS = ("score", "classifier", "pooler", "pre_classifier")
@@ -76,9 +77,7 @@ def load_classifier(
         settings: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True, **classes.settings())
         if settings.get_text_config().pad_token_id is None:
             settings.pad_token_id = settings.get_text_config().pad_token_id = facts.pad_id
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            str(folder), config=settings, use_safetensors=True, output_loading_info=True, **options
-        )
+        model, report = load_streamed(AutoModelForSequenceClassification, folder, config=settings, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder} cannot be loaded as a classifier: {' '.join(str(error).split())[:300]}") from error
     lost = sorted(map(str, report["missing_keys"]))

@@ -24,10 +24,18 @@ def whole_parameter(runtime: Runtime, parameter: Any) -> Generator[torch.Tensor]
         whole = safe_get_full_fp32_param(parameter)
         assert whole is not None, "DeepSpeed keeps an fp32 master of every trained parameter"
         yield whole.detach()
-    elif hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield parameter.detach()
     else:
-        yield parameter.detach()
+        with gathered(parameter):
+            yield parameter.detach()
+
+
+@contextmanager
+def gathered(parameter: Any) -> Generator[None]:
+    """Make a parameter's values whole inside the block if ZeRO-3 shards them; then every rank must enter."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield

@@ -25,6 +25,7 @@ from orchestrator.files.atomic import publish, write_text
 from orchestrator.files.manifest import write_manifest
 from orchestrator.models.artifact import COMPANIONS, open_adapter, open_artifact
 from orchestrator.models.loading import DTYPES, load_model
+from orchestrator.models.weight_stream import HOST, placed_on
 from orchestrator.run_state.artifact_kind import ArtifactKind
 
 Say = Callable[[str], None]
@@ -141,7 +142,8 @@ def _merged_dense(source: Source) -> Any:
         return open_artifact(
             source.artifact, base_folder=source.base_folder, config=dense, weights_dtype=DTYPES[dense.model.dtype]
         )
-    return _with_adapter(load_model(source.base_folder, dense, weights_dtype=torch.float32), source)
+    with placed_on(HOST):
+        return _with_adapter(load_model(source.base_folder, dense, weights_dtype=torch.float32), source)
 
 
 def _merged_dequantised(source: Source) -> Any:
@@ -157,7 +159,8 @@ def _merged_dequantised(source: Source) -> Any:
     }
     del quantised
     dense = source.config.model_copy(update={"quantization": NoQuantization(scheme="none")})
-    model = load_model(source.base_folder, dense, weights_dtype=torch.float32)
+    with placed_on(HOST):
+        model = load_model(source.base_folder, dense, weights_dtype=torch.float32)
     parameters = dict(model.named_parameters())
     for name, weight in seen.items():
         parameters[name].data.copy_(weight.reshape(parameters[name].shape))

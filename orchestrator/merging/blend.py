@@ -27,6 +27,7 @@ from orchestrator.models.artifact import open_model
 from orchestrator.models.causal_lm import attach_adapted_head
 from orchestrator.models.loading import DTYPES, load_model
 from orchestrator.models.tuning import ADAPTER_WEIGHTS, load_adapter_weights
+from orchestrator.models.weight_stream import HOST, placed_on
 from orchestrator.run_state.stage_context import ParentArtifact, StageContext
 
 _DOWN = re.compile(r"\.lora_(A|embedding_A)(\.|$)")
@@ -55,6 +56,7 @@ def open_blend(context: StageContext, ingredients: Sequence[ParentArtifact]) -> 
     return AdapterBlend(config, base_folder, ingredients)
 
 
+@placed_on(HOST)
 def whole_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[ParentArtifact]) -> WholeBlend:
     """A blend of whole language models."""
     dtype = DTYPES[config.model.dtype]
@@ -62,6 +64,7 @@ def whole_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[Pare
     return WholeBlend(base, lambda folder: open_model(folder, config, dtype, packed=False), ingredients)
 
 
+@placed_on(HOST)
 def classifier_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[ParentArtifact]) -> WholeBlend:
     """A blend of whole classifiers, with weights that add up to 1: the base has no head for their classes."""
     _refuse_other_classes(ingredients)

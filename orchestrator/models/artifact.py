@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from orchestrator.architecture.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
 from orchestrator.config.data import DataConfig
@@ -29,6 +29,7 @@ from orchestrator.models.loading import DTYPES, attention_of, load_model, load_s
 from orchestrator.models.peft_adapters import double_rank, save_adapter_settings
 from orchestrator.models.reft import attach_reft, load_reft, read_settings, save_reft_settings
 from orchestrator.models.tuning import load_adapter
+from orchestrator.models.weight_stream import load_streamed
 from orchestrator.run_state.model_card import CARD
 from orchestrator.tensors.writer import write_index
 
@@ -182,16 +183,13 @@ def open_artifact(
 
 
 def open_model(folder: Path, config: RunConfig, weights_dtype: torch.dtype, *, packed: bool) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, by output_loading_info
-        str(folder),
+    """A fully tuned model, placed as `load_streamed` says; CheckpointError if its weights are not those of its class."""
+    model, report = load_streamed(
+        AutoModelForCausalLM,
+        folder,
         dtype=weights_dtype,
         attn_implementation=attention_of(config, packed=packed),
-        output_loading_info=True,
-        use_safetensors=True,
     )
-    model, report = loaded
     faults = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if faults:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Fetches the base model to a local folder and loads it, quantised or straight into ZeRO-3 shards."""
+"""Fetches the base model to a local folder and loads it: quantised or not, whole or as ZeRO-3 shards."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from orchestrator.errors import ModelError
 from orchestrator.models import attention
 from orchestrator.models.causal_lm import NOT_FOR_A_BACKBONE, attach_head
 from orchestrator.models.gguf_conversion import dequantise
+from orchestrator.models.weight_stream import load_streamed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -59,7 +60,7 @@ def fetch_base(model: ModelConfig, *, cache: Path, say: Callable[[str], None]) -
 
 
 def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, packed: bool = False) -> PreTrainedModel:
-    """The base model in `weights_dtype`, or in 4 bits; under ZeRO-3 transformers loads straight into shards.
+    """The base model in `weights_dtype`, or in 4 bits: on the rank's device, or as ZeRO-3 shards (`load_streamed`).
 
     `packed` means that its rows contain several documents, which must not see each other.
     """
@@ -67,8 +68,7 @@ def load_model(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, p
     if config.quantization.is_4bit:
         options["quantization_config"] = nf4_settings(config)
     try:
-        # safetensors only: unpickling a foreign file may run its code.
-        model = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, **options)
+        model, _ = load_streamed(AutoModelForCausalLM, folder, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.base: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     disable_cpu_weight_repacking(model)
@@ -86,9 +86,7 @@ def load_scorer(folder: Path, config: RunConfig, *, weights_dtype: torch.dtype, 
     if config.quantization.is_4bit:
         options["quantization_config"] = nf4_settings(config, skip=("score",))
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            str(folder), num_labels=1, use_safetensors=True, **options
-        )
+        model, _ = load_streamed(AutoModelForSequenceClassification, folder, num_labels=1, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{folder} cannot be loaded as a reward model: {' '.join(str(error).split())[:300]}"

@@ -21,6 +21,9 @@ from orchestrator.config.tuning import (
     VeraTuning,
 )
 from orchestrator.config.tuning_method import TuningMethod
+from orchestrator.distributed.gather import gathered
+from orchestrator.errors import ModelError
+from orchestrator.tensors.reader import TensorFolder
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROMPT_WEIGHTS = "prompt_embeddings"
@@ -159,17 +162,26 @@ def apply_loftq_init(model: Any, folder: Path) -> None:
     `folder` holds the weights before rounding. PEFT's own function needs a GPU and ignores the scale s.
     """
     from peft.tuners.lora import Linear4bit
-    from peft.utils.loftq_utils import _low_rank_decomposition, _SafetensorLoader
+    from peft.utils.loftq_utils import _low_rank_decomposition
 
-    written = _SafetensorLoader(model, str(folder))
+    written = TensorFolder.open(folder, fault=ModelError)
     for path, module in model.named_modules():
         if not isinstance(module, Linear4bit):
             continue
         layer: Any = module
-        exact = written.get_tensor(f"{path.removeprefix('base_model.model.')}.weight")
-        parts = _low_rank_decomposition(exact.float() - dequantised(layer.base_layer), layer.r["default"])
+        exact = _as_written(written, model, f"{path.removeprefix('base_model.model.')}.weight")
+        with gathered(layer.base_layer.weight):
+            rounded = dequantised(layer.base_layer)
+        # On the layer's device: on a host, the decompositions of a large model take hours.
+        parts = _low_rank_decomposition(exact.to(rounded.device).float() - rounded, layer.r["default"])
         layer.lora_A["default"].weight.copy_(parts["R"])
         layer.lora_B["default"].weight.copy_(parts["L"] / layer.scaling["default"])
+
+
+def _as_written(tensors: TensorFolder, model: Any, name: str) -> torch.Tensor:
+    """A weight by its name in the model: files of a bare backbone leave out its prefix."""
+    bare = name.removeprefix(f"{model.get_base_model().base_model_prefix}.")
+    return tensors.read(name if name in tensors else bare)
 
 
 def dequantised(layer: Any) -> torch.Tensor:

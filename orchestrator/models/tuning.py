@@ -166,6 +166,13 @@ def _with_adapter(model: PreTrainedModel, tuning: AdapterTuning, task: str) -> t
     return adapted
 
 
+def cast_adapters_as_deepspeed(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast what was added to a sharded 4-bit base: DeepSpeed only casts models of which it has sharded nothing yet."""
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id") and parameter.dtype.is_floating_point:
+            parameter.data = parameter.data.to(dtype)
+
+
 def keep_input_types(model: torch.nn.Module) -> None:
     """Under autocast, make LoRA layers accept 16-bit inputs unchanged.
 

@@ -19,7 +19,7 @@ from orchestrator.generation.greedy_answers import greedy_answers
 from orchestrator.metrics import phases as phase
 from orchestrator.models.layer_transforms import compile_layers
 from orchestrator.models.loading import weights_dtype
-from orchestrator.models.tuning import build_policy, keep_input_types
+from orchestrator.models.tuning import build_policy, cast_adapters_as_deepspeed, keep_input_types
 from orchestrator.run_state.recorder import Recorder
 from orchestrator.run_state.stage_context import StageContext, training_stage
 from orchestrator.schedule import total_steps
@@ -100,6 +100,8 @@ def open_session(context: StageContext, runtime: Runtime, record: Recorder, buil
     model = build_model(context, dtype, rows.is_packed)
     if runtime.autocast_dtype is not None:
         keep_input_types(model)
+    if config.sharding.shards_parameters and config.quantization.is_4bit:
+        cast_adapters_as_deepspeed(model, dtype)
     if config.model.compile:
         layers = compile_layers(model)
         record.event("compile", layers=layers)
