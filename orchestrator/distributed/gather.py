@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,3 +39,20 @@ def gathered(parameter: Any) -> Generator[None]:
 
     with deepspeed.zero.GatheredParameters([parameter]):
         yield
+
+
+@contextmanager
+def gathered_to_write(parameters: Sequence[Any]) -> Generator[bool]:
+    """Make parameters whole inside the block, for new values; every rank must enter if ZeRO-3 shards them.
+
+    Yield whether this rank writes: under ZeRO-3 the first one does, for all.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        yield True
+        return
+    import deepspeed
+    import torch.distributed as dist
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
+        yield dist.get_rank() == 0

@@ -17,17 +17,21 @@ from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from orchestrator.classification.classes import read_classes
 from orchestrator.classification.model import open_classifier
 from orchestrator.config.run import RunConfig, makes_classifier
+from orchestrator.distributed.gather import gathered_to_write
+from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import CheckpointError
 from orchestrator.files.atomic import read_json
 from orchestrator.models.artifact import open_model
+from orchestrator.models.artifact_stream import LiveParameters, Parameters, ReadParameters
 from orchestrator.models.causal_lm import attach_adapted_head
 from orchestrator.models.loading import DTYPES, load_model
+from orchestrator.models.model_files import ModelFiles
 from orchestrator.models.tuning import ADAPTER_WEIGHTS, load_adapter_weights
-from orchestrator.models.weight_stream import HOST, placed_on
 from orchestrator.run_state.stage_context import ParentArtifact, StageContext
 
 _DOWN = re.compile(r"\.lora_(A|embedding_A)(\.|$)")
@@ -40,9 +44,14 @@ class Blend(Protocol):
     """A model whose blend weights can be changed repeatedly."""
 
     model: torch.nn.Module
+    """The blend in memory; its holder may wrap it."""
 
     def put(self, weights: Sequence[float]) -> None:
-        """Give the ingredients these weights, in order, and the base the remainder."""
+        """Give the ingredients these weights, in order, and the base the remainder. Every rank must call it."""
+        ...
+
+    def parameters(self, runtime: Runtime) -> Parameters:
+        """What an artifact of the blend holds."""
         ...
 
 
@@ -56,49 +65,64 @@ def open_blend(context: StageContext, ingredients: Sequence[ParentArtifact]) -> 
     return AdapterBlend(config, base_folder, ingredients)
 
 
-@placed_on(HOST)
 def whole_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[ParentArtifact]) -> WholeBlend:
     """A blend of whole language models."""
     dtype = DTYPES[config.model.dtype]
-    base = _parameters(load_model(base_folder, config, weights_dtype=dtype))
-    return WholeBlend(base, lambda folder: open_model(folder, config, dtype, packed=False), ingredients)
+    base, *others = (
+        ModelFiles(AutoModelForCausalLM, folder, dtype=dtype) for folder in (base_folder, *_folders(ingredients))
+    )
+    _refuse_others(ingredients, [others[0], *others], lambda one: one.shapes)
+    return WholeBlend(open_model(ingredients[0].folder, config, dtype, packed=False), base, others)
 
 
-@placed_on(HOST)
 def classifier_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[ParentArtifact]) -> WholeBlend:
     """A blend of whole classifiers, with weights that add up to 1: the base has no head for their classes."""
     _refuse_other_classes(ingredients)
+    dtype, first = DTYPES[config.model.dtype], ingredients[0].folder
+    files = [ModelFiles(AutoModelForSequenceClassification, folder, dtype=dtype) for folder in _folders(ingredients)]
+    _refuse_others(ingredients, [files[0], *files], lambda one: one.shapes)
+    model = open_classifier(first, config, base_folder=base_folder, weights_dtype=dtype, packed=False)
+    return WholeBlend(model, None, files)
 
-    def opened(folder: Path) -> torch.nn.Module:
-        dtype = DTYPES[config.model.dtype]
-        return open_classifier(folder, config, base_folder=base_folder, weights_dtype=dtype, packed=False)
 
-    return WholeBlend(None, opened, ingredients)
+def _folders(ingredients: Sequence[ParentArtifact]) -> list[Path]:
+    return [one.folder for one in ingredients]
 
 
 class WholeBlend:
-    """Owns a whole model, and the weights of base and ingredients in host memory."""
+    """Owns a whole model; the weights of base and ingredients stay in their files, a layer of each is in memory."""
 
-    def __init__(
-        self,
-        base: Tensors | None,
-        open_it: Callable[[Path], torch.nn.Module],
-        ingredients: Sequence[ParentArtifact],
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, base: ModelFiles | None, ingredients: Sequence[ModelFiles]) -> None:
         """Without a base (it has no classifier head) the first ingredient replaces it, and weights add up to 1."""
-        self._ingredients: list[Tensors] = []
-        for ingredient in ingredients:
-            self.model = open_it(ingredient.folder)
-            self._ingredients.append(_parameters(self.model))
-            _refuse_others(ingredient, self._ingredients[-1], base or self._ingredients[0])
-        self._base, self._has_base = base or self._ingredients[0], base is not None
-        self.model.requires_grad_(False)
+        self.model = model.requires_grad_(False)
+        self._ingredients = ingredients
+        self._base, self._has_base = base or ingredients[0], base is not None
+        self._weights: Sequence[float] = ()
 
     @torch.no_grad()
     def put(self, weights: Sequence[float]) -> None:
         assert self._has_base or math.isclose(sum(weights), 1.0), f"there is no base to take the rest of {weights}"
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(weighted(self._base[name], [one[name] for one in self._ingredients], weights))
+        self._weights = weights
+        for name, parameter in inner(self.model).named_parameters():
+            with gathered_to_write([parameter]) as is_writer:
+                if is_writer:
+                    parameter.copy_(self.read(name))
+
+    def read(self, name: str) -> torch.Tensor:
+        """A parameter of the blend, on the host."""
+        parts = [one.read(name) for one in self._ingredients]
+        # All weights are used, a base without any too: `weighted` takes a lone ingredient as it is.
+        return weighted(self._base.read(name), parts, self._weights)
+
+    def parameters(self, runtime: Runtime) -> Parameters:
+        del runtime  # files are the same for all
+        first = self._ingredients[0]
+        return ReadParameters(module=first.module, names=first.names, read=self.read)
+
+
+def inner(model: Any) -> Any:
+    """The module that a rank holds, whether or not DeepSpeed has wrapped it."""
+    return getattr(model, "module", model)
 
 
 class AdapterBlend:
@@ -109,8 +133,7 @@ class AdapterBlend:
 
         self._adapters = [_read_adapter(ingredient) for ingredient in ingredients]
         first = self._adapters[0]
-        for ingredient, adapter in zip(ingredients, self._adapters, strict=True):
-            _refuse_others(ingredient, adapter.tensors, first.tensors, shapes=False)
+        _refuse_others(ingredients, [first, *self._adapters], lambda one: dict.fromkeys(one.tensors))
         settings: Any = PeftConfig.from_pretrained(str(ingredients[0].folder))
         settings.r = sum(adapter.rank for adapter in self._adapters)
         settings.lora_alpha = first.scale * (settings.r**0.5 if settings.use_rslora else settings.r)
@@ -121,7 +144,17 @@ class AdapterBlend:
         attach_adapted_head(base)
 
     def put(self, weights: Sequence[float]) -> None:
-        load_adapter_weights(self.model, self._joined(weights), source="the blend")
+        module = inner(self.model)
+        with gathered_to_write(list(self._factors(module).values())) as is_writer:
+            if is_writer:
+                load_adapter_weights(module, self._joined(weights), source="the blend")
+
+    def parameters(self, runtime: Runtime) -> Parameters:
+        module = inner(self.model)
+        return LiveParameters(runtime=runtime, module=module, names=list(self._factors(module)))
+
+    def _factors(self, module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in module.named_parameters() if ".lora_" in name}
 
     def _joined(self, weights: Sequence[float]) -> Tensors:
         """The factors of the weighted sum: the A's stacked, the B's concatenated with weight and scale applied."""
@@ -156,11 +189,6 @@ def weighted(base: torch.Tensor, ingredients: Sequence[torch.Tensor], weights: S
     )
 
 
-def _parameters(model: torch.nn.Module) -> Tensors:
-    """Host copies by name; a tied matrix occurs once."""
-    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
-
-
 def _read_adapter(ingredient: ParentArtifact) -> _Adapter:
     settings = read_json(ingredient.folder / ADAPTER_SETTINGS)
     tensors = load_file(ingredient.folder / ADAPTER_WEIGHTS)
@@ -190,13 +218,16 @@ def _refuse_other_classes(ingredients: Sequence[ParentArtifact]) -> None:
 
 
 def _refuse_others(
-    ingredient: ParentArtifact, own: Mapping[str, torch.Tensor], first: Tensors, *, shapes: bool = True
+    ingredients: Sequence[ParentArtifact], opened: Sequence[Any], facts: Callable[[Any], Mapping[str, Any]]
 ) -> None:
-    """Raise CheckpointError if the names (and shapes) of two ingredients differ."""
-    different = sorted(own.keys() ^ first.keys())
-    different += [name for name in own.keys() & first.keys() if shapes and own[name].shape != first[name].shape]
-    if different:
-        raise CheckpointError(
-            f"{ingredient.folder}: it does not have the parameters of the others ({', '.join(different[:3])}); members of a "
-            "soup must share base and tuning"
-        )
+    """Raise CheckpointError if names or shapes of an ingredient are not those of the first of `opened`."""
+    first = facts(opened[0])
+    for ingredient, one in zip(ingredients, opened[1:], strict=True):
+        own = facts(one)
+        different = sorted(own.keys() ^ first.keys())
+        different += [name for name in own.keys() & first.keys() if own[name] != first[name]]
+        if different:
+            raise CheckpointError(
+                f"{ingredient.folder}: it does not have the parameters of the others ({', '.join(different[:3])}); members of a "
+                "soup must share base and tuning"
+            )

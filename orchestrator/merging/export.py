@@ -16,7 +16,9 @@ from orchestrator.errors import EXIT_DONE, CheckpointError, OrchestratorError
 from orchestrator.evaluation.artifact_proof import LOSS_TOLERANCE
 from orchestrator.files.atomic import read_json
 from orchestrator.files.manifest import read_manifest
-from orchestrator.merging.adapter_merge import Source, Way, merge, write_merged
+from orchestrator.merging.adapter_merge import forget, merge, publish_merged
+from orchestrator.merging.comparison import Way, batches_of
+from orchestrator.merging.merge_source import Source
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
 from orchestrator.models.artifact import open_model
@@ -41,7 +43,10 @@ def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_k
     runtime = start_single_runtime(config, autocast=False, phases=phases)
     phases.begin(phase.MERGING, unit=phase.ROWS)
     source = Source(config=config, base_folder=base_folder, artifact=artifact.path, kind=artifact.kind)
-    model, best, ways = merge(source, rows, runtime, limit=ROWS, micro_size=MICRO_SIZE, say=phases.above(print))
+    batches = batches_of(rows, limit=ROWS, micro_size=MICRO_SIZE)
+    chosen, *others = merge(source, target, runtime, batches, say=phases.above(print))
+    ways, best = [chosen.way, *(one.way for one in others)], chosen.way
+    forget(others if best.kl <= max_kl else [chosen, *others])
     if not best.kl <= max_kl:  # negated, so that NaN is refused too
         raise CheckpointError(
             f"merged into the {best.name}, the model differs from the trained one by {best.kl:.3g} nats per token, "
@@ -55,8 +60,7 @@ def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_k
     card = write_card(config, results, ways=[asdict(way) for way in ways], price_per_hour=None, folder=artifact.path)
     facts = {"run": config.name, "stage": stage, "kind": "export", "base": config.model.base}
     phases.begin(phase.WRITING)
-    write_merged(model, target, source=source, card=card, facts=facts)
-    del model
+    publish_merged(chosen, target, card=card, facts=facts)
     phases.begin(phase.PROOF, unit=phase.ROWS)
     _prove(config, target, rows, runtime, best)
     return best

@@ -16,7 +16,7 @@ from orchestrator.config.run import makes_classifier
 from orchestrator.data.prepared.meta import read_meta
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime
-from orchestrator.merging.blend import open_blend
+from orchestrator.merging.blend import Blend, open_blend
 from orchestrator.metrics import phases as phase
 from orchestrator.models.artifact import ArtifactFacts, write_artifact
 from orchestrator.models.loading import DTYPES
@@ -47,7 +47,7 @@ def finish_blend(
     used = [share for share in shares if share.weight] or list(shares[:1])
     blend = open_blend(context, [share.ingredient for share in used])
     blend.put([share.weight for share in used])
-    _write(context, runtime, blend.model, used, record)
+    _write(context, runtime, blend, used, record)
     expected = _expected(context, runtime, blend.model)
     if runtime.is_main:
         kind, world_size = artifact_kind(context), runtime.world_size
@@ -55,12 +55,9 @@ def finish_blend(
     return leave_for_proof(context, runtime, record)
 
 
-def _write(
-    context: StageContext, runtime: Runtime, model: torch.nn.Module, used: Sequence[Share], record: Recorder
-) -> None:
+def _write(context: StageContext, runtime: Runtime, blend: Blend, used: Sequence[Share], record: Recorder) -> None:
     config = context.config
     is_whole = not config.tuning.is_adapter
-    names = [name for name, _ in model.named_parameters() if is_whole or ".lora_" in name]
     facts = {
         "run": config.name,
         "stage": context.name,
@@ -73,14 +70,8 @@ def _write(
     is_base = not is_whole and not any(share.weight for share in used)
     if is_base:
         record.log("warning: the chosen blend is the base itself; the adapter that is written changes nothing")
-    write_artifact(
-        runtime,
-        model,
-        names,
-        context.folder.artifact,
-        ArtifactFacts(config=config, base_folder=context.base_folder, manifest=facts),
-        is_trained=not is_base,
-    )
+    about = ArtifactFacts(config=config, base_folder=context.base_folder, manifest=facts)
+    write_artifact(runtime, blend.parameters(runtime), context.folder.artifact, about, is_trained=not is_base)
 
 
 def _expected(context: StageContext, runtime: Runtime, model: torch.nn.Module) -> Expected:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,15 @@ from orchestrator.data.encoding.encoder import template_source
 from orchestrator.data.encoding.tokenizer import load_facts
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import CheckpointError, OrchestratorError
-from orchestrator.files.atomic import publish, read_json, write_json
-from orchestrator.files.manifest import FileDigest, write_manifest
-from orchestrator.files.waiting import wait_for
-from orchestrator.models.artifact_stream import Parameters, write_tensor_files
+from orchestrator.files.atomic import publish
+from orchestrator.files.manifest import write_manifest
+from orchestrator.models.artifact_stream import (
+    Parameters,
+    begin_folder,
+    note_digests,
+    noted_digests,
+    write_tensor_files,
+)
 from orchestrator.models.artifact_tensors import Layout, layout_of
 from orchestrator.models.causal_lm import attach_adapted_head, attach_head
 from orchestrator.models.loading import DTYPES, attention_of, load_model, load_scorer
@@ -60,19 +65,16 @@ def write_artifact(
     """Save parameters to a temporary folder, renamed to `folder`.
 
     Every rank must call it, and may leave before rank 0 has finished. Adapters stay in fp32, full models are saved in
-    `model.dtype`. CheckpointError if what `is_trained` is still as it was at first, or a tensor holds nothing usable, RunFolderError if the disk refuses.
+    `model.dtype`. CheckpointError if what `is_trained` is still as it was at first, or a tensor holds nothing usable;
+    RunFolderError if the disk refuses.
     """
     temporary = folder.with_name(f".{folder.name}.partial")
-    if runtime.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    runtime.barrier()
-    config = about.config
-    layout = layout_of(parameters.module, parameters.names, config)
+    begin_folder(runtime, temporary)
+    layout = layout_of(parameters.module, parameters.names, about.config)
     try:
-        digests = write_tensor_files(runtime, parameters, layout, temporary, config.cluster, is_trained=is_trained)
-        for file, digest in digests.items():
-            write_json(_note(temporary, file), asdict(digest))
+        cluster = about.config.cluster
+        digests = write_tensor_files(runtime, parameters, layout, temporary, cluster, is_trained=is_trained)
+        note_digests(temporary, digests)
         if runtime.is_main:
             _complete(parameters, temporary, layout, about)
             publish(temporary, folder)
@@ -81,20 +83,10 @@ def write_artifact(
         raise
 
 
-def _note(folder: Path, file: str) -> Path:
-    """Where the rank that wrote a file leaves its digest."""
-    return folder / f".{file}.json"
-
-
 def _complete(parameters: Parameters, folder: Path, layout: Layout, about: ArtifactFacts) -> None:
     """Add to the tensor files of all ranks what makes them a model: settings, tokenizer, index, manifest."""
     config, base_folder, facts = about.config, about.base_folder, about.manifest
-    hashed: dict[str, FileDigest] = {}
-    for file in layout.files:
-        note = _note(folder, file)
-        wait_for(note)
-        hashed[file] = FileDigest(**read_json(note))
-        note.unlink()
+    hashed = noted_digests(folder, layout)
     write_index(folder, layout.files, parameters=layout.parameters)
     _write_settings(parameters.module, parameters.names, folder, config, kind=str(facts["kind"]))
     for name in COMPANIONS:
@@ -108,13 +100,17 @@ def _complete(parameters: Parameters, folder: Path, layout: Layout, about: Artif
     write_manifest(folder, facts, hashed=hashed)
 
 
+def write_model_settings(module: Any, folder: Path) -> None:
+    """config.json and generation_config.json of a whole model."""
+    # Gradient checkpointing switched it off; whoever generates with the saved model needs it.
+    module.config.use_cache = True
+    module.save_pretrained(folder, state_dict={})  # which writes no weights
+
+
 def _write_settings(module: Any, names: Sequence[str], folder: Path, config: RunConfig, *, kind: str) -> None:
     """config.json of a whole model, or the settings of an adapter."""
     if not config.tuning.is_adapter:
-        module.config.dtype = DTYPES[config.model.dtype]
-        # Gradient checkpointing switched it off; whoever generates with the saved model needs it.
-        module.config.use_cache = True
-        module.save_pretrained(folder, state_dict={})
+        write_model_settings(module, folder)
     elif config.tuning.is_reft:
         save_reft_settings(module, folder)
     else:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,9 @@ from orchestrator.config.cluster import ClusterConfig
 from orchestrator.distributed.gather import whole_parameter
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import CheckpointError
+from orchestrator.files.atomic import read_json, write_json
 from orchestrator.files.manifest import FileDigest
+from orchestrator.files.waiting import wait_for
 from orchestrator.models.artifact_tensors import Layout, Piece, Tensors
 from orchestrator.tensors.writer import TensorFile, in_file_order
 
@@ -27,11 +30,18 @@ FROM_ZERO = ("lora_B", "lora_E", "vera_lambda_b", "oft_R")
 class Parameters(Protocol):
     """The parameters of an artifact, whole and one at a time."""
 
-    module: Any
-    """The unwrapped module, of which at least names, shapes and settings are real."""
-    names: Sequence[str]
-    is_collective: bool
-    """Whether every rank must take a parameter that one of them needs."""
+    @property
+    def module(self) -> Any:
+        """The unwrapped module, of which at least names, shapes and settings are real."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether every rank must take a parameter that one of them needs."""
+        ...
 
     def take(self, name: str) -> AbstractContextManager[torch.Tensor]:
         """A parameter, valid inside the block; it must not change afterwards if it is on the host."""
@@ -75,6 +85,31 @@ def writers_of(files: Sequence[str], cluster: ClusterConfig) -> dict[str, int]:
     per_node = cluster.processes_per_node
     order = [node * per_node + local for local in range(per_node) for node in range(cluster.nodes)]
     return {file: order[number % len(order)] for number, file in enumerate(files)}
+
+
+def begin_folder(runtime: Runtime, folder: Path) -> None:
+    """Make an empty folder for the files of all ranks; every rank must call it."""
+    if runtime.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    runtime.barrier()
+
+
+def note_digests(folder: Path, digests: Mapping[str, FileDigest]) -> None:
+    """Leave the digests of this rank's files where rank 0 finds them."""
+    for file, digest in digests.items():
+        write_json(folder / f".{file}.json", asdict(digest))
+
+
+def noted_digests(folder: Path, layout: Layout) -> dict[str, FileDigest]:
+    """Wait until every file of the layout is written, and collect the digests that its writers noted."""
+    found: dict[str, FileDigest] = {}
+    for file in layout.files:
+        note = folder / f".{file}.json"
+        wait_for(note)
+        found[file] = FileDigest(**read_json(note))
+        note.unlink()
+    return found
 
 
 def write_tensor_files(

@@ -59,20 +59,21 @@ def layout_of(module: Any, names: Sequence[str], config: RunConfig) -> Layout:
     parameters = dict(module.named_parameters())
     shapes = {name: _shape(parameters[name]) for name in names}
     if not config.tuning.is_adapter:
-        pieces = list(_whole_model(module, shapes, DTYPES[config.model.dtype]))
-        entries = [entry for piece in pieces for entry in piece.saved]
-        files = split_into_shards(entries, int(config.model.shard_gib * GIBIBYTE))
-        return Layout(
-            files=files,
-            pieces=pieces,
-            metadata=PYTORCH,
-            parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
-        )
+        return whole_layout(module, shapes, config)
     pieces = list(_adapter(module, shapes, config))
     file = REFT_WEIGHTS if config.tuning.is_reft else ADAPTER_WEIGHTS
     is_plain = config.tuning.is_reft or bool(config.tuning.virtual_token_count)
     entries = [entry for piece in pieces for entry in piece.saved]
     return Layout(files={file: entries}, pieces=pieces, metadata=None if is_plain else PYTORCH, parameters=0)
+
+
+def whole_layout(module: Any, shapes: Mapping[str, tuple[int, ...]], config: RunConfig) -> Layout:
+    """The files of a whole model with these parameters, in `model.dtype`, of at most `model.shard_gib` each."""
+    pieces = list(_whole_model(module, shapes, DTYPES[config.model.dtype]))
+    entries = [entry for piece in pieces for entry in piece.saved]
+    files = split_into_shards(entries, int(config.model.shard_gib * GIBIBYTE))
+    number = sum(torch.Size(shape).numel() for shape in shapes.values())
+    return Layout(files=files, pieces=pieces, metadata=PYTORCH, parameters=number)
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:

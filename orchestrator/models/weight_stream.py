@@ -8,7 +8,7 @@ a file lacks. Its way from file to memory is replaced: its own puts all values o
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import groupby
@@ -22,6 +22,7 @@ from accelerate.state import is_initialized
 from transformers import PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, dot_natural_key
 from transformers.integrations import deepspeed as zero_settings
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from orchestrator.errors import ModelError
 from orchestrator.tensors.reader import TensorFolder
@@ -46,7 +47,7 @@ def load_streamed(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedMo
     settings = zero_settings.deepspeed_config() if zero_settings.is_deepspeed_zero3_enabled() else None
     target = _place.get() or rank_device()
     shards = None if settings is None else _Shards(settings, rank_device())
-    with without_sharding(), _loaded_by(shards):
+    with without_sharding(), _loaded_by(_onto_device if shards is None else shards.fill):
         # safetensors only: unpickling a foreign file may run its code.
         model, report = kind.from_pretrained(
             str(folder), device_map=target, use_safetensors=True, output_loading_info=True, **options
@@ -54,6 +55,29 @@ def load_streamed(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedMo
     if shards is not None:
         shards.take(model.parameters())
     return model, report
+
+
+def open_unfilled(kind: Any, folder: Path, **options: Any) -> tuple[Any, TensorFolder, Any]:
+    """(the model of a folder without any value, its files, how transformers would fill it); see `load_streamed`.
+
+    Every parameter is on the meta device; buffers have their values.
+    """
+    found: list[Any] = []
+
+    def fill(_model: Any, tensors: TensorFolder, load_config: Any) -> LoadStateDictInfo:
+        found.extend((tensors, load_config))
+        nothing: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        return LoadStateDictInfo(**nothing, error_msgs=[], conversion_errors={}, skipped_pp_keys=set())
+
+    with without_sharding(), _loaded_by(fill):
+        model = kind.from_pretrained(str(folder), device_map=HOST, use_safetensors=True, **options)
+    return model, *found
+
+
+def _onto_device(model: Any, tensors: TensorFolder, load_config: Any) -> Any:
+    # transformers materialises them one by one, and casts each before it reads many more.
+    values = {name: _Unread(tensors, name) for name in tensors.names}
+    return convert_and_load_state_dict_in_model(model, values, load_config)[0]
 
 
 def rank_device() -> torch.device:
@@ -86,7 +110,7 @@ def without_sharding() -> Generator[None]:
 
 
 @contextmanager
-def _loaded_by(shards: _Shards | None) -> Generator[None]:
+def _loaded_by(filling: Callable[[Any, TensorFolder, Any], Any]) -> Generator[None]:
     """Replace the method by which transformers fills a model from its files, inside this block."""
     own: Any = PreTrainedModel._load_pretrained_model  # pyright: ignore[reportPrivateUsage]
 
@@ -94,12 +118,7 @@ def _loaded_by(shards: _Shards | None) -> Generator[None]:
         if state_dict is not None or "disk" in load_config.device_map.values():
             return own(model, state_dict, files, load_config, *rest)
         tensors = TensorFolder.of_files([Path(file) for file in files], fault=ModelError)
-        if shards is None:
-            # transformers materialises them one by one, and casts each before it reads many more.
-            return convert_and_load_state_dict_in_model(
-                model, {name: _Unread(tensors, name) for name in tensors.names}, load_config
-            )
-        return shards.fill(model, tensors, load_config), None
+        return filling(model, tensors, load_config), None
 
     PreTrainedModel._load_pretrained_model = staticmethod(fill)  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
     try:
@@ -181,10 +200,10 @@ def _loaded_and_untied(model: Any) -> list[torch.nn.Parameter]:
 
 def layer_groups(names: Sequence[str]) -> list[list[str]]:
     """Names of tensors by layer; those outside of the numbered layers by the module that contains theirs."""
-    ordered = sorted(names, key=lambda name: (_layer_of(name), dot_natural_key(name)))
-    return [list(group) for _, group in groupby(ordered, key=_layer_of)]
+    ordered = sorted(names, key=lambda name: (layer_of(name), dot_natural_key(name)))
+    return [list(group) for _, group in groupby(ordered, key=layer_of)]
 
 
-def _layer_of(name: str) -> str:
+def layer_of(name: str) -> str:
     numbered = NUMBERED.match(name)
     return numbered.group() if numbered else ".".join(name.split(".")[:-2])

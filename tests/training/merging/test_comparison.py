@@ -6,8 +6,10 @@ import math
 
 import torch
 
+from orchestrator.composition.compose import compose
 from orchestrator.dataloader.batch import Batch, Span
-from orchestrator.merging.adapter_merge import _compared  # pyright: ignore[reportPrivateUsage]  # the arithmetic alone
+from orchestrator.distributed.runtime import start_single_runtime
+from orchestrator.merging.comparison import Way, compare
 
 IDS_BT = torch.tensor([[1, 2, 3, 0]])
 
@@ -29,9 +31,25 @@ def batch() -> Batch:
     )
 
 
+class Fixed(torch.nn.Module):
+    """A model that always has these logits."""
+
+    def __init__(self, logits_BTV: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits_BTV
+
+    def forward(self, **_inputs: object) -> Fixed:
+        return self
+
+
+def compared(name: str, one_BTV: torch.Tensor, other_BTV: torch.Tensor) -> Way:
+    runtime = start_single_runtime(compose(["+experiment=llama_lora", "model.dtype=float32"]), autocast=False)
+    return compare(name, runtime, Fixed(one_BTV), Fixed(other_BTV), [batch()])
+
+
 def test_equal_logits_have_no_divergence_and_nan_stays_nan() -> None:
     logits_BTV = torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(0))
-    same = _compared("same", [logits_BTV], [logits_BTV], [batch()])
+    same = compared("same", logits_BTV, logits_BTV)
     assert (same.kl, same.agreement) == (0.0, 1.0)
-    broken = _compared("broken", [logits_BTV], [torch.full_like(logits_BTV, math.nan)], [batch()])
+    broken = compared("broken", logits_BTV, torch.full_like(logits_BTV, math.nan))
     assert math.isnan(broken.kl) and not broken.kl <= 0.02
