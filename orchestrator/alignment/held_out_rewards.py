@@ -24,7 +24,7 @@ def score_held_out(sampler: RolloutMaker) -> Evaluation | None:
         as_scored(session.context, request, completion, prompt.extra)
         for request, completion, prompt in zip(requests, completions, mine, strict=True)
     ]
-    sums, _ = sampler.rewards.of(scored) if scored else ([], {})
+    sums, _ = sampler.rewards.of(scored)
     tokens = sum(one.sample.tokens for one in scored)
     reward, length = (total / count for total in runtime.sum_over_ranks([sum(sums), float(tokens)]))
     return Evaluation(

@@ -13,7 +13,6 @@ from orchestrator.config.tuning import ADAPTER_TUNINGS
 from orchestrator.models.loading import DTYPES, load_model
 from orchestrator.models.peft_adapters import adapter_settings
 from orchestrator.models.tuning import build_policy, load_adapter
-from orchestrator.models.weight_stream import without_sharding
 from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.recipe import Session
 
@@ -79,9 +78,7 @@ def _other_adapter(session: Session) -> Generator[torch.nn.Module]:
 
 
 def _second_model(session: Session) -> torch.nn.Module:
-    """Full fine-tuning needs a second copy of the initial weights, whole on every rank."""
+    """Full fine-tuning needs a second copy of the initial weights."""
     context, runtime = session.context, session.runtime
     folder = context.start.folder if context.start is not None else context.base_folder
-    with without_sharding():
-        second = load_model(folder, context.config, weights_dtype=DTYPES[context.config.model.dtype])
-    return second.requires_grad_(False).to(runtime.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
+    return runtime.hold(load_model(folder, context.config, weights_dtype=DTYPES[context.config.model.dtype]))

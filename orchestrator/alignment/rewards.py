@@ -17,7 +17,6 @@ from orchestrator.errors import ConfigError
 from orchestrator.generation.samples import Scored
 from orchestrator.models.artifact import open_artifact
 from orchestrator.models.loading import DTYPES, load_scorer
-from orchestrator.models.weight_stream import without_sharding
 from orchestrator.rewards.load import load_reward
 from orchestrator.run_state.stage_context import StageContext
 from orchestrator.training.objectives import document_scores
@@ -64,17 +63,12 @@ def _score(context: StageContext, runtime: Runtime, source: RewardSource) -> Sco
 
 
 def _open_trained(context: StageContext, runtime: Runtime, folder: Path) -> torch.nn.Module:
-    """The frozen reward model of an earlier stage, whole on every rank."""
+    """The frozen reward model of an earlier stage."""
     config = context.config
-    with without_sharding():
-        model = open_artifact(
-            folder,
-            base_folder=context.base_folder,
-            config=config,
-            weights_dtype=DTYPES[config.model.dtype],
-            scores=True,
-        )
-    return model.requires_grad_(False).to(runtime.device).eval()
+    dtype = DTYPES[config.model.dtype]
+    return runtime.hold(
+        open_artifact(folder, base_folder=context.base_folder, config=config, weights_dtype=dtype, scores=True)
+    )
 
 
 def _open_folder(context: StageContext, runtime: Runtime, folder: Path) -> torch.nn.Module:
@@ -84,19 +78,22 @@ def _open_folder(context: StageContext, runtime: Runtime, folder: Path) -> torch
         raise ConfigError(
             f"rewards: the tokenizer of {folder} is not the policy's; use a reward model of the same family"
         )
-    with without_sharding():
-        model = load_scorer(folder, context.config, weights_dtype=DTYPES[context.config.model.dtype], packed=False)
-    return model.requires_grad_(False).to(runtime.device).eval()  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
+    dtype = DTYPES[context.config.model.dtype]
+    return runtime.hold(load_scorer(folder, context.config, weights_dtype=dtype, packed=False))
 
 
 def _by_model(runtime: Runtime, model: torch.nn.Module) -> Score:
     @torch.no_grad()
     def score(completions: Sequence[Scored]) -> list[float]:
         found: list[float] = []
-        for first in range(0, len(completions), SCORED_AT_ONCE):
+        # Every rank helps to gather the layers of a sharded model, also with nothing of its own left to score.
+        count = len(completions) if runtime.scoring is None else runtime.largest_over_ranks(len(completions))
+        for first in range(0, count, SCORED_AT_ONCE):
             part = completions[first : first + SCORED_AT_ONCE]
             texts = [np.array([*one.prompt_ids, *one.completion_ids], dtype=np.int64) for one in part]
-            batch = batch_of([(ids, np.zeros(len(ids), dtype=np.bool_)) for ids in texts], list(range(len(texts))))
+            numbers = list(range(len(texts))) or [-1]
+            texts = texts or [np.zeros(1, dtype=np.int64)]
+            batch = batch_of([(ids, np.zeros(len(ids), dtype=np.bool_)) for ids in texts], numbers)
             found += document_scores(runtime, model, batch.to(runtime.device)).tolist()
         return found
 

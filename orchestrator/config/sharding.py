@@ -60,6 +60,10 @@ class ZeroSharding(Section):
     quantized_gradients: bool
     """ZeRO++ (qgZ) under zero3: gradients are reduced in 4 and 8 bits; needs GPUs."""
 
+    generate_by_layer: bool
+    """Under zero3, how a model in training generates: false gathers the whole model on every rank for the length of a
+    rollout; true gathers each layer for each token, slower by far, where the whole model does not fit."""
+
     @property
     def is_deepspeed(self) -> bool:
         """Whether DeepSpeed owns the optimizer: trained weights are then in `model.dtype`, next to fp32 masters."""

@@ -59,6 +59,9 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    generates_by_layer: bool = False
+    """Whether generation gathers each layer of a sharded model for each token, on all ranks together."""
+
     def forward_context(self) -> AbstractContextManager[Any]:
         """The precision of every forward pass: the same in training, evaluation and proof."""
         if self.autocast_dtype is None:
@@ -160,6 +163,9 @@ def start_runtime(config: RunConfig, stage: TrainingStage, phases: Phases | None
         autocast_dtype=torch.bfloat16 if config.model.dtype == "bfloat16" and settings is None else None,
         phases=phases or Phases(),
         scoring=scoring_dict(config),
+        generates_by_layer=isinstance(sharding, ZeroSharding)
+        and sharding.shards_parameters
+        and sharding.generate_by_layer,
     )
 
 
@@ -175,6 +181,7 @@ def start_scoring_runtime(config: RunConfig, *, autocast: bool, phases: Phases |
         autocast_dtype=torch.bfloat16 if autocast else None,
         phases=phases or Phases(),
         scoring=settings,
+        generates_by_layer=settings is not None,
     )
 
 

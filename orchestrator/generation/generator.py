@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,9 +68,9 @@ def make_generate(runtime: Runtime, model: torch.nn.Module, *, end_ids: Sequence
     def generate(requests: Sequence[Request], settings: RolloutConfig) -> list[Completion]:
         found: list[Completion] = []
         was_training = model.training
-        by_layer = _gathers_by_layer(runtime)
+        by_layer = runtime.generates_by_layer
         asked = _equally_many(runtime, requests, pad_id) if by_layer else requests
-        weights = nullcontext(runtime.module_of(model)) if by_layer else whole_weights(runtime, model)
+        weights = _sharded_weights(runtime, model) if by_layer else whole_weights(runtime, model)
         with weights as module, torch.no_grad(), runtime.forward_context():
             module.eval()
             if settings.engine == "continuous" and requests and not by_layer:
@@ -84,11 +84,6 @@ def make_generate(runtime: Runtime, model: torch.nn.Module, *, end_ids: Sequence
         return found[: len(requests)]
 
     return generate
-
-
-def _gathers_by_layer(runtime: Runtime) -> bool:
-    """Whether models are only scored, and sharded: each layer is gathered for every token."""
-    return runtime.scoring is not None and not runtime.uses_deepspeed
 
 
 def _equally_many(runtime: Runtime, requests: Sequence[Request], pad_id: int) -> list[Request]:
@@ -138,7 +133,7 @@ def _generate(
         pad_token_id=pad_id,
         use_cache=True,
         # Where every rank helps to gather each layer, all go on until the last one has finished.
-        synced_gpus=_gathers_by_layer(runtime),
+        synced_gpus=runtime.generates_by_layer,
         repetition_penalty=1.0,
         temperature=None,
         top_p=None,
@@ -166,6 +161,16 @@ class SeededSampler(LogitsProcessor):
         self.logprobs.append(logprobs_B)
         only_BV = torch.full_like(scores, -torch.inf)
         return only_BV.scatter(1, chosen_B[:, None], 0.0)  # pyright: ignore[reportReturnType]  # transformers' own name for a tensor
+
+
+@contextmanager
+def _sharded_weights(runtime: Runtime, model: Any) -> Generator[Any]:
+    """The unwrapped module of a sharded model: DeepSpeed's hooks gather each layer before its forward pass."""
+    yield runtime.module_of(model)
+    optimizer: Any = model.optimizer
+    coordinator = getattr(optimizer, "parameter_offload", optimizer).param_coordinator
+    if not coordinator.is_invalid_trace():  # it prefetches in the order of a training step's forward pass
+        coordinator._invalidate_trace()
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def values(rows: Sequence[dict[str, object]], key: str) -> list[float]:
     [
         ("reward", [("tuning=lora", "zero2")]),
         ("dpo", [("tuning=lora", "zero3")]),
-        ("grpo", [("tuning=lora", "zero2"), ("tuning=lora", "zero3"), ("tuning=full", "zero3")]),
+        ("grpo", [("tuning=lora", "zero2"), ("tuning=lora", "zero3, by layer"), ("tuning=full", "zero3")]),
     ],
 )
 def test_two_ranks_do_what_one_does(bench: Bench, kind: str, cells: list[tuple[str, str]]) -> None:
@@ -61,8 +61,10 @@ def test_two_ranks_do_what_one_does(bench: Bench, kind: str, cells: list[tuple[s
             done = run(bench, kind, f"{kind}-{short}", tuning, "launcher=local")
             assert done.code == 0, done.told
             alone[tuning] = rows_of(done, kind)
-        two = ("launcher=torchrun", "cluster.processes_per_node=2", f"sharding={sharding}")
-        done = run(bench, kind, f"{kind}-{short}-{sharding}", tuning, *two)
+        strategy, _, by_layer = sharding.partition(", ")
+        two = ["launcher=torchrun", "cluster.processes_per_node=2", f"sharding={strategy}"]
+        two += ["sharding.generate_by_layer=true"] if by_layer else []
+        done = run(bench, kind, f"{kind}-{short}-{strategy}", tuning, *two)
         assert done.code == 0, done.told
         rows = rows_of(done, kind)
         assert len(rows) == 4
