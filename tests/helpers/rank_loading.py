@@ -28,6 +28,8 @@ from orchestrator.distributed.gather import gathered
 from orchestrator.distributed.runtime import start_scoring_runtime
 from orchestrator.models.artifact import open_model
 from orchestrator.models.loading import load_model, load_scorer
+from orchestrator.models.peft_adapters import apply_loftq_init
+from orchestrator.models.tuning import apply_tuning
 from orchestrator.models.weight_stream import placed_on, without_sharding
 from orchestrator.planning.absolute_paths import resolve
 
@@ -45,6 +47,8 @@ class Cell:
     whole: bool = False
     device: str | None = None
     rows: str = ""
+    words: tuple[str, ...] = ()
+    """Overrides of what is adapted, where `kind` is policy."""
 
 
 def resident(peak: str = "VmRSS") -> float:
@@ -65,6 +69,8 @@ def _load(cell: Cell, config: RunConfig) -> Any:
     match cell.kind:
         case "model":
             return load_model(folder, config, weights_dtype=torch.float32)
+        case "policy":
+            return adapted(load_model(folder, config, weights_dtype=torch.float32), folder, config)
         case "artifact":
             return open_model(folder, config, torch.float32, packed=False)
         case "scorer":
@@ -72,6 +78,29 @@ def _load(cell: Cell, config: RunConfig) -> Any:
         case _:
             classes = Classes(problem="single_label", names=("a", "b", "c"))
             return load_classifier(folder, config, classes, weights_dtype=torch.float32, packed=False)
+
+
+def adapted(base: Any, folder: Path, config: RunConfig) -> Any:
+    """The base with a new adapter."""
+    model = apply_tuning(base, config)
+    if config.tuning.is_loftq:
+        apply_loftq_init(model, folder)
+    return model
+
+
+def config_of(cell: Cell, *, ranks: int) -> RunConfig:
+    words = [
+        f"model.base={cell.folder}",
+        "model.dtype=float32",
+        "cluster.device=cpu",
+        f"stages.sft.data.train.path={cell.rows}",
+        "stages.sft.data.eval.path=none",
+        f"sharding={cell.sharding}",
+        f"cluster.processes_per_node={ranks}",
+        *(("quantization=nf4",) if cell.nf4 else ()),
+        *cell.words,
+    ]
+    return resolve(compose(["+experiment=llama_lora", *words]), Path.cwd())
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -98,22 +127,7 @@ def run(cell: Cell) -> None:
     GradientState._reset_state()
     for name in [name for name in os.environ if name.startswith("ACCELERATE")]:
         del os.environ[name]
-    config = resolve(
-        compose(
-            [
-                "+experiment=llama_full",
-                f"model.base={cell.folder}",
-                "model.dtype=float32",
-                "cluster.device=cpu",
-                f"stages.sft.data.train.path={cell.rows}",
-                "stages.sft.data.eval.path=none",
-                f"sharding={cell.sharding}",
-                f"cluster.processes_per_node={os.environ.get('WORLD_SIZE', '1')}",
-                *(("tuning=lora", "quantization=nf4") if cell.nf4 else ()),
-            ]
-        ),
-        Path.cwd(),
-    )
+    config = config_of(cell, ranks=int(os.environ.get("WORLD_SIZE", "1")))
     runtime = start_scoring_runtime(config, autocast=False)
     torch.manual_seed(0)
     chosen = placed_on(torch.device(cell.device)) if cell.device else nullcontext()

@@ -14,7 +14,7 @@ import pytest
 import rank_loading
 import tiny_model
 import torch
-from rank_loading import Cell, contents
+from rank_loading import Cell, adapted, config_of, contents
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -32,6 +32,10 @@ QUANTISED_MIB = 1.25
 """The largest weight of a layer. On a processor bitsandbytes makes four fp32 copies of a weight that it quantises."""
 MARGIN_MIB = 8
 """Code that is read for the first time, gloo's buffers, the allocator."""
+
+
+ADAPTED = {"dora": ("tuning.use_dora=true",), "loftq-nf4": ("tuning.init=loftq",)}
+"""Adapters whose initial values depend on the whole values of the base."""
 
 
 def _write(folder: Path, model: Any, **options: Any) -> Path:
@@ -81,6 +85,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _cell(place, "classifier", "plain", kind="classifier"),
         _cell(place, "classifier-nf4", "plain", kind="classifier", nf4=True),
         _cell(place, "whole", "plain", whole=True),
+        *(
+            _cell(place, name, "plain", kind="policy", nf4="nf4" in name, words=words)
+            for name, words in ADAPTED.items()
+        ),
         # Last, so that no library is imported meanwhile.
         _cell(place, "large", "large"),
         _cell(place, "large-nf4", "large", nf4=True),
@@ -148,6 +156,16 @@ def test_a_new_head_is_that_of_transformers(place: Path, name: str, labels: int)
     for answer in _answers(place, name):
         assert answer["contents"] == expected
         assert answer["shards"] == answer["of"]
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_an_adapter_starts_as_on_a_base_that_is_whole(place: Path, name: str) -> None:
+    cell = _cell(place, name, "plain", nf4="nf4" in name, words=ADAPTED[name])
+    config = config_of(cell, ranks=2)
+    base = _by_transformers(place, "plain", nf4=cell.nf4)
+    expected = contents(adapted(base, place / "plain", config))
+    for answer in _answers(place, name):
+        assert answer["contents"] == expected
 
 
 def test_a_model_can_be_whole_on_every_rank_of_a_sharded_job(place: Path) -> None:
