@@ -7,6 +7,7 @@ a file lacks. Its way from file to memory is replaced: its own puts all values o
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -159,6 +160,7 @@ class _Shards:
             report, _ = convert_and_load_state_dict_in_model(model, values, load_config)
             del values
             self.take(_loaded_and_untied(model))
+            _return_freed_memory()
             if whole is None:
                 whole = report
                 continue
@@ -189,6 +191,13 @@ class _Shards:
         if value.numel():
             dist.broadcast(value.reshape(-1).view(torch.uint8), src=0)
         return value
+
+
+def _return_freed_memory() -> None:
+    """Give freed host memory back to the system; glibc keeps, and fragments, what is freed in pieces below 32 MiB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _loaded_and_untied(model: Any) -> list[torch.nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,11 +89,12 @@ class TensorFolder:
         place = self._places[name]
         width, total = place.entry.dtype.itemsize, torch.Size(place.entry.shape).numel()
         assert 0 <= start <= stop <= total, f"{name} has {total} elements, not [{start}, {stop})"
-        values = torch.empty(stop - start, dtype=place.entry.dtype)
-        if values.numel():
-            buffer: Any = values.view(torch.uint8).numpy()
-            self._fill(memoryview(buffer), place.path, place.start + start * width)
-        return values
+        if start == stop:
+            return torch.empty(0, dtype=place.entry.dtype)
+        # A mapping goes back to the system with its tensor; glibc keeps freed memory below 32 MiB, and fragments it.
+        memory = mmap.mmap(-1, (stop - start) * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._fill(memoryview(memory), place.path, place.start + start * width)
+        return torch.frombuffer(memory, dtype=place.entry.dtype)
 
     def _fill(self, view: memoryview, path: Path, offset: int) -> None:
         try:
