@@ -229,7 +229,7 @@ def _deepspeed_plugin(settings: Any) -> Any:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(compiled_folder()))
     from accelerate.utils import DeepSpeedPlugin
 
-    # The flag makes transformers load straight into ZeRO-3 shards: no rank holds a whole model.
+    # By the flag transformers, PEFT and `load_streamed` know that a model lies in shards: no rank holds it whole.
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=settings["zero_optimization"]["stage"] == 3)
 
 

@@ -25,7 +25,7 @@ from orchestrator.files.manifest import MANIFEST, file_digest, read_manifest
 from orchestrator.metrics import phases as phase
 from orchestrator.models.artifact import open_artifact, open_model
 from orchestrator.models.loading import weights_dtype
-from orchestrator.models.tuning import cast_trained_to_fp32, freeze
+from orchestrator.models.tuning import cast_adapters_as_deepspeed, cast_trained_to_fp32, freeze
 from orchestrator.run_folder.checkpoints import saved_steps
 from orchestrator.run_state.proof_note import ProofNote, close_note, read_note
 from orchestrator.run_state.recorder import Recorder
@@ -99,6 +99,8 @@ def _opened(context: StageContext, runtime: Runtime, note: ProofNote, *, packed:
     leaves_adapters = config.sharding.shards_parameters  # in fp32, as PEFT made them
     if not note.autocast and not leaves_adapters and config.quantization.scheme == "none":
         hold_parameters(model, dtype)
+    if config.sharding.shards_parameters and config.quantization.is_4bit:
+        cast_adapters_as_deepspeed(model, dtype)
     if note.autocast and isinstance(config.tuning, FreezeTuning):  # the dtypes of training
         has_new_head = is_classifier or stage.has_new_head
         freeze(cast("PreTrainedModel", model), config.tuning, has_new_head=has_new_head)

@@ -15,6 +15,7 @@ from orchestrator.files.manifest import read_manifest
 from orchestrator.models.artifact import open_artifact
 from orchestrator.models.loading import DTYPES, silence_libraries
 from orchestrator.models.stage_inputs import find_base_folder
+from orchestrator.models.weight_stream import placed_on
 from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.artifact_kind import ArtifactKind
 from orchestrator.run_state.frozen import load_config
@@ -32,14 +33,15 @@ def open_run(run: RunFolder, stage: str | None) -> OpenedModel:
     silence_libraries()
     own = config.for_stage(name)
     open_it = open_classifier if kind.is_classifier else partial(open_artifact, scores=kind.is_reward)
-    model = open_it(
-        files.artifact,
-        base_folder=base_folder,
-        config=own,
-        weights_dtype=DTYPES[own.model.dtype],
-        packed=False,
-    )
-    device = "cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu")
+    with placed_on(device):
+        model = open_it(
+            files.artifact,
+            base_folder=base_folder,
+            config=own,
+            weights_dtype=DTYPES[own.model.dtype],
+            packed=False,
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(files.artifact))
     return OpenedModel(model=model.to(device).eval(), tokenizer=tokenizer, stage=name, kind=kind, config=own)
 

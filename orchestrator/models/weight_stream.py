@@ -138,9 +138,6 @@ class _Unread:
         assert every is Ellipsis, "transformers asks for whole tensors"
         return self._tensors.read(self._name)
 
-    def get_shape(self) -> list[int]:
-        return list(self._tensors.shape(self._name))
-
     def get_dtype(self) -> str:
         return DTYPE_NAMES.get(self._tensors.dtype(self._name), "F8")
 

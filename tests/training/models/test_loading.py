@@ -25,6 +25,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from orchestrator.models.tuning import cast_adapters_as_deepspeed
+
 LAYERS = 24
 LAYER_MIB = 4.5
 """Two attention matrices of 256 x 256, two of 256 x 128, three of 256 x 1280, fp32."""
@@ -172,3 +174,11 @@ def test_a_model_can_be_whole_on_every_rank_of_a_sharded_job(place: Path) -> Non
     expected = contents(_by_transformers(place, "plain", nf4=False))
     for answer in _answers(place, "whole"):
         assert answer["contents"] == expected and answer["shards"] == 0
+
+
+def test_only_what_deepspeed_has_not_sharded_is_cast() -> None:
+    model = torch.nn.ModuleDict({"base": torch.nn.Linear(2, 2), "adapter": torch.nn.Linear(2, 2)})
+    for parameter in model["base"].parameters():
+        parameter.ds_id = 0  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed's mark
+    cast_adapters_as_deepspeed(model, torch.bfloat16)
+    assert model["base"].weight.dtype == torch.float32 and model["adapter"].weight.dtype == torch.bfloat16
