@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,11 @@ def write_model_settings(module: Any, folder: Path) -> None:
     """config.json and generation_config.json of a whole model."""
     # Gradient checkpointing switched it off; whoever generates with the saved model needs it.
     module.config.use_cache = True
-    module.save_pretrained(folder, state_dict={})  # which writes no weights
+    # In a folder of its own: next to weights, transformers would remove the shards that it did not write itself.
+    with tempfile.TemporaryDirectory(prefix=".settings.", dir=folder) as apart:
+        module.save_pretrained(apart, state_dict={})
+        for file in Path(apart).iterdir():
+            file.rename(folder / file.name)
 
 
 def _write_settings(module: Any, names: Sequence[str], folder: Path, config: RunConfig, *, kind: str) -> None:

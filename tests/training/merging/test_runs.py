@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.files.atomic import read_json
 from orchestrator.files.manifest import read_manifest
+from orchestrator.metrics.jsonl import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +25,53 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return bench
 
 
-@pytest.fixture(scope="module")
-def lpft(bench: Bench) -> Done:
+def lpft_words(bench: Bench) -> list[str]:
     """The head, then all of the model; then WiSE-FT from the base, and an evaluation of what it chose."""
     words = answer_words(bench, "lpft", "head", "sft", "wise", "ev")
     more = ["stages.head.max_steps=4", "stages.sft.max_steps=80", "stages.wise.alphas=[0.0,0.5,1.0]"]
     more += ["stages.wise.choose_on=[data,outside]", "stages.wise.choose_by=loss", "stages.wise.choose=best_id"]
     more += ["stages.ev.exact_match=true", "stages.ev.rollout.max_new_tokens=8"]
     kinds = ["+stage@stages.wise=interpolate", "+stage@stages.ev=evaluate"]
-    return bench.run("lpft", words=["+experiment=llama_lpft", *kinds, *words, *more])
+    return ["+experiment=llama_lpft", *kinds, *words, *more]
+
+
+@pytest.fixture(scope="module")
+def lpft(bench: Bench) -> Done:
+    return bench.run("lpft", words=lpft_words(bench))
+
+
+def test_two_ranks_that_share_the_model_score_and_blend_as_one_does(bench: Bench, lpft: Done) -> None:
+    shutil.copytree(lpft.folder.root, bench.runs / "two")
+    for stage in ("wise", "ev"):
+        shutil.rmtree(bench.runs / "two" / stage)
+    ranks = ["name=two", "launcher=torchrun", "cluster.processes_per_node=2", "sharding=zero3", "model.shard_gib=5e-5"]
+    done = bench.run("two", words=[*lpft_words(bench), *ranks])
+    assert done.code == 0, done.told
+    one, two = (run.folder.stage("wise") for run in (lpft, done))
+    assert "is done" in done.told or read_json(done.folder.stage("sft").result) == read_json(lpft.sft.result)
+    assert [row["world_size"] for row in read_rows(two.events) if row["event"] == "start"] == [2]
+    assert_close(read_json(two.curves), read_json(one.curves))
+    files = sorted(file.name for file in two.artifact.glob("*.safetensors"))
+    assert len(files) > 2 and read_json(two.artifact / "model.safetensors.index.json")["weight_map"]
+    shards = {name: tensor for file in files for name, tensor in load_file(two.artifact / file).items()}
+    whole = load_file(one.artifact / "model.safetensors")
+    assert shards.keys() == whole.keys() and all(torch.equal(shards[name], whole[name]) for name in whole)
+    ev = [read_json(run.folder.stage("ev").artifact / "report.json") for run in (lpft, done)]
+    assert_close(ev[1]["sets"], ev[0]["sets"])
+
+
+def assert_close(one: Any, other: Any) -> None:
+    """Equal trees of values, numbers up to the rounding of fp32 sums."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_close(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_close(*pair)
+    else:
+        assert one == (pytest.approx(other, rel=1e-5, abs=1e-6) if isinstance(other, float) else other)
 
 
 def test_the_head_is_trained_first_and_then_all(bench: Bench, lpft: Done) -> None:
