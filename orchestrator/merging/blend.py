@@ -8,16 +8,14 @@ the factors would yield a different model.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from orchestrator.classification.classes import read_classes
 from orchestrator.classification.model import open_classifier
@@ -26,11 +24,11 @@ from orchestrator.distributed.gather import gathered_to_write
 from orchestrator.distributed.runtime import Runtime
 from orchestrator.errors import CheckpointError
 from orchestrator.files.atomic import read_json
+from orchestrator.merging.blend_files import BlendFiles, refuse_others
 from orchestrator.models.artifact import open_model
-from orchestrator.models.artifact_stream import LiveParameters, Parameters, ReadParameters
+from orchestrator.models.artifact_stream import LiveParameters, Parameters
 from orchestrator.models.causal_lm import attach_adapted_head
 from orchestrator.models.loading import DTYPES, load_model
-from orchestrator.models.model_files import ModelFiles
 from orchestrator.models.tuning import ADAPTER_WEIGHTS, load_adapter_weights
 from orchestrator.run_state.stage_context import ParentArtifact, StageContext
 
@@ -67,22 +65,18 @@ def open_blend(context: StageContext, ingredients: Sequence[ParentArtifact]) -> 
 
 def whole_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[ParentArtifact]) -> WholeBlend:
     """A blend of whole language models."""
+    files = BlendFiles.of_models(config, base_folder, _folders(ingredients))
     dtype = DTYPES[config.model.dtype]
-    base, *others = (
-        ModelFiles(AutoModelForCausalLM, folder, dtype=dtype) for folder in (base_folder, *_folders(ingredients))
-    )
-    _refuse_others(ingredients, [others[0], *others], lambda one: one.shapes)
-    return WholeBlend(open_model(ingredients[0].folder, config, dtype, packed=False), base, others)
+    return WholeBlend(open_model(ingredients[0].folder, config, dtype, packed=False), files)
 
 
 def classifier_blend(config: RunConfig, base_folder: Path, ingredients: Sequence[ParentArtifact]) -> WholeBlend:
     """A blend of whole classifiers, with weights that add up to 1: the base has no head for their classes."""
     _refuse_other_classes(ingredients)
+    files = BlendFiles.of_classifiers(config, _folders(ingredients))
     dtype, first = DTYPES[config.model.dtype], ingredients[0].folder
-    files = [ModelFiles(AutoModelForSequenceClassification, folder, dtype=dtype) for folder in _folders(ingredients)]
-    _refuse_others(ingredients, [files[0], *files], lambda one: one.shapes)
     model = open_classifier(first, config, base_folder=base_folder, weights_dtype=dtype, packed=False)
-    return WholeBlend(model, None, files)
+    return WholeBlend(model, files)
 
 
 def _folders(ingredients: Sequence[ParentArtifact]) -> list[Path]:
@@ -90,34 +84,23 @@ def _folders(ingredients: Sequence[ParentArtifact]) -> list[Path]:
 
 
 class WholeBlend:
-    """Owns a whole model; the weights of base and ingredients stay in their files, a layer of each is in memory."""
+    """Owns a whole model; the weights of base and ingredients stay in their files."""
 
-    def __init__(self, model: torch.nn.Module, base: ModelFiles | None, ingredients: Sequence[ModelFiles]) -> None:
-        """Without a base (it has no classifier head) the first ingredient replaces it, and weights add up to 1."""
+    def __init__(self, model: torch.nn.Module, files: BlendFiles) -> None:
         self.model = model.requires_grad_(False)
-        self._ingredients = ingredients
-        self._base, self._has_base = base or ingredients[0], base is not None
-        self._weights: Sequence[float] = ()
+        self._files = files
 
     @torch.no_grad()
     def put(self, weights: Sequence[float]) -> None:
-        assert self._has_base or math.isclose(sum(weights), 1.0), f"there is no base to take the rest of {weights}"
-        self._weights = weights
+        self._files.weigh(weights)
         for name, parameter in inner(self.model).named_parameters():
             with gathered_to_write([parameter]) as is_writer:
                 if is_writer:
-                    parameter.copy_(self.read(name))
-
-    def read(self, name: str) -> torch.Tensor:
-        """A parameter of the blend, on the host."""
-        parts = [one.read(name) for one in self._ingredients]
-        # All weights are used, a base without any too: `weighted` takes a lone ingredient as it is.
-        return weighted(self._base.read(name), parts, self._weights)
+                    parameter.copy_(self._files.read(name))
 
     def parameters(self, runtime: Runtime) -> Parameters:
-        del runtime  # files are the same for all
-        first = self._ingredients[0]
-        return ReadParameters(module=first.module, names=first.names, read=self.read)
+        del runtime  # the files are the same for all ranks
+        return self._files.parameters
 
 
 def inner(model: Any) -> Any:
@@ -133,7 +116,7 @@ class AdapterBlend:
 
         self._adapters = [_read_adapter(ingredient) for ingredient in ingredients]
         first = self._adapters[0]
-        _refuse_others(ingredients, [first, *self._adapters], lambda one: dict.fromkeys(one.tensors))
+        refuse_others(_folders(ingredients), [dict.fromkeys(one.tensors) for one in self._adapters])
         settings: Any = PeftConfig.from_pretrained(str(ingredients[0].folder))
         settings.r = sum(adapter.rank for adapter in self._adapters)
         settings.lora_alpha = first.scale * (settings.r**0.5 if settings.use_rslora else settings.r)
@@ -179,16 +162,6 @@ class _Adapter:
     """s in s B A: alpha / rank, or alpha / sqrt(rank) (2312.03732)."""
 
 
-def weighted(base: torch.Tensor, ingredients: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """base + sum_i w_i (ingredient_i - base) in fp32; bit-exact for one weight of 1 among zeros, or all equal."""
-    if list(weights).count(0.0) == len(weights) - 1 and 1.0 in weights:
-        return ingredients[list(weights).index(1.0)]
-    start = base.float()
-    return start + sum(
-        weight * (ingredient.float() - start) for ingredient, weight in zip(ingredients, weights, strict=True) if weight
-    )
-
-
 def _read_adapter(ingredient: ParentArtifact) -> _Adapter:
     settings = read_json(ingredient.folder / ADAPTER_SETTINGS)
     tensors = load_file(ingredient.folder / ADAPTER_WEIGHTS)
@@ -214,20 +187,4 @@ def _refuse_other_classes(ingredients: Sequence[ParentArtifact]) -> None:
             raise CheckpointError(
                 f"{one.folder}: it learnt {theirs.problem} over {list(theirs.names)}, {ingredients[0].stage} {classes[0].problem} over "
                 f"{list(classes[0].names)}; members of a soup must share their classes: give both stages the same labels"
-            )
-
-
-def _refuse_others(
-    ingredients: Sequence[ParentArtifact], opened: Sequence[Any], facts: Callable[[Any], Mapping[str, Any]]
-) -> None:
-    """Raise CheckpointError if names or shapes of an ingredient are not those of the first of `opened`."""
-    first = facts(opened[0])
-    for ingredient, one in zip(ingredients, opened[1:], strict=True):
-        own = facts(one)
-        different = sorted(own.keys() ^ first.keys())
-        different += [name for name in own.keys() & first.keys() if own[name] != first[name]]
-        if different:
-            raise CheckpointError(
-                f"{ingredient.folder}: it does not have the parameters of the others ({', '.join(different[:3])}); members of a "
-                "soup must share base and tuning"
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model
 
 from orchestrator.errors import CheckpointError
 from orchestrator.models.weight_stream import layer_groups, layer_of, open_unfilled
@@ -21,7 +21,9 @@ class ModelFiles:
         """`kind` is an Auto class of transformers, `options` those of `from_pretrained`."""
         self.module: Any
         self.module, self._tensors, self._filling = open_unfilled(kind, folder, dtype=dtype, **options)
-        self._folder = folder
+        self._folder, self._dtype = folder, dtype
+        converts = any(isinstance(one, WeightConverter) for one in self._filling.weight_mapping or ())
+        self._is_plain = not converts and self._filling.hf_quantizer is None
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.module.named_parameters()}
         self._groups = {layer_of(group[0]): group for group in layer_groups(self._tensors.names)}
         self._read: dict[str, torch.Tensor] = {}
@@ -45,8 +47,11 @@ class ModelFiles:
         return self._read[name]
 
     def _fill(self, name: str) -> None:
-        """Load the layer of a parameter, and leave the module without values again."""
+        """Read a parameter that its file has as it is; else load its layer, and leave the module without values again."""
         self._read = {}
+        if self._is_plain and name in self._tensors and self._tensors.shape(name) == self.shapes[name]:
+            self._read[name] = self._tensors.read(name).to(self._dtype)
+            return
         values = {one: self._tensors.read(one) for one in self._group_of(name)}
         convert_and_load_state_dict_in_model(self.module, values, self._filling)
         for one, parameter in list(self.module.named_parameters()):

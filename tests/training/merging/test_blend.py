@@ -21,7 +21,8 @@ from orchestrator.errors import CheckpointError, DataError
 from orchestrator.evaluation.answer_options import AnsweredRow, choices_of, option_logprobs_RO
 from orchestrator.evaluation.score_tables import regressions_line, score_table
 from orchestrator.evaluation.set_scores import SetScores, normalised
-from orchestrator.merging.blend import AdapterBlend, weighted, whole_blend
+from orchestrator.merging.blend import AdapterBlend, whole_blend
+from orchestrator.merging.blend_files import weighted
 from orchestrator.merging.selection import choose_blend, greedy_members, inner_best
 from orchestrator.models.tuning import apply_tuning
 from orchestrator.run_state.artifact_kind import ArtifactKind
