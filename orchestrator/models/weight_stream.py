@@ -41,14 +41,16 @@ _place: ContextVar[Device | None] = ContextVar("place", default=None)
 def load_streamed(kind: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, set[Any]]]:
     """The model of a folder by an Auto class of transformers, and its report of names that are missing or unexpected.
 
-    On the rank's device (or that of `placed_on`), or as ZeRO-3 shards where transformers is configured for them (but for
-    `without_sharding`): then every rank must call it, rank 0 alone reads, and each holds its share and a layer. `options`
-    are those of `from_pretrained`.
+    On the rank's device (or that of `placed_on`), or as ZeRO-3 shards where transformers is configured for them (outside
+    of `placed_on`): then every rank must call it, rank 0 alone reads, and each holds its share and a layer. `options` are
+    those of `from_pretrained`.
     """
-    settings = zero_settings.deepspeed_config() if zero_settings.is_deepspeed_zero3_enabled() else None
-    target = _place.get() or rank_device()
+    place, settings = _place.get(), zero_settings.deepspeed_config()
+    target = place or rank_device()
+    if place is not None or not zero_settings.is_deepspeed_zero3_enabled():
+        settings = None
     shards = None if settings is None else _Shards(settings, rank_device())
-    with without_sharding(), _loaded_by(_onto_device if shards is None else shards.fill):
+    with _unsharded(), _loaded_by(_onto_device if shards is None else shards.fill):
         # safetensors only: unpickling a foreign file may run its code.
         model, report = kind.from_pretrained(
             str(folder), device_map=target, use_safetensors=True, output_loading_info=True, **options
@@ -70,7 +72,7 @@ def open_unfilled(kind: Any, folder: Path, **options: Any) -> tuple[Any, TensorF
         nothing: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return LoadStateDictInfo(**nothing, error_msgs=[], conversion_errors={}, skipped_pp_keys=set())
 
-    with without_sharding(), _loaded_by(fill):
+    with _unsharded(), _loaded_by(fill):
         model = kind.from_pretrained(str(folder), device_map=HOST, use_safetensors=True, **options)
     return model, *found
 
@@ -89,7 +91,10 @@ def rank_device() -> torch.device:
 
 @contextmanager
 def placed_on(device: Device) -> Generator[None]:
-    """Load whole models onto this device inside the block; `auto` spreads the layers of one process over its devices."""
+    """Load models whole onto this device inside the block, also on the ranks of a sharded job.
+
+    `auto` spreads the layers of one process over its devices.
+    """
     token = _place.set(device)
     try:
         yield
@@ -98,8 +103,8 @@ def placed_on(device: Device) -> Generator[None]:
 
 
 @contextmanager
-def without_sharding() -> Generator[None]:
-    """Load models whole on every rank inside this block, even if transformers is configured for ZeRO-3."""
+def _unsharded() -> Generator[None]:
+    """Let transformers build whole models inside this block, even if it is configured for ZeRO-3."""
     reference: Any = zero_settings._hf_deepspeed_config_weak_ref  # pyright: ignore[reportPrivateUsage]
     zero_settings.unset_hf_deepspeed_config()
     try:

@@ -132,23 +132,38 @@ def _files_of(folder: Path, fault: type[OrchestratorError]) -> list[Path]:
 
 def read_header(path: Path, *, fault: type[OrchestratorError] = CheckpointError) -> dict[str, Place]:
     """Name -> place of a file's tensors, in the order of their bytes, after a check against the file's size."""
+    size, length, header = _parsed_header(path, fault)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise fault(f"{path} is truncated or not a safetensors file")
-            places = _places(path, json.loads(file.read(length)), 8 + length)
-    except FileNotFoundError:
-        raise fault(f"{path} is missing") from None
-    except OSError as error:
-        raise fault(f"{path}: {error.strerror}") from None
+        places = _places(path, header, 8 + length)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise fault(f"{path} is damaged: its header is not that of a safetensors file") from None
     end = max((place.start + place.entry.bytes for place in places), default=8 + length)
     if end != size:
         raise fault(f"{path} is {'truncated' if size < end else 'damaged'}: {size} bytes, its header says {end}")
     return {place.entry.name: place for place in places}
+
+
+def read_metadata(path: Path, *, fault: type[OrchestratorError] = CheckpointError) -> dict[str, str]:
+    """The texts in a file's header that its writer added."""
+    _, _, header = _parsed_header(path, fault)
+    return dict(header.get("__metadata__", {}))
+
+
+def _parsed_header(path: Path, fault: type[OrchestratorError]) -> tuple[int, int, dict[str, Any]]:
+    """Bytes of the file, bytes of its header, and the header."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise fault(f"{path} is truncated or not a safetensors file")
+            return size, length, dict(json.loads(file.read(length)))
+    except FileNotFoundError:
+        raise fault(f"{path} is missing") from None
+    except OSError as error:
+        raise fault(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise fault(f"{path} is damaged: its header is not that of a safetensors file") from None
 
 
 def _places(path: Path, header: Mapping[str, Any], data: int) -> list[Place]:

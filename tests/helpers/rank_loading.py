@@ -30,13 +30,13 @@ from orchestrator.models.artifact import open_model
 from orchestrator.models.loading import load_model, load_scorer
 from orchestrator.models.peft_adapters import apply_loftq_init
 from orchestrator.models.tuning import apply_tuning
-from orchestrator.models.weight_stream import placed_on, without_sharding
+from orchestrator.models.weight_stream import placed_on
 from orchestrator.planning.absolute_paths import resolve
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One model to load: `sharding`, and whether its base is in 4 bits or is loaded whole in spite of it."""
+    """One model to load: `sharding`, whether its base is in 4 bits, and a `device` that it is loaded onto whole."""
 
     name: str
     folder: str
@@ -44,7 +44,6 @@ class Cell:
     sharding: str = "zero3"
     kind: str = "model"
     nf4: bool = False
-    whole: bool = False
     device: str | None = None
     rows: str = ""
     words: tuple[str, ...] = ()
@@ -133,11 +132,11 @@ def run(cell: Cell) -> None:
     chosen = placed_on(torch.device(cell.device)) if cell.device else nullcontext()
     forget_peak()
     before = resident()
-    with chosen, without_sharding() if cell.whole else nullcontext():
+    with chosen:
         model = _load(cell, config)
     growth = resident("VmHWM") - before
     shards = sum(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    whole = {} if cell.device else contents(model)
+    whole = {} if cell.device == "meta" else contents(model)
     answer = {
         "growth": growth,
         "shards": shards,

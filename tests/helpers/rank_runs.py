@@ -101,6 +101,11 @@ class Place:
         write_json(self.run(name) / "run.json", record)
         return self.run(name)
 
+    def bytes_read(self, name: str, attempt: int) -> list[int]:
+        """Bytes of tensors that each rank read from a checkpoint, in rank order."""
+        files = sorted(self.run(name).glob(f"read-{attempt}-*.json"))
+        return [int(read_json(file)["bytes"]) for file in files]
+
     def rows(self, name: str) -> dict[int, Row]:
         """The training row of every step, from its last attempt."""
         rows = last_attempt_rows(read_rows(self.stage(name).metrics))
@@ -217,7 +222,9 @@ def _train_cell(cell: Cell) -> None:
     build = build_policy if cell.stage == "sft" else build_classifier
     session = open_session(context, runtime, record, build)
     make_recipe = importlib.import_module(STAGES[cell.stage]).make_recipe
+    count = _count_checkpoint_bytes()
     job, course, checkpointer, progress = assemble(session, make_recipe)
+    write_json(run / f"read-{cell.attempt}-{runtime.rank}.json", {"bytes": sum(count)})
     asked: list[bool] = []
 
     def passed(place: str, step: int) -> None:
@@ -259,6 +266,23 @@ def _train_cell(cell: Cell) -> None:
         save_file(weights, run / f"weights-{cell.attempt}.safetensors")
     runtime.barrier()
     runtime.accelerator.free_memory()
+
+
+def _count_checkpoint_bytes() -> list[int]:
+    """A list that grows by the bytes of every read of tensors from a checkpoint, from now on."""
+    from orchestrator.tensors.reader import TensorFolder
+
+    counted: list[int] = []
+    fill: Any = getattr(TensorFolder._fill, "counted", TensorFolder._fill)
+
+    def counting(self: TensorFolder, view: memoryview, path: Path, offset: int) -> None:
+        if "checkpoints" in path.parts:
+            counted.append(len(view))
+        fill(self, view, path, offset)
+
+    counting.counted = fill  # pyright: ignore[reportFunctionMemberAccess]
+    TensorFolder._fill = counting
+    return counted
 
 
 def _poisoned(job: Any, steps: Sequence[int]) -> Any:

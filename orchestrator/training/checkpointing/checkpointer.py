@@ -28,8 +28,9 @@ from orchestrator.run_state.recorder import Recorder
 from orchestrator.run_state.resume_rules import refuse_changes, settings_that_matter
 from orchestrator.run_state.stage_context import StageContext, training_stage
 from orchestrator.training.checkpointing.newest_proven import newest_proven
-from orchestrator.training.checkpointing.training_state import INDEX, collect, restore, restore_random_state
+from orchestrator.training.checkpointing.training_state import collect, restore, restore_random_state
 from orchestrator.training.checkpointing.writer import CheckpointWriter, Pending
+from orchestrator.training.checkpointing.written_state import INDEX
 from orchestrator.training.early_stopping import Stopping
 from orchestrator.training.faults import health_from_json
 from orchestrator.training.loop_state import Progress

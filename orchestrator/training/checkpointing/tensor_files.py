@@ -1,18 +1,15 @@
-"""Writes named tensors as safetensors, hashed along the way; reads them by name and range. Knows no checkpoint."""
+"""Writes named tensors as safetensors, hashed along the way, and reads the file back. Knows no checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from orchestrator.errors import CheckpointError
 from orchestrator.files.manifest import file_digest
@@ -98,15 +95,3 @@ def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     text = json.dumps(entries, ensure_ascii=False).encode()
     # safetensors pads its header with spaces, so that the data starts aligned.
     return text + b" " * (-(8 + len(text)) % ALIGNMENT)
-
-
-@contextmanager
-def open_tensors(paths: Sequence[Path]) -> Iterator[list[Any]]:
-    """Map files for reading by name; nothing is read before a tensor is requested."""
-    with ExitStack() as stack:
-        yield [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
-
-
-def names_in(handle: Any) -> list[str]:
-    """Names of the tensors of an open file; its handle is not a dict."""
-    return list(handle.keys())

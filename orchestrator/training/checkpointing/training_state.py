@@ -6,7 +6,6 @@ number of ranks and any ZeRO stage. Only non-element-wise states (8-bit ones und
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,10 @@ from orchestrator.distributed.zero_fragments import (
     trained_parameters,
 )
 from orchestrator.errors import CheckpointError
-from orchestrator.training.checkpointing.tensor_files import names_in, open_tensors
+from orchestrator.tensors.reader import TensorFolder
+from orchestrator.training.checkpointing.written_state import EXTRA, FLAT, WEIGHT, WrittenState, copy_range
 
-WEIGHT = "weight"
 RANDOM = "random"
-FLAT = "flat"
-EXTRA = "extra"
-INDEX = "index"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,110 +63,39 @@ def restore(
     `same_ranks`: world size and sharding match those of the writer. Raises CheckpointError if names or shapes do not
     match, or if the state cannot be moved.
     """
-    with open_tensors(files) as handles, torch.no_grad():
-        written = Written(handles)
+    with torch.no_grad():
+        written = WrittenState(files)
         written.check_names(trained_parameters(runtime, model))
         if written.is_bound_to_ranks and not same_ranks:
             raise CheckpointError(
                 "8-bit optimizer states under ZeRO are tied to the ranks that wrote them; resume with the same sharding and "
                 "number of ranks, or start over with optimizer=adamw"
             )
-        states = base_optimizer(runtime, optimizer).state
+        base = base_optimizer(runtime, optimizer)
         for number, (master, members) in enumerate(_by_master(local_fragments(runtime, model))):
             for fragment in members:
-                fragment.of(master).copy_(written.read(WEIGHT, fragment))
+                written.copy(WEIGHT, fragment, master)
+            live = _live_state(base, master) if any(written.has_states(f.name) for f in members) else {}
             flat = written.flat(number, runtime.rank) if written.is_bound_to_ranks else {}
-            states[master] = (
-                _flat_state(written, flat, master, members)
+            state = (
+                _flat_state(written.of_rank(runtime.rank), flat, master, live)
                 if flat
-                else _master_state(written, master, members, states.get(master, {}))
+                else _master_state(written, master, members, live)
             )
+            # A forgotten step count gives a wrong bias correction, which shows only two steps later.
+            for fragment in members:
+                state |= {
+                    key: _from_number(value, master.device) for key, value in written.numbers[fragment.name].items()
+                }
+            base.state[master] = state
         refresh_model(runtime, model)
 
 
 def restore_random_state(file: Path, device: torch.device) -> None:
     """Restore the random generators of the rank that wrote `file`."""
-    with open_tensors([file]) as (handle,):
-        names = [name for name in names_in(handle) if name.startswith(f"{RANDOM}:")]
-        set_random_state({name.partition(":")[2]: handle.get_tensor(name) for name in names}, device)
-
-
-class Written:
-    """The files of all ranks of a checkpoint, read by name. The caller owns the file handles."""
-
-    def __init__(self, handles: Sequence[Any]) -> None:
-        self._handles = handles
-        self.numbers: dict[str, dict[str, Any]] = {}
-        """Plain values of a parameter's optimizer state, such as its step count."""
-        self.is_bound_to_ranks = False
-        """True if some states are not element-wise over one parameter: 8-bit ones in ZeRO's partitions."""
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._parts: dict[str, list[tuple[int, int, int]]] = {}
-        self._kinds: dict[str, dict[str, int]] = {}
-        for file, handle in enumerate(handles):
-            index = json.loads(handle.metadata()[INDEX])
-            self.numbers |= index["numbers"]
-            for name, entry in index["fragments"].items():
-                self._shapes[name] = tuple(entry["shape"])
-                self._parts.setdefault(name, []).append((entry["start"], entry["start"] + entry["length"], file))
-            for key in names_in(handle):
-                kind, _, name = key.partition(":")
-                self.is_bound_to_ranks |= kind.startswith(f"{FLAT}.")
-                self._kinds.setdefault(name, {})[kind] = file
-
-    def check_names(self, parameters: Iterable[tuple[str, Any]]) -> None:
-        """Raise CheckpointError if the trained parameters differ from the saved ones."""
-        shapes = self._shapes
-        wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters}
-        problems = [f"{name}: missing from the checkpoint" for name in sorted(wanted.keys() - shapes.keys())]
-        problems += [
-            f"{name}: in the checkpoint, but not trained here" for name in sorted(shapes.keys() - wanted.keys())
-        ]
-        problems += [
-            f"{name}: shape {list(shapes[name])} in the checkpoint, {list(wanted[name])} here"
-            for name in sorted(shapes.keys() & wanted.keys())
-            if shapes[name] != wanted[name]
-        ]
-        if problems:
-            raise CheckpointError(problems)
-
-    def state_keys(self, name: str) -> list[str]:
-        """Names of the element-wise states of a parameter."""
-        return sorted(kind for kind in self._kinds[name] if kind != WEIGHT and not kind.startswith(f"{EXTRA}."))
-
-    def extras(self, name: str) -> dict[str, torch.Tensor]:
-        """Non-element-wise states of a parameter, such as the scales of 8-bit states."""
-        found = {kind: file for kind, file in self._kinds[name].items() if kind.startswith(f"{EXTRA}.")}
-        return {
-            kind.removeprefix(f"{EXTRA}."): self._handles[file].get_tensor(f"{kind}:{name}")
-            for kind, file in found.items()
-        }
-
-    def flat(self, number: int, rank: int) -> dict[str, torch.Tensor]:
-        """States that a rank wrote for its flat master `number` as a whole; only that rank can read them."""
-        prefix = f"{FLAT}.{number}."
-        handle = self._handles[rank]
-        return {
-            key.removeprefix(prefix).rstrip(":"): handle.get_tensor(key)
-            for key in names_in(handle)
-            if key.startswith(prefix)
-        }
-
-    def read(self, key: str, fragment: Fragment) -> torch.Tensor:
-        """The elements of a fragment, assembled from the saved parts that cover it."""
-        stop = fragment.start + fragment.length
-        pieces: list[torch.Tensor] = []
-        position = fragment.start
-        for part_start, part_stop, file in sorted(self._parts[fragment.name]):
-            if part_start <= position < min(part_stop, stop):
-                last = min(part_stop, stop)
-                pieces.append(
-                    self._handles[file].get_slice(f"{key}:{fragment.name}")[position - part_start : last - part_start]
-                )
-                position = last
-        if position != stop:
-            raise CheckpointError(f"{fragment.name}: the checkpoint holds elements up to {position}, {stop} are needed")
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    tensors = TensorFolder.of_files([file])
+    names = [name for name in tensors.names if name.startswith(f"{RANDOM}:")]
+    set_random_state({name.partition(":")[2]: tensors.read(name) for name in names}, device)
 
 
 def _own_share(runtime: Runtime, fragments: list[Fragment]) -> list[Fragment]:
@@ -198,8 +123,27 @@ def _named_states(
     return named | {f"{EXTRA}.{key}:{f.name}": value.detach() for f in members for key, value in extras.items()}
 
 
+def _live_state(base: torch.optim.Optimizer, master: torch.Tensor) -> Mapping[str, Any]:
+    """The optimizer's own state of a master; before its first step bitsandbytes is made to allocate it.
+
+    Only its own allocation is paged: a tensor made here would stay on the device.
+    """
+    make: Any = getattr(base, "init_state", None)
+    if base.state.get(master) or make is None:
+        return base.state.get(master, {})
+    group = base.param_groups[0]
+    # ZeRO-3 leaves the groups empty between steps, and bitsandbytes looks the parameter up in its group. What it makes
+    # depends on nothing else of the group.
+    parameters, group["params"] = group["params"], [master]
+    try:
+        make(group, master, 0, 0)
+    finally:
+        group["params"] = parameters
+    return base.state[master]
+
+
 def _master_state(
-    written: Written, master: torch.Tensor, members: Sequence[Fragment], live: Mapping[str, Any]
+    written: WrittenState, master: torch.Tensor, members: Sequence[Fragment], live: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Assemble the state of one master from its parameters; tensors of the live state are written in place."""
     state: dict[str, Any] = {}
@@ -210,14 +154,11 @@ def _master_state(
                 f"{fragment.name}: 8-bit optimizer states cannot be moved into ZeRO's partitions; resume with sharding=none, "
                 "or start over with optimizer=adamw"
             )
-        for key in written.state_keys(fragment.name):
-            values = written.read(key, fragment)
+        for key, dtype in written.state_dtypes(fragment.name).items():
             if key not in state:
-                state[key] = _room_for(values.dtype, master, live.get(key))
-            fragment.of(state[key]).copy_(values)
-        state |= {key: value.to(master.device, copy=True) for key, value in extras.items()}
-        # A forgotten step count gives a wrong bias correction, which shows only two steps later.
-        state |= {key: _from_number(value, master.device) for key, value in written.numbers[fragment.name].items()}
+                state[key] = _room_for(dtype, master, live.get(key))
+            written.copy(key, fragment, state[key])
+        state |= {key: _kept(value, live.get(key), master.device) for key, value in extras.items()}
     return state
 
 
@@ -227,13 +168,25 @@ def _room_for(dtype: torch.dtype, master: torch.Tensor, live: torch.Tensor | Non
     return torch.zeros(master.shape, dtype=dtype, device=master.device)
 
 
+def _kept(value: torch.Tensor, live: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """The live tensor where it is equal already, such as a table that bitsandbytes shares between all states."""
+    if live is not None and live.dtype == value.dtype and torch.equal(live.cpu(), value):
+        return live
+    return value.to(device)
+
+
 def _flat_state(
-    written: Written, flat: Mapping[str, torch.Tensor], master: torch.Tensor, members: Sequence[Fragment]
+    tensors: TensorFolder, names: Mapping[str, str], master: torch.Tensor, live: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The state of a master as this same rank wrote it."""
-    state: dict[str, Any] = {key: value.to(master.device, copy=True) for key, value in flat.items()}
-    numbers = written.numbers[members[0].name]
-    return state | {key: _from_number(value, master.device) for key, value in numbers.items()}
+    """The state of a master as this same rank wrote it; tensors of the live state are written in place."""
+    state: dict[str, Any] = {}
+    for key, name in names.items():
+        if tensors.shape(name) == tuple(master.shape):
+            state[key] = _room_for(tensors.dtype(name), master, live.get(key))
+            copy_range(tensors, name, 0, state[key].view(-1))
+        else:
+            state[key] = _kept(tensors.read(name), live.get(key), master.device)
+    return state
 
 
 def _number(value: Any) -> dict[str, Any]:

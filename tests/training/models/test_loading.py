@@ -86,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _cell(place, "scorer", "plain", kind="scorer"),
         _cell(place, "classifier", "plain", kind="classifier"),
         _cell(place, "classifier-nf4", "plain", kind="classifier", nf4=True),
-        _cell(place, "whole", "plain", whole=True),
+        _cell(place, "whole", "plain", device="cpu"),
         *(
             _cell(place, name, "plain", kind="policy", nf4="nf4" in name, words=words)
             for name, words in ADAPTED.items()

@@ -5,6 +5,7 @@ The whole grid (three methods x four shardings x five moves) is `benchmarks/resu
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from orchestrator.config.run import RunConfig
 from orchestrator.files.atomic import read_json
 from orchestrator.run_folder import checkpoints
 from orchestrator.run_state.resume_rules import may_differ
+from orchestrator.tensors.reader import read_metadata
 
 LORA = ("tuning=lora", "tuning.rank=4")
 EIGHT_BIT = ("tuning=full", "optimizer@stages.sft.optimizer=adamw_8bit", "stages.sft.optimizer.lr=2e-3")
@@ -168,6 +170,19 @@ def test_two_ranks_to_one(one_rank: Place, name: str) -> None:
 @pytest.mark.parametrize("name", ["full-zero3", "lora-zero1", "full-none"])
 def test_two_ranks_to_four(four_ranks: Place, name: str) -> None:
     _assert_goes_on(four_ranks, name, f"{name}-on-4", steps=[5, 6, 7, 8], ranks=[2, 4], micro_batches=2)
+
+
+def test_each_of_four_ranks_reads_its_share_of_what_two_wrote(four_ranks: Place) -> None:
+    """Under ZeRO-3 a quarter (and its share of the padding), from one of the two files; everything where each rank holds everything."""
+    written = sum(
+        entry["length"] * 3 * 4  # weight and both moments, fp32
+        for file in four_ranks.stage("full-zero3").checkpoint(CUT).glob("rank-*.safetensors")
+        for entry in json.loads(read_metadata(file)["index"])["fragments"].values()
+    )
+    for name, share in (("full-zero3", 0.25), ("full-none", 1.0)):
+        shares = [size / written for size in four_ranks.bytes_read(f"{name}-on-4", 2)]
+        assert len(shares) == 4 and all(0.9 * share <= part <= 1.02 * share for part in shares), shares
+    assert sum(four_ranks.bytes_read("full-zero3-on-4", 2)) == written
 
 
 @pytest.mark.parametrize("before", [1, 4])
