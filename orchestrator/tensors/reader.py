@@ -23,6 +23,8 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {
 }
 READ_BYTES = 1 << 30
 """The most that is read in one call: Linux stops short of 2 GiB."""
+MAPPED_BYTES = 128 << 10
+"""Tensors of this size and more have a mapping of their own; a process may have some 65,000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +93,7 @@ class TensorFolder:
         assert 0 <= start <= stop <= total, f"{name} has {total} elements, not [{start}, {stop})"
         if start == stop:
             return torch.empty(0, dtype=place.entry.dtype)
-        # A mapping goes back to the system with its tensor; glibc keeps freed memory below 32 MiB, and fragments it.
-        memory = mmap.mmap(-1, (stop - start) * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = _memory((stop - start) * width)
         self._fill(memoryview(memory), place.path, place.start + start * width)
         return torch.frombuffer(memory, dtype=place.entry.dtype)
 
@@ -111,6 +112,13 @@ class TensorFolder:
             raise self._fault(f"{path}: {error.strerror}") from None
         finally:
             os.close(file)
+
+
+def _memory(size: int) -> mmap.mmap | bytearray:
+    """Memory that goes back to the system with its tensor; glibc keeps freed pieces below 32 MiB, and fragments them."""
+    if size < MAPPED_BYTES:
+        return bytearray(size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _files_of(folder: Path, fault: type[OrchestratorError]) -> list[Path]:

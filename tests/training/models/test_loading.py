@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -25,7 +27,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from orchestrator.errors import ModelError
+from orchestrator.models.loading import load_model
 from orchestrator.models.tuning import cast_adapters_as_deepspeed
+from orchestrator.models.weight_stream import layer_groups
 
 LAYERS = 24
 LAYER_MIB = 4.5
@@ -182,3 +187,29 @@ def test_only_what_deepspeed_has_not_sharded_is_cast() -> None:
         parameter.ds_id = 0  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed's mark
     cast_adapters_as_deepspeed(model, torch.bfloat16)
     assert model["base"].weight.dtype == torch.float32 and model["adapter"].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "missing"])
+def test_a_damaged_shard_is_named(tmp_path: Path, spoil: str) -> None:
+    _write(tmp_path, _mixture(), max_shard_size="50KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    config = config_of(_cell(tmp_path, "damaged", ".", sharding="none"), ranks=1)
+    if spoil == "missing":
+        shard.unlink()
+    else:
+        os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(ModelError, match=re.escape(shard.name)):
+        load_model(tmp_path, config, weights_dtype=torch.float32)
+
+
+def test_tensors_come_by_layer() -> None:
+    names = ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight", "model.layers.10.mlp.up_proj.weight"]
+    names += ["model.layers.2.mlp.experts.1.w1.weight", "model.layers.2.mlp.experts.0.w1.weight", "h.0.ln_1.bias"]
+    groups = {tuple(sorted(group)) for group in layer_groups(names)}
+    assert groups == {
+        ("lm_head.weight",),
+        ("model.embed_tokens.weight", "model.norm.weight"),
+        ("model.layers.10.mlp.up_proj.weight",),
+        ("model.layers.2.mlp.experts.0.w1.weight", "model.layers.2.mlp.experts.1.w1.weight"),
+        ("h.0.ln_1.bias",),
+    }
