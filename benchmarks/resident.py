@@ -58,7 +58,7 @@ def watch(
     kill_when: Callable[[], bool] | None = None,
 ) -> Watched:
     """Run a command to its end, or SIGKILL all its processes once `kill_when` holds."""
-    start = time.monotonic()
+    start, began = time.monotonic(), time.time()
     peaks: dict[str, Peak] = {}
     tree: dict[int, str] = {}
     looked = 0.0
@@ -70,7 +70,7 @@ def watch(
                 if kill_when is not None and kill_when():
                     _kill(processes_below(process.pid))
                     break
-            _sample(tree, process.pid, phase_of(run), peaks)
+            _sample(tree, process.pid, phase_of(run, began), peaks)
             time.sleep(TICK_SECONDS)
         code = process.wait()
     found = {name: peak.record() for name, peak in peaks.items()}
@@ -87,8 +87,8 @@ def resident_of(pid: int | str) -> dict[str, int] | None:
     return found if len(found) == len(FIELDS) else None
 
 
-def phase_of(run: Path) -> str:
-    """The phase of the stage that wrote last; STARTING if none has."""
+def phase_of(run: Path, since: float) -> str:
+    """The phase of the stage that wrote last; STARTING if none has, in an attempt that began after `since`."""
     files = list(run.glob("*/phases.json"))
     if not files:
         return STARTING
@@ -96,7 +96,8 @@ def phase_of(run: Path) -> str:
         report = read_report(max(files, key=lambda file: file.stat().st_mtime))
     except OSError:
         return STARTING
-    return STARTING if report is None or report.now is None else report.now.name
+    # An attempt that was killed leaves the file as it was.
+    return STARTING if report is None or report.now is None or report.began < since else report.now.name
 
 
 def processes_below(root: int) -> dict[int, str]:

@@ -37,7 +37,7 @@ PLANNED = {
 """Phase of a run -> names of the plan's phases; of several that are there the largest counts, `write` before `save`."""
 FIRST_OF = (phase.WRITING, phase.MERGING)
 TRAINED = (phase.FIRST_STEP, phase.TRAINING, phase.TRIAL, phase.SAVING, phase.EVALUATION, phase.LAST_EVALUATION, phase.WRITING)  # fmt: skip
-UNUSED = (COMMAND, STARTING, phase.STARTING, phase.PREPARING, phase.IMPORTING)
+UNUSED = (COMMAND, STARTING, phase.STARTING, phase.FETCHING, phase.PREPARING, phase.IMPORTING)
 
 
 def table(known: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Shape]], ranks: int) -> str:
@@ -53,6 +53,8 @@ def table(known: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Shape]], ra
         shape = sizes[found["size"]][found["cell"]]
         for name, peak in found["peaks"].items():
             own, anonymous = (max(0, peak[kind] - bare[kind]) for kind in ("resident", "anonymous"))
+            if name in UNUSED and not own:
+                continue
             limit = bound(found["cell"], found["step"], name, shape, ranks)
             planned = planned_for(name, found["planned"])
             error = "" if not planned or not own else f"{100 * (planned - own) / own:+.0f} %"
