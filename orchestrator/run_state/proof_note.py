@@ -86,9 +86,9 @@ def read_note(folder: StageFolder) -> ProofNote:
 
 
 def awaits_proof(folder: StageFolder, digest: str) -> bool:
-    """Whether an artifact of a stage with this digest is written and not yet proven."""
-    if not folder.proof.exists() or read_json(folder.proof).get("state") != "written":  # older versions noted no state
-        return False
+    """Whether an artifact of an unfinished stage with this digest is written, and no proof of it has failed."""
+    if not folder.proof.exists() or read_json(folder.proof).get("state") not in ("written", "proven"):
+        return False  # older versions noted no state
     return read_note(folder).digest == digest
 
 
