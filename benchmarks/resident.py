@@ -56,8 +56,9 @@ def watch(
     environment: Mapping[str, str],
     log: Path,
     kill_when: Callable[[], bool] | None = None,
+    only_phase: str | None = None,
 ) -> Watched:
-    """Run a command to its end, or SIGKILL all its processes once `kill_when` holds."""
+    """Run a command to its end, or SIGKILL all its processes once `kill_when` holds; `only_phase`: it reports none."""
     start, began = time.monotonic(), time.time()
     peaks: dict[str, Peak] = {}
     tree: dict[int, str] = {}
@@ -70,7 +71,7 @@ def watch(
                 if kill_when is not None and kill_when():
                     _kill(processes_below(process.pid))
                     break
-            _sample(tree, process.pid, phase_of(run, began), peaks)
+            _sample(tree, process.pid, only_phase or phase_of(run, began), peaks)
             time.sleep(TICK_SECONDS)
         code = process.wait()
     found = {name: peak.record() for name, peak in peaks.items()}

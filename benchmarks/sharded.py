@@ -12,6 +12,7 @@ its imports and compares with the rank's share of the states, two of the largest
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import subprocess
@@ -33,6 +34,7 @@ from orchestrator.files.atomic import write_json
 from orchestrator.run_folder.checkpoints import saved_steps
 from orchestrator.run_folder.folder import RunFolder, StageFolder
 
+ROOT = Path(__file__).resolve().parents[1]
 RANKS = 4
 STEPS = ("train", "resume", "evaluate", "merge", "export", "grpo")
 SIZES = {
@@ -54,15 +56,11 @@ REWARD = '''"""A reward that differs between completions of a random model."""
 def letters(prompt: str, completion: str, row: dict) -> float:
     return sum(map(str.isalpha, completion)) / max(1, len(completion))
 '''
-BARE = """
-import deepspeed, bitsandbytes, peft, accelerate, transformers, torch._dynamo, torch.distributed.run
-import deepspeed.runtime.zero.stage3, transformers.models.llama.modeling_llama
-import orchestrator.worker
-from orchestrator.stages import STAGES
-import importlib
-for name in ("sft", "grpo", "evaluate", "merge"): importlib.import_module(STAGES[name])
-print(open("/proc/self/status").read())
-"""
+IMPORTS = {
+    "training": "deepspeed, peft, bitsandbytes, transformers.models.llama.modeling_llama, orchestrator.stages.sft, orchestrator.stages.grpo",
+    "scoring": "deepspeed, transformers.models.llama.modeling_llama, orchestrator.stages.evaluate, orchestrator.stages.merge",
+}
+"""What the ranks import; those that train nothing need less, and must not hide behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +144,7 @@ def main() -> int:
         "ORCHESTRATOR_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
     }
-    known.setdefault("bare", bare(environment))
+    known["bare"] = {kind: bare(imports, environment) for kind, imports in IMPORTS.items()}
     failed = False
     for name in options.cells.split(","):
         cell = Cell(name=name, folder=folder, shape=SIZES[options.size][name])
@@ -183,14 +181,12 @@ def prepare(folder: Path) -> None:
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
 
 
-def bare(environment: Mapping[str, str]) -> dict[str, int]:
+def bare(imports: str, environment: Mapping[str, str]) -> dict[str, int]:
     """Bytes of a worker with its imports that has done nothing."""
-    done = subprocess.run(
-        [sys.executable, "-c", BARE], env=dict(environment), capture_output=True, text=True, check=True
-    )
-    lines = [line.split() for line in done.stdout.splitlines()]
-    names = {"VmRSS:": "resident", "RssAnon:": "anonymous"}
-    return {names[line[0]]: int(line[1]) << 10 for line in lines if line and line[0] in names}
+    program = f"import sys, {imports}; sys.path.append({str(Path(__file__).parent)!r})\nimport resident; print(resident.resident_of('self'))"
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(argv, env=dict(environment), capture_output=True, text=True, check=True, cwd=ROOT)
+    return ast.literal_eval(done.stdout.splitlines()[-1])
 
 
 def measured(cell: Cell, step: str, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -216,6 +212,7 @@ def measured(cell: Cell, step: str, environment: Mapping[str, str]) -> dict[str,
         environment=environment,
         log=cell.folder / f"{cell.name}-{step}.log",
         kill_when=kill_when,
+        only_phase=step if step == "export" else None,
     )
     code = watched.code
     if step == "train":  # it is killed, and must be

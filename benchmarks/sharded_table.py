@@ -37,14 +37,17 @@ PLANNED = {
 """Phase of a run -> names of the plan's phases; of several that are there the largest counts, `write` before `save`."""
 FIRST_OF = (phase.WRITING, phase.MERGING)
 TRAINED = (phase.FIRST_STEP, phase.TRAINING, phase.TRIAL, phase.SAVING, phase.EVALUATION, phase.LAST_EVALUATION, phase.WRITING)  # fmt: skip
+SCORING_STEPS = ("evaluate", "merge")
 UNUSED = (COMMAND, STARTING, phase.STARTING, phase.FETCHING, phase.PREPARING, phase.IMPORTING)
 
 
 def table(known: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Shape]], ranks: int) -> str:
     """Markdown: GiB less those of a bare worker, the bound, and the plan with its error."""
-    bare = known["bare"]
     lines = [
-        f"A bare worker has {bare['resident'] / GIB:.2f} GiB resident, {bare['anonymous'] / GIB:.2f} of them anonymous.",
+        *(
+            f"Bare, {kind}: {size['resident'] / GIB:.3f} GiB resident, {size['anonymous'] / GIB:.3f} of them anonymous."
+            for kind, size in known["bare"].items()
+        ),
         "",
         "| cell | step | phase | resident | anonymous | bound | within | plan | error |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -52,6 +55,7 @@ def table(known: Mapping[str, Any], sizes: Mapping[str, Mapping[str, Shape]], ra
     for found in known["steps"].values():
         shape = sizes[found["size"]][found["cell"]]
         for name, peak in found["peaks"].items():
+            bare = known["bare"]["scoring" if found["step"] in SCORING_STEPS or name == phase.PROOF else "training"]
             own, anonymous = (max(0, peak[kind] - bare[kind]) for kind in ("resident", "anonymous"))
             if name in UNUSED and not own:
                 continue
@@ -85,7 +89,8 @@ def bound(cell: str, step: str, name: str, shape: Shape, ranks: int) -> float:
     # A full policy's reference is a second model; a merge is compared with what it was made of.
     if (step == "grpo" and cell == "full") or step in ("merge", "export"):
         states += FLOAT_BYTES * shape.elements
-    return HEADROOM * (states / ranks + 2 * shape.largest_layer_bytes)
+    # Export measures in one process, outside the job.
+    return HEADROOM * (states / (1 if step == "export" else ranks) + 2 * shape.largest_layer_bytes)
 
 
 def _adapter_elements(shape: Shape) -> int:
