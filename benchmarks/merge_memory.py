@@ -43,7 +43,6 @@ def write_model(folder: Path, size: tuple[int, int, int, int], seed: int) -> int
         dtype="float32",
     )
     folder.mkdir(parents=True)
-    config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
     with torch.device("meta"):

@@ -90,7 +90,7 @@ class Runtime:
             engine: Any = model
             engine.destroy()
             for parameter in engine.module.parameters():
-                parameter.ds_tensor = None
+                del parameter.ds_tensor
                 parameter.data = torch.empty(0)
         gc.collect()
         if self.device.type == "cuda":

@@ -13,9 +13,3 @@ PREFIX = "TORCHELASTIC_"
 def rank_variables(environment: Mapping[str, str]) -> list[str]:
     """Names of such variables that are set."""
     return sorted(name for name in environment if name in NAMES or name.startswith(PREFIX))
-
-
-def without_rank(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that joins no process group."""
-    ours = set(rank_variables(environment))
-    return {name: value for name, value in environment.items() if name not in ours}

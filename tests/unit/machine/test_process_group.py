@@ -6,15 +6,14 @@ import os
 import subprocess
 import sys
 
-from orchestrator.machine.process_group import rank_variables, without_rank
+from orchestrator.machine.process_group import rank_variables
 
 FOREIGN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "10.255.255.1", "TORCHELASTIC_RUN_ID": "x"}
 
 
-def test_names_of_ranks_are_found_and_left_out() -> None:
+def test_names_of_ranks_are_found() -> None:
     environment = {"HOME": "/home/you", "OMP_NUM_THREADS": "2", **FOREIGN}
     assert rank_variables(environment) == sorted(FOREIGN)
-    assert without_rank(environment) == {"HOME": "/home/you", "OMP_NUM_THREADS": "2"}
 
 
 def test_the_command_ignores_them_and_says_so() -> None:
