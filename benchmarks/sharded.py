@@ -6,7 +6,8 @@
 A random Llama (full: 350 M parameters, lora and qlora: 1 B; float32) is trained for three steps and killed after its second checkpoint,
 resumed, written, proven, evaluated, merged, exported and trained by GRPO: each a command of its own, whose result is added to
 FOLDER/sharded.json. What is there is not measured again, so a measurement that was cut off goes on. `table` subtracts a bare worker with
-its imports and compares with the rank's share of the states, two of the largest layers and 10 %.
+its imports and compares with the rank's share of the states, two of the largest layers and 10 %; at size tiny the fixed 50 MB of
+communication and threads exceed that. With the interpreter of another checkout's environment it measures that checkout.
 """
 
 from __future__ import annotations

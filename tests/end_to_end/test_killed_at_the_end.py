@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import Bench
@@ -28,7 +28,7 @@ SETTINGS = (
 NAME = "killed_at_end"
 RANK_PROCESSES = 5
 """torchrun, and a guard with its child for each rank."""
-INTO_THE_PROOF = (0.0, 0.1, 0.2, 0.3)
+INTO_THE_PROOF = (0.0, 0.03, 0.06, 0.1)
 """Seconds from the beginning of a proof to the kill."""
 
 
@@ -37,7 +37,9 @@ def test_killed_ten_times_it_trains_once_and_proves_again(bench: Bench) -> None:
     wanted = straight.result()
     run = RunFolder(bench.runs / NAME)
     files = run.stage("sft")
-    states = [_killed_when(bench, run, moment) for moment in _moments(run)]
+    states: list[str] = []
+    for moment in _moments(run):
+        states.append(_killed_when(bench, run, moment, before=states))
     assert len(states) == 10 and {"no artifact", "written"} <= set(states), states
     last = bench.run(NAME, *SETTINGS)
     found = last.result()
@@ -84,7 +86,7 @@ def _after_event(files: StageFolder, condition: Callable[[], bool], *, delay: fl
     return holds
 
 
-def _killed_when(bench: Bench, run: RunFolder, condition: Callable[[], bool]) -> str:
+def _killed_when(bench: Bench, run: RunFolder, condition: Callable[[], bool], *, before: Sequence[str]) -> str:
     """Start the run, kill the command and all its processes once the condition holds; what was written by then."""
     argv = [sys.executable, "-m", "orchestrator", "run", *bench.words(NAME, *SETTINGS)]
     files = run.stage("sft")
@@ -92,9 +94,9 @@ def _killed_when(bench: Bench, run: RunFolder, condition: Callable[[], bool]) ->
         argv, cwd=bench.root, env=bench.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as command:
         while not _holds(condition):
-            assert command.poll() is None, command.stderr and command.stderr.read()
+            assert command.poll() is None, (before, command.stderr and command.stderr.read())
             time.sleep(0.002)
-        for process in (command.pid, *_processes_of(run.root)):
+        for process in (*_processes_of(run.root), command.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
     assert not files.result.exists(), "it was killed too late"
@@ -111,13 +113,15 @@ def _holds(condition: Callable[[], bool]) -> bool:
 
 
 def _processes_of(folder: Path) -> list[int]:
-    """Launchers, guards and ranks: processes with this run.json in their command line."""
-    found: list[int] = []
+    """Ranks, then guards and launchers: processes with this run.json in their command line."""
+    ranks: list[int] = []
+    others: list[int] = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if str(folder / "run.json").encode() in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
-    return found
+            words = (process / "cmdline").read_bytes()
+            if str(folder / "run.json").encode() in words:
+                (others if b"launchers.guard" in words else ranks).append(int(process.name))
+    return [*ranks, *others]
 
 
 def _events(files: StageFolder, kind: str) -> list[object]:
