@@ -74,7 +74,8 @@ class Runtime:
         Every rank must call it, in the same order for several models.
         """
         if self.scoring is None:
-            return model.requires_grad_(False).to(self.device).eval()
+            model = model.requires_grad_(False).eval()
+            return model if is_spread(model) else model.to(self.device)
         import deepspeed
 
         # Without an optimizer ZeRO-3 only gathers a layer's parameters before its forward pass.
@@ -212,6 +213,11 @@ def start_single_runtime(config: RunConfig, *, autocast: bool, phases: Phases | 
         autocast_dtype=torch.bfloat16 if autocast else None,
         phases=phases or Phases(),
     )
+
+
+def is_spread(model: torch.nn.Module) -> bool:
+    """Whether transformers has put the layers of a model on several devices, and moves activations between them."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
 def uses_cpu_only(config: RunConfig) -> bool:

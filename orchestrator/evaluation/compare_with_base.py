@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,16 @@ from orchestrator.generation.generator import end_ids_of
 from orchestrator.metrics.phases import ANSWERING, LOADING, Phases
 from orchestrator.models.artifact import open_artifact
 from orchestrator.models.loading import load_model, silence_libraries, weights_dtype
+from orchestrator.models.placement import place_for
 from orchestrator.models.stage_inputs import find_base_folder
+from orchestrator.models.weight_stream import placed_on
 from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.frozen import load_config
 from orchestrator.run_state.held_out_rows import held_out_examples
 
 Answer = Callable[[Prompt], str]
+Answered = tuple[Prompt, str, str]
+"""A prompt, the base's answer and the tuned model's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +77,15 @@ def answer_with(model: Any, folder: Path, encoder: Encoder, runtime: Runtime, *,
     return answer
 
 
-def show(
-    prompts: Iterator[Prompt], base: Answer, tuned: Answer, console: Console, *, output: Path | None = None
-) -> int:
+def show(answered: Iterable[Answered], console: Console, *, output: Path | None = None) -> int:
     """Print question, base answer and tuned answer, and append them to `output`; return the number of prompts."""
     count = 0
-    for prompt in prompts:
+    for prompt, base, tuned in answered:
         count += 1
         table = Table(title=_question(prompt), title_justify="left", title_style="bold", show_lines=False, expand=True)
         table.add_column("base", ratio=1)
         table.add_column("tuned", ratio=1, style="green")
-        answers = {"base": base(prompt), "tuned": tuned(prompt)}
+        answers = {"base": base, "tuned": tuned}
         table.add_row(*map(Text, answers.values()))
         console.print(table)
         if output is not None:
@@ -175,38 +177,61 @@ def _run(options: argparse.Namespace, phases: Phases) -> int:
     phases.begin(LOADING)
     if makes_classifier(config, options.stage):
         return classify_texts(config, folder, base_folder, _texts(options, config), phases=phases)
-    runtime = start_single_runtime(config, autocast=config.model.dtype == "bfloat16")
+    runtime = start_single_runtime(config, autocast=config.model.dtype == "bfloat16", phases=phases)
     encoder = make_encoder(load_facts(base_folder), config.stages[options.stage].data)
-    dtype = weights_dtype(config, uses_deepspeed=False)
-    tuned: Any = (
-        open_artifact(folder.artifact, base_folder=base_folder, config=config, weights_dtype=dtype)
-        .to(runtime.device)
-        .eval()
-    )
-    is_full = not config.tuning.is_adapter
-    base: Any = load_model(base_folder, config, weights_dtype=dtype).to(runtime.device).eval() if is_full else tuned  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
     drawing = Drawing(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
     )
-    answer_tuned = answer_with(tuned, base_folder, encoder, runtime, drawing=drawing)
-    answer_base = answer_with(base, base_folder, encoder, runtime, drawing=drawing)
-
-    def without_adapter(prompt: Prompt) -> str:
-        with nullcontext() if is_full else tuned.disable_adapter():
-            return answer_base(prompt)
-
-    def announced(answer: Answer) -> Answer:
-        def answered(prompt: Prompt) -> str:
-            with phases.during(ANSWERING):
-                return answer(prompt)
-
-        return answered
-
-    phases.end()  # the line is cleared: answers follow
+    answering = partial(answer_with, folder=base_folder, encoder=encoder, runtime=runtime, drawing=drawing)
+    dtype = weights_dtype(config, uses_deepspeed=False)
+    load_tuned = partial(open_artifact, folder.artifact, base_folder=base_folder, config=config, weights_dtype=dtype)
     prompts = (_with_system(prompt, options.system) for prompt in _prompts(options, config))
-    if show(prompts, announced(without_adapter), announced(answer_tuned), Console(), output=options.output) == 0:
-        raise ConfigError("no prompt: give --prompt TEXT, or one prompt per line on standard input")
+    with placed_on(place_for(base_folder, config, dtype)):
+        if config.tuning.is_adapter:
+            answered = _with_one_model(prompts, load_tuned, answering, runtime)
+        else:
+            loads = (partial(load_model, base_folder, config, weights_dtype=dtype), load_tuned)
+            answered = _one_model_after_the_other(prompts, loads, answering, runtime)
+        if show(answered, Console(), output=options.output) == 0:
+            raise ConfigError("no prompt: give --prompt TEXT, or one prompt per line on standard input")
     return 0
+
+
+def _with_one_model(
+    prompts: Iterable[Prompt], load: Callable[[], Any], answering: Callable[[Any], Answer], runtime: Runtime
+) -> Iterator[Answered]:
+    """Answer each prompt as it comes: the base is the tuned model without its adapter."""
+    tuned: Any = runtime.hold(load())
+    answer, phases = answering(tuned), runtime.phases
+    phases.end()  # the line is cleared: answers follow
+    for prompt in prompts:
+        with phases.during(ANSWERING), tuned.disable_adapter():
+            base = answer(prompt)
+        with phases.during(ANSWERING):
+            own = answer(prompt)
+        yield prompt, base, own
+
+
+def _one_model_after_the_other(
+    prompts: Iterable[Prompt],
+    loads: Iterable[Callable[[], Any]],
+    answering: Callable[[Any], Answer],
+    runtime: Runtime,
+) -> Iterator[Answered]:
+    """Answer all prompts with each of two whole models: only one is in memory."""
+    phases = runtime.phases
+    phases.end()
+    given = list(prompts)
+    if not given:
+        return
+    answers: list[list[str]] = []
+    for load in loads:
+        with phases.during(LOADING):
+            model = runtime.hold(load())
+        with phases.during(ANSWERING):
+            answers.append(list(map(answering(model), given)))
+        runtime.release(model)
+    yield from zip(given, *answers, strict=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from orchestrator.config.run import RunConfig
+from orchestrator.dataloader.batch import Batch
 from orchestrator.dataloader.prepared_rows import PreparedRows
 from orchestrator.distributed.runtime import Runtime, start_single_runtime
 from orchestrator.errors import EXIT_DONE, CheckpointError, OrchestratorError
@@ -17,19 +18,19 @@ from orchestrator.evaluation.artifact_proof import LOSS_TOLERANCE
 from orchestrator.files.atomic import read_json
 from orchestrator.files.manifest import read_manifest
 from orchestrator.merging.adapter_merge import forget, merge, publish_merged
-from orchestrator.merging.comparison import Way, batches_of
+from orchestrator.merging.comparison import Way, batches_of, compare
 from orchestrator.merging.merge_source import Source
 from orchestrator.metrics import phases as phase
 from orchestrator.metrics.phases import Phases
 from orchestrator.models.artifact import open_model
 from orchestrator.models.loading import DTYPES, silence_libraries
+from orchestrator.models.placement import place_for
 from orchestrator.models.stage_inputs import find_base_folder, find_rows
+from orchestrator.models.weight_stream import placed_on
 from orchestrator.run_folder.folder import RunFolder
 from orchestrator.run_state.artifacts import read_artifact
 from orchestrator.run_state.frozen import load_config
 from orchestrator.run_state.model_card import write_card
-from orchestrator.training.evaluation import evaluate
-from orchestrator.training.objectives import prompt_objective
 
 ROWS = 32
 MICRO_SIZE = 4
@@ -44,7 +45,9 @@ def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_k
     phases.begin(phase.MERGING, unit=phase.ROWS)
     source = Source(config=config, base_folder=base_folder, artifact=artifact.path, kind=artifact.kind)
     batches = batches_of(rows, limit=ROWS, micro_size=MICRO_SIZE)
-    chosen, *others = merge(source, target, runtime, batches, say=phases.above(print))
+    place = place_for(base_folder, config, DTYPES[config.model.dtype], models=2)
+    with placed_on(place):
+        chosen, *others = merge(source, target, runtime, batches, say=phases.above(print))
     ways, best = [chosen.way, *(one.way for one in others)], chosen.way
     forget(others if best.kl <= max_kl else [chosen, *others])
     if not best.kl <= max_kl:  # negated, so that NaN is refused too
@@ -62,17 +65,18 @@ def export(config: RunConfig, run: RunFolder, stage: str, target: Path, *, max_k
     phases.begin(phase.WRITING)
     publish_merged(chosen, target, card=card, facts=facts)
     phases.begin(phase.PROOF, unit=phase.ROWS)
-    _prove(config, target, rows, runtime, best)
+    with placed_on(place):
+        _prove(config, target, batches, runtime, best)
     return best
 
 
-def _prove(config: RunConfig, target: Path, rows: PreparedRows, runtime: Runtime, way: Way) -> None:
+def _prove(config: RunConfig, target: Path, batches: list[Batch], runtime: Runtime, way: Way) -> None:
     """Read the folder back from disk and score it again."""
     read_manifest(target)
-    model = open_model(target, config, DTYPES[config.model.dtype], packed=False).to(runtime.device)  # pyright: ignore[reportArgumentType]  # transformers' `to` is typed without self
-    scored = evaluate(runtime, model, prompt_objective(runtime), rows, micro_size=MICRO_SIZE, limit=ROWS)
-    if not abs(scored.loss - way.loss) <= LOSS_TOLERANCE:
-        raise CheckpointError(f"{target}: re-opened, it scores {scored.loss:.5f}, {way.loss:.5f} was measured before")
+    model = runtime.hold(open_model(target, config, DTYPES[config.model.dtype], packed=False))
+    loss = compare(way.name, runtime, model, model, batches).loss
+    if not abs(loss - way.loss) <= LOSS_TOLERANCE:
+        raise CheckpointError(f"{target}: re-opened, it scores {loss:.5f}, {way.loss:.5f} was measured before")
 
 
 def main(phases: Phases | None = None) -> int:

@@ -17,6 +17,8 @@ from orchestrator.files.atomic import read_json
 from orchestrator.files.manifest import read_manifest
 from orchestrator.metrics.jsonl import read_rows
 
+SHORT = "stages.sft.max_steps=6"
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
@@ -146,23 +148,57 @@ def test_a_resumed_run_has_nothing_left_to_do_and_generates(bench: Bench, lpft: 
     assert done.code == 0 and "tuned" in done.out, done.told
 
 
-def test_a_soup_of_adapters_is_the_sum_of_their_products(bench: Bench) -> None:
-    """One ingredient of the same run, one of another run."""
-    short = "stages.sft.max_steps=6"
-    one = bench.run("one", words=["+experiment=llama_lora", *answer_words(bench, "one", "sft"), short, "seed=1"])
-    assert one.code == 0, one.told
-    words = ["+experiment=llama_lora", "+stage@stages.soup=soup", *answer_words(bench, "soup", "sft", "soup"), short]
+@pytest.fixture(scope="module")
+def one(bench: Bench) -> Done:
+    """An ingredient from another run than the soup's."""
+    return bench.run("one", words=["+experiment=llama_lora", *answer_words(bench, "one", "sft"), SHORT, "seed=1"])
+
+
+def soup_words(bench: Bench, one: Done) -> list[str]:
+    """A soup of two adapters, merged into its base."""
+    kinds = ["+stage@stages.soup=soup", "+stage@stages.merge=merge", "stages.merge.start_from=soup"]
+    words = answer_words(bench, "soup", "sft", "soup")
+    words += ["pipeline=[sft,soup,merge]", f"stages.merge.data.train.path={bench.root}/inside.jsonl"]
     members = ["stage:sft", str(one.folder.root)]
-    done = bench.run("soup", words=[*words, "stages.soup.start_from=null", f"stages.soup.members={members}"])
-    assert done.code == 0, done.told
-    soup = done.folder.stage("soup")
-    assert read_json(soup.result)["members"] == members
-    assert list(read_json(soup.curves)["scores"]) == ["base", *members, "soup"]
-    wanted = [_products(folder) for folder in (done.sft.artifact, one.sft.artifact)]
-    assert read_json(soup.artifact / "adapter_config.json")["r"] == 32
-    for name, product in _products(soup.artifact).items():
+    words += ["stages.soup.start_from=null", f"stages.soup.members={members}"]
+    return ["+experiment=llama_lora", *kinds, *words, SHORT]
+
+
+@pytest.fixture(scope="module")
+def soup(bench: Bench, one: Done) -> Done:
+    assert one.code == 0, one.told
+    return bench.run("soup", words=soup_words(bench, one))
+
+
+def test_a_soup_of_adapters_is_the_sum_of_their_products(one: Done, soup: Done) -> None:
+    """One ingredient of the same run, one of another run."""
+    assert soup.code == 0, soup.told
+    cooked, members = soup.folder.stage("soup"), ["stage:sft", str(one.folder.root)]
+    assert read_json(cooked.result)["members"] == members
+    assert list(read_json(cooked.curves)["scores"]) == ["base", *members, "soup"]
+    wanted = [_products(folder) for folder in (soup.sft.artifact, one.sft.artifact)]
+    assert read_json(cooked.artifact / "adapter_config.json")["r"] == 32
+    for name, product in _products(cooked.artifact).items():
         assert torch.allclose(product, sum(part[name] for part in wanted) / 2, rtol=0, atol=1e-6), name
         assert not torch.allclose(wanted[0][name], wanted[1][name], atol=1e-3), "the ingredients differ"
+
+
+def test_two_ranks_that_share_the_model_cook_and_merge_as_one_does(bench: Bench, one: Done, soup: Done) -> None:
+    assert soup.code == 0, soup.told
+    shutil.copytree(soup.folder.root, bench.runs / "shared")
+    for stage in ("soup", "merge"):
+        shutil.rmtree(bench.runs / "shared" / stage)
+    ranks = ["name=shared", "launcher=torchrun", "cluster.processes_per_node=2", "sharding=zero3"]
+    two = bench.run("shared", words=[*soup_words(bench, one), *ranks])
+    assert two.code == 0, two.told
+    for stage, weights in (("soup", "adapter_model.safetensors"), ("merge", "model.safetensors")):
+        alone, shared = (run.folder.stage(stage) for run in (soup, two))
+        assert [row["world_size"] for row in read_rows(shared.events) if row["event"] == "start"] == [2]
+        tensors, same = load_file(alone.artifact / weights), load_file(shared.artifact / weights)
+        assert tensors.keys() == same.keys() and all(torch.equal(tensors[name], same[name]) for name in tensors)
+    assert_close(read_json(two.folder.stage("soup").curves), read_json(soup.folder.stage("soup").curves))
+    alone, shared = (read_json(run.folder.stage("merge").result)["ways"] for run in (soup, two))
+    assert_close(shared, alone)
 
 
 def _products(folder: Path) -> dict[str, torch.Tensor]:
