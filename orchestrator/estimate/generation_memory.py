@@ -8,12 +8,20 @@ from orchestrator.config.evaluation import ScoringStage
 from orchestrator.config.merging import MergeStage
 from orchestrator.config.model import Architecture
 from orchestrator.config.run import RunConfig, makes_classifier
+from orchestrator.config.sharding import ZeroSharding
 from orchestrator.config.stage import StageSettings
 from orchestrator.config.training import TrainingStage
 from orchestrator.estimate.activations import MicroBatchShape, activation_memory
 from orchestrator.estimate.memory_parts import BytesByPart, Phase
 from orchestrator.estimate.model_states import base_bytes, compute_width, trainable_parameters
-from orchestrator.estimate.sharding_buffers import whole_bytes
+from orchestrator.estimate.sharding_buffers import (
+    gathered_bytes,
+    held_bytes,
+    largest_tensor_bytes,
+    loaded_layers_bytes,
+    streamed_bytes,
+    whole_bytes,
+)
 
 SAMPLER_COPIES = 6
 """fp32 rows of the vocabulary per sequence: the model's scores, scaled, log-softmax, noise, their sum, what is left possible."""
@@ -26,12 +34,13 @@ def kv_cache_bytes(model: Architecture, *, sequences: int, length: int, width: i
 
 
 def rollout_parts(model: Architecture, config: RunConfig, rollout: RolloutConfig, *, prompt: int) -> BytesByPart:
-    """Generating with transformers: whole weights on every rank, the cache and its growth, prefill or a step."""
+    """Generating with transformers: whole weights or layers on every rank, the cache and its growth, prefill or a step."""
     sequences = min(rollout.generate_size, rollout.prompts * rollout.group_size // config.world_size)
-    gathers = config.sharding.shards_parameters
+    sharding = config.sharding
+    is_whole = isinstance(sharding, ZeroSharding) and sharding.shards_parameters and not sharding.generate_by_layer
     return {
         **_generation(model, config, rollout, prompt=prompt, sequences=max(1, sequences)),
-        "gathered": whole_bytes(model, config) if gathers else 0.0,
+        "gathered": whole_bytes(model, config) if is_whole else gathered_bytes(model, config),
     }
 
 
@@ -41,7 +50,7 @@ def reference_bytes(model: Architecture, config: RunConfig, stage: TrainingStage
 
     A reward model is assumed to be as large as the base.
     """
-    base = base_bytes(model, config)
+    base = held_bytes(config, base_bytes(model, config))
     reference = trainable_parameters(model, config) * 4.0 if config.tuning.is_adapter else base
     return (reference if stage.holds_reference else 0.0) + _reward_models(stage) * base
 
@@ -50,17 +59,10 @@ def _reward_models(stage: StageSettings) -> int:
     return sum(reward.is_model for reward in stage.reward_sources)
 
 
-def scoring_phases(
-    model: Architecture, config: RunConfig, stage: ScoringStage | MergeStage, *, is_cautious: bool
-) -> list[Phase]:
-    """A stage without an optimizer: one process, whole weights. Conservative: the merged model is also held in fp32."""
-    alone = config.model_copy(
-        update={"cluster": config.cluster.model_copy(update={"nodes": 1, "processes_per_node": 1})}
-    )
-    width = compute_width(config)
-    whole = count_parameters(model).total * width
+def scoring_phases(model: Architecture, config: RunConfig, stage: ScoringStage | MergeStage) -> list[Phase]:
+    """A stage without an optimizer, on every rank: models whole, or a share of each under ZeRO-3."""
     is_of_classifiers = stage.start_from in config.stages and makes_classifier(config, stage.start_from)
-    load = MicroBatchShape(
+    shape = MicroBatchShape(
         rows=stage.micro_size,
         length=stage.data.max_length,
         trained_share=1.0,
@@ -68,44 +70,43 @@ def scoring_phases(
         on_cpu=config.cluster.device == "cpu",
         is_packed=False,
     )
-    scoring: BytesByPart = {"activations": activation_memory(model, alone, load).evaluation}
+    gathered: BytesByPart = {"gathered": gathered_bytes(model, config)}
+    scoring: BytesByPart = {"activations": activation_memory(model, config, shape).evaluation, **gathered}
+    tuned = base_bytes(model, config) + _adapter_bytes(model, config)
+    held: BytesByPart = {"weights": held_bytes(config, tuned)}
+    streamed: BytesByPart = {"loading": streamed_bytes(model, config)}
+    load = Phase(name="load", static=held, changing={"gathered": loaded_layers_bytes(model, config)}, host=streamed)
+    prove = Phase(name="prove", static=held, changing=scoring, host=streamed)
+    blended: BytesByPart = {"ingredients": _blended_bytes(model, config, stage)}
     if stage.makes == "merged model":
-        return _merging_phases(model, scoring, merged=count_parameters(model).total * (4.0 if is_cautious else width))
-    held: BytesByPart = {"weights": base_bytes(model, config)}
-    if config.tuning.is_adapter:
-        held["weights"] += trainable_parameters(model, config) * 4.0
-    elif stage.scores_base and not is_of_classifiers:
-        held["frozen base"] = float(whole)
-    blended = _blended_bytes(config, stage, whole=float(whole), adapter=trainable_parameters(model, config) * 4.0)
-    other_models: BytesByPart = {"other models": _reward_models(stage) * base_bytes(model, config)}
-    phases = [
-        Phase(name="load", static=held, changing={}, host={"loading": float(whole), **blended}),
-        Phase(name="evaluation", static=held, changing=scoring, host=blended),
-    ]
+        merged = held_bytes(config, float(count_parameters(model).total * compute_width(config)))
+        # Both models' logits of a batch at a time.
+        twice = {**scoring, "activations": 2 * scoring["activations"]}
+        evaluation = Phase(name="evaluation", static={**held, "merged": merged}, changing=twice, host=streamed)
+        write = Phase(name="write", static=held, changing={}, host={"ingredients": 4 * largest_tensor_bytes(model)})
+        only = Phase(name="prove", static={"merged": merged}, changing=scoring, host=streamed)
+        return [load, write, evaluation, only]
+    phases = [load, Phase(name="evaluation", static=held, changing=scoring, host=blended)]
     rollout = stage.generation
     if rollout is not None:
-        sequences = min(rollout.generate_size, rollout.prompts * rollout.group_size)
+        sequences = max(1, min(rollout.generate_size, rollout.prompts * rollout.group_size))
         made = _generation(model, config, rollout, prompt=stage.data.max_length, sequences=sequences)
-        phases.append(Phase(name="rollout", static={**held, **other_models}, changing=made, host=blended))
+        rewards: BytesByPart = {"other models": _reward_models(stage) * held_bytes(config, base_bytes(model, config))}
+        phases.append(Phase(name="rollout", static={**held, **rewards}, changing={**made, **gathered}, host=blended))
+    if blended["ingredients"]:
+        phases += [Phase(name="write", static=held, changing={}, host=blended), prove]
     return phases
 
 
-def _blended_bytes(config: RunConfig, stage: StageSettings, *, whole: float, adapter: float) -> BytesByPart:
-    """Host memory for the models of an interpolation or a soup."""
-    is_adapter = config.tuning.is_adapter
-    number = stage.models_on_host(is_adapter=is_adapter)
-    return {"ingredients": number * (adapter if is_adapter else whole)} if number else {}
+def _adapter_bytes(model: Architecture, config: RunConfig) -> float:
+    return trainable_parameters(model, config) * 4.0 if config.tuning.is_adapter else 0.0
 
 
-def _merging_phases(model: Architecture, scoring: BytesByPart, *, merged: float) -> list[Phase]:
-    """The trained model in fp32, and the merged one."""
-    whole = count_parameters(model).total * 4.0
-    both: BytesByPart = {"weights": whole, "merged": merged}
-    return [
-        Phase(name="load", static={"weights": whole}, changing={}, host={"loading": whole}),
-        Phase(name="evaluation", static=both, changing=scoring, host={}),
-        Phase(name="save", static=both, changing={}, host={"artifact": merged}),
-    ]
+def _blended_bytes(model: Architecture, config: RunConfig, stage: StageSettings) -> float:
+    """Host memory of an interpolation or a soup: adapters, or a layer of each whole model and two of the sum."""
+    number = stage.models_on_host(is_adapter=config.tuning.is_adapter)
+    each = _adapter_bytes(model, config) if config.tuning.is_adapter else streamed_bytes(model, config)
+    return number * each + (2 * largest_tensor_bytes(model) if number else 0.0)
 
 
 def _generation(

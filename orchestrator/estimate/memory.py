@@ -40,9 +40,12 @@ from orchestrator.estimate.model_states import (
 from orchestrator.estimate.sharding_buffers import (
     bucket_bytes,
     gathered_bytes,
+    largest_tensor_bytes,
+    loaded_layers_bytes,
     persistent_bytes,
     secondary_bytes,
     step_bytes,
+    streamed_bytes,
     whole_bytes,
 )
 
@@ -69,7 +72,7 @@ def memory_forecast(
     phases = tuple(_phase_forecast(*same) for same in zip(low, expected, high, strict=True))
     binding = max(phases, key=lambda phase: phase.expected)
     states = _states(model, config, stage)
-    ranks = config.cluster.processes_per_node if stage.trains else 1
+    ranks = config.cluster.processes_per_node
     host, room = ranks * max(phase.host_expected for phase in phases), node_memory_gib(config)
     host_verdict = verdict_of(host * (1 - HOST_UNCERTAINTY), host * (1 + HOST_UNCERTAINTY), room)
     device = verdict_of(max(phase.low for phase in phases), max(phase.high for phase in phases), memory_gib)
@@ -128,14 +131,14 @@ def _states(model: Architecture, config: RunConfig, stage: Stage) -> StateMemory
 def _phases(model: Architecture, config: RunConfig, stage: Stage, loss: Loss, level: Level) -> list[Phase]:
     """The phases at one level, including what the allocator does not see."""
     if isinstance(stage, TrainingStage):
-        phases, world = _training_phases(model, config, stage, loss, level), config.world_size
+        phases = _training_phases(model, config, stage, loss, level)
     else:
-        phases, world = scoring_phases(model, config, stage, is_cautious=level == "high"), 1
+        phases = scoring_phases(model, config, stage)
     on_cpu = config.cluster.device == "cpu"
     outside = {
         "context": 0.0 if on_cpu else _at(CONTEXT_BYTES, level),
         "process": _at(CPU_PROCESS_BYTES, level) if on_cpu else 0.0,
-        "communication": 0.0 if on_cpu or world == 1 else _at(COMMUNICATION_BYTES, level),
+        "communication": 0.0 if on_cpu or config.world_size == 1 else _at(COMMUNICATION_BYTES, level),
     }
     slack = 0.0 if on_cpu else _at(SLACK_SHARE, level)
     host = {"process": _at(HOST_PROCESS_BYTES, level)}
@@ -169,8 +172,8 @@ def _training_phases(
     load = Phase(
         name="load",
         static={"weights": states.weights},
-        changing={"temporaries": dequantised_bytes(model, config)},
-        host={**host, "loading": _loading_bytes(model, config)},
+        changing={"temporaries": dequantised_bytes(model, config), "gathered": loaded_layers_bytes(model, config)},
+        host={**host, "loading": streamed_bytes(model, config)},
     )
     peaks = activation_memory(model, config, micro_batch(config, stage, loss, _at(TRAINED_SHARE, level)))
     before, (through, peak) = _gradients_in_backward(model, config, stage, states, peaks)
@@ -184,16 +187,22 @@ def _training_phases(
     ]
     if stage.generation is not None:
         moments.insert(0, ("rollout", {}, rollout_parts(model, config, stage.generation, prompt=stage.data.max_length)))
-    saved = _saved_bytes(model, config, stage)
-    return [load] + [
-        Phase(
-            name=name,
-            static={**held, **more},
-            changing=changing,
-            host={**host, **saved} if name == "save" else host,
-        )
+    moments.append(("write", {}, {"gathered": _gathered_to_save(model, config)}))
+    only: dict[str, BytesByPart] = {
+        "save": {"checkpoint": _snapshot_bytes(model, config, stage)},
+        "write": {"artifact": 2 * largest_tensor_bytes(model)},
+    }
+    prove = Phase(
+        name="prove",  # by fresh ranks, when those that trained have left
+        static={"weights": held["weights"]},
+        changing={**_activations(peaks.evaluation, 0.0), **gathered},
+        host={"weights": states.host_weights, "loading": streamed_bytes(model, config)},
+    )
+    trained = [
+        Phase(name=name, static={**held, **more}, changing=changing, host={**host, **only.get(name, {})})
         for name, more, changing in moments
     ]
+    return [load, *trained, prove]
 
 
 def _gradients_in_backward(
@@ -211,8 +220,8 @@ def _step_bytes(model: Architecture, config: RunConfig) -> float:
 
 
 def _gathered_to_save(model: Architecture, config: RunConfig) -> float:
-    """DeepSpeed gathers one parameter at a time in fp32; the embedding is the largest."""
-    return model.vocab_size * model.hidden_size * 4.0 if config.sharding.is_deepspeed else 0.0
+    """DeepSpeed gathers one parameter at a time in fp32."""
+    return largest_tensor_bytes(model) if config.sharding.is_deepspeed else 0.0
 
 
 def _early_gradients(
@@ -233,19 +242,12 @@ def _activations(peak: float, kept: float) -> BytesByPart:
     return {"activations": min(kept, peak), "temporaries": max(0.0, peak - kept)}
 
 
-def _loading_bytes(model: Architecture, config: RunConfig) -> float:
-    """Every rank reads the whole base into the host's memory; 4-bit weights go to the device layer by layer."""
-    whole = whole_bytes(model, config)
-    return min(whole, 5 * GIB) if config.quantization.is_4bit else whole
-
-
-def _saved_bytes(model: Architecture, config: RunConfig, stage: TrainingStage) -> BytesByPart:
-    """A rank's share of a checkpoint, copied to be written in the background; rank 0 gathers the artifact in fp32."""
+def _snapshot_bytes(model: Architecture, config: RunConfig, stage: TrainingStage) -> float:
+    """A rank's share of a checkpoint, copied to be written in the background."""
     trained = trainable_parameters(model, config)
     states = optimizer_bytes(config, stage) + (0.0 if config.sharding.is_deepspeed else 4.0)
     shards = shards_of(config).optimizer if config.sharding.is_deepspeed else config.world_size
-    copied = trained * states / shards if stage.checkpoint.background else 0.0
-    return {"checkpoint": copied, "artifact": trained * 4.0}
+    return trained * states / shards if stage.checkpoint.background else 0.0
 
 
 def _at(figure: Range, level: Level) -> float:

@@ -80,3 +80,27 @@ def step_bytes(model: Architecture, config: RunConfig) -> float:
         return 0.0
     own = trainable_parameters(model, config) / shards_of(config).optimizer
     return 4.0 * (min(own, SUB_GROUP_ELEMENTS) if config.sharding.shards_parameters else own)
+
+
+def largest_tensor_bytes(model: Architecture) -> float:
+    """The embedding in fp32."""
+    return model.vocab_size * model.hidden_size * 4.0
+
+
+def streamed_bytes(model: Architecture, config: RunConfig) -> float:
+    """What is on the host while weights go from the files to a device: a layer or the embedding, and its cast."""
+    largest = max(layer_parameters(model), model.vocab_size * model.hidden_size)
+    return 2.0 * largest * compute_width(config)
+
+
+def loaded_layers_bytes(model: Architecture, config: RunConfig) -> float:
+    """Layers that are whole on a rank's device before ZeRO-3 shards them, in 4 bits too: they are quantised there."""
+    if not config.sharding.shards_parameters:
+        return 0.0
+    largest = max(layer_parameters(model), model.vocab_size * model.hidden_size)
+    return 2.0 * largest * compute_width(config)
+
+
+def held_bytes(config: RunConfig, whole: float) -> float:
+    """A rank's part of a model that is only scored."""
+    return whole / config.world_size if config.sharding.shards_parameters else whole

@@ -73,7 +73,9 @@ def make_plan(
 def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_directory: Path) -> StagePlan:
     stage, config = config.stages[name], config.for_stage(name)
     files = RunFolder(run_directory).stage(name)
-    facts = _training_plan(config, stage, base, data) if isinstance(stage, TrainingStage) else _scoring_plan(stage)
+    facts = (
+        _training_plan(config, stage, base, data) if isinstance(stage, TrainingStage) else _scoring_plan(config, stage)
+    )
     return StagePlan(
         name=name,
         kind=stage.kind,
@@ -92,11 +94,11 @@ def _stage_plan(config: RunConfig, name: str, base: Base, data: DataFacts, run_d
     )
 
 
-def _scoring_plan(stage: ScoringStage | MergeStage) -> dict[str, Any]:
-    """A stage without an optimizer runs in one process."""
+def _scoring_plan(config: RunConfig, stage: ScoringStage | MergeStage) -> dict[str, Any]:
+    """A stage without an optimizer."""
     names = ("global_size", "accumulation_steps", "steps_per_epoch", "steps", "warmup_steps", "trainable_parameters")
     unknown = dict.fromkeys([*names, "flops_per_token", "attention", "loss_head", "deepspeed", *NO_FORECAST])
-    return {**unknown, "micro_size": stage.micro_size, "world_size": 1, "learning_rates": {}}
+    return {**unknown, "micro_size": stage.micro_size, "world_size": config.world_size, "learning_rates": {}}
 
 
 def _training_plan(config: RunConfig, stage: TrainingStage, base: Base, data: DataFacts) -> dict[str, Any]:
