@@ -86,7 +86,9 @@ class Runtime:
     def release(self, model: torch.nn.Module) -> None:
         """Free a held model's memory, whoever still refers to it; it cannot be used afterwards."""
         if self.scoring is None:
-            model.to("meta")
+            # Not `.to("meta")`, which bitsandbytes' 4-bit parameters refuse.
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         else:
             engine: Any = model
             engine.destroy()
