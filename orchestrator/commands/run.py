@@ -10,6 +10,7 @@ from orchestrator.commands.plan_from_overrides import first_config, planned_run,
 from orchestrator.composition.multirun import is_sweep
 from orchestrator.config.study import NoStudy
 from orchestrator.errors import ConfigError
+from orchestrator.planning.plan_fit import refuse_unprovable
 
 if TYPE_CHECKING:
     from orchestrator.execution.run_pipeline import StageSelection
@@ -23,9 +24,13 @@ def run(arguments: Sequence[str], *, part: StageSelection) -> int:
     if is_sweep(arguments):
         config = first_config(arguments)
         if isinstance(config.study, NoStudy):
-            return execute_all(planned_runs(arguments))
+            runs = planned_runs(arguments)
+            for _, planned in runs:
+                refuse_unprovable(planned)
+            return execute_all(runs)
     else:
         config, planned = planned_run(arguments)
+        refuse_unprovable(planned)
         if isinstance(config.study, NoStudy):
             return execute(config, planned, part=part, began=began)
     from orchestrator.studies.run_study import run_study
