@@ -159,7 +159,6 @@ class EvaluateStage(ScoringStage):
     kind: Literal["evaluate"]
     starts_from: ClassVar[tuple[Product, ...]] = ("policy", "classifier")
     needs_start: ClassVar[bool] = True
-    scores_base: ClassVar[bool] = True
     rewards: tuple[RewardSource, ...]
     """Checks of the answers generated to `data.train`; none generates nothing for it."""
 

@@ -30,13 +30,11 @@ class StageSettings(Section):
     needs_start: ClassVar[bool] = False
     """Whether it cannot start from the base alone."""
     trains: ClassVar[bool] = False
-    """Whether it has an optimizer and runs on every rank; other stages run in one process."""
+    """Whether it has an optimizer; every stage runs on all ranks."""
     row_kind: ClassVar[RowKind | None] = None
     """The rows that it trains on; None if it trains nothing and takes several kinds."""
     has_new_head: ClassVar[bool] = False
     """Whether it trains a new head in place of the vocabulary's."""
-    scores_base: ClassVar[bool] = False
-    """Whether it also scores the base, next to the artifact."""
     blend_key: ClassVar[str] = ""
     """The key that names further models of a blend."""
 

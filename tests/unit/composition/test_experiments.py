@@ -64,7 +64,7 @@ def test_experiment_under_launcher(experiment: str, launcher: str, tmp_path: Pat
     assert [stage.name for stage in stages] == list(config.pipeline)
     for stage in stages:
         if stage.global_size is None:
-            assert stage.kind in ("evaluate", "merge") and stage.world_size == 1
+            assert stage.kind in ("evaluate", "merge")
         else:
             assert stage.world_size == config.cluster.nodes * config.cluster.processes_per_node
             assert stage.accumulation_steps is not None and stage.memory is not None and stage.memory.total > 0
