@@ -95,11 +95,11 @@ def test_the_printed_and_the_carded_script_load_it(done: Done) -> None:
     check_scripts(done.sft, done.out)
 
 
-def test_wandb_wrote_one_offline_run(done: Done) -> None:
-    (file,) = done.sft.wandb.rglob("*.wandb")
-    assert file.parent.name.startswith("offline-run-") and file.stat().st_size > 1000
-    assert file.read_bytes().count(b"trained_tokens") >= 6
-    assert file.stem == f"run-{read_state(done.sft.wandb).run_id}"
+def test_wandb_wrote_one_offline_run_in_two_parts(done: Done) -> None:
+    training, proof = sorted(done.sft.wandb.rglob("*.wandb"))
+    assert all(file.parent.name.startswith("offline-run-") for file in (training, proof))
+    assert training.read_bytes().count(b"trained_tokens") >= 6 and training.stat().st_size > 1000
+    assert {file.stem for file in (training, proof)} == {f"run-{read_state(done.sft.wandb).run_id}"}
 
 
 def test_no_secret_stands_in_any_file_of_the_run(done: Done, secrets: dict[str, str]) -> None:
